@@ -1,0 +1,78 @@
+"""tl_circuitlasso: sparse circuits of transformers by certified sparse linear regression.
+
+>>> import tl_circuitlasso as tcl                          # doctest: +SKIP
+>>> graph = model.run_circuit_lasso(tokens)                # any TransformerLens model
+>>> graph.edge_table()
+
+Importing this package is cheap: parts that need torch's heavier neighbours or TransformerLens load on first use.
+Where TransformerLens is installed, `HookedTransformer` and `TransformerBridge` gain the method `run_circuit_lasso`.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from tl_circuitlasso import errors as errors
+from tl_circuitlasso.errors import CircuitLassoError as CircuitLassoError
+from tl_circuitlasso.errors import FormatError as FormatError
+from tl_circuitlasso.errors import InputError as InputError
+from tl_circuitlasso.errors import ModelError as ModelError
+from tl_circuitlasso.errors import SolveError as SolveError
+from tl_circuitlasso.models.attach import attach as _attach
+
+if TYPE_CHECKING:
+    from tl_circuitlasso import baselines as baselines
+    from tl_circuitlasso import bench as bench
+    from tl_circuitlasso import evaluate as evaluate
+    from tl_circuitlasso import formats as formats
+    from tl_circuitlasso import plot as plot
+    from tl_circuitlasso import solve as solve
+    from tl_circuitlasso import synthetic as synthetic
+    from tl_circuitlasso.comparison import compare as compare
+    from tl_circuitlasso.demo import load_demo as load_demo
+    from tl_circuitlasso.discover import circuit_lasso as circuit_lasso
+    from tl_circuitlasso.discover import collect_statistics as collect_statistics
+    from tl_circuitlasso.graph import AttributionGraph as AttributionGraph
+    from tl_circuitlasso.learning import learn as learn
+    from tl_circuitlasso.models.bases import Component as Component
+    from tl_circuitlasso.models.bases import Neuron as Neuron
+    from tl_circuitlasso.models.bases import Residual as Residual
+    from tl_circuitlasso.nodes import NodeIndex as NodeIndex
+    from tl_circuitlasso.statistics import Statistics as Statistics
+    from tl_circuitlasso.targets import Labels as Labels
+    from tl_circuitlasso.targets import LogitDiff as LogitDiff
+    from tl_circuitlasso.targets import Values as Values
+
+__version__ = "0.1.0"
+
+_MODULES = ("baselines", "bench", "evaluate", "formats", "plot", "solve", "synthetic")
+_NAMES = {
+    "AttributionGraph": "graph",
+    "Component": "models.bases",
+    "Labels": "targets",
+    "LogitDiff": "targets",
+    "Neuron": "models.bases",
+    "NodeIndex": "nodes",
+    "Residual": "models.bases",
+    "Statistics": "statistics",
+    "Values": "targets",
+    "circuit_lasso": "discover",
+    "collect_statistics": "discover",
+    "compare": "comparison",
+    "learn": "learning",
+    "load_demo": "demo",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NAMES:
+        return getattr(importlib.import_module(f"{__name__}.{_NAMES[name]}"), name)
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_NAMES, *_MODULES])
+
+
+_attach()

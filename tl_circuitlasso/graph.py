@@ -1,0 +1,414 @@
+"""The attribution graph: what every method of this library returns and every tool of it reads.
+
+An `AttributionGraph` holds a `NodeIndex` and one row per candidate edge: source, target, port (q, k or v where a head's
+inputs are told apart), score, weight and whether it's kept. Scores and membership are both kept, so a *circuit* is the
+same type with fewer kept edges. Graphs are frozen: every operation returns a new one.
+
+>>> import torch
+>>> from tl_circuitlasso.nodes import component_index
+>>> index = component_index(n_layers=1, n_heads=1)
+>>> graph = AttributionGraph.from_adjacency(index, torch.tensor(
+...     [[0, .9, .1, 0], [0, 0, 0, .5], [0, 0, 0, 0], [0, 0, 0, 0]]))
+>>> sorted(graph.threshold(.4).kept_edges())
+[('a0.h0', 'logits'), ('input', 'a0.h0')]
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tl_circuitlasso import storage
+from tl_circuitlasso.errors import FormatError, InputError
+from tl_circuitlasso.nodes import NodeIndex
+from tl_circuitlasso.sites import PORTS
+
+_KIND, _VERSION = "attribution graph", 1
+_COLUMNS = ("source", "target", "port", "score", "weight", "kept")
+
+
+@dataclass(frozen=True, eq=False)
+class AttributionGraph:
+    """Candidate edges with scores, and which of them make the circuit.
+
+    Attributes
+    ----------
+    index: the nodes and their order.
+    source, target: each edge's ends as positions in `index`; rank[source] < rank[target].
+    port: each edge's port as a position in `PORTS` ("", "q", "k", "v").
+    score: how much the edge matters for the target, signed where the method gives a sign; fp64.
+    weight: the regression coefficient (or the method's raw value) behind the score; fp64.
+    kept: whether the edge belongs to the circuit.
+    extras: further columns, one value per edge: `stability` (share of resamples that keep it), `effect` (measured) ...
+    certificates: one row per regression: target, gap (relative duality gap), iterations, converged.
+    node_info: what is known of a node beside its name (label, frequency, contexts), for pictures and `explain`.
+    provenance: versions, model, data hash, arguments, seconds and passes; plain data.
+
+    Raises
+    ------
+    InputError: columns of different lengths, NaN or infinite scores, an edge against the order of computation, or an
+        edge given twice.
+    """
+
+    index: NodeIndex
+    source: Int[Tensor, " edge"]
+    target: Int[Tensor, " edge"]
+    port: Int[Tensor, " edge"]
+    score: Float[Tensor, " edge"]
+    weight: Float[Tensor, " edge"]
+    kept: Bool[Tensor, " edge"]
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    certificates: tuple[Mapping[str, Any], ...] = ()
+    node_info: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        columns = {name: getattr(self, name) for name in _COLUMNS} | dict(self.extras)
+        lengths = {name: tuple(column.shape) for name, column in columns.items()}
+        if len(set(lengths.values())) > 1:
+            raise InputError(f"columns differ in length: {lengths}; give every column one value per edge")
+        for name in ("score", "weight"):
+            if not bool(columns[name].isfinite().all()):
+                raise InputError(f"`{name}` has NaN or infinite values: an edge's {name} must be a finite number")
+        self._check_ends()
+
+    def _check_ends(self) -> None:
+        ends = torch.stack([self.source, self.target])
+        if ends.numel() and not 0 <= int(ends.min()) <= int(ends.max()) < len(self.index):
+            raise InputError(f"`source` and `target` must be positions in the index, 0 to {len(self.index) - 1}")
+        if self.port.numel() and not 0 <= int(self.port.min()) <= int(self.port.max()) < len(PORTS):
+            raise InputError(f"`port` must be a position in {PORTS}")
+        backwards = self.index.ranks[self.source] >= self.index.ranks[self.target]
+        if bool(backwards.any()):
+            edge = int(backwards.nonzero()[0])
+            raise InputError(f"edge {self._name(edge)} runs against the order of computation: swap its ends")
+        key = (self.source * len(self.index) + self.target) * len(PORTS) + self.port
+        if key.unique().numel() != key.numel():
+            raise InputError("an edge is given twice: one row per source, target and port")
+
+    def _name(self, edge: int) -> str:
+        names, port = self.index.names, PORTS[int(self.port[edge])]
+        return f"{names[int(self.source[edge])]}->{names[int(self.target[edge])]}" + (f"<{port}>" if port else "")
+
+    @classmethod
+    def from_adjacency(
+        cls,
+        index: NodeIndex,
+        score: Float[Tensor, "source target"],
+        *,
+        weight: Float[Tensor, "source target"] | None = None,
+        candidates: Bool[Tensor, "source target"] | None = None,
+        **rest: Any,
+    ) -> "AttributionGraph":
+        """A graph without ports from a dense matrix; every allowed pair is a candidate, every nonzero one is kept."""
+        mask = index.allowed() if candidates is None else candidates
+        forbidden = (score != 0) & ~mask
+        if bool(forbidden.any()):
+            s, t = (int(i) for i in forbidden.nonzero()[0])
+            raise InputError(f"`score` has a value at {index.names[s]}->{index.names[t]}, which isn't a candidate edge")
+        source, target = mask.nonzero(as_tuple=True)
+        values = score[source, target].double()
+        return cls(
+            index=index,
+            source=source,
+            target=target,
+            port=torch.zeros_like(source),
+            score=values,
+            weight=values if weight is None else weight[source, target].double(),
+            kept=values != 0,
+            **rest,
+        )
+
+    @classmethod
+    def from_edges(
+        cls,
+        index: NodeIndex,
+        edges: Mapping[tuple[str, str] | tuple[str, str, str], float],
+        **rest: Any,
+    ) -> "AttributionGraph":
+        """A graph from `{(source, target): score}` or `{(source, target, port): score}` by name; all edges are kept."""
+        keys = [(*key, "") if len(key) == 2 else key for key in edges]
+        bad = [port for *_, port in keys if port not in PORTS]
+        if bad:
+            raise InputError(f"`edges` has the port {bad[0]!r}: write one of {PORTS}")
+        score = torch.tensor(list(edges.values()), dtype=torch.float64)
+        return cls(
+            index=index,
+            source=torch.tensor([index.position(s) for s, _, _ in keys], dtype=torch.long),
+            target=torch.tensor([index.position(t) for _, t, _ in keys], dtype=torch.long),
+            port=torch.tensor([PORTS.index(p) for _, _, p in keys], dtype=torch.long),
+            score=score,
+            weight=score.clone(),
+            kept=torch.ones(len(keys), dtype=torch.bool),
+            **rest,
+        )
+
+    # ---- reading ----------------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        """The number of candidate edges, ports counted apart."""
+        return self.score.numel()
+
+    @property
+    def n_kept(self) -> int:
+        """The number of kept edges, ports merged."""
+        return len(self.kept_edges())
+
+    def edge_table(self) -> pd.DataFrame:
+        """All candidate edges: source, target, port, weight, score, kept and the extras, largest |score| first."""
+        order = self.score.abs().argsort(descending=True, stable=True)
+        return self._rows().iloc[order.numpy()].reset_index(drop=True)
+
+    def _rows(self, rows: Int[Tensor, " row"] | None = None) -> pd.DataFrame:
+        chosen = torch.arange(len(self)) if rows is None else rows
+        names = np.array(self.index.names, dtype=object)
+        columns = {
+            "source": names[self.source[chosen].numpy()],
+            "target": names[self.target[chosen].numpy()],
+            "port": np.array(PORTS, dtype=object)[self.port[chosen].numpy()],
+        }
+        numbers = {"weight": self.weight, "score": self.score, "kept": self.kept, **self.extras}
+        return pd.DataFrame(columns | {name: column[chosen].numpy() for name, column in numbers.items()})
+
+    def kept_edges(self) -> set[tuple[str, str]]:
+        """The circuit's edges as (source, target) names, ports merged."""
+        return self._pairs(self.kept)
+
+    def candidate_edges(self) -> set[tuple[str, str]]:
+        """Every edge that the method could have returned, ports merged."""
+        return self._pairs(torch.ones_like(self.kept))
+
+    def _pairs(self, mask: Bool[Tensor, " edge"]) -> set[tuple[str, str]]:
+        names = self.index.names
+        pairs = zip(self.source[mask].tolist(), self.target[mask].tolist())
+        return {(names[s], names[t]) for s, t in pairs}
+
+    def kept_nodes(self) -> set[str]:
+        """The names of all nodes that a kept edge touches."""
+        return {name for edge in self.kept_edges() for name in edge}
+
+    def pair_scores(self) -> dict[tuple[str, str], float]:
+        """Each candidate edge's largest |score| over its ports, by (source, target) name."""
+        matrix = self.adjacency(absolute=True)
+        names = self.index.names
+        unique = {(s, t) for s, t in zip(self.source.tolist(), self.target.tolist())}
+        return {(names[s], names[t]): float(matrix[s, t]) for s, t in sorted(unique)}
+
+    def adjacency(
+        self, *, port: str | None = None, kept_only: bool = False, absolute: bool = False
+    ) -> Float[Tensor, "source target"]:
+        """Scores as a dense matrix; ports merge to the entry of largest size unless one `port` is asked for."""
+        if port is not None and port not in PORTS:
+            raise InputError(f"`port` {port!r} is not one of {PORTS}")
+        rows = self.kept.clone() if kept_only else torch.ones_like(self.kept)
+        if port is not None:
+            rows &= self.port == PORTS.index(port)
+        entry = (self.source * len(self.index) + self.target)[rows]
+        score = self.score[rows].abs() if absolute else self.score[rows]
+        flat = torch.zeros(len(self.index) ** 2, dtype=torch.float64)
+        highest = flat.scatter_reduce(0, entry, score, "amax", include_self=False)
+        lowest = flat.scatter_reduce(0, entry, score, "amin", include_self=False)
+        return torch.where(highest >= -lowest, highest, lowest).view(len(self.index), len(self.index))
+
+    @cached_property
+    def certificate(self) -> pd.DataFrame:
+        """Per regression: relative duality gap, iterations and whether it converged; indexed by target."""
+        columns = ["target", "gap", "iterations", "converged"]
+        return pd.DataFrame(list(self.certificates), columns=columns if not self.certificates else None).set_index(
+            "target"
+        )
+
+    # ---- new graphs -------------------------------------------------------------------------------------------------
+
+    def keep(self, mask: Bool[Tensor, " edge"]) -> "AttributionGraph":
+        """The same candidates with exactly the edges of `mask` kept."""
+        return replace(self, kept=mask)
+
+    def threshold(self, x: int | float) -> "AttributionGraph":
+        """Keep the edges with |score| >= x."""
+        if not (isinstance(x, (int, float)) and math.isfinite(x) and x >= 0):
+            raise InputError(f"`x` is {x!r}: a threshold is a finite number >= 0 on |score|")
+        return self.keep(self.score.abs() >= x)
+
+    def top_k(self, k: int, *, ports: bool = False) -> "AttributionGraph":
+        """Keep the k edges with the largest |score|.
+
+        An edge is a (source, target) pair, as in `kept_edges`; with `ports=True` q, k and v count apart, as in EAP-IG.
+        Ties go to the earlier edge.
+        """
+        if not isinstance(k, int) or isinstance(k, bool) or k < 0:
+            raise InputError(f"`k` is {k!r}: the number of edges to keep is an integer >= 0")
+        order = self.score.abs().argsort(descending=True, stable=True)
+        pair = (self.source * len(self.index) + self.target)[order]
+        if ports:
+            chosen = order[:k]
+        else:
+            first_seen: dict[int, None] = {}
+            rows = []
+            for row, key in zip(order.tolist(), pair.tolist()):
+                if key not in first_seen and len(first_seen) == k:
+                    break
+                first_seen[key] = None
+                rows.append(row)
+            chosen = torch.tensor(rows, dtype=torch.long)
+        return self.keep(torch.zeros_like(self.kept).index_fill(0, chosen, True))
+
+    def prune(self) -> "AttributionGraph":
+        """Drop kept edges that aren't on a kept path from a root to a sink.
+
+        Roots are nodes that no candidate edge feeds (`input`), sinks nodes that feed no candidate edge (`logits`).
+        """
+        forward = self._reached(self.source, self.target)
+        backward = self._reached(self.target, self.source)
+        return self.keep(self.kept & forward[self.source] & backward[self.target])
+
+    def _reached(self, origin: Int[Tensor, " edge"], end: Int[Tensor, " edge"]) -> Bool[Tensor, " node"]:
+        reached = torch.ones(len(self.index), dtype=torch.bool)
+        reached[end] = False
+        while True:
+            new = end[self.kept & reached[origin] & ~reached[end]]
+            if not new.numel():
+                return reached
+            reached[new] = True
+
+    def subgraph(self, nodes: Iterable[str]) -> "AttributionGraph":
+        """Keep only edges whose two ends are among `nodes`; the candidates stay."""
+        inside = torch.zeros(len(self.index), dtype=torch.bool)
+        inside[[self.index.position(name) for name in nodes]] = True
+        return self.keep(self.kept & inside[self.source] & inside[self.target])
+
+    # ---- files ------------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write the whole graph without loss: `.safetensors` or `.json` by the suffix, else a folder with both.
+
+        Raises
+        ------
+        InputError: the path can't be written to. Nothing is left half-written.
+        """
+        path = Path(path)
+        if path.suffix == ".json":
+            storage.write_text(path, graph_to_json(self))
+        elif path.suffix == ".safetensors":
+            tensors = {name: getattr(self, name) for name in _COLUMNS}
+            extras = {f"extra.{name}": column for name, column in self.extras.items()}
+            storage.write_tensors(path, tensors | extras, _header(self))
+        else:
+            self.save(path / "graph.safetensors")
+            self.save(path / "graph.json")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "AttributionGraph":
+        """Read what `save` wrote; runs no code from the file.
+
+        Raises
+        ------
+        FormatError: missing, truncated, foreign or inconsistent; the message names the file and the fault.
+        """
+        path = Path(path)
+        if path.is_dir():
+            path = path / "graph.safetensors"
+        if path.suffix == ".json":
+            return _from_json_file(path)
+        tensors, header = storage.read_tensors(path, _KIND)
+        extras = {name[6:]: column for name, column in tensors.items() if name.startswith("extra.")}
+        columns = {name: tensors[name] for name in _COLUMNS if name in tensors}
+        return _assemble(columns, extras, header, path)
+
+    # ---- showing ----------------------------------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        shown = self._strongest(8)
+        lines = [f"AttributionGraph: {self._counts()}"]
+        lines += [
+            f"  {source} -> {target}{f' <{port}>' if port else ''}  {score:.4g}"
+            for source, target, port, score in zip(shown.source, shown.target, shown.port, shown.score)
+        ]
+        rest = int(self.kept.sum()) - len(shown)
+        return "\n".join(lines + ([f"  ... {rest} more: graph.edge_table()"] if rest > 0 else []))
+
+    def _strongest(self, count: int) -> pd.DataFrame:
+        kept = self.kept.nonzero().flatten()
+        top = kept[self.score[kept].abs().argsort(descending=True, stable=True)[:count]]
+        return self._rows(top)
+
+    def _counts(self) -> str:
+        pair = self.source * len(self.index) + self.target
+        kept, candidates = pair[self.kept].unique().numel(), pair.unique().numel()
+        return f"{len(self.index)} nodes, {kept} of {candidates} edges kept"
+
+    def _repr_html_(self) -> str:
+        shown = self._strongest(25).to_html(index=False, float_format=lambda x: f"{x:.4g}")
+        return f"<b>AttributionGraph</b>: {self._counts()}{shown}"
+
+
+def _header(graph: AttributionGraph) -> dict[str, Any]:
+    return {
+        "kind": _KIND,
+        "version": _VERSION,
+        "index": graph.index.to_json(),
+        "certificates": [dict(row) for row in graph.certificates],
+        "node_info": {name: dict(info) for name, info in graph.node_info.items()},
+        "provenance": dict(graph.provenance),
+    }
+
+
+def graph_to_json(graph: AttributionGraph) -> str:
+    """The whole graph as readable JSON text: an object per edge."""
+    edges = graph._rows().to_dict(orient="records")
+    return json.dumps(_header(graph) | {"edges": edges}, allow_nan=False, indent=1)
+
+
+def _from_json_file(path: Path) -> AttributionGraph:
+    try:
+        data = storage.parse_json(path.read_text(encoding="utf-8"), path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise FormatError(f"{path}: can't be read ({error})") from error
+    if data.get("kind") != _KIND:
+        raise FormatError(f"{path}: not a graph of tl_circuitlasso; use formats.from_... for other tools' files")
+    try:
+        index = NodeIndex.from_json(data["index"])
+        rows = data["edges"]
+        ends = {
+            "source": [index.position(row["source"]) for row in rows],
+            "target": [index.position(row["target"]) for row in rows],
+            "port": [PORTS.index(row["port"]) for row in rows],
+        }
+        columns = {name: torch.tensor(values, dtype=torch.long) for name, values in ends.items()}
+        columns["kept"] = torch.tensor([bool(row["kept"]) for row in rows], dtype=torch.bool)
+        names = [name for name in (rows[0] if rows else {"score": 0, "weight": 0}) if name not in (*ends, "kept")]
+        values = {n: torch.tensor([float(row[n]) for row in rows], dtype=torch.float64) for n in names}
+    except (KeyError, TypeError, ValueError, AttributeError, InputError) as error:
+        raise FormatError(f"{path}: a graph with missing or wrong entries ({error!r})") from error
+    columns |= {name: values.pop(name) for name in ("score", "weight") if name in values}
+    return _assemble(columns, values, data, path)
+
+
+def _assemble(
+    columns: Mapping[str, Tensor],
+    extras: Mapping[str, Tensor],
+    header: Mapping[str, Any],
+    path: Path,
+) -> AttributionGraph:
+    if header.get("version") != _VERSION:
+        raise FormatError(f"{path}: graph format {header.get('version')!r}, this release reads {_VERSION}; upgrade")
+    try:
+        return AttributionGraph(
+            index=NodeIndex.from_json(header["index"]),
+            certificates=tuple(header["certificates"]),
+            node_info=header["node_info"],
+            provenance=header["provenance"],
+            extras=extras,
+            **columns,
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise FormatError(f"{path}: a graph with missing or wrong entries ({error})") from error

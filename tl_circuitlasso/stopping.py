@@ -1,0 +1,33 @@
+"""How many edges: a rule that knows no truth.
+
+An edge counts if cutting it would cost at least about one percent of what the costliest edge costs. Scores are
+estimates, so the cut isn't made at one percent exactly, through the middle of a cluster, but in the widest gap near it.
+
+>>> import torch
+>>> round(widest_gap(torch.tensor([1.0, .5, .02, .004, .003])), 4)       # the gap from .02 to .004 is the widest
+0.0089
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+CENTRE = 0.01  # of the largest score
+WIDTH = 10**0.5  # how far from the centre a gap may lie: half a decade on either side
+_NOTHING = 1e-12
+
+
+def widest_gap(scores: Float[Tensor, " edge"], centre: float = CENTRE, width: float = WIDTH) -> float:
+    """The threshold, in units of the scores, in the middle (on a log scale) of the widest gap near `centre`.
+
+    With r_1 >= r_2 >= ... the scores over the largest, the gaps (r_i+1, r_i) that meet [centre / width, centre * width]
+    are candidates, and the one of largest ratio r_i / r_i+1 wins. Infinite when no score is positive.
+    """
+    if not scores.numel() or not float(scores.max()) > 0:
+        return float("inf")
+    largest = float(scores.max())
+    relative = (scores.double() / largest).clamp_min(_NOTHING).sort(descending=True).values
+    low = torch.cat([relative[1:], relative.new_tensor([_NOTHING])])
+    near = (relative > centre / width) & (low < centre * width)
+    best = int(torch.where(near, relative / low, 0.0).argmax())
+    return float((relative[best] * low[best]).sqrt()) * largest

@@ -1,0 +1,99 @@
+"""Tensors and plain data in one file: safetensors whose header carries JSON; never pickle, never half-written."""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tl_circuitlasso.errors import FormatError, InputError
+
+_HEADER = "tl_circuitlasso"
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Call `write` with a temporary neighbour of `path`, then rename it: readers see the old file or the whole new one.
+
+    Raises
+    ------
+    InputError: the folder of `path` can't be made or written to.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    except OSError as error:
+        raise InputError(
+            f"`path` {str(path)!r} can't be written ({error.strerror}): name a folder you may write to"
+        ) from error
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)  # mkstemp makes private files; a graph is as public as any other file
+        os.replace(temporary, path)
+    except IsADirectoryError as error:
+        raise InputError(f"`path` {str(path)!r} is a folder: name a file in it") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` atomically."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    write_atomically(path, write)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> None:
+    """Write `tensors` with `data` (anything JSON can hold) in the header to `path` atomically."""
+    header = {_HEADER: json.dumps(data, allow_nan=False)}
+    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    write_atomically(path, lambda temporary: save_file(copies, str(temporary), header))
+
+
+def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `write_tensors` wrote, if its data says that it's of this `kind`.
+
+    Raises
+    ------
+    FormatError: not safetensors, truncated, or written by something else.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = (file.metadata() or {}).get(_HEADER)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a handle, not a dict)
+    except FileNotFoundError:
+        raise FormatError(f"{path}: no such file") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise FormatError(f"{path}: not a whole safetensors file ({error}); write it again") from error
+    if header is None:
+        raise FormatError(f"{path}: a safetensors file, but not one of tl_circuitlasso; use formats.from_... to import")
+    data = parse_json(header, path)
+    if data.get("kind") != kind:
+        raise FormatError(f"{path}: holds {data.get('kind')!r}, not {kind!r}")
+    return tensors, data
+
+
+def parse_json(text: str, path: Path) -> dict[str, Any]:
+    """`text` as a JSON object.
+
+    Raises
+    ------
+    FormatError: not JSON, not an object, or nested past the parser's depth.
+    """
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(data, dict):
+        raise FormatError(f"{path}: holds a {type(data).__name__} where an object is expected")
+    return data
