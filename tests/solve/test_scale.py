@@ -1,0 +1,158 @@
+"""Blocks, checkpoints, interrupts, sparse codes, and targets sharded over two processes."""
+
+import os
+import signal
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from tests.solve.problems import planted
+from tl_circuitlasso.errors import FormatError, InputError
+from tl_circuitlasso.solve import (
+    Group,
+    Layout,
+    all_reduce_moments,
+    block_lasso,
+    code_sums,
+    lasso,
+    lasso_sharded,
+    moments_of,
+)
+
+LAYOUT = Layout([5, 10, 5, 10], [0, 1, 1, 2])
+
+
+def standard_gram(seed: int = 0) -> torch.Tensor:
+    x = planted(seed=seed).features
+    return torch.corrcoef(x.T)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_blocks_obey_the_order_and_equal_one_whole_problem(grouped: bool) -> None:
+    gram = standard_gram()
+    solution = block_lasso(gram, LAYOUT, strength=0.2, grouped=grouped, tol=1e-8)
+    ranks = LAYOUT.node_ranks()
+    assert bool((solution.value[ranks[:, None] >= ranks] == 0).all())
+    assert bool(solution.converged.all()) and int((solution.value != 0).sum()) > 10
+    rows = ranks < 1
+    penalty = Group(torch.zeros(5, dtype=torch.long), torch.tensor([0] * 10 + [1] * 5)) if grouped else None
+    alone = lasso(
+        gram[rows][:, rows],
+        gram[rows][:, ranks == 1],
+        target_sq_norm=torch.ones(15),
+        strength=0.2,
+        penalty=penalty,
+        tol=1e-8,
+    )
+    torch.testing.assert_close(solution.value[:5, 5:20], alone.value)
+
+
+def test_an_interrupted_solve_resumes_from_its_checkpoint(tmp_path: Path, monkeypatch) -> None:
+    gram, file = standard_gram(), tmp_path / "solve.safetensors"
+    whole = block_lasso(gram, LAYOUT, strength=0.2)
+    calls = []
+
+    def interrupted(*args, **options):
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return lasso(*args, **options)
+
+    monkeypatch.setattr("tl_circuitlasso.solve.blocks.lasso", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        block_lasso(gram, LAYOUT, strength=0.2, checkpoint=file)
+    assert file.exists()
+    monkeypatch.setattr("tl_circuitlasso.solve.blocks.lasso", lambda *a, **o: (calls.append(1), lasso(*a, **o))[1])
+    resumed = block_lasso(gram, LAYOUT, strength=0.2, checkpoint=file)
+    assert len(calls) == 2  # one rank before the interrupt, only the other after it
+    assert torch.equal(resumed.value, whole.value)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["solve.safetensors"]
+
+
+def test_foreign_or_broken_checkpoints_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "solve.safetensors"
+    block_lasso(standard_gram(), LAYOUT, strength=0.2, checkpoint=file)
+    with pytest.raises(FormatError, match="other data or options"):
+        block_lasso(standard_gram(1), LAYOUT, strength=0.2, checkpoint=file)
+    file.write_bytes(b"not a checkpoint")
+    with pytest.raises(FormatError, match="isn't a checkpoint"):
+        block_lasso(standard_gram(), LAYOUT, strength=0.2, checkpoint=file)
+    with pytest.raises(InputError, match="`layout` describes 3 nodes"):
+        block_lasso(standard_gram(), Layout([3], [0]), strength=0.2)
+
+
+def test_ctrl_c_returns_control_at_once_and_leaves_the_matrices_alone() -> None:
+    problem = planted(samples=400, sources=300, targets=300, correlation=0.99)
+    matrices = problem.matrices
+    before = {name: matrix.clone() for name, matrix in matrices.items()}
+    lasso(problem.gram[:5, :5], problem.cross[:5], target_sq_norm=problem.square, strength=0.5)  # compiled beforehand
+    timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    clock = time.perf_counter()
+    with pytest.raises(KeyboardInterrupt):
+        lasso(**matrices, strength=1e-5, tol=1e-13)
+        time.sleep(30)
+    assert time.perf_counter() - clock < 6
+    assert all(torch.equal(before[name], matrices[name]) for name in before)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_gram_of_sparse_codes_equals_the_dense_one(compiled: bool, monkeypatch) -> None:
+    if not compiled:
+        monkeypatch.setattr("tl_circuitlasso.solve.sparse.numba_available", lambda: False)
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.rand(200, 40, generator=generator).double() * (torch.rand(200, 40, generator=generator) < 0.1)
+    codes[:, 7] = 0
+    targets = torch.randn(200, 3, generator=generator, dtype=torch.float64) + 5
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls its CSR layout beta
+        parts = [code_sums(codes[k : k + 50].to_sparse_csr(), targets[k : k + 50]) for k in range(0, 200, 50)]
+    sums = parts[0] + parts[1] + parts[2] + parts[3]
+    data = sums.centred()
+    centred, about = codes - codes.mean(0), targets - targets.mean(0)
+    expected = moments_of(centred, about)
+    for name in ("gram", "cross", "target_sq_norm"):
+        torch.testing.assert_close(getattr(data, name), getattr(expected, name), atol=1e-12, rtol=1e-9)
+    dense = code_sums(codes, targets).centred()
+    np.testing.assert_allclose(dense.gram.numpy(), data.gram.numpy(), atol=1e-12)
+    with pytest.raises(InputError, match="NaN or infinite"):
+        code_sums(torch.full((2, 2), torch.nan))
+
+
+def _worker(rank: int, store: str, results: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    problem = planted(targets=9)
+    mine = slice(0, 50) if rank == 0 else slice(50, None)
+    data = all_reduce_moments(moments_of(problem.features[mine], problem.targets[mine]))
+    plain = lasso_sharded(data.gram, data.cross, target_sq_norm=data.target_sq_norm, strength=0.1)
+    penalty = Group(torch.arange(30) // 3, torch.arange(9) // 3)
+    level = torch.full((9,), 0.2)
+    blocks = lasso_sharded(data.gram, data.cross, target_sq_norm=data.target_sq_norm, strength=level, penalty=penalty)
+    torch.save(
+        {"plain": plain.value, "blocks": blocks.value, "gap": plain.gap, "ok": plain.converged}, f"{results}{rank}"
+    )
+    dist.destroy_process_group()
+
+
+def test_two_processes_give_the_answer_of_one(tmp_path: Path) -> None:
+    context = mp.start_processes(
+        _worker, (str(tmp_path / "store"), str(tmp_path / "r")), nprocs=2, start_method="spawn"
+    )
+    assert context is None
+    problem = planted(targets=9)
+    alone = lasso_sharded(problem.gram, problem.cross, target_sq_norm=problem.square, strength=0.1)
+    penalty = Group(torch.arange(30) // 3, torch.arange(9) // 3)
+    blocks = lasso(**problem.matrices, strength=0.2, penalty=penalty)
+    for rank in range(2):
+        stored = torch.load(tmp_path / f"r{rank}", weights_only=True)
+        torch.testing.assert_close(stored["plain"], alone.value, atol=1e-6, rtol=0)
+        torch.testing.assert_close(stored["blocks"], blocks.value, atol=1e-6, rtol=0)
+        assert bool(stored["ok"].all()) and float(stored["gap"].max()) <= 1e-4

@@ -1,0 +1,254 @@
+"""The verbs over a Gram matrix: `lasso` for many targets of one design, `lasso_many` for many small designs."""
+
+import logging
+import time
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tl_circuitlasso.errors import InputError, SolveError
+from tl_circuitlasso.solve.base import AbstractPenalty, AbstractSolver, Answer, Solution, Status
+from tl_circuitlasso.solve.fista import Fista
+from tl_circuitlasso.solve.groups import Group
+from tl_circuitlasso.solve.penalties import L1
+from tl_circuitlasso.solve.problem import Scaled, check_matrices, explain_failure, scale
+from tl_circuitlasso.solve.row_set import RowSet
+from tl_circuitlasso.solve.torch_set import TorchSet
+from tl_circuitlasso.solve.unpenalised import solve_unpenalised
+from tl_circuitlasso.solve.working_set import WorkingSet, numba_available
+
+log = logging.getLogger(__name__)
+
+Strength = int | float | Tensor
+StrengthIs = str  # "relative" or "absolute"; checked where it is used
+ROW_SET_FROM = 512  # sources from which a working set of rows beats plain FISTA
+SINGLE_FROM = 1 << 20  # entries of the answer from which rounds in float32 pay for their copy of the Gram
+
+
+def lasso(
+    gram: Float[Tensor, "source source"],
+    cross: Float[Tensor, "source target"],
+    *,
+    target_sq_norm: Float[Tensor, " target"],
+    strength: Strength,
+    penalty: AbstractPenalty | None = None,
+    tol: float = 1e-4,
+    solver: str | AbstractSolver = "auto",
+    max_iter: int | None = None,
+    init: Float[Tensor, "source target"] | None = None,
+    strict: bool = False,
+    dtype: torch.dtype | None = None,
+    strength_is: StrengthIs = "relative",
+    standardise: bool = False,
+    names: Sequence[str] | None = None,
+    check: bool = True,
+) -> Solution:
+    """Many regressions on one design, each with a proof of optimality:
+
+        min_A  sum_j  1/2 a_j'G a_j - c_j'a_j + yy_j/2 + lambda_j * penalty(a_j)
+
+    gram: X'X/M; cross: X'Y/M; target_sq_norm: the diagonal of Y'Y/M, all of centred samples. `strength` is a number or
+    (target,), as a fraction of lambda_max, the smallest lambda with an empty solution (`strength_is="absolute"` gives
+    lambda itself). `penalty` defaults to `L1()`. A target is done when its duality gap is at most `tol` times the
+    objective of the empty solution. `standardise` penalises every source as if it had unit variance; `names` are used
+    in error messages; `dtype=torch.float32` accepts single precision throughout; `check=False` skips the validation.
+    `solver` is "auto", "working_set", "fista", "torch" or a solver object. The value is float64 in the caller's units.
+
+    Raises InputError for matrices that are not what they should be, SolveError with `strict` if a target missed `tol`.
+    Tibshirani 1996; the solver is described in `working_set`, the certificate in `certificate`.
+
+    >>> solution = lasso(torch.eye(2), torch.tensor([[2.0], [0.5]]), target_sq_norm=torch.tensor([5.0]), strength=0.5)
+    >>> solution.value.flatten().tolist(), bool(solution.converged)
+    ([1.0, 0.0], True)
+    """
+    clock = time.perf_counter()
+    penalty = L1() if penalty is None else penalty
+    precision = max(torch.finfo(t.dtype).eps for t in (gram, cross, target_sq_norm))
+    _check_arguments(gram, cross, target_sq_norm, tol)
+    gram, cross, square = gram.double(), cross.double(), target_sq_norm.double()
+    penalty.check(*cross.shape)
+    penalty = penalty.to(torch.float64, gram.device)
+    if check:
+        check_matrices(gram, cross, square, names)
+    scaled = scale(gram, cross, square, penalty, precision=precision, standardise=standardise, check=check)
+    limit = scaled.penalty.strength_max(scaled.loss.cross)
+    absolute = absolute_strength(strength, limit, scaled.target_scale, strength_is)
+    start = None if init is None else scaled.enter(_check_init(init, cross))
+    chosen = choose_solver(solver, scaled.penalty, cross.shape, max_iter, dtype, tol, gram.device)
+    answer = _solve_scaled(scaled, absolute, limit, chosen, tol, start)
+    value = scaled.leave(answer.value)
+    converged = answer.gap <= tol
+    if check and not bool(converged.all()):
+        explain_failure(scaled.loss, answer.value, precision)
+    status = _status(converged, absolute, answer)
+    stats = {
+        "strength": absolute * scaled.target_scale,
+        "strength_max": limit * scaled.target_scale,
+        "iterations": answer.iterations,
+        "dead_sources": scaled.dead_sources,
+        "dead_targets": scaled.dead_targets,
+        "solver": type(chosen).__name__,
+        "seconds": time.perf_counter() - clock,
+    }
+    solution = Solution(value, answer.gap, converged, status, stats)
+    report(solution, tol, strict)
+    return solution
+
+
+def lasso_many(
+    grams: Sequence[Float[Tensor, "_source _source"]],
+    crosses: Sequence[Float[Tensor, "_source _target"]],
+    *,
+    target_sq_norms: Sequence[Float[Tensor, " _target"]],
+    strength: Strength | Sequence[Strength],
+    penalty: AbstractPenalty | Sequence[AbstractPenalty] | None = None,
+    **options: Any,
+) -> list[Solution]:
+    """`lasso` on many small problems, each with a Gram of its own: one `Solution` per problem.
+
+    `strength` and `penalty` are one for all or one per problem; `options` are those of `lasso`. Non-converged problems
+    are reported in one warning.
+
+    >>> two = lasso_many([torch.eye(1)] * 2, [torch.ones(1, 1)] * 2, target_sq_norms=[torch.ones(1)] * 2, strength=0.5)
+    >>> [float(solution.value) for solution in two]
+    [0.5, 0.5]
+    """
+    count = len(grams)
+    if not len(crosses) == len(target_sq_norms) == count:
+        raise InputError(
+            f"`grams`, `crosses` and `target_sq_norms` must be equally many, got {count}, {len(crosses)} and"
+            f" {len(target_sq_norms)}"
+        )
+    strengths: list[Any] = list(strength) if isinstance(strength, (list, tuple)) else [strength] * count
+    penalties: list[Any] = list(penalty) if isinstance(penalty, (list, tuple)) else [penalty] * count
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        solutions = [
+            lasso(gram, cross, target_sq_norm=square, strength=level, penalty=shape, **options)
+            for gram, cross, square, level, shape in zip(grams, crosses, target_sq_norms, strengths, penalties)
+        ]
+    if caught:
+        warnings.warn(f"{len(caught)} of {count} problems: {caught[0].message}", RuntimeWarning, stacklevel=2)
+    return solutions
+
+
+def absolute_strength(
+    strength: Strength,
+    limit: Float[Tensor, " target"],
+    target_scale: Float[Tensor, " target"],
+    strength_is: StrengthIs,
+) -> Float[Tensor, " target"]:
+    """lambda of each target in scaled units."""
+    level = torch.as_tensor(strength, dtype=limit.dtype, device=limit.device)
+    if level.shape not in {(), limit.shape}:
+        raise InputError(
+            f"`strength` must be a number or one per target {tuple(limit.shape)}, got {tuple(level.shape)}"
+        )
+    if not bool((level >= 0).all()):
+        raise InputError(f"`strength` must be >= 0, got {float(level.min())}")
+    if strength_is not in ("relative", "absolute"):
+        raise InputError(f"`strength_is` must be 'relative' or 'absolute', got {strength_is!r}")
+    return level * limit if strength_is == "relative" else level / target_scale
+
+
+def choose_solver(
+    solver: str | AbstractSolver,
+    penalty: AbstractPenalty,
+    shape: tuple[int, ...],
+    max_iter: int | None,
+    dtype: torch.dtype | None,
+    tol: float,
+    device: torch.device,
+) -> AbstractSolver:
+    """The solver object behind a name."""
+    if isinstance(solver, AbstractSolver):
+        return solver
+    limit: dict[str, int] = {} if max_iter is None else {"max_iter": max_iter}
+    if solver == "auto":
+        solver = "working_set"
+    if solver == "fista":
+        return Fista(**limit)
+    if solver not in ("working_set", "torch"):
+        raise InputError(f"`solver` must be 'auto', 'working_set', 'fista' or 'torch', got {solver!r}")
+    if isinstance(penalty, Group):
+        # blocks of few columns are too small for a loop over them: all at once, the last ones compacted
+        wide = shape[0] >= ROW_SET_FROM and shape[1] >= 8 * (int(penalty.target_groups.max()) + 1)
+        return RowSet(Fista(**limit)) if wide else Fista(**limit)
+    single = dtype == torch.float32 or (dtype is None and tol >= 1e-6 and shape[0] * shape[1] >= SINGLE_FROM)
+    if solver == "working_set" and device.type == "cpu" and numba_available():
+        return WorkingSet(**limit, single=single)
+    return TorchSet(**limit)
+
+
+def report(solution: Solution, tol: float, strict: bool) -> None:
+    """Never a silent failure: one warning with the worst target, or SolveError."""
+    if bool(solution.converged.all()):
+        return
+    worst = int(torch.nan_to_num(solution.gap, nan=torch.inf).argmax())
+    message = (
+        f"{int((~solution.converged).sum())} of {len(solution.gap)} targets missed tol={tol:g}; the worst is target"
+        f" {worst} with a relative gap of {float(solution.gap[worst]):.2e} ({solution.status})"
+    )
+    if strict:
+        raise SolveError(message)
+    warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
+def _solve_scaled(
+    scaled: Scaled,
+    strength: Float[Tensor, " target"],
+    limit: Float[Tensor, " target"],
+    solver: AbstractSolver,
+    tol: float,
+    init: Float[Tensor, "source target"] | None,
+) -> Answer:
+    """Targets with lambda = 0 < lambda_max go to least squares, the others to the solver."""
+    free = (strength == 0) & (limit > 0)
+    if not bool(free.any()):
+        return solver.solve(scaled.loss, scaled.penalty, strength, tol=tol, init=init)
+    value, stalled = torch.zeros_like(scaled.loss.cross), False
+    gap, iterations = torch.zeros_like(strength), torch.zeros(len(strength), dtype=torch.long, device=strength.device)
+    for part, routine in ((free, None), (~free, solver)):
+        columns = part.nonzero()[:, 0]
+        if not len(columns):
+            continue
+        loss, penalty = scaled.loss.restrict(None, columns), scaled.penalty.restrict(None, columns)
+        if routine is None:
+            answer = solve_unpenalised(loss, penalty)
+        else:
+            start = None if init is None else init[:, columns]
+            answer = routine.solve(loss, penalty, strength[columns], tol=tol, init=start)
+        value[:, columns], gap[columns], iterations[columns] = answer.value, answer.gap, answer.iterations
+        stalled = stalled or answer.stalled
+    return Answer(value, gap, iterations, stalled)
+
+
+def _status(converged: Bool[Tensor, " target"], strength: Float[Tensor, " target"], answer: Answer) -> Status:
+    if bool(converged.all()):
+        return Status.SOLVED
+    if bool((~converged & (strength == 0)).any()):
+        return Status.UNCERTIFIED
+    return Status.STALLED if answer.stalled else Status.MAX_ITERATIONS
+
+
+def _check_arguments(gram: Tensor, cross: Tensor, target_sq_norm: Tensor, tol: float) -> None:
+    if gram.ndim != 2 or gram.shape[0] != gram.shape[1]:
+        raise InputError(f"`gram` must be square (source, source), got {tuple(gram.shape)}")
+    if cross.ndim != 2 or cross.shape[0] != gram.shape[0]:
+        raise InputError(f"`cross` must be ({gram.shape[0]}, target) beside this `gram`, got {tuple(cross.shape)}")
+    if target_sq_norm.shape != (cross.shape[1],):
+        raise InputError(f"`target_sq_norm` must be ({cross.shape[1]},), got {tuple(target_sq_norm.shape)}")
+    if not tol > 0:
+        raise InputError(f"`tol` must be > 0, got {tol}")
+
+
+def _check_init(init: Tensor, cross: Tensor) -> Tensor:
+    if init.shape != cross.shape:
+        raise InputError(f"`init` must be {tuple(cross.shape)} (source, target), got {tuple(init.shape)}")
+    if not bool(torch.isfinite(init).all()):
+        raise InputError("`init` holds NaN or infinite entries: leave it out to start from zero")
+    return init

@@ -1,0 +1,156 @@
+"""Squared error in two forms: over a Gram matrix, and over residuals. Classification is in `likelihoods`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_circuitlasso.solve.base import AbstractLoss
+
+
+@dataclass(frozen=True, eq=False)
+class QuadraticGram(AbstractLoss):
+    """f(a) = 1/2 a'Ga - c'a + yy/2 with G = X'X/M, c = X'y/M, yy = y'y/M: the data are no longer needed.
+
+    >>> loss = QuadraticGram(torch.eye(2), torch.tensor([[1.0], [0.0]]), torch.tensor([1.0]))
+    >>> loss.negative_gradient(torch.zeros(2, 1)).flatten().tolist()
+    [1.0, 0.0]
+    """
+
+    gram: Float[Tensor, "_source _source"]  # (0, 0) where only gradients that are known already will be asked about
+    cross: Float[Tensor, "source target"]
+    target_sq_norm: Float[Tensor, " target"]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return int(self.cross.shape[0]), int(self.cross.shape[1])
+
+    def negative_gradient(self, value: Float[Tensor, "source target"]) -> Float[Tensor, "source target"]:
+        return self.cross - self.gram @ value
+
+    def objective(
+        self, value: Float[Tensor, "source target"], negative_gradient: Float[Tensor, "source target"]
+    ) -> Float[Tensor, " target"]:
+        return 0.5 * self._residual(value, negative_gradient)
+
+    def fenchel(
+        self,
+        value: Float[Tensor, "source target"],
+        negative_gradient: Float[Tensor, "source target"],
+        scale: Float[Tensor, " target"],
+    ) -> Float[Tensor, " target"]:
+        residual = self._residual(value, negative_gradient)
+        return quadratic_share(residual, (value * negative_gradient).sum(0), scale)
+
+    def natural_scale(
+        self, value: Float[Tensor, "source target"], negative_gradient: Float[Tensor, "source target"]
+    ) -> Float[Tensor, " target"]:
+        return quadratic_scale(self._residual(value, negative_gradient), (value * negative_gradient).sum(0))
+
+    def curvature(self) -> float:
+        return largest_eigenvalue(self.gram)
+
+    def null_objective(self) -> Float[Tensor, " target"]:
+        return 0.5 * self.target_sq_norm
+
+    def restrict(
+        self, sources: Int[Tensor, " kept_source"] | None, targets: Int[Tensor, " kept_target"] | None
+    ) -> "QuadraticGram":
+        gram, cross, target_sq_norm = self.gram, self.cross, self.target_sq_norm
+        if sources is not None:
+            gram, cross = gram[sources][:, sources], cross[sources]
+        if targets is not None:
+            cross, target_sq_norm = cross[:, targets], target_sq_norm[targets]
+        return QuadraticGram(gram, cross, target_sq_norm)
+
+    def _residual(
+        self, value: Float[Tensor, "source target"], negative_gradient: Float[Tensor, "source target"]
+    ) -> Float[Tensor, " target"]:
+        """||y - Xa||^2 / M."""
+        return (self.target_sq_norm - (value * (self.cross + negative_gradient)).sum(0)).clamp(min=0)
+
+
+@dataclass(frozen=True, eq=False)
+class QuadraticResidual(AbstractLoss):
+    """f(A) = 1/(2M) ||Y - XA||_F^2 on the data themselves, for any solver that runs on gradients."""
+
+    features: Float[Tensor, "sample source"]
+    observed: Float[Tensor, "sample target"]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return int(self.features.shape[1]), int(self.observed.shape[1])
+
+    def negative_gradient(self, value: Float[Tensor, "source target"]) -> Float[Tensor, "source target"]:
+        return self.features.t() @ self._residual(value) / self.observed.shape[0]
+
+    def objective(
+        self, value: Float[Tensor, "source target"], negative_gradient: Float[Tensor, "source target"]
+    ) -> Float[Tensor, " target"]:
+        del negative_gradient
+        return 0.5 * self._residual(value).square().mean(0)
+
+    def fenchel(
+        self,
+        value: Float[Tensor, "source target"],
+        negative_gradient: Float[Tensor, "source target"],
+        scale: Float[Tensor, " target"],
+    ) -> Float[Tensor, " target"]:
+        return quadratic_share(self._residual(value).square().mean(0), (value * negative_gradient).sum(0), scale)
+
+    def natural_scale(
+        self, value: Float[Tensor, "source target"], negative_gradient: Float[Tensor, "source target"]
+    ) -> Float[Tensor, " target"]:
+        return quadratic_scale(self._residual(value).square().mean(0), (value * negative_gradient).sum(0))
+
+    def curvature(self) -> float:
+        return largest_singular_sq(self.features) / self.observed.shape[0]
+
+    def null_objective(self) -> Float[Tensor, " target"]:
+        return 0.5 * self.observed.square().mean(0)
+
+    def restrict(
+        self, sources: Int[Tensor, " kept_source"] | None, targets: Int[Tensor, " kept_target"] | None
+    ) -> "QuadraticResidual":
+        features = self.features if sources is None else self.features.index_select(1, sources)
+        return QuadraticResidual(features, self.observed if targets is None else self.observed[:, targets])
+
+    def _residual(self, value: Float[Tensor, "source target"]) -> Float[Tensor, "sample target"]:
+        return self.observed - self.features @ value
+
+
+def quadratic_share(
+    residual: Float[Tensor, " target"], fitted: Float[Tensor, " target"], scale: Float[Tensor, " target"]
+) -> Float[Tensor, " target"]:
+    """(1 - s)^2 rr / 2 - s ag: the share of a squared error in the duality gap."""
+    return 0.5 * (1 - scale).square() * residual - scale * fitted
+
+
+def quadratic_scale(residual: Float[Tensor, " target"], fitted: Float[Tensor, " target"]) -> Float[Tensor, " target"]:
+    """(rr + ag) / rr, the s that minimises `quadratic_share`."""
+    return torch.where(residual > 0, (residual + fitted) / residual, 1.0)
+
+
+def largest_eigenvalue(gram: Float[Tensor, "source source"], steps: int = 40) -> float:
+    """An upper estimate of the largest eigenvalue: power iteration, capped by the largest absolute row sum."""
+    vector = 1 + 0.1 * torch.sin(torch.arange(gram.shape[0], dtype=gram.dtype, device=gram.device))[:, None]
+    cap = float(gram.abs().sum(0).amax()) if gram.numel() else 1.0
+    return min(_power(lambda v: gram @ v, vector, steps), cap)
+
+
+def largest_singular_sq(features: Float[Tensor, "sample source"], steps: int = 40) -> float:
+    """An upper estimate of the largest squared singular value, by power iteration on X'X."""
+    vector = features.t() @ torch.ones(features.shape[0], 1, dtype=features.dtype, device=features.device)
+    vector = vector + 1e-3 * vector.abs().amax() + torch.finfo(features.dtype).tiny
+    return _power(lambda v: features.t() @ (features @ v), vector, steps)
+
+
+def _power(apply: Callable[[Tensor], Tensor], vector: Float[Tensor, "source 1"], steps: int) -> float:
+    """Power iteration approaches from below, so its figure is raised by 5 % (solvers also guard against divergence)."""
+    size, tiny = 0.0, torch.finfo(vector.dtype).tiny
+    for _ in range(steps):
+        vector = apply(vector / vector.norm().clamp(min=tiny))
+        size = float(vector.norm())
+    return max(1.05 * size, tiny)

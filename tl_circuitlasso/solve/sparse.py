@@ -1,0 +1,156 @@
+"""Moments of sparse codes (SAE features) without making them dense: streaming, in float64.
+
+A batch is a CSR matrix (sample, source). On CPU a compiled row gather (Gustavson 1978) builds one row of the Gram at a
+time, touching only pairs of sources that fire together, and only the upper triangle; scipy takes over without numba.
+On CUDA the batch is either scattered in float64 or multiplied densely in bfloat16 parts, whichever its density favours.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.sparse
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_circuitlasso.errors import InputError
+from tl_circuitlasso.solve.path import Moments
+from tl_circuitlasso.solve.working_set import numba_available
+
+SCATTER_BELOW = 1 / 256  # density up to which CUDA scatters pairs instead of multiplying dense batches
+
+
+@dataclass(frozen=True, eq=False)
+class CodeSums:
+    """Raw sums over samples: count, sum of codes, X'X, and with targets their sums, X'Y and squares. They add up.
+
+    Codes are mostly zeros, so their raw second moments are no larger than the centred ones and float64 loses nothing.
+    """
+
+    count: int
+    sums: Float[Tensor, " source"]
+    scatter: Float[Tensor, "source source"]
+    target_sums: Float[Tensor, " target"]
+    cross: Float[Tensor, "source target"]
+    target_squares: Float[Tensor, " target"]
+
+    def __add__(self, other: "CodeSums") -> "CodeSums":
+        return CodeSums(
+            self.count + other.count,
+            self.sums + other.sums,
+            self.scatter + other.scatter,
+            self.target_sums + other.target_sums,
+            self.cross + other.cross,
+            self.target_squares + other.target_squares,
+        )
+
+    def centred(self) -> Moments:
+        """The moments about the mean: what `lasso` takes."""
+        if not self.count:
+            raise InputError("no samples have been added yet")
+        mean, target_mean = self.sums / self.count, self.target_sums / self.count
+        gram = self.scatter / self.count - mean[:, None] * mean
+        return Moments(
+            (gram + gram.T) / 2,
+            self.cross / self.count - mean[:, None] * target_mean,
+            (self.target_squares / self.count - target_mean.square()).clamp(min=0),
+            self.count,
+        )
+
+
+def code_sums(codes: Tensor, targets: Float[Tensor, "sample target"] | None = None) -> CodeSums:
+    """The sums of one batch of codes (sample, source), CSR or dense; `targets` are dense, none by default.
+
+    >>> codes = torch.tensor([[1.0, 0.0], [0.0, 2.0]]).to_sparse_csr()
+    >>> code_sums(codes).scatter.tolist()
+    [[1.0, 0.0], [0.0, 4.0]]
+    """
+    values = codes.values() if codes.layout == torch.sparse_csr else codes
+    if not bool(torch.isfinite(values).all()):
+        raise InputError("`codes` hold NaN or infinite values: check the activations that were encoded")
+    samples = codes.shape[0]
+    y = torch.zeros(samples, 0, dtype=torch.float64, device=codes.device) if targets is None else targets.double()
+    if len(y) != samples:
+        raise InputError(f"`targets` must have {samples} rows like `codes`, got {len(y)}")
+    sums, scatter, cross = _sums_cuda(codes, y) if codes.device.type == "cuda" else _sums_cpu(codes, y)
+    return CodeSums(samples, sums, scatter, y.sum(0), cross, y.square().sum(0))
+
+
+def csr_matrix(codes: Tensor) -> scipy.sparse.csr_matrix:
+    """CSR or dense codes on the CPU as a sorted scipy matrix in float64; torch's CSR lacks most products."""
+    if codes.layout != torch.sparse_csr:
+        return scipy.sparse.csr_matrix(codes.double().numpy())
+    parts = (codes.values().double().numpy(), codes.col_indices().numpy(), codes.crow_indices().numpy())
+    matrix = scipy.sparse.csr_matrix(parts, shape=tuple(codes.shape), copy=True)
+    matrix.sum_duplicates()
+    return matrix
+
+
+def _sums_cpu(codes: Tensor, targets: Float[Tensor, "sample target"]) -> tuple[Tensor, Tensor, Tensor]:
+    matrix = csr_matrix(codes)
+    sums = torch.from_numpy(np.asarray(matrix.sum(0)).ravel())
+    return sums, gram_of_codes(matrix), torch.from_numpy(np.ascontiguousarray(matrix.T @ targets.numpy()))
+
+
+def gram_of_codes(matrix: scipy.sparse.csr_matrix) -> Float[Tensor, "source source"]:
+    """X'X in float64."""
+    if not numba_available():
+        return torch.from_numpy((matrix.T @ matrix).toarray())
+    from tl_circuitlasso.solve.sparse_kernels import gather_gram
+
+    columns = matrix.tocsc()
+    places = scipy.sparse.csr_matrix((np.arange(matrix.nnz), matrix.indices, matrix.indptr), matrix.shape).tocsc().data
+    sources = columns.indptr.size - 1
+    out = np.zeros((sources, sources))
+    gather_gram(columns.indptr, columns.indices, places, matrix.indptr, matrix.indices, matrix.data, out)
+    return torch.from_numpy(out)
+
+
+def _sums_cuda(codes: Tensor, targets: Float[Tensor, "sample target"]) -> tuple[Tensor, Tensor, Tensor]:
+    dense = codes.to_dense() if codes.layout == torch.sparse_csr else codes
+    double = dense.double()
+    return double.sum(0), _scatter_cuda(codes), double.T @ targets
+
+
+def _scatter_cuda(codes: Tensor) -> Float[Tensor, "source source"]:
+    """X'X on CUDA: float64 scatter of sparse rows, or bfloat16 products accumulated outside in float64."""
+    samples, sources = codes.shape
+    if codes.layout == torch.sparse_csr and codes.values().numel() <= SCATTER_BELOW * samples * sources:
+        out = torch.zeros(sources, sources, dtype=torch.float64, device=codes.device)
+        rows = torch.repeat_interleave(torch.arange(samples, device=codes.device), codes.crow_indices().diff())
+        return _pairs(out, rows, codes.col_indices().long(), codes.values().double(), codes.crow_indices())
+    return dense_scatter(codes.to_dense() if codes.layout == torch.sparse_csr else codes)
+
+
+def _pairs(out: Tensor, rows: Tensor, columns: Tensor, values: Tensor, starts: Tensor) -> Tensor:
+    """Adds v_i v_j to (i, j) for every pair of entries of a row, one partner offset at a time."""
+    width = int(starts.diff().max()) if len(starts) > 1 else 0
+    length = starts.diff()[rows]
+    position = torch.arange(len(columns), device=columns.device)
+    offset = position - starts[rows]
+    for shift in range(width):
+        partner = starts[rows] + (offset + shift) % length
+        valid = shift < length
+        at = columns[valid] * out.shape[1] + columns[partner[valid]]
+        out.view(-1).index_add_(0, at, values[valid] * values[partner[valid]])
+    return out
+
+
+def dense_scatter(batch: Float[Tensor, "sample source"], step: int = 4096) -> Float[Tensor, "source source"]:
+    """X'X by bfloat16 tensor-core products of x = high + low, float32 inside a slab, float64 across slabs.
+
+    Codes that came out of a bfloat16 encoder have no low part, and one product is exact up to its accumulation. Off
+    CUDA, where a product can't keep a wider result than its input, it is a plain float64 product.
+    """
+    out = torch.zeros(batch.shape[1], batch.shape[1], dtype=torch.float64, device=batch.device)
+    for slab in batch.split(step):
+        if batch.device.type != "cuda":
+            out += slab.double().T @ slab.double()
+            continue
+        high = slab.to(torch.bfloat16)
+        low = (slab - high.to(slab.dtype)).to(torch.bfloat16)
+        out += torch.mm(high.T, high, out_dtype=torch.float32)
+        if bool((low != 0).any()):
+            mixed = torch.mm(high.T, low, out_dtype=torch.float32)
+            out += mixed + mixed.T + torch.mm(low.T, low, out_dtype=torch.float32)
+    return out
