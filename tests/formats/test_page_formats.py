@@ -1,0 +1,270 @@
+"""Neuronpedia and circuit-tracer: the page's schema and rules, supernodes, Cantor ids, tensors and refusals."""
+
+import json
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.formats.helpers import GOLDEN, feature_graph, small_graph
+from tl_circuitlasso import formats
+from tl_circuitlasso.errors import FormatError, InputError
+from tl_circuitlasso.formats import circuit_tracer
+from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.nodes import Block, NodeIndex
+from tl_circuitlasso.sites import Site
+
+GRAPHS = [small_graph, feature_graph]
+
+
+def foreign_page() -> dict:
+    """A page as circuit-tracer writes it: two tokens, two features, an error node and a logit."""
+
+    def node(node_id: str, feature: int, kind: str, **more) -> dict:
+        layer, _, position = node_id.split("_")
+        entry = {"node_id": node_id, "feature": feature, "layer": layer, "ctx_idx": int(position), "feature_type": kind}
+        return entry | {"jsNodeId": node_id, "clerp": "", "influence": 0.5} | more
+
+    nodes = [
+        node("E_464_0", 0, "embedding"),
+        node("E_3797_1", 1, "embedding"),
+        node("0_5_1", formats.cantor_pair(0, 5), "cross layer transcoder", activation=1.5),
+        node("0_-1_1", -1, "mlp reconstruction error"),
+        node("1_3_1", formats.cantor_pair(1, 3), "cross layer transcoder"),
+        node("3_11_1", 11, "logit", clerp='Output "x" (p=0.500)', token_prob=0.5, is_target_logit=True),
+    ]
+    ends = [("E_464_0", "0_5_1", 1.5), ("0_5_1", "1_3_1", -0.5), ("0_-1_1", "1_3_1", 0.25), ("1_3_1", "3_11_1", 3.0)]
+    return {
+        "metadata": {"slug": "s", "scan": "gemma-2-2b", "prompt_tokens": ["The", " cat"], "prompt": "The cat"},
+        "qParams": {"pinnedIds": ["0_5_1"], "supernodes": [["cats", "0_5_1"]]},
+        "nodes": nodes,
+        "links": [{"source": s, "target": t, "weight": w} for s, t, w in ends],
+    }
+
+
+@given(st.integers(0, 1 << 40), st.integers(0, 1 << 40))
+def test_cantor_pairs_are_exact(first: int, second: int) -> None:
+    assert formats.cantor_unpair(formats.cantor_pair(first, second)) == (first, second)
+
+
+def test_golden_files() -> None:
+    page = formats.to_neuronpedia(feature_graph(), scan="gpt2-small", source_set="res-jb")
+    assert page == json.loads((GOLDEN / "neuronpedia.json").read_text())
+    assert formats.to_circuit_tracer(small_graph()) == json.loads((GOLDEN / "circuit_tracer.json").read_text())
+
+
+@pytest.mark.parametrize("make", GRAPHS)
+@pytest.mark.parametrize(
+    ("write", "suffix"),
+    [(formats.to_neuronpedia, ".json"), (formats.to_circuit_tracer, ".json"), (formats.to_circuit_tracer, ".pt")],
+)
+def test_kept_circuit_comes_back(make, write, suffix: str, tmp_path) -> None:
+    graph, path = make(), tmp_path / f"graph{suffix}"
+    write(graph, path)
+    again = formats.from_circuit_tracer(path)
+    kept = {pair: score for pair, score in graph.pair_scores().items() if pair in graph.kept_edges()}
+    assert again.pair_scores() == kept
+    assert again.kept_edges() == graph.kept_edges()
+    assert again.provenance == graph.provenance and again.node_info == graph.node_info
+
+
+@pytest.mark.parametrize("make", GRAPHS)
+def test_page_keeps_the_rules_of_the_viewer(make) -> None:
+    page = formats.to_neuronpedia(make())
+    formats.check_neuronpedia(page)
+    tokens, nodes = page["metadata"]["prompt_tokens"], page["nodes"]
+    ids = [node["node_id"] for node in nodes]
+    assert len(set(ids)) == len(ids) and len(tokens) >= 2
+    assert all(0 <= node["ctx_idx"] < len(tokens) for node in nodes)
+    assert all("error" not in node["feature_type"] for node in nodes)
+    assert all("(p=" in node["clerp"] for node in nodes if node["feature_type"] == "logit")
+    seen = {(n["layer"], n["feature"]): {m["ctx_idx"] for m in nodes if m["feature"] == n["feature"]} for n in nodes}
+    assert all(len(places) <= 2 / 3 * len(tokens) for places in seen.values())
+    assert max(int(node["layer"]) for node in nodes if node["layer"] != "E") > 0
+    for node in nodes:
+        if node["layer"] != "E":
+            assert formats.cantor_unpair(node["feature"]) == tuple(map(int, node["node_id"].split("_")[:2]))
+
+
+def test_labels_groups_and_source_set() -> None:
+    page = formats.to_neuronpedia(feature_graph(), source_set="res-jb", description="plural circuit")
+    by_name = {node["tl_name"]: node for node in page["nodes"]}
+    assert by_name["blocks.0.hook_resid_post#17"]["clerp"] == "plural"
+    ((label, *members),) = page["qParams"]["supernodes"]
+    assert label == "number" and len(members) == 2 and set(members) <= set(page["qParams"]["pinnedIds"])
+    assert page["metadata"]["feature_details"] == {"neuronpedia_source_set": "res-jb"}
+    assert page["metadata"]["info"]["description"] == "plural circuit"
+    assert page["metadata"]["generation_settings"] == {"seed": 1}
+
+
+def test_supernodes_of_the_caller() -> None:
+    page = formats.to_neuronpedia(feature_graph(), supernodes={"ends": ["input", "logits"]}, pinned=["input"])
+    assert page["qParams"]["supernodes"] == [["ends", "E_0_0", "3_0_3"]]
+    assert page["qParams"]["pinnedIds"] == ["E_0_0", "3_0_3"]
+    with pytest.raises(InputError, match="no kept edge"):
+        formats.to_neuronpedia(feature_graph(), supernodes={"x": ["blocks.0.hook_resid_post#20"]})
+
+
+def test_a_target_is_not_a_logit() -> None:
+    index = NodeIndex((Block(Site("input"), 0), Block(Site("target"), 1)))
+    page = formats.to_neuronpedia(AttributionGraph.from_edges(index, {("input", "target"): 1.0}))
+    assert page["nodes"][1]["feature_type"] == "target"
+
+
+@pytest.mark.parametrize("read", [formats.from_neuronpedia, formats.from_circuit_tracer])
+def test_a_strangers_page_is_written_back_as_it_was(read) -> None:
+    page = foreign_page()
+    graph = read(json.loads(json.dumps(page)))
+    assert ("blocks.0.hook_features.pos1#5", "blocks.1.hook_features.pos1#3") in graph.kept_edges()
+    assert ("blocks.0.hook_error.pos1", "blocks.1.hook_features.pos1#3") in graph.kept_edges()
+    assert formats.to_neuronpedia(graph) == page
+
+
+def test_a_strangers_page_survives_our_own_file(tmp_path) -> None:
+    graph = formats.from_neuronpedia(foreign_page())
+    graph.save(tmp_path / "graph.safetensors")
+    assert formats.to_neuronpedia(AttributionGraph.load(tmp_path / "graph.safetensors")) == foreign_page()
+
+
+BAD_PAGES = {
+    "no nodes": (lambda p: p.pop("nodes"), "`nodes`"),
+    "empty": (lambda p: p.update(nodes=[], links=[]), "at least one node"),
+    "nodes as an object": (lambda p: p.update(nodes={}), "a list is expected"),
+    "future version": (lambda p: p["metadata"].update(schema_version=9), "schema_version"),
+    "no slug": (lambda p: p["metadata"].pop("slug"), "`slug`"),
+    "no type": (lambda p: p["nodes"][2].pop("feature_type"), r"nodes\[2\]"),
+    "feature as text": (lambda p: p["nodes"][2].update(feature="5"), "feature"),
+    "position as a flag": (lambda p: p["nodes"][2].update(ctx_idx=True), "ctx_idx"),
+    "negative position": (lambda p: p["nodes"][2].update(ctx_idx=-1), "ctx_idx"),
+    "odd layer": (lambda p: p["nodes"][2].update(layer="top"), "layer"),
+    "id twice": (lambda p: p["nodes"][2].update(node_id="1_3_1"), "two nodes"),
+    "same node twice": (lambda p: p["nodes"].append(p["nodes"][4] | {"node_id": "x_3_1"}), "same layer"),
+    "unknown end": (lambda p: p["links"][0].update(target="9_9_9"), "9_9_9"),
+    "NaN": (lambda p: p["links"][0].update(weight=float("nan")), "finite"),
+    "weight as text": (lambda p: p["links"][0].update(weight="1"), r"links\[0\]"),
+    "against the layers": (lambda p: p["links"][1].update(source="3_11_1", target="0_5_1"), "order of computation"),
+    "link twice": (lambda p: p["links"].append(dict(p["links"][0])), "given twice"),
+    "metadata as text": (lambda p: p.update(metadata="x"), "metadata"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_PAGES)
+def test_faulty_pages_are_named(fault: str) -> None:
+    spoil, message = BAD_PAGES[fault]
+    page = foreign_page()
+    spoil(page)
+    with pytest.raises(FormatError, match=message):
+        formats.from_neuronpedia(page)
+
+
+def test_matrix_has_a_row_per_target(tmp_path) -> None:
+    data = formats.to_circuit_tracer(feature_graph(), tmp_path / "graph.pt")
+    n_features, n_pos = len(data["selected_features"]), len(data["input_tokens"])
+    size = n_features + (data["cfg"]["n_layers"] + 1) * n_pos + len(data["logit_targets"])
+    assert data["adjacency_matrix"].shape == (size, size)
+    early, mlp = [0, 1, 17], [1, 2, 17]
+    place = [row.tolist() for row in data["active_features"]]
+    assert float(data["adjacency_matrix"][place.index(mlp), place.index(early)]) == -2.0
+    assert float(data["adjacency_matrix"][place.index(early), size - n_pos - 1]) == 0.5
+
+
+def real_tensors() -> dict:
+    """The fields of circuit-tracer's own .pt: three features, two tokens, two layers, one logit."""
+    adjacency = torch.zeros(10, 10)
+    adjacency[2, 0], adjacency[0, 7], adjacency[9, 2], adjacency[2, 3] = 0.5, 1.0, 2.0, 0.25
+    return {
+        "input_string": "The cat",
+        "input_tokens": torch.tensor([464, 3797]),
+        "active_features": torch.tensor([[0, 1, 5], [0, 0, 7], [1, 1, 3]]),
+        "adjacency_matrix": adjacency,
+        "selected_features": torch.arange(3),
+        "activation_values": torch.ones(3),
+        "logit_targets": torch.tensor([11]),
+        "logit_probabilities": torch.tensor([1.0]),
+        "vocab_size": 5000,
+        "scan": "gemma",
+        "cfg": {"n_layers": 2},
+    }
+
+
+def test_tensors_of_the_package_are_read() -> None:
+    graph = formats.from_circuit_tracer(real_tensors())
+    assert graph.pair_scores() == {
+        ("hook_embed.pos0#464", "blocks.0.hook_features.pos1#5"): 1.0,
+        ("blocks.0.hook_features.pos1#5", "blocks.1.hook_features.pos1#3"): 0.5,
+        ("blocks.0.hook_error.pos0", "blocks.1.hook_features.pos1#3"): 0.25,
+        ("blocks.1.hook_features.pos1#3", "hook_unembed.pos1#11"): 2.0,
+    }
+
+
+def test_classes_of_the_package_are_read_without_the_package(tmp_path, monkeypatch) -> None:
+    *parents, name = "circuit_tracer", "circuit_tracer.utils", "circuit_tracer.utils.tl_nnsight_mapping"
+    config = type("UnifiedConfig", (), {"__module__": name})
+    for parent in parents:
+        monkeypatch.setitem(sys.modules, parent, ModuleType(parent))
+    monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules[name].__dict__["UnifiedConfig"] = config
+    instance = config()
+    instance.n_layers = 2
+    torch.save(real_tensors() | {"cfg": instance}, tmp_path / "graph.pt")
+    monkeypatch.undo()
+    assert len(formats.from_circuit_tracer(tmp_path / "graph.pt")) == 4
+
+
+def test_any_other_class_is_refused_by_name(tmp_path) -> None:
+    torch.save(real_tensors() | {"scan": SimpleNamespace(a=1)}, tmp_path / "graph.pt")
+    with pytest.raises(FormatError, match=r"types\.SimpleNamespace"):
+        formats.from_circuit_tracer(tmp_path / "graph.pt")
+
+
+BAD_TENSORS = {
+    "matrix of another size": (lambda d: d.update(adjacency_matrix=torch.zeros(3, 3)), "shape"),
+    "NaN": (lambda d: d["adjacency_matrix"][0, 1].fill_(float("nan")), "finite"),
+    "no features": (lambda d: d.pop("active_features"), "active_features"),
+    "features as floats": (lambda d: d.update(active_features=torch.zeros(3, 3)), "integer tensor"),
+    "selected beyond": (lambda d: d.update(selected_features=torch.tensor([0, 1, 99])), "graph.pt|given data"),
+    "no layers": (lambda d: d.update(cfg={}), "n_layers"),
+    "giant": (lambda d: d.update(cfg={"n_layers": 1 << 60}), "n_layers"),
+    "against the layers": (lambda d: d["adjacency_matrix"][0, 2].fill_(1.0), "order of computation"),
+    "logits as text": (lambda d: d.update(logit_targets="x"), "logit_targets"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_TENSORS)
+def test_faulty_tensors_are_named(fault: str) -> None:
+    spoil, message = BAD_TENSORS[fault]
+    data = real_tensors()
+    spoil(data)
+    with pytest.raises(FormatError, match=message):
+        formats.from_circuit_tracer(data)
+
+
+def test_too_many_nodes_for_a_matrix(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(circuit_tracer, "_MAX_NODES", 5)
+    with pytest.raises(InputError, match="top_k"):
+        formats.to_circuit_tracer(feature_graph(), tmp_path / "graph.pt")
+
+
+def test_live_object_without_the_package_says_where_to_get_it(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "circuit_tracer.graph", None)
+    with pytest.raises(InputError, match="safety-research/circuit-tracer"):
+        formats.to_circuit_tracer_graph(small_graph())
+
+
+def test_live_object_gets_the_package_s_own_records(monkeypatch) -> None:
+    class Graph(SimpleNamespace):
+        def __init__(self, scan_name: str = "", **fields) -> None:
+            super().__init__(scan_name=scan_name, **fields)
+
+    modules = {
+        "circuit_tracer.graph": SimpleNamespace(Graph=Graph),
+        "circuit_tracer.utils.tl_nnsight_mapping": SimpleNamespace(UnifiedConfig=SimpleNamespace),
+        "circuit_tracer.attribution.targets": SimpleNamespace(LogitTarget=lambda text, token: (text, token)),
+    }
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    live = formats.to_circuit_tracer_graph(feature_graph(), scan="gpt2-small")
+    assert live.scan_name == "gpt2-small" and live.cfg.n_layers == 2 and live.logit_targets == [("logits", 0)]

@@ -1,0 +1,332 @@
+"""The attribution-graph JSON that circuit-tracer's page and Neuronpedia share, and how our nodes map to it.
+
+Out: kept edges only, ports merged. A node's id is `{layer}_{feature}_{ctx}`; `feature` is the Cantor pair of layer
+and feature, as both pages expect. These pages draw one column per token of one prompt; a graph over a data set has no
+such tokens, so each kind of site (`input`, `attn`, `mlp`, `resid`, a hook) becomes a pseudo token and a column. The
+list of tokens is padded to twice their number, as the page deletes features that occur at more than two thirds of the
+tokens.
+
+In: a node of a stranger's file becomes `blocks.4.hook_features.pos3#17` (feature 17 of layer 4 at token 3), an error
+node `blocks.4.hook_error.pos3`, a token `hook_embed.pos3#464`, a logit `hook_unembed.pos9#11`. Its entry is kept in
+`node_info`, so an unchanged graph is written back as it was.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from tl_circuitlasso.errors import FormatError, InputError
+from tl_circuitlasso.formats import _read
+from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.nodes import Block, NodeIndex
+from tl_circuitlasso.sites import Site, parse_site
+
+_NOTE = "tl_circuitlasso"
+_REQUIRED = {
+    "metadata": {"slug": str, "scan": str, "prompt_tokens": list, "prompt": str},
+    "node": {
+        "node_id": str,
+        "feature": (int, type(None)),
+        "layer": (str, int),
+        "ctx_idx": int,
+        "feature_type": str,
+        "jsNodeId": str,
+        "clerp": str,
+    },
+    "link": {"source": str, "target": str, "weight": (int, float)},
+}
+_TYPES = {"input": "embedding", "head": "attention head", "mlp": "mlp", "resid": "residual", "logits": "logit"}
+
+Supernodes = Mapping[str, Iterable[str]]
+
+
+def cantor_pair(first: int, second: int) -> int:
+    """One number for two: (a + b)(a + b + 1)/2 + b.
+
+    >>> cantor_pair(3, 17)
+    227
+    """
+    return (first + second) * (first + second + 1) // 2 + second
+
+
+def cantor_unpair(number: int) -> tuple[int, int]:
+    """The two numbers that `cantor_pair` joined; exact at any size.
+
+    >>> cantor_unpair(227)
+    (3, 17)
+    """
+    diagonal = (math.isqrt(8 * number + 1) - 1) // 2
+    second = number - diagonal * (diagonal + 1) // 2
+    return diagonal - second, second
+
+
+# ---- out ------------------------------------------------------------------------------------------------------------
+
+
+def page(
+    graph: AttributionGraph, *, slug: str, scan: str, prompt: str, supernodes: Supernodes | None, pinned: Iterable[str]
+) -> dict[str, Any]:
+    """Metadata, view, nodes and links, as plain data."""
+    nodes = _nodes(graph)
+    ids = {name: node["node_id"] for name, node in nodes.items()}
+    tokens, said = _tokens(nodes), graph.provenance.get("page")
+    said = said if isinstance(said, Mapping) else {}
+    metadata = {"slug": slug, "scan": scan, "prompt_tokens": tokens, "prompt": prompt} | dict(said.get("metadata", {}))
+    view: dict[str, Any] = {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""}
+    view = dict(said["qParams"]) if isinstance(said.get("qParams"), Mapping) else view
+    groups = _supernodes(graph, supernodes, ids)
+    if groups or pinned:
+        chosen = [*_ids(pinned, ids), *(node for _, *members in groups for node in members)]
+        view |= {"supernodes": groups, "pinnedIds": list(dict.fromkeys(chosen))}
+    if not said:
+        metadata[_NOTE] = _note(graph, nodes)
+    return _read.plain(
+        {"metadata": metadata, "qParams": view, "nodes": list(nodes.values()), "links": _links(graph, ids)}, "graph"
+    )
+
+
+def _nodes(graph: AttributionGraph) -> dict[str, dict[str, Any]]:
+    """Each shown node's entry by its name: the ends of kept edges, and nodes that came from such a page."""
+    shown = torch.zeros(len(graph.index), dtype=torch.bool)
+    shown[graph.source[graph.kept]] = shown[graph.target[graph.kept]] = True
+    last = 1 + max((block.site.layer for block in graph.index.blocks), default=0)
+    columns: dict[str, int] = {"input": 0}
+    nodes: dict[str, dict[str, Any]] = {}
+    came_with = {name: info["page"] for name, info in graph.node_info.items() if isinstance(info.get("page"), Mapping)}
+    for name in came_with:
+        graph.index.position(name)
+        nodes[name] = dict(came_with[name])
+    for block, where in zip(graph.index.blocks, graph.index.slices):
+        for offset in shown[where].nonzero()[:, 0].tolist():
+            name = graph.index.names[where.start + offset]
+            if name not in nodes:
+                feature = None if block.features is None else block.features[offset]
+                nodes[name] = _entry(name, block.site, feature, columns, last, graph.node_info.get(name, {}))
+    _check_ids(nodes)
+    return nodes
+
+
+def _entry(
+    name: str, site: Site, feature: int | None, columns: dict[str, int], last: int, info: Mapping[str, Any]
+) -> dict[str, Any]:
+    column = columns.setdefault(_column_name(site, feature), len(columns))
+    layer = {"input": "E", "logits": str(last + 1), "target": str(last + 1)}.get(site.kind, str(max(site.layer, 0)))
+    number = feature if feature is not None else max(site.head, 0)
+    paired = number if not layer.isdigit() else cantor_pair(int(layer), number)
+    entry = {
+        "node_id": f"{layer}_{number}_{column}",
+        "feature": paired,
+        "layer": layer,
+        "ctx_idx": column,
+        "feature_type": _TYPES.get(site.kind, "target" if site.kind == "target" else "feature"),
+        "jsNodeId": f"{layer}_{number}-{column}",
+        "clerp": str(info.get("label", name)),
+        "tl_name": name,
+    }
+    if site.kind == "logits":  # the page takes a probability from a logit's label, and stops without one
+        label = "logits" if feature is None else str(info.get("label", feature))
+        entry |= {"clerp": f'Output "{label}" (p=1.000)', "is_target_logit": True, "token_prob": 1.0}
+    return entry
+
+
+def _column_name(site: Site, feature: int | None) -> str:
+    match site.kind:
+        case "head":
+            return "attn" if feature is None else f"attn.h{site.head}"
+        case "hook":
+            return re.sub(r"\bblocks\.\d+\.", "", site.hook)
+        case kind:
+            return kind
+
+
+def _check_ids(nodes: Mapping[str, Mapping[str, Any]]) -> None:
+    seen: dict[str, str] = {}
+    for name, node in nodes.items():
+        other = seen.setdefault(node["node_id"], name)
+        if other != name:
+            raise InputError(f"`graph` has {other} and {name}, which share the id {node['node_id']}: leave one out")
+
+
+def _tokens(nodes: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    columns: dict[int, str] = {0: "input"}
+    for name, node in nodes.items():
+        site, _, feature = name.partition("#")
+        columns.setdefault(node["ctx_idx"], _column_name(parse_site(site), int(feature) if feature else None))
+    n_columns = 1 + max(columns)
+    return [columns.get(number, " ") for number in range(n_columns)] + [" "] * max(n_columns, 2)
+
+
+def _supernodes(graph: AttributionGraph, groups: Supernodes | None, ids: Mapping[str, str]) -> list[list[str]]:
+    """Groups as given, else by the `group` that `node_info` has for nodes."""
+    if groups is None:
+        found: dict[str, list[str]] = {}
+        for name, info in graph.node_info.items():
+            if name in ids and isinstance(info.get("group"), str):
+                found.setdefault(info["group"], []).append(name)
+        groups = found
+    return [[str(label), *_ids(names, ids)] for label, names in groups.items()]
+
+
+def _ids(names: Iterable[str], ids: Mapping[str, str]) -> list[str]:
+    names = list(names)
+    unknown = [name for name in names if name not in ids]
+    if unknown:
+        raise InputError(f"`supernodes` or `pinned` name {unknown[0]!r}, which no kept edge touches: leave it out")
+    return [ids[name] for name in names]
+
+
+def _links(graph: AttributionGraph, ids: Mapping[str, str]) -> list[dict[str, Any]]:
+    """One link per kept pair; of q, k and v the score of largest size."""
+    names = graph.index.names
+    links: dict[tuple[int, int], float] = {}
+    rows = graph.kept.nonzero()[:, 0]
+    columns = (graph.source[rows].tolist(), graph.target[rows].tolist(), graph.score[rows].tolist())
+    for source, target, score in zip(*columns):
+        links[source, target] = max(links.get((source, target), 0.0), score, key=abs)
+    return [{"source": ids[names[s]], "target": ids[names[t]], "weight": w} for (s, t), w in links.items()]
+
+
+def _note(graph: AttributionGraph, nodes: Mapping[str, Any]) -> dict[str, Any]:
+    blocks = []
+    for block in graph.index.blocks:
+        shown = [feature for feature, name in zip(block.features or (None,), block.names) if name in nodes]
+        if shown:
+            features = None if block.features is None else shown
+            blocks.append({"site": str(block.site), "rank": block.rank, "features": features})
+    info = {name: dict(row) for name, row in graph.node_info.items() if name in nodes}
+    return {"index": blocks, "provenance": dict(graph.provenance), "node_info": info}
+
+
+# ---- in -------------------------------------------------------------------------------------------------------------
+
+
+def graph_of_page(data: Any, label: str) -> AttributionGraph:
+    """The graph of a page's data; every link is a kept edge.
+
+    Raises
+    ------
+    FormatError: entries missing or of the wrong type, unknown ends, ids given twice, links against the layers.
+    """
+    check_page(data, label)
+    metadata, nodes = dict(data["metadata"]), data["nodes"]
+    note = metadata.get(_NOTE)
+    own = isinstance(note, Mapping) and all(isinstance(node.get("tl_name"), str) for node in nodes)
+    note = note if isinstance(note, Mapping) else {}
+    names = {node["node_id"]: node["tl_name"] if own else _site_name(node, label) for node in nodes}
+    if len(set(names.values())) < len(nodes):
+        raise FormatError(f"{label}: two `nodes` have the same layer, feature and token; each must be one node")
+    index = NodeIndex.from_json(note["index"]) if own else _index(nodes, names, label)
+    for name in names.values():
+        index.position(name)
+    links = data["links"]
+    weight = _read.number_columns([link["weight"] for link in links], label, "weight", lambda row: f"link {row}")
+    page_nodes = {names[node["node_id"]]: {"page": dict(node)} for node in nodes}
+    page_said = {"metadata": metadata, "qParams": dict(data["qParams"])}
+    return AttributionGraph(
+        index=index,
+        source=torch.tensor([index.position(names[link["source"]]) for link in links], dtype=torch.long),
+        target=torch.tensor([index.position(names[link["target"]]) for link in links], dtype=torch.long),
+        port=torch.zeros(len(links), dtype=torch.long),
+        score=weight,
+        weight=weight.clone(),
+        kept=torch.ones(len(links), dtype=torch.bool),
+        **(_said(note) if own else {"node_info": page_nodes, "provenance": {"page": page_said}}),
+    )
+
+
+def _said(note: Mapping[str, Any]) -> dict[str, Any]:
+    """What `page` wrote of a graph beside its nodes and links."""
+    info = {str(name): dict(row) for name, row in dict(note.get("node_info", {})).items()}
+    return {"node_info": info, "provenance": dict(note.get("provenance", {}))}
+
+
+def check_page(data: Any, label: str) -> None:
+    """Check the page's schema: required entries and their types, unique ids, links whose ends exist."""
+    data = _read.expect_mapping(data, label, "the file")
+    _read.expect_keys(data, ("metadata", "qParams", "nodes", "links"), label, "the file")
+    version = data["metadata"].get("schema_version", 1) if isinstance(data["metadata"], Mapping) else 1
+    if version not in (1, None):
+        raise FormatError(f"{label}: `metadata.schema_version` is {str(version)[:40]}; this release reads 1: upgrade")
+    _check_entry(data["metadata"], _REQUIRED["metadata"], label, "metadata")
+    _read.expect_mapping(data["qParams"], label, "qParams")
+    for key, what in (("nodes", "node"), ("links", "link")):
+        if not isinstance(data[key], list):
+            raise FormatError(f"{label}: `{key}` is a {type(data[key]).__name__}; a list is expected")
+        for number, entry in enumerate(data[key]):
+            _check_entry(entry, _REQUIRED[what], label, f"{key}[{number}]")
+    _check_links(data, label)
+
+
+def _check_entry(entry: Any, required: Mapping[str, Any], label: str, where: str) -> None:
+    entry = _read.expect_mapping(entry, label, where)
+    for key, kind in required.items():
+        if key not in entry:
+            raise FormatError(f"{label}: `{where}` has no `{key}`; export the graph again, or add it")
+        if not isinstance(entry[key], kind) or isinstance(entry[key], bool):
+            raise FormatError(f"{label}: `{where}.{key}` is {str(entry[key])[:80]!r}, of the wrong type")
+
+
+def _check_links(data: Mapping[str, Any], label: str) -> None:
+    ids = [node["node_id"] for node in data["nodes"]]
+    known = set(ids)
+    if len(known) < len(ids):
+        twice = Counter(ids).most_common(1)[0][0]
+        raise FormatError(f"{label}: `node_id` {twice[:80]!r} is given to two nodes, so links to it mean nothing")
+    for link in data["links"]:
+        for end in ("source", "target"):
+            if link[end] not in known:
+                raise FormatError(
+                    f"{label}: a link's `{end}` is {link[end][:80]!r}, which no node has as its `node_id`"
+                )
+
+
+def _site_name(node: Mapping[str, Any], label: str) -> str:
+    layer, position, kind = str(node["layer"]), node["ctx_idx"], node["feature_type"]
+    _read.expect_int(position, label, "ctx_idx")
+    middle = re.fullmatch(r"[^_]+_(\d{1,15})_\d+", node["node_id"])
+    feature = int(middle[1]) if middle else node["feature"]
+    feature = _read.expect_int(feature, label, "feature", -1 << 60, 1 << 60) if feature is not None else None
+    number = "" if feature is None or feature < 0 else f"#{feature}"
+    if kind == "embedding" or layer == "E":
+        return f"hook_embed.pos{position}{number}"
+    if not re.fullmatch(r"\d{1,6}", layer):
+        raise FormatError(f"{label}: `layer` of {node['node_id'][:80]} is {layer[:40]!r}; a number or E is expected")
+    if kind == "logit":
+        return f"hook_unembed.pos{position}{number}"
+    if "error" in kind:
+        return f"blocks.{layer}.hook_error.pos{position}"
+    return f"blocks.{layer}.hook_{_kind_name(kind)}.pos{position}{number}"
+
+
+def _kind_name(kind: str) -> str:
+    return "lorsa" if "lorsa" in kind.lower() or "attention" in kind.lower() else "features"
+
+
+def _index(nodes: list[Mapping[str, Any]], names: Mapping[str, str], label: str) -> NodeIndex:
+    """Tokens first, then each layer's attention features and its MLP features and errors, logits last."""
+    if not nodes:
+        raise FormatError(f"{label}: `nodes` is empty; a graph has at least one node")
+    features: dict[str, list[int | None]] = {}
+    for name in names.values():
+        site, _, number = name.partition("#")
+        features.setdefault(site, []).append(int(number) if number else None)
+    blocks = []
+    for text, numbers in features.items():
+        if None in numbers and len(numbers) > 1:
+            raise FormatError(f"{label}: {text} has nodes with and without a feature number; number all of them")
+        named = tuple(sorted(number for number in numbers if number is not None))
+        blocks.append(Block(parse_site(text), _rank(text), named or None))
+    return NodeIndex(tuple(sorted(blocks, key=lambda block: block.rank)))
+
+
+def _rank(site: str) -> int:
+    if site.startswith("hook_embed"):
+        return 0
+    if site.startswith("hook_unembed"):
+        return 1 << 40
+    _, layer, kind, _ = site.split(".")
+    return 1 + 2 * int(layer) + (kind != "hook_lorsa")

@@ -1,0 +1,208 @@
+"""AutoCircuit: `PruneScores`, a tensor of scores per destination module, which is its live object as well.
+
+`blocks.1.hook_q_input` holds (heads, sources before layer 1), `blocks.1.hook_mlp_in` (sources before that MLP,), and
+`blocks.{last}.hook_resid_post` all sources; the sources are `Resid Start`, then per layer the heads `A1.0 ...` and
+`MLP 1`.
+
+What is lost: which edges are kept (scores only; `membership=True` writes 1 and 0 instead), weights, extras,
+provenance, positions (a `PruneScores` with a token axis isn't read). `Resid Start` is the embedding *with* positions.
+An edge without a port is copied to q, k and v; with `separate_qkv=False` ports merge to the score of largest size. On
+the way in, edges with a score other than 0 are kept, and a model with `hook_attn_in` has no ports.
+
+>>> from tl_circuitlasso.nodes import component_index
+>>> graph = AttributionGraph.from_edges(component_index(n_layers=1, n_heads=2), {("a0.h1", "m0"): .5})
+>>> to_auto_circuit(graph)["blocks.0.hook_mlp_in"]
+tensor([0.0000, 0.0000, 0.5000])
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_circuitlasso.errors import FormatError, InputError
+from tl_circuitlasso.formats import _read
+from tl_circuitlasso.formats._grid import QKV, Components, Grid, checked_components, graph_of, grid_of
+from tl_circuitlasso.formats._read import Source
+from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.sites import PORTS
+
+_MODULE = re.compile(r"blocks\.(\d{1,5})\.hook_(q_input|k_input|v_input|attn_in|mlp_in|resid_post)\Z")
+
+
+def to_auto_circuit(
+    graph: AttributionGraph,
+    path: str | Path | None = None,
+    *,
+    separate_qkv: bool = True,
+    membership: bool = False,
+) -> dict[str, Tensor]:
+    """The graph's scores (or its membership as 1 and 0) as `PruneScores`, written to `path` (`.pt`) if one is given.
+
+    Raises
+    ------
+    InputError: the graph has nodes that aren't components, or `path` can't be written.
+    """
+    grid = grid_of(graph)
+    values = grid.kept.double() if membership else grid.score
+    scores = {name: _read.exact_dtype(tensor) for name, tensor in _modules(grid, values, separate_qkv).items()}
+    if path is not None:
+        _read.write_pt(path, scores)
+    return scores
+
+
+def from_auto_circuit(source: Source) -> AttributionGraph:
+    """The graph in `PruneScores`, or in a file that AutoCircuit's `save_cache` wrote of them.
+
+    Raises ------ FormatError: unknown modules, tensors of the wrong shape (another model, or a token axis), scores
+    that aren't finite.
+    """
+    label = _read.label_of(source)
+    data = _read.expect_mapping(_read.read_source(source), label, "the file")
+    with _read.reading(label):
+        parts, attn_only = _shape(data, label)
+        merged = not any("hook_q_input" in name for name in data)
+        score = torch.zeros(parts.n_sources, parts.n_inputs, dtype=torch.float64)
+        for name, tensor in data.items():
+            _place(name, tensor, score, parts, label)
+        absent = tuple(f"m{layer}" for layer in range(parts.n_layers)) if attn_only else ()
+        return graph_of(Grid(parts, score, score != 0, merged=merged, absent=absent))
+
+
+def to_auto_circuit_edges(graph: AttributionGraph, model: Any) -> set[Any]:
+    """The kept edges as the live `Edge` objects of a `PatchableModel`, for its `circuit_prune_scores` and `patch_mode`.
+
+    Raises
+    ------
+    InputError: the model has no such edge: another shape, or ports where the graph has none to offer.
+    """
+    by_name = {edge.name: edge for edge in getattr(model, "edges", ())}
+    if not by_name:
+        raise InputError("`model` has no edges: give AutoCircuit's patchable_model(...)")
+    names = _kept_names(grid_of(graph), bool(getattr(model, "separate_qkv", True)))
+    missing = sorted(names - by_name.keys())
+    if missing:
+        raise InputError(f"`model` has no edge {missing[0]}: it isn't the model that the graph was made of")
+    return {by_name[name] for name in names}
+
+
+def from_auto_circuit_edges(model: Any, prune_scores: Mapping[str, Tensor]) -> AttributionGraph:
+    """The graph of live `PruneScores`, with the shape checked against the `PatchableModel` they belong to.
+
+    Raises
+    ------
+    FormatError: the scores belong to another model.
+    """
+    expected = {name: tuple(mask.shape) for name, mask in model.patch_masks.items()}
+    given = {name: tuple(tensor.shape) for name, tensor in prune_scores.items()}
+    if expected != given:
+        name = next(iter(set(expected.items()) ^ set(given.items())))[0]
+        raise FormatError(f"`prune_scores` and `model` differ at {name}: {given.get(name)} and {expected.get(name)}")
+    return from_auto_circuit(prune_scores)
+
+
+# ---- out ------------------------------------------------------------------------------------------------------------
+
+
+def _modules(grid: Grid, values: Float[Tensor, "source column"], separate_qkv: bool) -> dict[str, Tensor]:
+    parts, width = grid.parts, 3 * grid.parts.n_heads + 1
+    no_mlps = all(f"m{layer}" in grid.absent for layer in range(parts.n_layers))
+    modules: dict[str, Tensor] = {}
+    for layer in range(parts.n_layers):
+        before, start = 1 + layer * (parts.n_heads + 1), layer * width
+        heads = values[:before, start : start + 3 * parts.n_heads].view(before, 3, parts.n_heads)
+        if separate_qkv:
+            modules |= {f"blocks.{layer}.hook_{port}_input": heads[:, p].T for p, port in enumerate(QKV)}
+        else:
+            largest = heads.abs().argmax(1, keepdim=True)
+            modules[f"blocks.{layer}.hook_attn_in"] = heads.gather(1, largest)[:, 0].T
+        if not no_mlps:
+            before_mlp = before if parts.parallel else before + parts.n_heads
+            modules[f"blocks.{layer}.hook_mlp_in"] = values[:before_mlp, start + width - 1]
+    modules[f"blocks.{parts.n_layers - 1}.hook_resid_post"] = values[:, -1]
+    return {name: _without_mlps(tensor, parts) if no_mlps else tensor.contiguous() for name, tensor in modules.items()}
+
+
+def _without_mlps(tensor: Tensor, parts: Components) -> Tensor:
+    source = torch.arange(tensor.shape[-1])
+    is_mlp = (source > 0) & (source % (parts.n_heads + 1) == 0)
+    return tensor[..., ~is_mlp].contiguous()
+
+
+def _kept_names(grid: Grid, separate_qkv: bool) -> set[str]:
+    """Kept edges as AutoCircuit names them: `A0.1->A1.0.Q`."""
+    sources = [_name(name) for name in grid.parts.sources()]
+    node, port = grid.parts.column_nodes()
+    row, column = grid.kept.nonzero(as_tuple=True)
+    nodes = [*sources, "Resid End"]
+    return {
+        f"{nodes[r]}->{nodes[t]}" + (f".{PORTS[p].upper()}" if p and separate_qkv else "")
+        for r, t, p in zip(row.tolist(), node[column].tolist(), port[column].tolist())
+    }
+
+
+def _name(component: str) -> str:
+    if component == "input":
+        return "Resid Start"
+    head = re.fullmatch(r"a(\d+)\.h(\d+)", component)
+    return f"A{head[1]}.{head[2]}" if head else f"MLP {component[1:]}"
+
+
+# ---- in -------------------------------------------------------------------------------------------------------------
+
+
+def _shape(data: Mapping[Any, Any], label: str) -> tuple[Components, bool]:
+    """The model's shape from names and sizes, and whether it has no MLPs."""
+    found = {name: _MODULE.match(name) if isinstance(name, str) else None for name in data}
+    unknown = [name for name, match in found.items() if match is None]
+    if unknown or not found:
+        what = f"{str(unknown[0])[:80]!r} isn't" if unknown else "there is not one"
+        raise FormatError(f"{label}: {what} a module such as blocks.0.hook_q_input or blocks.1.hook_resid_post")
+    layers = 1 + max(int(match[1]) for match in found.values() if match)
+    name = next((name for name in data if "attn_in" in name or "q_input" in name), None)
+    if name is None or not isinstance(data[name], Tensor) or data[name].ndim != 2:
+        raise FormatError(f"{label}: no two-dimensional blocks.*.hook_q_input or hook_attn_in: nothing gives the heads")
+    heads = data[name].shape[0]
+    mlp = next((name for name in data if "mlp_in" in name), None)
+    parallel = mlp is not None and isinstance(data[mlp], Tensor) and data[mlp].numel() == _before(mlp, heads)
+    return checked_components(layers, max(heads, 1), parallel, label), mlp is None
+
+
+def _before(module: str, heads: int) -> int:
+    match = _MODULE.match(module)
+    return 1 + int(match[1] if match else 0) * (heads + 1)
+
+
+def _place(name: str, tensor: Any, score: Float[Tensor, "source column"], parts: Components, label: str) -> None:
+    match = _MODULE.match(name)
+    layer, kind = int(match[1] if match else 0), match[2] if match else ""
+    if kind == "resid_post" and layer != parts.n_layers - 1:
+        raise FormatError(f"{label}: {name} isn't the last layer's: is a layer missing?")
+    rows = _source_rows(layer, kind, parts, tensor)
+    heads = () if kind in ("mlp_in", "resid_post") else (parts.n_heads,)
+    values = _read.expect_tensor(tensor, label, name, (*heads, rows.numel())).double()
+    _read.expect_finite(values.flatten(), label, name, lambda cell: f"entry {cell}")
+    start = layer * (3 * parts.n_heads + 1)
+    if kind == "resid_post":
+        score[rows, -1] = values
+    elif kind == "mlp_in":
+        score[rows, start + 3 * parts.n_heads] = values
+    else:
+        for port in QKV if kind == "attn_in" else (kind[0],):
+            first = start + QKV.index(port) * parts.n_heads
+            score[rows, first : first + parts.n_heads] = values.T
+
+
+def _source_rows(layer: int, kind: str, parts: Components, tensor: Any) -> Int[Tensor, " row"]:
+    """The rows that feed a module; those of MLPs are left out where the tensor shows that there are none."""
+    before = 1 + layer * (parts.n_heads + 1)
+    if kind == "mlp_in" and not parts.parallel:
+        before += parts.n_heads
+    rows = torch.arange(parts.n_sources if kind == "resid_post" else before)
+    heads_only = rows[(rows == 0) | (rows % (parts.n_heads + 1) != 0)]
+    n_sources = tensor.shape[-1] if isinstance(tensor, Tensor) and tensor.ndim else 0
+    return heads_only if heads_only.numel() == n_sources else rows

@@ -1,0 +1,190 @@
+"""MIB circuit track: submission folders of EAP-IG files, and a checker that says why one would be turned down.
+
+A submission is one folder with a sub-folder per task and model (`ioi_gpt2`, `arc-easy_llama3`), each with either one
+file of scores (`importances.json`, or `.pt`) or nine files of membership, holding at most .1, .2, .5, 1, 2, 5, 10, 20
+and 50 % of the model's edges. At least two tasks and two models are asked for.
+
+What is lost: what EAP-IG's files lose (see `formats.eap`); the nine circuits hold 1 and 0 in place of scores, as
+EAP-IG's loader insists on a number. A graph with few scored edges gives circuits smaller than their limit: an edge of
+score 0 is never added to fill one up.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from tl_circuitlasso.errors import FormatError, InputError
+from tl_circuitlasso.formats._grid import Components, Grid, graph_of, grid_of
+from tl_circuitlasso.formats.eap import from_eap, to_eap
+from tl_circuitlasso.graph import AttributionGraph
+
+PERCENTAGES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0)
+MODELS: Mapping[str, Components | None] = {
+    "gpt2": Components(12, 12),
+    "qwen2.5": Components(24, 14),
+    "gemma2": Components(26, 8),
+    "llama3": Components(32, 32),
+    "interpbench": None,
+}
+_MODELS_OF_TASK = {
+    "ioi": ("gpt2", "qwen2.5", "gemma2", "llama3", "interpbench"),
+    "mcqa": ("qwen2.5", "gemma2", "llama3"),
+    "arithmetic-addition": ("llama3",),
+    "arithmetic-subtraction": ("llama3",),
+    "arc-easy": ("gemma2", "llama3"),
+    "arc-challenge": ("llama3",),
+}
+COLUMNS = frozenset(f"{task}_{model}" for task, models in _MODELS_OF_TASK.items() for model in models)
+
+
+def to_mib(
+    graph: AttributionGraph,
+    path: str | Path | None = None,
+    *,
+    task: str = "ioi",
+    model: str = "gpt2",
+    method: str = "CircuitLasso",
+    ablation: str = "patching",
+    level: str = "edge",
+    circuits: bool = False,
+    suffix: str = ".json",
+    d_model: int | None = None,
+) -> dict[str, AttributionGraph]:
+    """One task's part of a submission: graphs by the file they go to, written under the folder `path` if one is given.
+
+    The layout is `{method}_{ablation}_{level}/{task}_{model}/importances.json`; with `circuits=True` nine files
+    `circuit_0.1.json` ... `circuit_50.json` of membership instead. Each file is what `to_eap` writes.
+
+    Raises
+    ------
+    InputError: a name with a slash, an unknown suffix, or a graph that isn't of components.
+    """
+    task = task.replace("_", "-")
+    names = {"task": task, "model": model, "method": method, "ablation": ablation, "level": level}
+    for key, name in names.items():
+        if not re.fullmatch(r"[\w.+-]+", name) or name.startswith("."):
+            raise InputError(f"`{key}` is {name!r}: letters, digits and . _ + - only, as it names a folder")
+    if suffix not in (".json", ".pt"):
+        raise InputError(f"`suffix` is {suffix!r}: MIB reads .json and .pt")
+    folder = f"{method}_{ablation}_{level}/{task}_{model}"
+    parts = _circuits(graph) if circuits else {"importances": graph}
+    files = {f"{folder}/{name}{suffix}": part for name, part in parts.items()}
+    if path is not None:
+        for name, part in files.items():
+            to_eap(part, Path(path) / name, d_model=d_model)
+    return files
+
+
+def from_mib(path: str | Path) -> dict[str, AttributionGraph]:
+    """Every graph of a submission folder by its file's place in it, `ioi_gpt2/importances.json`.
+
+    Raises
+    ------
+    FormatError: no such folder, no circuits in it, or a file that EAP-IG couldn't load.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        raise FormatError(f"{root}: no such folder; give the folder that holds task_model folders")
+    files = sorted(file for file in root.rglob("*") if file.suffix in (".json", ".pt") and file.is_file())
+    if not files:
+        raise FormatError(f"{root}: no .json or .pt files in it; give the folder that holds task_model folders")
+    return {file.relative_to(root).as_posix(): from_eap(file) for file in files}
+
+
+def check_mib(path: str | Path) -> list[str]:
+    """Why the leaderboard would turn this submission down: one sentence per fault, none where it would be taken.
+
+    Checked: folder names, tasks and models known to MIB and how many, file counts, that every file loads in EAP-IG,
+    that its model has the right shape, scores that tell edges apart, and the size of each of the nine circuits.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        return [f"{root}: no such folder; give the folder that holds one folder per task and model"]
+    folders = sorted(child for child in root.iterdir() if child.is_dir() and not child.name.startswith("."))
+    if not folders:
+        return [f"{root}: no folders such as ioi_gpt2 in it: one folder per task and model is expected"]
+    faults = [fault for folder in folders for fault in _folder_faults(folder)]
+    known = [folder.name.split("_", 1) for folder in folders if folder.name in COLUMNS]
+    for what, place in (("tasks", 0), ("models", 1)):
+        found = sorted({name[place] for name in known})
+        if len(found) < 2:
+            faults.append(f"{root}: {len(found)} {what} ({', '.join(found) or 'none'}); at least two are asked for")
+    return faults
+
+
+def _circuits(graph: AttributionGraph) -> dict[str, AttributionGraph]:
+    """Nine nested circuits: the edges of largest |score|, ports apart, at most the named share of all edges."""
+    grid = replace(grid_of(graph), merged=False)
+    row, column = grid.parts.edges()
+    size = grid.score[row, column].abs()
+    order = size.argsort(descending=True, stable=True)[: int((size > 0).sum())]
+    provenance = dict(graph.provenance)
+    result: dict[str, AttributionGraph] = {}
+    for percent in PERCENTAGES:
+        chosen = order[: int(percent * size.numel() / 100 + 1e-9)]
+        kept = torch.zeros_like(grid.kept)
+        kept[row[chosen], column[chosen]] = True
+        member = Grid(grid.parts, kept.double(), kept, absent=grid.absent, sink=grid.sink)
+        result[f"circuit_{percent:g}"] = graph_of(member, provenance=provenance | {"mib_percent": percent})
+    return result
+
+
+def _folder_faults(folder: Path) -> Iterator[str]:
+    if folder.name not in COLUMNS:
+        yield (
+            f"{folder.name}: not a task and model of MIB: name it as one of {', '.join(sorted(COLUMNS))} "
+            "(dashes within the task, an underscore before the model)"
+        )
+    files = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
+    circuits = [file for file in files if file.suffix in (".json", ".pt")]
+    for file in files:
+        if file not in circuits:
+            yield f"{folder.name}/{file.name}: only .json and .pt files belong here; move it away"
+    if len(circuits) not in (1, len(PERCENTAGES)):
+        yield f"{folder.name}: {len(circuits)} circuit files; one file of scores or nine of membership are expected"
+    if len({file.suffix for file in circuits}) > 1:
+        yield f"{folder.name}: .json and .pt mixed; use one of them"
+    loaded: dict[str, AttributionGraph] = {}
+    for file in circuits:
+        try:
+            loaded[f"{folder.name}/{file.name}"] = from_eap(file)
+        except FormatError as error:
+            yield f"{folder.name}/{file.name}: EAP-IG can't load it: {error}"
+    yield from _shape_faults(folder.name, loaded)
+    if len(circuits) == len(PERCENTAGES) == len(loaded):
+        yield from _size_faults(loaded)
+    elif len(circuits) == 1:
+        yield from _score_faults(loaded)
+
+
+def _shape_faults(folder: str, graphs: Mapping[str, AttributionGraph]) -> Iterator[str]:
+    wanted = MODELS.get(folder.rpartition("_")[2])
+    for name, graph in graphs.items():
+        found = grid_of(graph).parts
+        if wanted is not None and found != wanted:
+            yield (
+                f"{name}: {_described(found)}, but this model has {_described(wanted)}: a circuit of another model, "
+                "or a wrong folder name?"
+            )
+
+
+def _described(parts: Components) -> str:
+    order = "in parallel" if parts.parallel else "in sequence"
+    return f"{parts.n_layers} layers of {parts.n_heads} heads, attention and MLP {order}"
+
+
+def _size_faults(graphs: Mapping[str, AttributionGraph]) -> Iterator[str]:
+    sizes = sorted((int(grid_of(graph).kept.sum()), name) for name, graph in graphs.items())
+    total = grid_of(next(iter(graphs.values()))).parts.n_edges
+    for percent, (kept, name) in zip(PERCENTAGES, sizes):
+        if kept > percent * total / 100 + 1e-9:
+            yield f"{name}: {kept} of {total} edges, more than the {percent:g} % that its place among the nine allows"
+
+
+def _score_faults(graphs: Mapping[str, AttributionGraph]) -> Iterator[str]:
+    for name, graph in graphs.items():
+        if not bool((graph.score != 0).any()):
+            yield f"{name}: every score is 0, so edges can't be ranked; write scores, or nine circuits"
