@@ -1,0 +1,22 @@
+"""Pictures of circuits: static drawings and charts with matplotlib, and an interactive page that works offline.
+
+    from tl_circuitlasso import plot
+    plot.circuit(graph, "circuit.png")                     # layered drawing, one ribbon per kept edge
+    plot.interactive(graph, "circuit.html", other=eap)     # one self-contained file: pan, zoom, threshold, search
+    plot.adjacency(graph)                                  # heat map, row = source, column = target
+    plot.strength_path({0.1: sparse, 0.05: denser})        # edges against lambda, with stability
+    plot.scatter(graph, eap, names=("CircuitLasso", "EAP-IG"))
+    plot.curves({"CircuitLasso": curve})                   # faithfulness against size
+
+Every function returns a matplotlib Figure (`interactive`: the path written) and, where it's given a path, writes the
+file whole or not at all.
+"""
+
+from tl_circuitlasso.plot.charts import curves as curves
+from tl_circuitlasso.plot.charts import scatter as scatter
+from tl_circuitlasso.plot.charts import strength_path as strength_path
+from tl_circuitlasso.plot.circuit import circuit as circuit
+from tl_circuitlasso.plot.heatmap import adjacency as adjacency
+from tl_circuitlasso.plot.interactive import interactive as interactive
+
+__all__ = ["adjacency", "circuit", "curves", "interactive", "scatter", "strength_path"]

@@ -1,0 +1,281 @@
+"""Charts beside the drawing: the strength path, two methods edge against edge, and faithfulness against size."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
+from scipy.stats import spearmanr
+
+from tl_circuitlasso.errors import InputError
+from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.plot import style
+from tl_circuitlasso.plot.layout import isotonic
+
+Pair = tuple[str, str]
+
+
+@runtime_checkable
+class Curve(Protocol):
+    """Faithfulness at several circuit sizes, as `evaluate.curve` returns it."""
+
+    @property
+    def sizes(self) -> Any: ...
+    @property
+    def faithfulness(self) -> Any: ...
+    @property
+    def cpr(self) -> float: ...
+    @property
+    def cmd(self) -> float: ...
+
+
+# ---- strength path --------------------------------------------------------------------------------------------------
+
+
+def strength_path(
+    graphs: Mapping[float, AttributionGraph],
+    path: str | Path | None = None,
+    *,
+    chosen: float | None = None,
+    top: int = 10,
+    title: str | None = None,
+) -> Figure:
+    """What is kept at each strength: scores of the `top` edges, how many edges there are, and how stable they are.
+
+    `graphs` maps each strength (lambda as a fraction of lambda_max) to the graph solved at it. An edge's score counts
+    as 0 where it isn't kept. The stability panel appears where graphs carry the column `extras["stability"]`.
+
+    Raises
+    ------
+    InputError: fewer than two strengths, one that isn't above 0, or a `chosen` that isn't among them.
+    """
+    strengths = sorted(graphs, reverse=True)
+    if len(strengths) < 2 or strengths[-1] <= 0:
+        raise InputError(f"`graphs` has the strengths {strengths}: give at least two, all above 0")
+    if chosen is not None and chosen not in graphs:
+        raise InputError(f"`chosen` is {chosen!r}, which isn't among the strengths {strengths}")
+    scores = [_column(graphs[s], "score") for s in strengths]
+    edges = _leading(scores, top)
+    tables = {"score": scores}
+    if any("stability" in graph.extras for graph in graphs.values()):
+        tables["stability"] = [_column(graphs[s], "stability") for s in strengths]
+    heights = [3.0, 1.3, 1.0] if len(tables) > 1 else [3.0, 1.0]
+    panels = style.new_figure(7.6, 1.2 + sum(heights))
+    axes = panels.subplots(len(heights), 1, sharex=True, gridspec_kw={"height_ratios": heights})
+    for ax, (name, table) in zip(axes, tables.items()):
+        _edge_lines(style.plain(ax), strengths, table, edges, name)
+    _count_steps(style.plain(axes[-1]), strengths, [graphs[s].n_kept for s in strengths])
+    for ax in axes:
+        if chosen is not None:
+            ax.axvline(chosen, color=style.FAINT_INK, lw=1.0, ls=(0, (2, 2)), zorder=0)
+    axes[-1].set(xscale="log", xlabel="strength (fraction of λ_max)", xlim=(strengths[0] * 1.05, strengths[-1]))
+    if len(strengths) <= 9:
+        axes[-1].set_xticks(strengths, [f"{strength:.2g}" for strength in strengths])
+    axes[-1].xaxis.set_minor_formatter(NullFormatter())
+    if title:
+        axes[0].set_title(title, loc="left", size=11.5, weight="bold", color=style.INK, pad=10)
+    panels.set_layout_engine("tight")
+    return style.save(panels, path)
+
+
+def _column(graph: AttributionGraph, name: str) -> dict[Pair, float]:
+    """Each kept edge's value of largest size over its ports."""
+    values = graph.score if name == "score" else graph.extras.get(name)
+    if values is None:
+        return {}
+    names, out = graph.index.names, {}
+    rows = graph.kept.nonzero().flatten()
+    for s, t, value in zip(graph.source[rows].tolist(), graph.target[rows].tolist(), values[rows].tolist()):
+        pair = (names[s], names[t])
+        if pair not in out or abs(value) > abs(out[pair]):
+            out[pair] = value
+    return out
+
+
+def _leading(tables: Sequence[Mapping[Pair, float]], top: int) -> list[Pair]:
+    """The edges with the largest size anywhere on the path."""
+    largest: dict[Pair, float] = {}
+    for table in tables:
+        for pair, value in table.items():
+            largest[pair] = max(abs(value), largest.get(pair, 0.0))
+    return sorted(largest, key=lambda pair: (-largest[pair], pair))[:top]
+
+
+def _edge_lines(
+    ax: Axes, strengths: Sequence[float], tables: Sequence[Mapping[Pair, float]], edges: Sequence[Pair], name: str
+) -> None:
+    ends = []
+    for number, pair in enumerate(edges):
+        values = [table.get(pair, 0.0) for table in tables]
+        colour = style.SERIES[number % len(style.SERIES)]
+        dash = "solid" if number < len(style.SERIES) else (0, (4, 1.5))
+        ax.plot(strengths, values, color=colour, lw=1.7, ls=dash, marker="o", ms=3, gid=f"edge:{pair[0]}->{pair[1]}")
+        ends.append((values[-1], f"{pair[0]} → {pair[1]}", colour))
+    ax.axhline(0.0, color=style.RULE, lw=0.8, zorder=0)
+    ax.set_ylabel(name)
+    if name == "score":
+        _end_labels(ax, ends)
+
+
+def _end_labels(ax: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
+    """Name every line at its right end, moved apart by the least that keeps the texts from overlapping."""
+    low, high = ax.get_ylim()
+    step = min(0.062, 1.0 / max(len(ends), 1))
+    ranked = sorted(ends)
+    wishes = [(value - low) / (high - low) - number * step for number, (value, _, _) in enumerate(ranked)]
+    bounded = [min(max(wish, 0.0), 1.0 - (len(ends) - 1) * step) for wish in isotonic(wishes, [1.0] * len(ends))]
+    for number, ((_, text, colour), place) in enumerate(zip(ranked, bounded)):
+        ax.annotate(
+            text, (1.0, place + number * step), xycoords="axes fraction", xytext=(7, 0), textcoords="offset points",
+            size=8, color=colour, va="center", annotation_clip=False,
+        )  # fmt: skip
+
+
+def _count_steps(ax: Axes, strengths: Sequence[float], counts: Sequence[int]) -> None:
+    ax.step(strengths, counts, where="mid", color=style.INK, lw=1.5)
+    ax.fill_between(strengths, counts, step="mid", color=style.BAND)
+    ax.set(ylabel="edges kept", ylim=(0, max(max(counts), 1) * 1.15))
+
+
+# ---- two methods ----------------------------------------------------------------------------------------------------
+
+
+def scatter(
+    a: AttributionGraph,
+    b: AttributionGraph,
+    path: str | Path | None = None,
+    *,
+    names: tuple[str, str] = ("a", "b"),
+    labels: int = 10,
+    title: str | None = None,
+    ax: Axes | None = None,
+) -> Figure:
+    """Each edge that both graphs could have returned: its |score| in `a` against its |score| in `b`.
+
+    Scores are shares of each graph's largest, on logarithmic axes; colour and shape tell which graph keeps the edge,
+    and the corner says Spearman's rank correlation. Up to `labels` edges are named: the strongest that only one keeps,
+    then the strongest of all.
+
+    Raises
+    ------
+    InputError: the graphs share no candidate edge.
+    """
+    first, second = a.pair_scores(), b.pair_scores()
+    pairs = sorted(first.keys() & second.keys())
+    if not pairs:
+        raise InputError("`a` and `b` share no candidate edge: compare graphs over the same nodes")
+    x, y = (_shares(scores, pairs) for scores in (first, second))
+    figure, axes = style.axes_for(ax, 6.4, 6.0)
+    style.plain(axes)
+    kept_a, kept_b = a.kept_edges(), b.kept_edges()
+    group = [2 * (pair in kept_a) + (pair in kept_b) for pair in pairs]
+    _points(axes, x, y, np.array(group), names)
+    axes.plot([1e-9, 1.0], [1e-9, 1.0], color=style.RULE, lw=1.0, zorder=0)
+    floor = min(x.min(), y.min()) / 1.5
+    axes.set(xscale="log", yscale="log", xlim=(floor, 1.9), ylim=(floor, 1.9))
+    axes.set(xlabel=f"|score| / largest, {names[0]}", ylabel=f"|score| / largest, {names[1]}")
+    _name_points(axes, pairs, x, y, group, labels)
+    _say_correlation(axes, [first[p] for p in pairs], [second[p] for p in pairs])
+    axes.legend(frameon=False, fontsize=8.5, labelcolor=style.INK, loc="upper left", handletextpad=0.3)
+    if title:
+        axes.set_title(title, loc="left", size=11.5, weight="bold", color=style.INK, pad=10)
+    if ax is None:
+        figure.set_layout_engine("tight")
+    return style.save(figure, path)
+
+
+def _shares(scores: Mapping[Pair, float], pairs: Sequence[Pair]) -> np.ndarray:
+    """Scores over their largest; those at or near 0 are put on a common floor so that a logarithm exists."""
+    values = np.array([scores[pair] for pair in pairs])
+    values = values / (values.max() or 1.0)
+    positive = values[values > 0]
+    floor = max(1e-5, float(positive.min()) / 2) if positive.size else 1e-5
+    return np.maximum(values, floor)
+
+
+def _points(ax: Axes, x: np.ndarray, y: np.ndarray, group: np.ndarray, names: tuple[str, str]) -> None:
+    looks = [
+        ("neither", style.RULE, "o", 9),
+        (f"only {names[1]}", style.SERIES[1], "s", 26),
+        (f"only {names[0]}", style.SERIES[0], "^", 30),
+        ("kept by both", style.INK, "o", 26),
+    ]
+    for number, (label, colour, marker, size) in enumerate(looks):
+        here = group == number
+        if here.any():
+            text = f"{label} ({int(here.sum()):,})"
+            look = {"s": size, "c": colour, "marker": marker, "lw": 0.4, "ec": style.PAPER}
+            ax.scatter(x[here], y[here], label=text, zorder=2 + number, **look)
+
+
+def _name_points(
+    ax: Axes, pairs: Sequence[Pair], x: np.ndarray, y: np.ndarray, group: Sequence[int], labels: int
+) -> None:
+    """Text beside points, most telling first; what would overlap an earlier text is left out."""
+    strength = np.maximum(x, y)
+    order = sorted(range(len(pairs)), key=lambda n: (group[n] not in (1, 2), group[n] == 0, -strength[n]))
+    taken: list[tuple[float, float]] = []
+    for n in order[: 4 * labels]:
+        place = ax.transData.transform((x[n], y[n]))
+        if len(taken) == labels or any(abs(place[0] - u) < 75 and abs(place[1] - v) < 13 for u, v in taken):
+            continue
+        taken.append((float(place[0]), float(place[1])))
+        left = x[n] > 0.2
+        ax.annotate(
+            "→".join(pairs[n]), (x[n], y[n]), xytext=(-5 if left else 5, 4), textcoords="offset points", size=7.5,
+            color=style.INK, ha="right" if left else "left", zorder=8,
+        )  # fmt: skip
+
+
+def _say_correlation(ax: Axes, first: Sequence[float], second: Sequence[float]) -> None:
+    if len(first) > 2 and np.ptp(first) > 0 and np.ptp(second) > 0:
+        rank = float(spearmanr(first, second)[0])  # type: ignore[arg-type]
+        text = f"Spearman {rank:.2f} over {len(first):,} edges"
+        ax.text(0.985, 0.02, text, transform=ax.transAxes, ha="right", size=8.5, color=style.FAINT_INK)
+
+
+# ---- faithfulness ---------------------------------------------------------------------------------------------------
+
+
+def curves(
+    named: Mapping[str, Curve],
+    path: str | Path | None = None,
+    *,
+    title: str | None = None,
+    ax: Axes | None = None,
+) -> Figure:
+    """Faithfulness against circuit size (log axis), one line per method, with CPR (higher is better) and CMD (lower).
+
+    A curve is anything with `sizes`, `faithfulness`, `cpr` and `cmd`, such as `evaluate.curve` returns. Size 0 has no
+    place on a logarithmic axis and is left out.
+
+    Raises
+    ------
+    InputError: no curve, or one whose `sizes` and `faithfulness` differ in length.
+    """
+    if not named:
+        raise InputError("`named` is empty: give at least one curve")
+    figure, axes = style.axes_for(ax, 6.8, 4.4)
+    style.plain(axes)
+    for number, (name, curve) in enumerate(named.items()):
+        sizes, values = np.asarray(curve.sizes, float), np.asarray(curve.faithfulness, float)
+        if sizes.shape != values.shape:
+            raise InputError(f"`named[{name!r}]` has {sizes.size} sizes and {values.size} values: one value per size")
+        some = sizes > 0
+        axes.plot(
+            sizes[some], values[some], color=style.SERIES[number % len(style.SERIES)], lw=2.0, ms=4.5,
+            marker="osD^vPX*"[number % 8], mec=style.PAPER, mew=0.6,
+            label=f"{name}   CPR {float(curve.cpr):.3f}, CMD {float(curve.cmd):.3f}",
+        )  # fmt: skip
+    for level in (0.0, 1.0):
+        axes.axhline(level, color=style.FAINT_INK if level else style.RULE, lw=0.9, ls=(0, (3, 3)), zorder=0)
+    axes.set(xscale="log", xlabel="edges in the circuit", ylabel="faithfulness")
+    axes.legend(frameon=False, fontsize=8.8, labelcolor=style.INK, loc="best")
+    if title:
+        axes.set_title(title, loc="left", size=11.5, weight="bold", color=style.INK, pad=10)
+    if ax is None:
+        figure.set_layout_engine("tight")
+    return style.save(figure, path)

@@ -1,0 +1,64 @@
+// The keyboard: every action of the page has a key, and arrow keys walk along rows and edges.
+
+function walk(dx, dy) {
+  const here = state.focused !== null && scene.boxes.has(state.focused) ? state.focused : null;
+  if (here === null) return focusOn(scene.rows[0][0]);
+  if (dy) {
+    const near = panes.flatMap(pane => pane.edges).filter(edge => (dy > 0 ? edge.source : edge.target) === here);
+    near.sort((a, b) => b.share - a.share);
+    return near.length ? focusOn(dy > 0 ? near[0].target : near[0].source) : undefined;
+  }
+  const row = scene.rows[scene.rowOf.get(here)].slice().sort((a, b) => scene.boxes.get(a).x - scene.boxes.get(b).x);
+  return focusOn(row[(row.indexOf(here) + dx + row.length) % row.length]);
+}
+
+function focusOn(id) {
+  state.focused = id;
+  reveal(id);
+  const [into, out] = ["target", "source"].map(end => panes[0].edges.filter(edge => edge[end] === id).length);
+  at("live").textContent = `${NODES[id].text}: ${plural(into, "edge")} in, ${out} out`;
+  if (state.selected !== null) select(id);
+  redraw();
+}
+
+function nudge(direction) {
+  const now = state.count ?? Math.max(...GRAPHS.map(graph => graph.own.length));
+  const step = Math.max(1, Math.round(now / 12));
+  setCount(Math.max(0, Math.min(MOST, now + direction * step)));
+}
+
+function clearAll() {
+  state.selected = state.focused = null;
+  describe();
+  redraw();
+}
+
+function savePicture() {
+  const link = document.createElement("a"), sheet = document.createElement("canvas");
+  sheet.width = panes.reduce((sum, pane) => sum + pane.canvas.width, 0);
+  sheet.height = panes[0].canvas.height;
+  panes.reduce((x, pane) => { sheet.getContext("2d").drawImage(pane.canvas, x, 0); return x + pane.canvas.width; }, 0);
+  link.href = sheet.toDataURL("image/png");
+  link.download = "circuit.png";
+  link.click();
+}
+
+function switchTheme() {
+  setTheme(document.documentElement.dataset.theme === "dark" ? "light" : "dark");
+}
+
+const KEYS = {
+  "/": () => at("search").focus(), ArrowLeft: () => walk(-1, 0), ArrowRight: () => walk(1, 0), ArrowUp: () => walk(0, 1), ArrowDown: () => walk(0, -1),
+  Enter: () => { if (state.focused !== null) select(state.selected === state.focused ? null : state.focused); }, u: () => toggle("upstream"),
+  "[": () => nudge(-1), "]": () => nudge(1), 0: () => setCount(null), f: () => fit(true), a: () => toggle("everything"), s: savePicture, t: switchTheme,
+  d: () => { if (panes.length > 1) toggle("differences"); }, "?": () => at("keys").showModal(), Escape: clearAll,
+  "+": () => d3.select(panes[0].canvas).call(zoom.scaleBy, 1.3), "=": () => d3.select(panes[0].canvas).call(zoom.scaleBy, 1.3), "-": () => d3.select(panes[0].canvas).call(zoom.scaleBy, 1 / 1.3),
+};
+
+addEventListener("keydown", event => {
+  if (event.ctrlKey || event.metaKey || event.altKey || at("keys").open) return;
+  const typing = event.target.matches("input, button, tr") && /^(Arrow|Enter)/.test(event.key);
+  if (typing || !(event.key in KEYS)) return;
+  event.preventDefault();
+  KEYS[event.key]();
+});

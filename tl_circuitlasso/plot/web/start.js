@@ -1,0 +1,61 @@
+// Wires the controls, opens the page, and offers a handle to scripts.
+
+let settling = 0;
+at("slider").addEventListener("input", event => {
+  clearTimeout(settling);
+  const count = countAt(Number(event.target.value));
+  settling = setTimeout(() => setCount(count), count > 600 ? 120 : 30);
+});
+at("own").onclick = () => setCount(null);
+at("fit").onclick = () => fit(true);
+at("all").onclick = () => toggle("everything");
+at("diff").onclick = () => toggle("differences");
+at("png").onclick = savePicture;
+at("theme").onclick = switchTheme;
+at("help").onclick = () => at("keys").showModal();
+at("diff").hidden = panes.length < 2;
+at("own-mark").style.left = `calc(8px + (100% - 16px) * ${positionOf(Math.max(...GRAPHS.map(graph => graph.own.length))) / 1000})`;
+
+const dark = matchMedia("(prefers-color-scheme: dark)");
+dark.addEventListener("change", event => setTheme(event.matches ? "dark" : "light"));
+setTheme(dark.matches ? "dark" : "light");
+panes.forEach(pane => pane.resize());
+relayout(false);
+fit(false);
+new ResizeObserver(() => { panes.forEach(pane => pane.resize()); redraw(); }).observe(at("panes"));
+
+// For scripts that drive the page: where a node is on the screen, and what is shown.
+window.circuitView = {
+  locate(name, number = 0) {
+    const box = scene.boxes.get(ID_OF.get(name)), frame = panes[number].canvas.getBoundingClientRect();
+    if (!box) return null;
+    const [x, y] = state.transform.apply([box.x, box.y]);
+    return { x: x + frame.left, y: y + frame.top };
+  },
+  state: () => ({
+    edges: panes.map(pane => pane.edges.map(edge => [NODES[edge.source].name, NODES[edge.target].name, edge.port])),
+    highlighted: panes.map(pane => { const { paths } = lookOf(pane); return pane.edges.filter(edge => paths && paths.has(edge.key)).map(edge => [NODES[edge.source].name, NODES[edge.target].name, edge.port]); }),
+    selected: state.selected === null ? null : NODES[state.selected].name,
+    zoom: state.transform.k,
+  }),
+  drawTime() { // milliseconds for one full drawing
+    for (const pane of panes) pane.sheet = null;
+    return timeDrawing(state.transform);
+  },
+  moveTime() { // milliseconds for one frame while the page moves
+    for (const pane of panes) pane.moving = true;
+    const time = timeDrawing(state.transform.translate(3, 2));
+    for (const pane of panes) pane.moving = false;
+    redraw();
+    return time;
+  },
+};
+
+function timeDrawing(transform) {
+  const start = performance.now();
+  for (const pane of panes) {
+    pane.draw(transform, lookOf(pane));
+    pane.context.getImageData(0, 0, 1, 1); // waits until the drawing is done
+  }
+  return performance.now() - start;
+}
