@@ -1,0 +1,306 @@
+"""One view of every supported model: activations by name, folded weights, one forward pass at a time.
+
+`adapt(model)` is the only door through which the library sees a model. Behind it a HookedTransformer (TransformerLens
+2.16 to 3.x), a HookedSAETransformer and a TransformerBridge (3.9 and 4.x) look the same: a residual stream to which
+heads and MLPs write, and from which each of them reads through a frozen, therefore linear, norm.
+"""
+
+import hashlib
+import json
+from collections.abc import Collection
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from tl_circuitlasso.errors import InputError, ModelError
+from tl_circuitlasso.models import rotary
+from tl_circuitlasso.models.activations import Context, Heard, Plan, check_keys, plan
+from tl_circuitlasso.models.architecture import (
+    Shape,
+    architecture_of,
+    check_weights,
+    kind_of,
+    layout_of,
+    refuse_unsupported,
+    shape_of,
+)
+from tl_circuitlasso.models.hooks import COSTLY_FLAGS, find_module, observe, resting, without_costly_flags
+from tl_circuitlasso.models.weights import MLP, Port, Reader, read_mlp, read_port, read_unembed, read_writer
+
+CACHE_BYTES = 2 << 30  # folded weights kept in memory; beyond it they are folded again at each use
+
+
+def adapt(model: Any) -> "Adapter":
+    """The adapter of a model.
+
+    `model` is a HookedTransformer, HookedSAETransformer, TransformerBridge or SAETransformerBridge. It is read, not
+    changed; folded weights are computed when first asked for, so make a new adapter after changing weights.
+
+    Raises ModelError, with the reason, for encoders, encoder-decoders, state-space models, multi-head latent
+    attention, 4-bit weights, weights without values (meta device) and NaN or infinite weights.
+    """
+    kind = kind_of(model)
+    refuse_unsupported(model)
+    check_weights(model)
+    return Adapter(model, kind)
+
+
+class Adapter:
+    """A model seen as a residual stream with heads and MLPs; made by `adapt`.
+
+    All tensors come back on the model's device, in float32 (float64 for a float64 model).
+    """
+
+    def __init__(self, model: Any, kind: str) -> None:
+        self.model = model
+        self.kind = kind
+        self.shape: Shape = shape_of(model)
+        self.layouts = tuple(layout_of(model, layer) for layer in range(self.shape.n_layers))
+        self.architecture = architecture_of(model)
+        self.name = str(getattr(model.cfg, "model_name", None) or self.architecture)
+        like = model.blocks[0].attn.W_O
+        self.device: torch.device = like.device
+        self.dtype: torch.dtype = like.dtype
+        self.compute_dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        self.n_ctx = int(model.cfg.n_ctx)
+        self.has_tokenizer = getattr(model, "tokenizer", None) is not None
+        self._folded: dict[tuple[str, int], Any] = {}
+        self._folded_bytes = 0
+
+    # -- running ---------------------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        mask: Bool[Tensor, "..."] | None,
+        wanted: Collection[str],
+        *,
+        stop_at_layer: int | None = None,
+    ) -> dict[str, Tensor]:
+        """One forward pass without gradients; the activations named in `wanted`.
+
+        Keys, for batch B, positions P, layer l: "resid_pre.l" and "resid_post.l" (B P d_model), "z.l" (B P head
+        d_head), "q.l" (B P head d_head) and "k.l" (B P kv_head d_head) after rotation and query/key norm, "v.l"
+        (B P kv_head d_head), "pattern.l" (B head P P), "mlp_pre.l" (the argument of the activation function),
+        "mlp_linear.l" (gated MLPs), "mlp_post.l" (B P d_mlp), "mlp_out.l" (B P d_model, as added to the residual
+        stream), "logits" (B P vocab, after a soft cap), "pos_embed"; the divisors of the norms "scale.attn.l",
+        "scale.mlp.l", "scale.attn_out.l", "scale.mlp_out.l", "scale.final" (B P 1) and "scale.q.l", "scale.k.l"
+        (B P head 1, or B P 1 1 where all heads share one), ones where there is no norm. Any hook name of the model
+        is a key too.
+
+        `mask` is True at real tokens (None: all are real) and always reaches the model, so left and right padding are
+        right. Layers that no key needs are not run; `stop_at_layer` stops before that layer in any case. Values are
+        references into the forward pass, not copies: don't change them in place.
+
+        Raises InputError for unknown keys (naming near matches), and for padding under bidirectional attention, which
+        HookedTransformer would attend to; ModelError where a hook never fired.
+        """
+        check_keys(wanted)
+        mask = self._sound_mask(tokens, mask)
+        plans = [plan(key, self.model, self.shape, self.layouts) for key in dict.fromkeys(wanted)]
+        heard = self._listen(tokens.to(self.device), mask, plans, _stop(plans, stop_at_layer, self.shape.n_layers))
+        _assert_fired(plans, heard, self.architecture)
+        context = Context(self.model, self.shape, self.layouts, self.compute_dtype, rotary.position_ids(mask))
+        with torch.no_grad():
+            return {made.key: made.derive(heard, context).to(self.device) for made in plans}
+
+    def _sound_mask(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        if mask is None:
+            return torch.ones_like(tokens, dtype=torch.bool, device=self.device)
+        if mask.shape != tokens.shape:
+            raise InputError(
+                f"`attention_mask` has shape {tuple(mask.shape)}, tokens have {tuple(tokens.shape)}; they must be equal"
+            )
+        mask = mask.to(self.device)
+        if not self.shape.causal and self.kind == "HookedTransformer" and not bool(mask.all()):
+            raise InputError(
+                "`attention_mask` has pads, but a HookedTransformer with bidirectional attention attends to pads; give "
+                "prompts of equal length, or one batch for each length"
+            )
+        return mask
+
+    def _listen(self, tokens: Tensor, mask: Tensor, plans: list[Plan], stop: int | None) -> Heard:
+        heard: Heard = {}
+        paths = dict.fromkeys(path for made in plans for path in (*made.needed, *made.optional))
+        wants_logits = paths.pop("logits", "absent") != "absent"
+        observers = [(module, self._keeper(heard, path)) for path in paths if (module := self._point(path)) is not None]
+        with ExitStack() as stack:
+            stack.enter_context(resting(self.model))
+            if self.kind == "HookedTransformer":
+                stack.enter_context(without_costly_flags(self.model, paths))
+            stack.enter_context(observe(observers))
+            logits = self.model(
+                tokens, attention_mask=mask.long(), return_type="logits" if wants_logits else None, stop_at_layer=stop
+            )
+        if wants_logits:
+            heard["logits"] = logits.to(self.compute_dtype)
+        return heard
+
+    def _point(self, path: str) -> nn.Module | None:
+        point = find_module(self.model, path)
+        # Where an SAE is attached to a bridge, the alias still leads to the bare HookPoint, its own name to the SAE.
+        name = getattr(point, "name", None)
+        return (find_module(self.model, name) if isinstance(name, str) else None) or point
+
+    def _keeper(self, heard: Heard, path: str) -> Any:
+        def keep(activation: Tensor) -> None:
+            heard[path] = activation.detach().to(self.compute_dtype)
+
+        return keep
+
+    # -- weights ---------------------------------------------------------------------------------------------------
+
+    def reader(self, layer: int, port: Port) -> Reader:
+        """How the heads of a layer read through a port; see `Reader` for the formula. Shared heads are repeated."""
+        return self._fold(
+            f"read_{port}",
+            layer,
+            lambda: read_port(self.model, layer, port, self.layouts[layer], self.shape.n_heads, self.compute_dtype),
+        )
+
+    def writer(self, layer: int) -> tuple[Float[Tensor, "head d_head d_model"], Float[Tensor, "d_model"]]:
+        """W_O and b_O: head h writes (z_h @ W_O[h]) / scale.attn_out, the layer as a whole b_O / scale.attn_out."""
+        return self._fold(
+            "write", layer, lambda: read_writer(self.model, layer, self.layouts[layer], self.compute_dtype)
+        )
+
+    def mlp(self, layer: int) -> MLP:
+        """How the MLP of a layer reads and writes; see `MLP` for the formulas.
+
+        Raises ModelError for attention-only models and mixtures of experts.
+        """
+        if self.shape.attn_only:
+            raise ModelError(f"`model` ({self.architecture}) has no MLPs")
+        return self._fold("mlp", layer, lambda: read_mlp(self.model, layer, self.layouts[layer], self.compute_dtype))
+
+    def unembed(self) -> tuple[Float[Tensor, "d_model vocab"], Float[Tensor, "vocab"]]:
+        """Weight and bias: logits = soft_cap((resid_post @ weight) / scale.final + bias)."""
+        return self._fold("unembed", 0, lambda: read_unembed(self.model, self.compute_dtype))
+
+    def _fold(self, what: str, layer: int, make: Any) -> Any:
+        if (what, layer) in self._folded:
+            return self._folded[what, layer]
+        with torch.no_grad():
+            made = make()
+        size = sum(part.nbytes for part in _tensors(made))
+        if self._folded_bytes + size <= CACHE_BYTES:
+            self._folded[what, layer] = made
+            self._folded_bytes += size
+        return made
+
+    # -- attention -------------------------------------------------------------------------------------------------
+
+    def rotate(
+        self, x: Float[Tensor, "batch pos head d_head"], positions: Int[Tensor, "batch pos"], layer: int = 0
+    ) -> Float[Tensor, "batch pos head d_head"]:
+        """Rotate queries, keys or parts of them as the model does at absolute `positions`; x itself without rotary.
+
+        `tl_circuitlasso.models.position_ids(mask)` gives the positions under left or right padding. The angles depend
+        on the layer in models that mix local and global attention.
+        """
+        return rotary.rotate(self.model, layer, x, positions) if rotary.is_rotary(self.model) else x
+
+    def attn_scale(self, layer: int) -> float:
+        """The divisor of the attention scores: score = soft_cap(q k / attn_scale)."""
+        attention = self.model.blocks[layer].attn
+        if self.kind == "HookedTransformer":
+            return float(attention.attn_scale)
+        inner = attention.original_component
+        if isinstance(scaling := getattr(inner, "scaling", None), float):
+            return 1.0 / scaling
+        if isinstance(scale := getattr(inner, "scale", None), float):  # TransformerLens' own model divides by it
+            return scale
+        if self.architecture == "GPTNeoForCausalLM":  # trained without a scale
+            return 1.0
+        by_layer = layer + 1 if getattr(self.model.cfg, "scale_attn_by_inverse_layer_idx", False) else 1
+        return self.shape.d_head**0.5 * by_layer
+
+    @property
+    def attn_soft_cap(self) -> float | None:
+        """c in score = c tanh(score / c), or None."""
+        return _cap(self.model.cfg, "attn_scores_soft_cap", "attn_logit_softcapping")
+
+    @property
+    def logit_soft_cap(self) -> float | None:
+        """c in logit = c tanh(logit / c), or None."""
+        return _cap(self.model.cfg, "output_logits_soft_cap", "final_logit_softcapping")
+
+    # -- text and identity -----------------------------------------------------------------------------------------
+
+    def to_tokens(self, prompts: list[str]) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
+        """Tokens and mask of `prompts`, padded on the right, with the model's default of a first BOS token."""
+        if not self.has_tokenizer:
+            raise InputError("`tokens` are strings, but the model has no tokenizer; give token ids")
+        rows = [self.model.to_tokens(prompt)[0] for prompt in prompts]  # one by one: a pad may be a real token too
+        width = max(len(row) for row in rows)
+        tokens = rows[0].new_full((len(rows), width), self.special_ids()[1] or 0)
+        mask = torch.zeros_like(tokens, dtype=torch.bool)
+        for index, row in enumerate(rows):
+            tokens[index, : len(row)] = row
+            mask[index, : len(row)] = True
+        return tokens, mask
+
+    def special_ids(self) -> tuple[int | None, int | None]:
+        """The ids of the BOS and the padding token, None where the tokenizer (if any) has none."""
+        tokenizer = getattr(self.model, "tokenizer", None)
+        return getattr(tokenizer, "bos_token_id", None), getattr(tokenizer, "pad_token_id", None)
+
+    def config_hash(self) -> str:
+        """sha256 of the model's class and config; the device and other circumstances of the run are left out."""
+        values = {name: value for name, value in vars(self.model.cfg).items() if name not in _CIRCUMSTANCES}
+        config = {name: repr(value) for name, value in values.items() if isinstance(value, _PLAIN) or value is None}
+        return _sha256(type(self.model).__name__, json.dumps(config, sort_keys=True))
+
+    def weights_hash(self) -> str:
+        """sha256 of a thin sample of every weight: tells two models of one config apart, at no cost."""
+        digest = hashlib.sha256()
+        for name, weight in self.model.named_parameters():
+            flat = weight.detach().flatten()
+            digest.update(f"{name}{tuple(weight.shape)}".encode())
+            digest.update(flat[:: max(1, flat.numel() // 64)].double().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def __repr__(self) -> str:
+        shape = self.shape
+        return (
+            f"Adapter({self.kind}, {self.architecture}, {shape.n_layers} layers x {shape.n_heads} heads, "
+            f"d_model {shape.d_model}, {self.dtype}, {self.device})"
+        )
+
+
+_CIRCUMSTANCES = {"device", "n_devices", "seed", "init_weights", *COSTLY_FLAGS}
+_PLAIN = (bool, int, float, str, list, tuple, torch.dtype)  # other objects may print their address in memory
+
+
+def _sha256(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _stop(plans: list[Plan], stop_at_layer: int | None, n_layers: int) -> int | None:
+    """The first layer that needn't run, or None where the output of the whole model is needed."""
+    if any(made.last_layer is None for made in plans):
+        return stop_at_layer
+    needed = max((made.last_layer + 1 for made in plans if made.last_layer is not None), default=0)
+    return min(needed, n_layers if stop_at_layer is None else stop_at_layer)
+
+
+def _assert_fired(plans: list[Plan], heard: Heard, architecture: str) -> None:
+    silent = [path for made in plans for path in made.needed if path not in heard]
+    if silent:
+        raise ModelError(
+            f"the hook `{silent[0]}` of this model ({architecture}) did not fire in a forward pass, so its activation "
+            "can't be read; it may be switched off in the config, or `stop_at_layer` may lie before it"
+        )
+
+
+def _tensors(made: Any) -> list[Tensor]:
+    parts = made if isinstance(made, tuple) else vars(made).values()
+    return [part for part in parts if isinstance(part, Tensor)]
+
+
+def _cap(cfg: Any, *names: str) -> float | None:
+    values = [getattr(cfg, name, None) for name in names]
+    return next((float(value) for value in values if value is not None and value > 0), None)

@@ -1,0 +1,239 @@
+"""Bases: in which coordinates a site is read.
+
+| basis       | sites                                   | a node is                               |
+|-------------|-----------------------------------------|-----------------------------------------|
+| `Component` | input, every head, every MLP            | the whole site, seen in a few directions |
+| `Neuron`    | every MLP, after its nonlinearity       | one neuron, `m3#17`                     |
+| `Residual`  | the residual stream before every layer  | one dimension, `resid.3#17`             |
+
+A basis turns activations into features, one `pos`-aligned matrix per site. Wide sites are narrowed by a *pilot*, the
+first batch: components to their principal directions, neurons to those that vary most. What the pilot chose is part of
+the statistics, so that later batches and other workers see the same coordinates.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias, runtime_checkable
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tl_circuitlasso.errors import InputError, ModelError
+from tl_circuitlasso.models.adapter import Adapter
+from tl_circuitlasso.nodes import Block, NodeIndex, component_index
+from tl_circuitlasso.sites import Site
+
+Features: TypeAlias = Mapping[Site, Float[Tensor, "batch pos coord"]]
+Pilot: TypeAlias = dict[str, Tensor]
+
+
+@runtime_checkable
+class Basis(Protocol):
+    """What collection asks of a basis."""
+
+    @property
+    def name(self) -> str:
+        """How the basis is called in arguments and provenance."""
+        ...
+
+    def wanted(self, adapter: Adapter) -> tuple[str, ...]:
+        """The activations that `features` reads."""
+        ...
+
+    def features(self, adapter: Adapter, acts: Mapping[str, Tensor]) -> Features:
+        """Every site's raw coordinates at every position."""
+        ...
+
+    def fit(self, features: Mapping[Site, Float[Tensor, "sample coord"]]) -> Pilot:
+        """What the first batch decides: directions or chosen coordinates by site name."""
+        ...
+
+    def encode(self, raw: Float[Tensor, "*rows coord"], chosen: Tensor) -> Float[Tensor, "*rows node"]:
+        """Raw coordinates of one site in those that the pilot chose."""
+        ...
+
+    def index(self, adapter: Adapter, pilot: Mapping[str, Tensor], target: Site) -> NodeIndex:
+        """The graph's nodes, the target last."""
+        ...
+
+
+@dataclass(frozen=True)
+class Component:
+    """Whole components, each seen in its `directions` leading principal directions.
+
+    A head is described by z R' with W_O' = Q R, an isometry of its output that is d_head wide: the d_model-wide output
+    of a head is never formed.
+    """
+
+    directions: int = 16
+    name: str = "component"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.directions, int) or self.directions < 1:
+            raise InputError(f"`directions` is {self.directions!r}: give the number of directions per component, >= 1")
+
+    def wanted(self, adapter: Adapter) -> tuple[str, ...]:
+        shape = adapter.shape
+        heads = [f"{key}.{layer}" for layer in range(shape.n_layers) for key in ("z", "scale.attn_out")]
+        mlps = [] if shape.attn_only else [f"mlp_out.{layer}" for layer in range(shape.n_layers)]
+        return ("resid_pre.0", *heads, *mlps)
+
+    def features(self, adapter: Adapter, acts: Mapping[str, Tensor]) -> Features:
+        found: dict[Site, Tensor] = {Site("input"): acts["resid_pre.0"]}
+        for layer in range(adapter.shape.n_layers):
+            output = head_coordinates(adapter, acts, layer)
+            found |= {Site("head", layer, head): output[:, :, head] for head in range(adapter.shape.n_heads)}
+            if not adapter.shape.attn_only:
+                found[Site("mlp", layer)] = acts[f"mlp_out.{layer}"]
+        return found
+
+    def fit(self, features: Mapping[Site, Float[Tensor, "sample coord"]]) -> Pilot:
+        return {str(site): principal_directions(x, self.directions) for site, x in features.items()}
+
+    def encode(
+        self, raw: Float[Tensor, "*rows coord"], chosen: Float[Tensor, "coord node"]
+    ) -> Float[Tensor, "*rows node"]:
+        return raw @ chosen.to(raw)
+
+    def index(self, adapter: Adapter, pilot: Mapping[str, Tensor], target: Site) -> NodeIndex:
+        shape = adapter.shape
+        whole = component_index(
+            n_layers=shape.n_layers, n_heads=shape.n_heads, attn_only=shape.attn_only, parallel=shape.parallel
+        )
+        *inner, last = whole.blocks
+        return NodeIndex((*inner, Block(target, last.rank)))
+
+
+@dataclass(frozen=True)
+class Neuron:
+    """MLP neurons after their nonlinearity; the `max_nodes` that vary most over the pilot, dead ones left out."""
+
+    max_nodes: int = 4096
+    name: str = "neuron"
+
+    def __post_init__(self) -> None:
+        _check_limit(self.max_nodes)
+
+    def wanted(self, adapter: Adapter) -> tuple[str, ...]:
+        if adapter.shape.attn_only:
+            raise ModelError(f"`basis` 'neuron': {adapter.name} has no MLPs; use basis='component' or 'residual'")
+        if adapter.shape.moe:
+            raise ModelError(
+                f"`basis` 'neuron': {adapter.name} routes tokens through experts, whose neurons change from token to "
+                "token; use basis='component' or 'residual'"
+            )
+        return tuple(f"mlp_post.{layer}" for layer in range(adapter.shape.n_layers))
+
+    def features(self, adapter: Adapter, acts: Mapping[str, Tensor]) -> Features:
+        return {Site("mlp", layer): acts[f"mlp_post.{layer}"] for layer in range(adapter.shape.n_layers)}
+
+    def fit(self, features: Mapping[Site, Float[Tensor, "sample coord"]]) -> Pilot:
+        return most_varying(features, self.max_nodes)
+
+    def encode(self, raw: Float[Tensor, "*rows coord"], chosen: Bool[Tensor, " coord"]) -> Float[Tensor, "*rows node"]:
+        return raw[..., chosen]
+
+    def index(self, adapter: Adapter, pilot: Mapping[str, Tensor], target: Site) -> NodeIndex:
+        sites = [Site("mlp", layer) for layer in range(adapter.shape.n_layers)]
+        return chosen_index(sites, pilot, target)
+
+
+@dataclass(frozen=True)
+class Residual:
+    """Dimensions of the residual stream in front of every layer and behind the last; those that vary most."""
+
+    max_nodes: int = 4096
+    name: str = "residual"
+
+    def __post_init__(self) -> None:
+        _check_limit(self.max_nodes)
+
+    def wanted(self, adapter: Adapter) -> tuple[str, ...]:
+        return tuple(residual_key(layer, adapter.shape.n_layers) for layer in range(adapter.shape.n_layers + 1))
+
+    def features(self, adapter: Adapter, acts: Mapping[str, Tensor]) -> Features:
+        layers = range(adapter.shape.n_layers + 1)
+        return {Site("resid", layer): acts[residual_key(layer, adapter.shape.n_layers)] for layer in layers}
+
+    def fit(self, features: Mapping[Site, Float[Tensor, "sample coord"]]) -> Pilot:
+        return most_varying(features, self.max_nodes)
+
+    def encode(self, raw: Float[Tensor, "*rows coord"], chosen: Bool[Tensor, " coord"]) -> Float[Tensor, "*rows node"]:
+        return raw[..., chosen]
+
+    def index(self, adapter: Adapter, pilot: Mapping[str, Tensor], target: Site) -> NodeIndex:
+        sites = [Site("resid", layer) for layer in range(adapter.shape.n_layers + 1)]
+        return chosen_index(sites, pilot, target)
+
+
+BASES: Mapping[str, type[Component] | type[Neuron] | type[Residual]] = {
+    "component": Component,
+    "neuron": Neuron,
+    "residual": Residual,
+}
+
+
+def as_basis(basis: "str | Basis") -> Basis:
+    """The basis that a user named or made.
+
+    Raises
+    ------
+    InputError: no basis of that name.
+    """
+    if not isinstance(basis, str):
+        return basis
+    if basis not in BASES:
+        raise InputError(f"`basis` {basis!r} is unknown: use one of {', '.join(map(repr, BASES))} or a Basis object")
+    return BASES[basis]()
+
+
+def _check_limit(max_nodes: int) -> None:
+    if not isinstance(max_nodes, int) or max_nodes < 1:
+        raise InputError(f"`max_nodes` is {max_nodes!r}: give the largest number of nodes, >= 1")
+
+
+def residual_key(layer: int, n_layers: int) -> str:
+    """The hook that holds the residual stream in front of `layer`, or behind the last."""
+    return f"blocks.{n_layers - 1}.hook_resid_post" if layer == n_layers else f"blocks.{layer}.hook_resid_pre"
+
+
+def head_coordinates(
+    adapter: Adapter, acts: Mapping[str, Tensor], layer: int
+) -> Float[Tensor, "batch pos head d_head"]:
+    """Each head's output in an isometric d_head-wide basis: z R' with W_O' = Q R, so that norms are those of z W_O."""
+    w_o, _ = adapter.writer(layer)
+    triangle = torch.linalg.qr(w_o.mT.double()).R.to(w_o)  # head, d_head, d_head
+    z = acts[f"z.{layer}"] / acts[f"scale.attn_out.{layer}"].unsqueeze(-1)
+    return torch.einsum("bphd,hed->bphe", z, triangle)
+
+
+def principal_directions(x: Float[Tensor, "sample coord"], k: int) -> Float[Tensor, "coord k"]:
+    """The k leading eigenvectors of the covariance of x; at most as many as x has coordinates."""
+    centred = x.double() - x.double().mean(0)
+    _, vectors = torch.linalg.eigh(centred.T @ centred)
+    return vectors[:, -k:].flip(1).float().contiguous()  # the layout that a saved file has, for equal rounding
+
+
+def most_varying(features: Mapping[Site, Float[Tensor, "sample coord"]], limit: int) -> Pilot:
+    """By site, which coordinates are among the `limit` of largest variance over all sites; constants never are."""
+    variance = {site: x.double().var(0, correction=0) for site, x in features.items()}
+    everything = torch.cat(list(variance.values()))
+    floor = everything.sort(descending=True).values[:limit][-1]
+    return {str(site): (v >= floor) & (v > 1e-12 * everything.max()) for site, v in variance.items()}
+
+
+def chosen_index(sites: Sequence[Site], pilot: Mapping[str, Tensor], target: Site) -> NodeIndex:
+    """One block per site with its chosen coordinates, in order, then the target."""
+    blocks = [
+        Block(site, rank, tuple(pilot[str(site)].nonzero().flatten().tolist()))
+        for rank, site in enumerate(sites)
+        if bool(pilot[str(site)].any())
+    ]
+    return NodeIndex((*blocks, Block(target, len(sites))))
+
+
+def kept_rows(x: Float[Tensor, "batch pos *coord"], keep: Bool[Tensor, "batch pos"]) -> Float[Tensor, "sample *coord"]:
+    """The kept positions of all prompts as samples."""
+    return rearrange(x, "b p ... -> (b p) ...")[keep.flatten()]

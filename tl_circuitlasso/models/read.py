@@ -1,0 +1,164 @@
+"""The design `read`: what every child reads of every parent through its own weights, weighed by the target.
+
+From each batch, prompts are paired with one another at random; a sweep (sweep.py) then gives, for every edge u -> v and
+every pair, the part g[u -> v] of the target's difference that runs through it. Contributions add up: those of a child's
+parents sum to the child's own. Three kinds of sums are kept, all additive:
+
+- `gram/...`: second moments of the contributions of a child's parents: the data of the child's sparse regression
+  y_v = sum_u a_u g[u -> v], a >= 0 (a non-negative garrote; Breiman 1995), with y_v = sum_u g[u -> v];
+- `cost/...`: the expected cost to the target (KL in nats, or absolute change) of each edge's contribution alone;
+- `node`: the same for all of a component's contributions together, so that cancelling paths count as what they do.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tl_circuitlasso.models import outcome, readout, sweep
+from tl_circuitlasso.models.adapter import Adapter
+from tl_circuitlasso.models.bases import Basis
+from tl_circuitlasso.models.designs import Sample
+from tl_circuitlasso.models.outcome import Probe
+from tl_circuitlasso.models.rotary import position_ids
+from tl_circuitlasso.models.sweep import Pairs, Read
+from tl_circuitlasso.statistics import Statistics
+from tl_circuitlasso.targets import Target
+
+FOLDS = 10  # parts of the pairs whose costs are kept apart, for intervals and stability
+PAIRS = 256  # pairs that fewer prompts are drawn into again and again
+MEMORY = 256 << 20  # bytes that the pairs swept at once may take
+
+
+@dataclass(frozen=True)
+class ReadDesign:
+    """Contributions of edges to the target, by secants between paired prompts; component basis only."""
+
+    basis: Basis
+    probe: Probe | None = None
+    draws: int = 1  # how often each batch is paired anew
+    name: str = "read"
+
+    def wanted(self, adapter: Adapter, target: Target) -> tuple[str, ...]:
+        return (*sweep.wanted(adapter), *outcome.wanted(adapter, target))
+
+    def start(self, adapter: Adapter, pilot: Sample) -> Statistics:
+        index = self.basis.index(adapter, {}, readout.target_site(pilot.target))
+        meta = {"index": index.to_json(), "cost_folds": FOLDS}
+        return Statistics(sums=_empty_sums(adapter, len(index) - 1, pilot.keep.device), meta=meta)
+
+    def add(self, statistics: Statistics, adapter: Adapter, sample: Sample) -> Statistics:
+        acts = {**sample.acts, "positions": position_ids(_mask(sample))}
+        sums = {key: value.clone() for key, value in statistics.sums.items()}
+        for _ in range(self.draws):
+            pairs = make_pairs(_mask(sample), sample.target_keep, sample.generator)
+            for part in in_parts(adapter, pairs):
+                self._add_pairs(sums, adapter, acts, part, sample)
+        return replace(statistics, sums=sums)
+
+    def _add_pairs(
+        self, sums: dict[str, Tensor], adapter: Adapter, acts: dict[str, Tensor], pairs: Pairs, sample: Sample
+    ) -> None:
+        goal = outcome.outcome(adapter, acts, pairs, sample.target, sample.prompts, self.probe)
+        fold = (sample.prompts.to(pairs.own.device)[pairs.own] % FOLDS).to(goal.directions.device)
+        nodes = goal.directions.new_zeros(*goal.directions.shape[:2], sums["node"].shape[1])
+        for key, reads in _by_child(adapter, sweep.sweep(adapter, acts, pairs, goal.directions)):
+            merged = torch.stack([read.value for read in reads]).sum(0)
+            nodes[:, :, : merged.shape[-1]] += merged.sum(2)
+            _add_cost(sums[f"cost/{key}/"], goal.cost(merged), fold)
+            for read in reads if len(reads) > 1 else ():
+                _add_cost(sums[f"cost/{key}/{read.port}"], goal.cost(read.value), fold)
+            columns = torch.cat([read.value for read in reads], dim=-1).flatten(0, 1).double()
+            sums[f"gram/{key}"] += torch.einsum("rhi,rhj->hij", columns, columns)
+        _add_cost(sums["node"], goal.cost(nodes), fold)
+        sums["pairs"].index_add_(0, fold, torch.ones_like(fold, dtype=torch.float64))
+
+
+def children(adapter: Adapter) -> list[tuple[str, int, int]]:
+    """Every group of children: its key, how many there are, and how many sources may feed them."""
+    shape = adapter.shape
+    per_layer = shape.n_heads + (not shape.attn_only)
+    found = []
+    for layer in range(shape.n_layers):
+        before = 1 + layer * per_layer
+        found.append((f"a{layer}", shape.n_heads, before))
+        if not shape.attn_only:
+            found.append((f"m{layer}", 1, before if shape.parallel else before + shape.n_heads))
+    return [*found, ("target", 1, 1 + shape.n_layers * per_layer)]
+
+
+def _empty_sums(adapter: Adapter, nodes: int, device: torch.device) -> dict[str, Tensor]:
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(*shape, dtype=torch.float64, device=device)
+
+    sums = {"node": zeros(FOLDS, nodes), "pairs": zeros(FOLDS)}
+    for key, heads, sources in children(adapter):
+        ports = ("", "q", "k", "v") if key.startswith("a") else ("",)
+        sums |= {f"cost/{key}/{port}": zeros(FOLDS, heads, sources) for port in ports}
+        columns = sources * (3 if key.startswith("a") else 1)
+        sums[f"gram/{key}"] = zeros(heads, columns, columns)
+    return sums
+
+
+def _by_child(adapter: Adapter, reads: Iterator[Read]) -> Iterator[tuple[str, list[Read]]]:
+    """A layer's q, k and v together, everything else alone, under the key of its children."""
+    ports: list[Read] = []
+    for read in reads:
+        if read.layer == adapter.shape.n_layers:
+            yield "target", [read]
+        elif not read.port:
+            yield f"m{read.layer}", [read]
+        else:
+            ports.append(read)
+            if len(ports) == 3:
+                yield f"a{read.layer}", ports
+                ports = []
+
+
+def _add_cost(total: Float[Tensor, "fold *edges"], cost: Float[Tensor, "pair *edges"], fold: Tensor) -> None:
+    total.index_add_(0, fold, cost.double())
+
+
+def _mask(sample: Sample) -> Bool[Tensor, "batch pos"]:
+    return torch.ones_like(sample.keep) if sample.mask is None else sample.mask
+
+
+def in_parts(adapter: Adapter, pairs: Pairs) -> Iterator[Pairs]:
+    """The pairs in parts that fit into memory; in causal models cut behind the last position that a part reads."""
+    order = pairs.position.argsort(stable=True)
+    while len(order):
+        width = pairs.valid.shape[1]
+        size = max(1, MEMORY // sweep.memory(adapter, width))
+        part, order = order[-size:], order[:-size]
+        if adapter.shape.causal:
+            width = int(pairs.position[part].max()) + 1
+        yield Pairs(pairs.own[part], pairs.partner[part], pairs.position[part], pairs.valid[part, :width])
+
+
+def make_pairs(mask: Bool[Tensor, "batch pos"], keep: Bool[Tensor, "batch pos"], generator: torch.Generator) -> Pairs:
+    """Each prompt with another of at least its length, drawn at random, and one of its kept positions.
+
+    Prompts of one length form a random cycle; the last of a length that has no equal takes the next longer one. A
+    prompt that is alone with the largest length, or has no kept position, is left out.
+    """
+    lengths = mask.sum(1).cpu()
+    order = torch.randperm(len(lengths), generator=generator)
+    order = order[lengths[order].argsort(stable=True)].tolist()
+    partner: dict[int, int] = {}
+    for place, row in enumerate(order):
+        same = [other for other in order if lengths[other] == lengths[row]]
+        if len(same) > 1:
+            partner[row] = same[(same.index(row) + 1) % len(same)]
+        elif place + 1 < len(order):
+            partner[row] = order[place + 1]
+    usable = [row for row in sorted(partner) if bool(keep[row].any())]
+    position = [_draw(keep[row].nonzero().flatten(), generator) for row in usable]
+    own = torch.tensor(usable, dtype=torch.long, device=mask.device)
+    other = torch.tensor([partner[row] for row in usable], dtype=torch.long, device=mask.device)
+    return Pairs(own, other, torch.tensor(position, dtype=torch.long, device=mask.device), mask[own] & mask[other])
+
+
+def _draw(places: Int[Tensor, " place"], generator: torch.Generator) -> int:
+    return int(places[int(torch.randint(len(places), (1,), generator=generator))])
