@@ -1,0 +1,32 @@
+"""Other ways to find circuits, for comparison: each returns an `AttributionGraph` of all edges, all kept.
+
+Every method is called as `method(model, clean, corrupted, metric, *, steps=5, attention_mask=None, ...)`.
+"""
+
+from tl_circuitlasso.baselines.exact import (
+    exact as exact,
+)
+from tl_circuitlasso.baselines.gradient import (
+    clean_corrupted as clean_corrupted,
+)
+from tl_circuitlasso.baselines.gradient import (
+    eap as eap,
+)
+from tl_circuitlasso.baselines.gradient import (
+    eap_ig as eap_ig,
+)
+from tl_circuitlasso.baselines.gradient import (
+    eap_ig_activations as eap_ig_activations,
+)
+from tl_circuitlasso.baselines.nodes import (
+    node_scores as node_scores,
+)
+from tl_circuitlasso.baselines.observational import (
+    correlation as correlation,
+)
+from tl_circuitlasso.baselines.observational import (
+    information_flow_routes as information_flow_routes,
+)
+from tl_circuitlasso.baselines.observational import (
+    random_edges as random_edges,
+)

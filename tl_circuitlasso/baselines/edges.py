@@ -1,0 +1,185 @@
+"""All edges of a model as one matrix, and the sum over tokens that fills it.
+
+Rows are sources in the order of computation (input, then per layer its heads and its MLP); columns are readers: per
+layer q, k and v of every head, then the MLP; last the logits. A method fills the matrix; `graph` makes it a graph.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.models import Adapter, Shape
+from tl_circuitlasso.models.attention import PORTS
+from tl_circuitlasso.models.patching import Written, projection
+from tl_circuitlasso.models.tracing import Trace, read_gradient
+from tl_circuitlasso.nodes import NodeIndex, component_index
+from tl_circuitlasso.sites import PORTS as PORT_NAMES
+
+WORKSPACE = 128 << 20  # bytes for what the sources of one piece of tokens write; the only place where it's written out
+
+
+@dataclass(frozen=True, eq=False)
+class EdgeLayout:
+    """Where each edge lies in the matrix of sources by readers."""
+
+    shape: Shape
+    index: NodeIndex = field(init=False)
+
+    def __post_init__(self) -> None:
+        s = self.shape
+        index = component_index(n_layers=s.n_layers, n_heads=s.n_heads, attn_only=s.attn_only, parallel=s.parallel)
+        object.__setattr__(self, "index", index)
+
+    @property
+    def n_sources(self) -> int:
+        return len(self.index) - 1
+
+    @property
+    def n_readers(self) -> int:
+        return self.shape.n_layers * self._per_layer + 1
+
+    @property
+    def _per_layer(self) -> int:
+        return 3 * self.shape.n_heads + (not self.shape.attn_only)
+
+    def columns(self, layer: int, port: str) -> slice:
+        """The columns of all heads through one port, of the layer's MLP (port ""), or of the logits (the layer behind
+        the last)."""
+        first = layer * self._per_layer
+        if layer == self.shape.n_layers:
+            return slice(first, first + 1)
+        if port == "":
+            return slice(first + 3 * self.shape.n_heads, first + 3 * self.shape.n_heads + 1)
+        start = first + PORTS.index(port) * self.shape.n_heads  # type: ignore[arg-type]
+        return slice(start, start + self.shape.n_heads)
+
+    def sources_of(self, layer: int, port: str) -> int:
+        """How many sources, the first ones, a reader may read."""
+        before = 1 + layer * (self.shape.n_heads + (not self.shape.attn_only))
+        own_heads = port == "" and layer < self.shape.n_layers and not self.shape.parallel
+        return before + self.shape.n_heads if own_heads else before
+
+    def readers(self) -> Iterator[tuple[int, str]]:
+        """Every (layer, port) with a column, in column order; (n_layers, "") is the logits."""
+        ports = PORTS if self.shape.attn_only else (*PORTS, "")
+        yield from ((layer, port) for layer in range(self.shape.n_layers) for port in ports)
+        yield self.shape.n_layers, ""
+
+    def mask(self) -> Bool[Tensor, "source reader"]:
+        """Which entries are edges."""
+        mask = torch.zeros(self.n_sources, self.n_readers, dtype=torch.bool)
+        for layer, port in self.readers():
+            mask[: self.sources_of(layer, port), self.columns(layer, port)] = True
+        return mask
+
+    def targets(self) -> tuple[list[int], list[int]]:
+        """Each column's node, as a position in the index, and port, as a position in `sites.PORTS`."""
+        nodes, ports = [], []
+        for layer, port in self.readers():
+            names = self._names(layer, port)
+            nodes += [self.index.position(name) for name in names]
+            ports += [PORT_NAMES.index(port)] * len(names)
+        return nodes, ports
+
+    def _names(self, layer: int, port: str) -> list[str]:
+        if layer == self.shape.n_layers:
+            return ["logits"]
+        return [f"m{layer}"] if port == "" else [f"a{layer}.h{head}" for head in range(self.shape.n_heads)]
+
+    def graph(self, scores: Float[Tensor, "source reader"], provenance: dict[str, Any]) -> AttributionGraph:
+        """All edges with their scores, all kept."""
+        source, column = self.mask().nonzero(as_tuple=True)
+        nodes, port = (torch.tensor(values)[column] for values in self.targets())
+        score = scores.double().cpu()[source, column]
+        return AttributionGraph(
+            index=self.index,
+            source=source,
+            target=nodes,
+            port=port,
+            score=score,
+            weight=score.clone(),
+            kept=torch.ones(len(score), dtype=torch.bool),
+            provenance=provenance,
+        )
+
+
+def to_matrix(graph: AttributionGraph, shape: Shape) -> Float[Tensor, "source reader"]:
+    """The scores of a graph as the matrix that `EdgeLayout.graph` reads; zero where there's no edge."""
+    layout = EdgeLayout(shape)
+    nodes, ports = layout.targets()
+    column = {key: i for i, key in enumerate(zip(nodes, ports))}
+    matrix = torch.zeros(layout.n_sources, layout.n_readers, dtype=torch.float64)
+    for s, t, p, score in zip(*(part.tolist() for part in (graph.source, graph.target, graph.port, graph.score))):
+        matrix[s, column[t, p]] = score
+    return matrix
+
+
+def provenance(adapter: Adapter, method: str, **facts: Any) -> dict[str, Any]:
+    """What a reader of the graph wants to know of its making."""
+    return {
+        "method": method,
+        "model": adapter.name,
+        "architecture": adapter.architecture,
+        "versions": {name: _version(name) for name in ("tl_circuitlasso", "transformer_lens", "torch")},
+        **facts,
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package.replace("_", "-"))
+    except PackageNotFoundError:
+        return "unknown"
+
+
+# ---- the sum over tokens ------------------------------------------------------------------------------------------
+
+
+def written_out(adapter: Adapter, parts: Written, chosen: tuple[Tensor, ...]) -> Float[Tensor, "source token d_model"]:
+    """What each source writes to the residual stream at some (prompt, position) pairs."""
+    pieces = [parts.input[chosen][None]]
+    for layer, heads in enumerate(parts.heads):
+        pieces.append(torch.bmm(heads[chosen].transpose(0, 1), adapter.writer(layer)[0]))
+        if parts.mlps:
+            pieces.append(parts.mlps[layer][chosen][None])
+    return torch.cat(pieces)
+
+
+def pieces_of(layout: EdgeLayout, keep: Bool[Tensor, "batch pos"], itemsize: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The kept positions in pieces small enough that all their sources fit the workspace."""
+    per_token = (layout.n_sources + 4 * layout.shape.n_heads) * layout.shape.d_model * itemsize
+    rows, positions = keep.nonzero(as_tuple=True)
+    size = max(1, WORKSPACE // per_token)
+    yield from zip(rows.split(size), positions.split(size))
+
+
+def add_products(
+    layout: EdgeLayout,
+    adapter: Adapter,
+    scores: Float[Tensor, "source reader"],
+    difference: Written,
+    traced: Trace,
+    keep: Bool[Tensor, "batch pos"],
+) -> None:
+    """Add to each edge u -> v the sum over kept positions of <difference_u, derivative at v's input>."""
+    reads = {
+        (layer, port): projection(adapter, layer, port) for layer in range(layout.shape.n_layers) for port in PORTS
+    }
+    for chosen in pieces_of(layout, keep, difference.input.element_size()):
+        sources = written_out(adapter, difference, chosen).flatten(1)
+        for layer, port in layout.readers():
+            if layer == layout.shape.n_layers:
+                grads = traced.unembed[chosen][None]
+            elif port == "":
+                grads = traced.mlps[layer][chosen][None]
+            else:
+                at_port = traced.ports[layer][port]  # type: ignore[index]
+                grads = read_gradient(reads[layer, port], traced.streams.attn[layer][chosen], at_port[chosen])  # type: ignore[index]
+            rows = slice(layout.sources_of(layer, port))
+            scores[rows, layout.columns(layer, port)] += (sources[rows] @ grads.flatten(1).T).double()

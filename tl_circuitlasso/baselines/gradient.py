@@ -1,0 +1,331 @@
+"""Edge attribution patching and its integrated-gradients relatives.
+
+All four score an edge u -> v by sum over positions of <u_clean - u_ablated, d metric / d (input of v)>, averaged over
+prompts: to first order, how much the metric falls when v alone stops seeing what u does on the clean prompt. They
+differ in where the derivative is taken. Scores don't depend on the batch size.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tl_circuitlasso.baselines.data import Batch, Pairs, Prompts, pairs
+from tl_circuitlasso.baselines.edges import EdgeLayout, add_products, provenance
+from tl_circuitlasso.errors import InputError
+from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.models.patching import Written, learned_positions, record
+from tl_circuitlasso.models.tracing import Trace, trace
+
+Metric = Callable[[Tensor, Tensor], Tensor]  # (logits of a batch, its rows in the data set) -> sum over the rows
+
+
+def eap(
+    model: Any,
+    clean: Prompts,
+    corrupted: Prompts | None,
+    metric: Metric,
+    *,
+    attention_mask: Tensor | None = None,
+    ablation: str = "patch",
+    input_node: str = "embed",
+    batch_size: int = 32,
+    steps: int = 1,
+) -> AttributionGraph:
+    """Edge attribution patching: the derivative is taken on the clean prompt (Syed et al. 2023, arXiv 2310.10348).
+
+    Two forward passes and one backward pass per prompt.
+
+    Parameters
+    ----------
+    clean, corrupted: token ids (prompt, pos) or strings, pairs of equal length; `corrupted` is not read with
+        `ablation="zero"`.
+    metric: `metric(logits, rows)` returns the sum over a batch of what the circuit should keep high (a logit
+        difference; for a loss, its negative); `rows` are the prompts' numbers in the data set. A positive score means
+        that the edge helps.
+    attention_mask: True at real positions; left and right padding are both right.
+    ablation: what a cut edge carries: the corrupted activation ("patch"), nothing ("zero"), or the mean over the
+        corrupted prompts at the same position ("mean").
+    input_node: whether `input` is the token embedding alone ("embed", as in EAP-IG) or everything in front of the
+        first layer, learned positions included ("resid"). They differ only with `ablation="zero"`.
+    steps: not used; every method of this module takes the same arguments.
+
+    Raises
+    ------
+    InputError: pairs of unequal shape, tokens outside the vocabulary, or a metric that isn't one number.
+    ModelError: a model that the adapter refuses.
+    """
+    setting = Setting("eap", ablation, input_node, 1)
+    data = setting.pairs(model, clean, corrupted, attention_mask, batch_size)
+    return _attribute(data, metric, setting, at_clean)
+
+
+def eap_ig(
+    model: Any,
+    clean: Prompts,
+    corrupted: Prompts | None,
+    metric: Metric,
+    *,
+    steps: int = 5,
+    attention_mask: Tensor | None = None,
+    ablation: str = "patch",
+    input_node: str = "embed",
+    batch_size: int = 32,
+) -> AttributionGraph:
+    """EAP with integrated gradients over the inputs (Hanna et al. 2024, arXiv 2403.17806); arguments as in `eap`.
+
+    The derivative is the mean over k = 0 .. steps - 1 of that with embeddings corrupted + k/steps (clean - corrupted).
+    1 + steps forward and `steps` backward passes per prompt.
+    """
+    setting = Setting("eap_ig", ablation, input_node, steps)
+    data = setting.pairs(model, clean, corrupted, attention_mask, batch_size)
+    return _attribute(data, metric, setting, along_inputs)
+
+
+def clean_corrupted(
+    model: Any,
+    clean: Prompts,
+    corrupted: Prompts | None,
+    metric: Metric,
+    *,
+    attention_mask: Tensor | None = None,
+    ablation: str = "patch",
+    input_node: str = "embed",
+    batch_size: int = 32,
+    steps: int = 2,
+) -> AttributionGraph:
+    """EAP with the mean of the derivatives at the clean and at the corrupted input; arguments as in `eap`.
+
+    Two forward and two backward passes per prompt.
+    """
+    setting = Setting("clean_corrupted", ablation, input_node, 2)
+    data = setting.pairs(model, clean, corrupted, attention_mask, batch_size)
+    return _attribute(data, metric, setting, _at_ends)
+
+
+def eap_ig_activations(
+    model: Any,
+    clean: Prompts,
+    corrupted: Prompts | None,
+    metric: Metric,
+    *,
+    steps: int = 5,
+    attention_mask: Tensor | None = None,
+    ablation: str = "patch",
+    input_node: str = "embed",
+    batch_size: int = 32,
+) -> AttributionGraph:
+    """EAP with integrated gradients over activations; arguments as in `eap`.
+
+    On the clean prompt, the output of one group of sources (the input, all heads of a layer, or an MLP) is replaced by
+    ablated + k/steps (clean - ablated), k = 1 .. steps; the derivative is the mean over steps and groups. Readers that
+    see nothing but the replaced input have a derivative too (EAP-IG loses it on models without learned positions).
+    2 + steps (1 + 2 layers) forward passes per prompt, and nearly as many backward.
+    """
+    setting = Setting("eap_ig_activations", ablation, input_node, steps)
+    data = setting.pairs(model, clean, corrupted, attention_mask, batch_size)
+    return _attribute(data, metric, setting, _along_activations)
+
+
+# ---- one pass over the data -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A method's choices, checked.
+
+    Raises
+    ------
+    InputError: an unknown `ablation` or `input_node`, or `steps` < 1.
+    """
+
+    method: str
+    ablation: str
+    input_node: str
+    steps: int
+
+    def __post_init__(self) -> None:
+        if self.ablation not in ("patch", "zero", "mean"):
+            raise InputError(f"`ablation` is {self.ablation!r}: write 'patch', 'zero' or 'mean'")
+        if self.input_node not in ("embed", "resid"):
+            raise InputError(f"`input_node` is {self.input_node!r}: write 'embed' or 'resid'")
+        if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 1:
+            raise InputError(f"`steps` is {self.steps!r}: the number of integration steps is an integer >= 1")
+
+    def pairs(
+        self, model: Any, clean: Prompts, corrupted: Prompts | None, attention_mask: Tensor | None, batch_size: int
+    ) -> Pairs:
+        """The checked prompt pairs."""
+        if corrupted is None and self.ablation != "zero":
+            raise InputError(f"`corrupted` is missing: `ablation={self.ablation!r}` needs it, 'zero' doesn't")
+        return pairs(model, clean, corrupted, attention_mask=attention_mask, batch_size=batch_size)
+
+
+@dataclass
+class Count:
+    """Passes per prompt: each batch's passes weighted by its share of the prompts."""
+
+    forward: float = 0.0
+    backward: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One batch, and the passes that a method may ask for."""
+
+    pairs: Pairs
+    batch: Batch
+    metric: Metric
+    setting: Setting
+    mean: Written | None
+    count: Count
+    outputs: bool = False  # whether derivatives at components' outputs are needed beside those at inputs
+
+    @property
+    def _share(self) -> float:
+        return len(self.batch.rows) / len(self.pairs)
+
+    def clean(self) -> Written:
+        """What each component writes on the clean prompts."""
+        self.count.forward += self._share
+        return record(self.pairs.adapter, self.batch.clean, self.batch.mask)
+
+    def ablated(self, clean: Written) -> Written:
+        """What each component's cut edges carry."""
+        adapter, batch = self.pairs.adapter, self.batch
+        if self.setting.ablation == "mean":
+            assert self.mean is not None
+            return clean.map(lambda own, average: average.expand_as(own), self.mean)
+        self.count.forward += self._share
+        if self.setting.ablation == "patch":
+            return record(adapter, batch.corrupted, batch.mask)
+        nothing = clean.map(torch.zeros_like)
+        # Learned positions aren't part of the embedding node, so they stay when it's ablated.
+        positions = learned_positions(adapter, batch.clean, batch.mask) if self.setting.input_node == "embed" else None
+        return nothing if positions is None else replace(nothing, input=positions)
+
+    def trace(self, *, corrupted: bool = False, **replaced: Any) -> Trace:
+        """The metric's derivatives on the clean (or corrupted) prompts, with some activations replaced."""
+        self.count.forward += self._share
+        self.count.backward += self._share
+        batch, rows = self.batch, self.batch.rows
+        tokens = batch.corrupted if corrupted else batch.clean
+        return trace(
+            self.pairs.adapter,
+            tokens,
+            batch.mask,
+            lambda logits: self.metric(logits, rows),
+            outputs=self.outputs,
+            **replaced,
+        )
+
+
+Step = tuple[Written, Trace, float]  # clean - ablated, derivatives, and the step's weight
+Path = Callable[[Job], Iterator[Step]]
+
+
+def _attribute(data: Pairs, metric: Metric, setting: Setting, path: Path) -> AttributionGraph:
+    began = time.perf_counter()
+    layout, count = EdgeLayout(data.adapter.shape), Count()
+    scores = torch.zeros(layout.n_sources, layout.n_readers, dtype=torch.float64, device=data.adapter.device)
+    for job in jobs(data, metric, setting, count):
+        for difference, traced, weight in path(job):
+            part = torch.zeros_like(scores)
+            add_products(layout, data.adapter, part, difference, traced, job.batch.mask)
+            scores += weight * part
+    return layout.graph(scores / len(data), facts(data, setting, count, began))
+
+
+def jobs(data: Pairs, metric: Metric, setting: Setting, count: Count, *, outputs: bool = False) -> Iterator[Job]:
+    """The batches of a data set, ready for the passes of a method."""
+    mean = None
+    if setting.ablation == "mean":
+        mean = _mean(data)
+        count.forward += 1
+    for batch in data:
+        yield Job(data, batch, metric, setting, mean, count, outputs)
+
+
+def facts(data: Pairs, setting: Setting, count: Count, began: float) -> dict[str, Any]:
+    """The provenance of a graph: how it was made, and at what cost."""
+    return provenance(
+        data.adapter,
+        setting.method,
+        ablation=setting.ablation,
+        input_node=setting.input_node,
+        steps=setting.steps,
+        prompts=len(data),
+        forward_passes=round(count.forward, 6),
+        backward_passes=round(count.backward, 6),
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _mean(data: Pairs) -> Written:
+    """The mean over corrupted prompts of what each component writes at each position, pads left out."""
+    total: Written | None = None
+    count = torch.zeros(1, data.clean.shape[1], device=data.adapter.device, dtype=torch.float64)
+    for batch in data:
+        summed = record(data.adapter, batch.corrupted, batch.mask).map(partial(_masked_sum, mask=batch.mask))
+        total = summed if total is None else total.map(torch.add, summed)
+        count += batch.mask.sum(0, keepdim=True)
+    assert total is not None  # `pairs` refuses an empty data set
+    dtype = data.adapter.compute_dtype
+    return total.map(lambda part: (part / count.clamp_min(1).view(1, -1, *[1] * (part.ndim - 2))).to(dtype))
+
+
+def _masked_sum(part: Tensor, mask: Tensor) -> Tensor:
+    return (part.double() * mask.view(*mask.shape, *[1] * (part.ndim - 2))).sum(0, keepdim=True)
+
+
+# ---- where the derivative is taken --------------------------------------------------------------------------------
+
+
+def at_clean(job: Job) -> Iterator[Step]:
+    traced = job.trace()
+    yield traced.values.map(torch.sub, job.ablated(traced.values)), traced, 1.0
+
+
+def _at_ends(job: Job) -> Iterator[Step]:
+    traced = job.trace()
+    if job.setting.ablation == "patch":  # the corrupted run gives its activations and its derivatives at once
+        other = job.trace(corrupted=True)
+        ablated = other.values
+    else:
+        ablated = job.ablated(traced.values)
+        other = job.trace(start=ablated.input)
+    difference = traced.values.map(torch.sub, ablated)
+    yield difference, traced, 0.5
+    yield difference, other, 0.5
+
+
+def along_inputs(job: Job) -> Iterator[Step]:
+    clean, steps = job.clean(), job.setting.steps
+    if job.setting.ablation == "patch":
+        first = job.trace(corrupted=True)
+        ablated = first.values
+    else:
+        ablated = job.ablated(clean)
+        first = job.trace(start=ablated.input)
+    difference = clean.map(torch.sub, ablated)
+    yield difference, first, 1 / steps
+    for k in range(1, steps):
+        yield difference, job.trace(start=ablated.input + k / steps * difference.input), 1 / steps
+
+
+def _along_activations(job: Job) -> Iterator[Step]:
+    clean, steps = job.clean(), job.setting.steps
+    ablated = job.ablated(clean)
+    difference = clean.map(torch.sub, ablated)
+    weight = 1 / (steps * (1 + len(clean.heads) + len(clean.mlps)))
+    for k in range(1, steps + 1):
+        between = ablated.map(lambda low, change, share=k / steps: low + share * change, difference)
+        yield difference, job.trace(start=between.input), weight
+        for layer in range(len(clean.heads)):
+            yield difference, job.trace(heads={layer: between.heads[layer]}), weight
+        for layer in range(len(clean.mlps)):
+            yield difference, job.trace(mlps={layer: between.mlps[layer]}), weight

@@ -1,0 +1,175 @@
+"""Baselines that only watch: information-flow routes, marginal correlation, and random edges."""
+
+import time
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tl_circuitlasso.baselines.data import Batch, Pairs, Prompts, pairs
+from tl_circuitlasso.baselines.edges import EdgeLayout, pieces_of, provenance, written_out
+from tl_circuitlasso.baselines.gradient import Metric
+from tl_circuitlasso.errors import InputError
+from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.models import Adapter, adapt
+from tl_circuitlasso.models.patching import Written, learned_positions, record_all
+
+SKETCH = 32  # dimensions to which what a component writes is projected before correlations are taken
+
+
+def information_flow_routes(
+    model: Any,
+    clean: Prompts,
+    corrupted: Prompts | None = None,
+    metric: Metric | None = None,
+    *,
+    attention_mask: Tensor | None = None,
+    input_node: str = "embed",
+    batch_size: int = 32,
+    steps: int = 1,
+) -> AttributionGraph:
+    """Information-flow routes (Ferrando & Voita 2024, arXiv 2403.00824): how near each source is to what is read.
+
+    importance(u -> v) = max(0, |x_v|_1 - |x_v - u|_1), divided by its sum over the sources of v, averaged over the
+    positions of each prompt and over prompts; x_v is the residual stream that v reads. Scores are unsigned and the same
+    for all heads and ports of a layer. One forward pass; corrupted prompts, the metric and steps aren't used.
+    """
+    began = time.perf_counter()
+    data = pairs(model, clean, None, attention_mask=attention_mask, batch_size=batch_size)
+    layout = EdgeLayout(data.adapter.shape)
+    scores = torch.zeros(layout.n_sources, layout.n_readers, dtype=torch.float64, device=data.adapter.device)
+    for batch in data:
+        _add_nearness(layout, data.adapter, scores, batch, input_node)
+    facts = {"input_node": input_node, "prompts": len(data), "forward_passes": 1.0, "backward_passes": 0.0}
+    made = provenance(data.adapter, "information_flow_routes", **facts, seconds=time.perf_counter() - began)
+    return layout.graph(scores / len(data), made)
+
+
+def _add_nearness(layout: EdgeLayout, adapter: Adapter, scores: Tensor, batch: Batch, input_node: str) -> None:
+    plain = record_all(adapter, batch.clean, batch.mask)
+    written, streams = plain.written, plain.streams
+    if input_node == "embed" and (positions := learned_positions(adapter, batch.clean, batch.mask)) is not None:
+        written = Written(written.input - positions, written.heads, written.mlps)
+    weight = 1 / batch.mask.sum(1, dtype=torch.float64)
+    for chosen in pieces_of(layout, batch.mask, written.input.element_size()):
+        sources = written_out(adapter, written, chosen)
+        for layer, port in layout.readers():
+            if port in ("k", "v"):
+                continue
+            stream = streams.logits if layer == layout.shape.n_layers else _stream(streams, layer, port)
+            part = _nearness(sources[: layout.sources_of(layer, port)], stream[chosen]) @ weight[chosen[0]]
+            for same in ("q", "k", "v") if port == "q" else ("",):
+                scores[: len(part), layout.columns(layer, same)] += part[:, None]
+
+
+def _stream(streams: Any, layer: int, port: str) -> Tensor:
+    return streams.mlp[layer] if port == "" else streams.attn[layer]
+
+
+def _nearness(
+    sources: Float[Tensor, "source token d_model"], stream: Float[Tensor, "token d_model"]
+) -> Float[Tensor, "source token"]:
+    size = stream.abs().sum(-1)
+    near = torch.stack([size - (stream - source).abs().sum(-1) for source in sources]).clamp_min(0).double()
+    return near / near.sum(0).clamp_min(torch.finfo(torch.float64).tiny)
+
+
+def correlation(
+    model: Any,
+    clean: Prompts,
+    corrupted: Prompts | None = None,
+    metric: Metric | None = None,
+    *,
+    attention_mask: Tensor | None = None,
+    batch_size: int = 32,
+    steps: int = 1,
+    seed: int = 0,
+) -> AttributionGraph:
+    """Marginal correlation: how far what u writes and what v writes vary together at the same position.
+
+    The RV coefficient |C_uv|^2 / (|C_uu| |C_vv|) of cross-covariances (Frobenius norms; Escoufier 1973), the squared
+    correlation where both are numbers; between 0 and 1, without ports. Outputs wider than 32 dimensions are projected
+    to 32 random ones first. One forward pass; corrupted prompts, the metric and steps aren't used.
+    """
+    began = time.perf_counter()
+    data = pairs(model, clean, None, attention_mask=attention_mask, batch_size=batch_size)
+    layout = EdgeLayout(data.adapter.shape)
+    rv = _rv(_covariance(data, layout, seed), len(layout.index)).cpu()
+    facts = {"prompts": len(data), "forward_passes": 1.0, "backward_passes": 0.0, "seed": seed}
+    made = provenance(data.adapter, "correlation", **facts, seconds=time.perf_counter() - began)
+    allowed = layout.index.allowed()
+    graph = AttributionGraph.from_adjacency(layout.index, torch.where(allowed, rv, 0.0), provenance=made)
+    return graph.keep(torch.ones_like(graph.kept))
+
+
+def _covariance(data: Pairs, layout: EdgeLayout, seed: int) -> Float[Tensor, "node sketch node sketch"]:
+    adapter = data.adapter
+    project = _Sketch(adapter, seed)
+    columns = len(layout.index) * project.width
+    total = torch.zeros(columns, dtype=torch.float64, device=adapter.device)
+    gram, count, pilot = torch.zeros(columns, columns).to(total), 0, None
+    for batch in data:
+        values = _outputs(layout, adapter, batch, project)
+        pilot = values.mean(0) if pilot is None else pilot  # centring before the products keeps their digits
+        values = values - pilot
+        count += len(values)
+        total += values.sum(0)
+        gram += values.T @ values
+    covariance = gram / count - torch.outer(total, total) / count**2
+    return covariance.view(len(layout.index), project.width, len(layout.index), project.width)
+
+
+class _Sketch:
+    """Fixed random orthonormal projections of the residual stream and of the logits to a few dimensions."""
+
+    def __init__(self, adapter: Adapter, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.width = min(SKETCH, max(adapter.shape.d_model, adapter.shape.d_vocab_out))
+        self.stream = self._directions(adapter.shape.d_model).to(adapter.device)
+        self.logits = self._directions(adapter.shape.d_vocab_out).to(adapter.device)
+
+    def _directions(self, wide: int) -> Tensor:
+        if wide <= self.width:
+            return torch.eye(wide, self.width, dtype=torch.float64)
+        drawn = torch.randn(wide, self.width, generator=self.generator, dtype=torch.float64)
+        return torch.linalg.qr(drawn).Q
+
+
+def _outputs(layout: EdgeLayout, adapter: Adapter, batch: Batch, project: _Sketch) -> Float[Tensor, "token column"]:
+    plain = record_all(adapter, batch.clean, batch.mask)
+    pieces = []
+    for chosen in pieces_of(layout, batch.mask, plain.written.input.element_size()):
+        sources = written_out(adapter, plain.written, chosen).double() @ project.stream
+        logits = plain.logits[chosen].double() @ project.logits
+        pieces.append(torch.cat([sources, logits[None]]).transpose(0, 1).flatten(1))
+    return torch.cat(pieces)
+
+
+def _rv(covariance: Float[Tensor, "node sketch node sketch"], nodes: int) -> Float[Tensor, "source target"]:
+    squared = covariance.square().sum((1, 3))
+    own = squared.diagonal().sqrt()
+    product = torch.outer(own, own)
+    return torch.where(product > 0, squared / product.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
+
+
+def random_edges(
+    model: Any,
+    clean: Prompts | None = None,
+    corrupted: Prompts | None = None,
+    metric: Metric | None = None,
+    *,
+    attention_mask: Bool[Tensor, "batch pos"] | None = None,
+    batch_size: int = 32,
+    steps: int = 1,
+    seed: int = 0,
+) -> AttributionGraph:
+    """A score drawn uniformly from (0, 1) for every edge: what chance finds. Only the model's shape is read."""
+    if not isinstance(seed, int):
+        raise InputError(f"`seed` is {seed!r}: give an integer")
+    adapter = model if isinstance(model, Adapter) else adapt(model)
+    layout = EdgeLayout(adapter.shape)
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(layout.n_sources, layout.n_readers, dtype=torch.float64, generator=generator)
+    facts = {"seed": seed, "forward_passes": 0.0, "backward_passes": 0.0, "seconds": 0.0}
+    return layout.graph(scores, provenance(adapter, "random_edges", **facts))

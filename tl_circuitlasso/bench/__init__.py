@@ -1,0 +1,135 @@
+"""Which method finds known circuits? Every method over a folder of models whose circuit is known, in one table.
+
+>>> from tl_circuitlasso import bench                                                   # doctest: +SKIP
+>>> print(bench.interpbench("interpbench", ["circuit-lasso", "eap-ig", "random"]))      # doctest: +SKIP
+"""
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from tl_circuitlasso.bench.cases import TRUTHS, Case, case_folders, load_case
+from tl_circuitlasso.bench.measure import measured
+from tl_circuitlasso.bench.methods import METHODS, Method, chosen
+from tl_circuitlasso.bench.published import METADATA, case_entries, download, load_published
+from tl_circuitlasso.bench.report import Curve, Failure, Report, Row
+from tl_circuitlasso.errors import InputError
+from tl_circuitlasso.evaluate.structure import structure
+from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.models import adapt
+from tl_circuitlasso.sites import PORTS
+
+__all__ = ["METHODS", "Case", "Failure", "Report", "Row", "interpbench", "load_case"]
+
+_log = logging.getLogger(__name__)
+
+
+def interpbench(
+    folder: str | Path,
+    methods: Sequence[str] | None = None,
+    *,
+    truth: str = "effective",
+    prompts: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    json_path: str | Path | None = None,
+) -> Report:
+    """Run `methods` on every case in `folder` and compare what they find with the truth.
+
+    Parameters
+    ----------
+    folder: a folder of cases (see `bench.cases`), a local copy of the published InterpBench repository, or the name of
+        that repository on the hub (`cybershiptrooper/InterpBench`).
+    methods: names among `bench.METHODS`; None runs all.
+    truth: "effective" (edges whose resampling changes the output), "flow" (the whole data flow) or "gt" (the circuit
+        as circuits-benchmark counts it).
+    prompts: how many prompts of each case to use; None takes all.
+    seed: of everything drawn at random.
+    json_path: where to write every figure.
+
+    A case that can't be read, or a method that fails on one, is listed in `failures`; the others' results stay.
+
+    Raises
+    ------
+    InputError: no such folder, no cases in it, an unknown method or truth, or `prompts` < 1.
+    """
+    wanted = chosen(methods)
+    if truth not in TRUTHS:
+        raise InputError(f"`truth` is {truth!r}: write 'effective', 'flow' or 'gt'")
+    if prompts is not None and prompts < 1:
+        raise InputError(f"`prompts` is {prompts}: give the number of prompts per case, 1 or more, or None for all")
+    rows: list[Row] = []
+    failures: list[Failure] = []
+    loaders = _loaders(folder, truth, seed)
+    with tqdm(total=len(loaders) * len(wanted), disable=not progress, unit="run") as bar:
+        for name, load in loaders:
+            for found in _one_case(name, load, wanted, prompts, seed):
+                (rows if isinstance(found, Row) else failures).append(found)  # type: ignore[arg-type]
+                bar.update(len(wanted) if isinstance(found, Failure) and not found.method else 1)
+    settings = {"folder": Path(folder).name, "truth": truth, "prompts": prompts, "seed": seed}
+    report = Report(tuple(rows), tuple(failures), settings | {"methods": [method.name for method in wanted]})
+    if json_path is not None:
+        report.save(json_path)
+    return report
+
+
+def _loaders(folder: str | Path, truth: str, seed: int) -> list[tuple[str, Callable[[], Case]]]:
+    path = Path(folder)
+    if not path.exists() and str(folder).count("/") == 1:
+        path = download(str(folder))
+    if (path / METADATA).is_file():
+        entries = case_entries(path)
+        return [(str(e["case_id"]), lambda e=e: load_published(path, e, seed=seed)) for e in entries]
+    return [(case.name, lambda case=case: load_case(case, truth)) for case in case_folders(path)]
+
+
+def _one_case(
+    name: str, load: Callable[[], Case], methods: list[Method], prompts: int | None, seed: int
+) -> Iterator[Row | Failure]:
+    try:
+        case = load()
+    except Exception as error:  # whatever is wrong with one case must not lose the others' results
+        yield _failure(name, "", error)
+        return
+    for method in methods:
+        try:
+            yield _run(case, method, prompts, seed)
+        except Exception as error:
+            yield _failure(name, method.name, error)
+
+
+def _failure(case: str, method: str, error: Exception) -> Failure:
+    _log.warning("case %s, %s: %s", case, method or "loading", error, exc_info=True)
+    return Failure(case, method, f"{type(error).__name__}: {error}")
+
+
+def _run(case: Case, method: Method, prompts: int | None, seed: int) -> Row:
+    graph, cost = measured(lambda: method.run(case, prompts, seed), adapt(case.model).device)
+    passes = graph.provenance
+    return Row(
+        case=case.name,
+        method=method.name,
+        certified=case.certified,
+        chooses=method.chooses,
+        structure=structure(graph, case.truth, case.candidates, true_nodes=case.true_nodes),
+        curve=Curve.of(graph, case),
+        port_auroc=_port_auroc(graph, case),
+        seconds=cost.seconds,
+        peak_mib=cost.peak_mib,
+        forward_passes=float(passes.get("forward_passes", math.nan)),
+        backward_passes=float(passes.get("backward_passes", math.nan)),
+        kept=tuple(sorted(graph.kept_edges() & case.candidates)) if method.chooses else (),
+    )
+
+
+def _port_auroc(graph: AttributionGraph, case: Case) -> float:
+    """How well q, k and v are ranked against the data flow; NaN without ports or without a truth for them."""
+    names = graph.index.names
+    ends = zip(graph.source.tolist(), graph.target.tolist(), graph.port.tolist())
+    triples = {(names[s], names[t], PORTS[p]) for s, t, p in ends if (names[s], names[t]) in case.candidates}
+    if case.port_truth is None or not any(port for *_, port in triples) or not case.port_truth <= triples:
+        return math.nan
+    return structure(graph, case.port_truth, triples).auroc
