@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from tl_circuitlasso import formats as formats
     from tl_circuitlasso import plot as plot
     from tl_circuitlasso import solve as solve
-    from tl_circuitlasso import synthetic as synthetic
-    from tl_circuitlasso.comparison import compare as compare
     from tl_circuitlasso.demo import load_demo as load_demo
     from tl_circuitlasso.discover import circuit_lasso as circuit_lasso
     from tl_circuitlasso.discover import collect_statistics as collect_statistics
@@ -44,7 +42,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_MODULES = ("baselines", "bench", "evaluate", "formats", "plot", "solve", "synthetic")
+_MODULES = ("baselines", "bench", "evaluate", "formats", "plot", "solve")
 _NAMES = {
     "AttributionGraph": "graph",
     "Component": "models.bases",
@@ -57,7 +55,6 @@ _NAMES = {
     "Values": "targets",
     "circuit_lasso": "discover",
     "collect_statistics": "discover",
-    "compare": "comparison",
     "learn": "learning",
     "load_demo": "demo",
 }

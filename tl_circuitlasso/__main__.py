@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import io
 import json
 import sys
 from collections.abc import Sequence, Set
@@ -97,6 +98,24 @@ def info(arguments: argparse.Namespace) -> None:
     print(json.dumps(dict(graph.provenance), indent=1, default=str))
 
 
+def evaluate(arguments: argparse.Namespace) -> None:
+    """Put saved graphs to the test on the model: faithfulness, completeness and curves by intervention."""
+    from tl_circuitlasso import evaluate as evaluation
+    from tl_circuitlasso import plot as plots
+    from tl_circuitlasso.graph import AttributionGraph
+    from tl_circuitlasso.models.loading import load_model
+
+    model = load_model(arguments.model)
+    pairs = evaluation.read_pairs(arguments.prompts, arguments.limit)
+    metric = evaluation.metric_by_name(arguments.metric, model, pairs)
+    graphs = {path.stem if path.suffix else path.name: AttributionGraph.load(path) for path in arguments.graphs}
+    report = evaluation.report(model, graphs, pairs.clean, pairs.corrupted, metric, arguments.ablation)
+    print(report)
+    if arguments.out:
+        plots.curves(report.curves, arguments.out)
+        print(f"wrote {arguments.out}")
+
+
 def bench(arguments: argparse.Namespace) -> None:
     """Run methods over a folder of models with known circuits and print one table."""
     from tl_circuitlasso import bench as benches
@@ -122,9 +141,8 @@ def read_prompts(path: Path, column: str | None, limit: int | None) -> list[str]
             f"`--prompts` {path} can't be read ({error}): give a .txt, .csv, .tsv or .jsonl file"
         ) from None
     if path.suffix in (".csv", ".tsv"):
-        rows: list[dict[str, Any]] = list(
-            csv.DictReader(text.splitlines(), delimiter="\t" if path.suffix == ".tsv" else ",")
-        )
+        delimiter = "\t" if path.suffix == ".tsv" else ","
+        rows: list[dict[str, Any]] = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter))
     elif path.suffix == ".jsonl":
         rows = [_json_row(line, number, path) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     else:
@@ -133,7 +151,7 @@ def read_prompts(path: Path, column: str | None, limit: int | None) -> list[str]
     column = column or (names[0] if names else "")
     if rows and column not in names:
         raise InputError(f"`--column` {column!r} isn't in {path}: it has {', '.join(names)}")
-    return _some([str(row[column]) for row in rows if row[column]], path, limit)
+    return _some([str(row[column]) for row in rows if row.get(column)], path, limit)
 
 
 def _some(prompts: list[str], path: Path, limit: int | None) -> list[str]:
@@ -225,6 +243,15 @@ def _parser() -> argparse.ArgumentParser:
 
     command = _command(commands, info)
     command.add_argument("graph", type=Path, help="a saved graph: .safetensors, .json or a folder")
+
+    command = _command(commands, evaluate)
+    command.add_argument("model", help="a TransformerLens model name, or a local folder")
+    command.add_argument("prompts", type=Path, help=".csv, .tsv or .jsonl with clean, corrupted, correct, incorrect")
+    command.add_argument("graphs", type=Path, nargs="+", help="saved graphs")
+    command.add_argument("--metric", default="logit-diff")
+    command.add_argument("--ablation", default="patch", choices=["patch", "mean", "zero"])
+    command.add_argument("--limit", type=int, help="use the first N prompts")
+    command.add_argument("--out", type=Path, help="draw the curves to this .png or .svg")
 
     command = _command(commands, bench)
     command.add_argument("suite", choices=["interpbench"])

@@ -9,7 +9,6 @@ statistics   Statistics   float64 second moments: all that the regressions see  
 graph        AttributionGraph
 """
 
-import math
 import platform
 import time
 from collections.abc import Iterable, Mapping
@@ -18,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tl_circuitlasso.errors import InputError
@@ -28,12 +28,12 @@ from tl_circuitlasso.models.bases import Basis, as_basis
 from tl_circuitlasso.models.collect import Collected, Plan, collect
 from tl_circuitlasso.models.designs import Activation, Design, Routed
 from tl_circuitlasso.models.device import on_device
-from tl_circuitlasso.models.read import PAIRS, ReadDesign
+from tl_circuitlasso.models.read import ReadDesign, affordable_draws
 from tl_circuitlasso.models.tokens import Positions, Prompts
 from tl_circuitlasso.probing import fit_probe
 from tl_circuitlasso.refining import refine
 from tl_circuitlasso.statistics import Statistics
-from tl_circuitlasso.targets import Labels, Target, Values
+from tl_circuitlasso.targets import Labels, Target, Values, check_length, take
 
 DESIGNS = {"activation": Activation, "read": ReadDesign, "routed": Routed}
 FOLDS = 10
@@ -54,6 +54,7 @@ def circuit_lasso(
     progress: bool = True,
     seed: int = 0,
     checkpoint: str | Path | None = None,
+    max_prompts: int | None = 256,
     refined: bool = True,
 ) -> AttributionGraph:
     """The sparse circuit behind a model's behaviour on ordinary prompts, from forward passes only.
@@ -75,6 +76,8 @@ def circuit_lasso(
     attention_mask: (batch, pos), 1 at real tokens, for padded token tensors.
     batch_size: prompts per forward pass; device: where to run (the model moves there and back).
     progress: bars on a terminal; seed: of everything drawn at random; checkpoint: a file to resume collection from.
+    max_prompts: design "read" compares pairs of prompts, and is done after a few hundred: of more, so many are drawn at
+        random (None: all). Raise it for a behaviour that is rare among the prompts. Streams are read whole.
     refined: give kept edges of design "read" a second, exact look on a small sample of the prompts (refining.py).
 
     Returns
@@ -94,22 +97,37 @@ def circuit_lasso(
     chosen = as_design(design, as_basis(basis))
     with on_device(model, device):
         adapter = adapt(model)
-        prompts = Prompts(adapter, tokens, attention_mask=attention_mask, positions=positions, batch_size=batch_size)
-        plan = _plan(adapter, prompts, chosen, target, positions, checked, seed, progress)
+        given = Prompts(adapter, tokens, attention_mask=attention_mask, positions=positions, batch_size=batch_size)
+        prompts, asked = given, target
+        if isinstance(chosen, ReadDesign) and max_prompts is not None:
+            prompts, asked = _some(given, target, max_prompts, seed)
+        plan = _plan(adapter, prompts, chosen, asked, positions, checked, seed, progress)
         collected = collect(adapter, prompts, plan, progress=progress, checkpoint=checkpoint)
         solving = time.perf_counter()
         graph = learn(collected.statistics, strength=checked, seed=seed)
-        refining = time.perf_counter()
+        refining, looks = time.perf_counter(), 0
         if refined and isinstance(plan.design, ReadDesign):
-            graph = refine(adapter, collected.sample, plan, graph)
+            graph, looks = refine(adapter, collected.sample, plan, graph, prompts=collected.prompts)
     seconds = {
         "forward and statistics": collected.seconds,
         "solve": refining - solving,
         "second look": time.perf_counter() - refining,
     }
     arguments = {"basis": plan.design.basis.name, "design": design, "strength": strength, "seed": seed}
+    if isinstance(plan.design, ReadDesign):
+        arguments |= {"max_prompts": max_prompts, "refined": refined}
     record = provenance(adapter, prompts, collected, arguments)
+    record |= {"prompts_given": given.n_prompts, "forward_passes": collected.forward_passes + looks}
     return replace(graph, provenance=record | {"seconds": seconds | {"total": time.perf_counter() - began}})
+
+
+def _some(prompts: Prompts, target: Target, count: int, seed: int) -> tuple[Prompts, Target]:
+    """At most `count` of the prompts, drawn at random, with their part of the target."""
+    if prompts.n_prompts is None or prompts.n_prompts <= count:
+        return prompts, target
+    check_length(target, prompts.n_prompts)
+    rows = torch.randperm(prompts.n_prompts, generator=torch.Generator().manual_seed(seed))[:count].sort().values
+    return prompts.take(rows), take(target, rows)
 
 
 def collect_statistics(
@@ -155,7 +173,7 @@ def _plan(
 ) -> Plan:
     last = target is not None and isinstance(positions, str) and positions == "all"
     if isinstance(design, ReadDesign) and prompts.n_prompts is not None:
-        design = replace(design, draws=math.ceil(PAIRS / prompts.n_prompts))
+        design = replace(design, draws=affordable_draws(adapter, prompts.n_prompts, prompts.width))
     if isinstance(design, ReadDesign) and isinstance(target, (Labels, Values)):
         design = replace(design, probe=fit_probe(adapter, prompts, target, last=last, progress=progress))
     return Plan(design, target, last=last, folds=FOLDS if strength in RESAMPLED else 1, seed=seed)

@@ -23,8 +23,10 @@ from tl_circuitlasso.stopping import widest_gap
 
 NODES, TARGET = "nodes", "target"
 LEAST_VARIANCE = 1e-10  # of the largest column: below, a column counts as constant
+ROUNDING = 1e-12  # of the largest squared mean: variance that float32 activations have when nothing varies
 RESAMPLED = ("cv", "stability")  # strengths that need the statistics in folds
 STABLE = 0.8  # share of half-samples that must have an edge
+COLLINEAR = 10.0  # standardised coefficients beyond this come from parents that are all but copies of each other
 CLASS_STRENGTH = 0.05  # of lambda_max, for class labels where a rule is asked for
 
 
@@ -116,8 +118,9 @@ def _solve(
 ) -> Learned:
     whole = statistics.whole(regression.key)
     gram, mean = whole.gram().cpu(), whole.mean()
-    by_source = _scale(gram, regression.parents, regression.parent_nodes)
-    by_target = _scale(gram, regression.child, regression.child_nodes)
+    noise = ROUNDING * float(mean.square().max())
+    by_source = _scale(gram, regression.parents, regression.parent_nodes, noise)
+    by_target = _scale(gram, regression.child, regression.child_nodes, noise)
 
     def data(folds: Sequence[int]) -> solve.Moments:
         part = statistics.part(regression.key, folds)
@@ -157,11 +160,20 @@ def _choose(
         solution = solve.select(data, rule="fixed", penalty=penalty, tol=tol).solution
         return replace(solution, value=solution.value * (stability >= STABLE)), stability
     if isinstance(strength, str):
-        return solve.select(data, rule=strength, folds=parts, penalty=penalty, tol=tol).solution, None
+        choice = solve.select(data, rule=strength, folds=parts, penalty=penalty, tol=tol)
+        return replace(choice.solution, value=_refitted(choice, penalty)), None
     verb = solve.lasso(
         data.gram, data.cross, target_sq_norm=data.target_sq_norm, strength=strength, penalty=penalty, tol=tol
     )
     return verb, None
+
+
+def _refitted(choice: solve.Choice, penalty: solve.AbstractPenalty) -> Float[Tensor, "source target"]:
+    """Rules choose a support, at strengths that shrink what is on it: single nodes get their least-squares values."""
+    if not isinstance(penalty, solve.L1):
+        return choice.solution.value
+    sound = choice.refit.abs().amax(0) <= COLLINEAR
+    return torch.where(sound, choice.refit, choice.solution.value)
 
 
 def _classify(
@@ -174,11 +186,13 @@ def _classify(
     return solve.multinomial_lasso(features - features.mean(0), labels, strength=level, tol=tol)
 
 
-def _scale(gram: Float[Tensor, "column column"], own: Int[Tensor, " some"], nodes: Int[Tensor, " some"]) -> Tensor:
+def _scale(
+    gram: Float[Tensor, "column column"], own: Int[Tensor, " some"], nodes: Int[Tensor, " some"], noise: float
+) -> Tensor:
     """What gives every node unit variance over its columns; 0 for nodes that don't vary."""
     variance = gram.diagonal()[own].clamp(min=0)
     by_node = torch.zeros(int(nodes.max()) + 1, dtype=variance.dtype).index_add(0, nodes, variance)[nodes]
-    floor = LEAST_VARIANCE * by_node.max()
+    floor = max(LEAST_VARIANCE * float(by_node.max()), noise)
     return torch.where(by_node > floor, by_node.clamp(min=1e-300).rsqrt(), 0.0)
 
 
@@ -198,7 +212,8 @@ def _by_node(
     shape = (int(rows.max()) + 1, int(columns.max()) + 1)
     entries = (rows[:, None] * shape[1] + columns).flatten()
     squares = torch.zeros(shape[0] * shape[1], dtype=value.dtype).index_add(0, entries, value.square().flatten())
-    explained = torch.zeros(shape, dtype=value.dtype).index_add(1, columns, _explained(value, data.gram, rows))
+    parts = _explained(_unshrunk(value, data), data.gram, rows)
+    explained = torch.zeros(shape, dtype=value.dtype).index_add(1, columns, parts)
     source, target = (torch.unique(n) for n in (regression.parent_nodes, regression.child_nodes))
     sign = value.sign().flatten() if shape == tuple(value.shape) else 1.0
     return Learned(
@@ -219,6 +234,14 @@ def _by_node(
             for j, node in enumerate(target.tolist())
         ),
     )
+
+
+def _unshrunk(value: Float[Tensor, "source target"], data: solve.Moments) -> Float[Tensor, "source target"]:
+    """Each column times the factor that fits its target best: a penalty shrinks, and shares are to be free of it."""
+    if value.shape != data.cross.shape:
+        return value
+    fitted, along = (value * (data.gram @ value)).sum(0), (value * data.cross).sum(0)
+    return value * torch.where(fitted > 0, along / fitted.clamp(min=1e-300), 1.0)
 
 
 def _variance(

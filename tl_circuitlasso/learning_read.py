@@ -11,12 +11,15 @@ from tl_circuitlasso import solve
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.nodes import NodeIndex
+from tl_circuitlasso.relevance import bound, narrowest
 from tl_circuitlasso.sites import PORTS
 from tl_circuitlasso.statistics import Statistics
 from tl_circuitlasso.stopping import widest_gap
 
 AUTO_STRENGTH = 0.01  # of lambda_max: enough to empty what contributes nothing, too little to bend what does
+RUNAWAY = 10.0  # times the target's costliest edge: estimates beyond are bounded by what is passed on
 SMALL = 128  # columns up to which FISTA is done before a compiled solver has been loaded
+STABLE = 0.8  # share of resamples that strength "stability" asks of an edge
 RESAMPLES = 100  # bootstrap resamples of the folds behind an edge's stability
 
 
@@ -24,13 +27,14 @@ RESAMPLES = 100  # bootstrap resamples of the folds behind an edge's stability
 class Child:
     """One child's regression and costs; columns are the parents in the order of computation, ports q, k, v in turn.
 
-    gram: second moments of what the parents contribute; cost: by fold and column; merged: by fold and parent.
+    gram: sums of products of what the parents contribute, by part; cost: by fold and column; merged: by fold and
+    parent.
     """
 
     node: int
     ports: tuple[int, ...]
     parents: Int[Tensor, " parent"]
-    gram: Float[Tensor, "column column"]
+    gram: Float[Tensor, "part column column"]
     cost: Float[Tensor, "fold column"]
     merged: Float[Tensor, "fold parent"]
 
@@ -43,8 +47,9 @@ def learn_read(
     Per child v the non-negative garrote min 1/2N sum (y - sum_u a_u g_u)^2 + lambda sum a_u, a >= 0, gives each edge's
     weight a_u; score = expected cost to the target of the edge's contribution (nats, or units of the target), negative
     where it works against the child's whole contribution. Kept: both ends matter, and the score lies above the widest
-    gap near 1 % of the largest; with a `strength` of your own also weight > 0, which makes the graph sparser where
-    parents stand in for one another. Then pruned to paths from input to target.
+    gap near 1 % of the largest, and never so high that no path is left. With a `strength` of your own, "ebic" or "cv"
+    also weight > 0, which makes the graph sparser where parents stand in for one another; with "stability" also a
+    stability of 0.8. Then pruned to paths from input to target.
 
     Raises
     ------
@@ -55,12 +60,16 @@ def learn_read(
     if not float(pairs.sum()):
         raise InputError("`tokens` gave no pairs of prompts: design 'read' needs two or more prompts in each batch")
     found = children(statistics, index)
-    solutions = [_garrote(child, strength, tol) for child in found]
-    edges = _Edges.of(found, solutions)
+    if strength == "cv" and statistics.folds < 2:
+        raise InputError("`strength` 'cv' needs statistics in folds: collect them with that strength")
+    solutions = [_garrote(child, float(pairs.sum()), strength, tol) for child in found]
+    edges = _Edges.of(index, found, solutions)
     node_cost = statistics.sums["node"].cpu()
     kept, bar = edges.choose(_mean(edges.cost, pairs), _mean(node_cost, pairs))
     generator = torch.Generator().manual_seed(seed)
-    score = edges.port_scores(_mean(edges.cost, pairs), _mean(edges.port_cost, pairs))
+    score = edges.port_scores(edges.bounded(_mean(edges.cost, pairs))[0], _mean(edges.port_cost, pairs))
+    stability = edges.of_pairs(edges.stability(pairs, node_cost, generator))
+    allowed = {"auto": torch.ones_like(stability, dtype=torch.bool), "stability": stability >= STABLE}
     graph = AttributionGraph(
         index=index,
         source=edges.source,
@@ -68,8 +77,8 @@ def learn_read(
         port=edges.port,
         score=score * edges.sign,
         weight=edges.weight,
-        kept=edges.of_pairs(kept) & (score > bar) & (edges.weight > 0 if isinstance(strength, float) else True),
-        extras={"stability": edges.of_pairs(edges.stability(pairs, node_cost, generator))},
+        kept=edges.of_pairs(kept) & (score > bar) & allowed.get(str(strength), edges.weight > 0),
+        extras={"stability": stability},
         certificates=tuple(_certificate(index.names[c.node], s) for c, s in zip(found, solutions)),
     )
     return graph.prune()
@@ -86,25 +95,32 @@ def children(statistics: Statistics, index: NodeIndex) -> list[Child]:
         merged = statistics.sums[f"cost/{key}/"].cpu()[:, number]
         ports = (1, 2, 3) if site.kind == "head" else (0,)
         columns = [statistics.sums[f"cost/{key}/{PORTS[port]}"].cpu()[:, number] for port in ports]
-        gram = statistics.sums[f"gram/{key}"].cpu()[number] / statistics.sums["pairs"].sum().cpu()
+        gram = statistics.sums[f"gram/{key}"].cpu()[:, number]
         found.append(Child(where.start, ports, torch.arange(merged.shape[1]), gram, torch.cat(columns, dim=1), merged))
     return found
 
 
-def _garrote(child: Child, strength: float | str, tol: float) -> solve.Solution:
-    # The child's own contribution is the sum of its parents': what regresses on what follows from one Gram.
-    cross = child.gram.sum(1, keepdim=True)
-    level = AUTO_STRENGTH if isinstance(strength, str) else strength
-    total = cross.sum().clamp_min(0)[None]
+def _garrote(child: Child, pairs: float, strength: float | str, tol: float) -> solve.Solution:
+    parts = [_moments(gram, pairs / len(child.gram)) for gram in child.gram]
+    data, penalty = solve.total(parts), solve.L1(non_negative=True)
+    if strength in ("cv", "ebic"):
+        return solve.select(data, rule=str(strength), folds=parts, penalty=penalty, tol=tol).solution
     return solve.lasso(
-        child.gram,
-        cross,
-        target_sq_norm=total,
-        strength=level,
-        penalty=solve.L1(non_negative=True),
+        data.gram,
+        data.cross,
+        target_sq_norm=data.target_sq_norm,
+        strength=AUTO_STRENGTH if isinstance(strength, str) else strength,
+        penalty=penalty,
         tol=tol,
-        solver="fista" if len(cross) <= SMALL else "auto",
+        solver="fista" if len(data.cross) <= SMALL else "auto",
     )
+
+
+def _moments(products: Float[Tensor, "column column"], pairs: float) -> solve.Moments:
+    """What regresses on what: the child's own contribution is the sum of its parents', so one Gram says it all."""
+    gram = products / pairs
+    cross = gram.sum(1, keepdim=True)
+    return solve.Moments(gram, cross, cross.sum().clamp_min(0)[None], pairs)
 
 
 def _mean(total: Float[Tensor, "fold *edges"], pairs: Float[Tensor, " fold"]) -> Float[Tensor, "*edges"]:
@@ -124,6 +140,7 @@ def _certificate(name: str, solution: solve.Solution) -> dict[str, Any]:
 class _Edges:
     """All candidate edges as columns; `pair` numbers the (source, target) pair that an edge's ports belong to."""
 
+    ranks: Int[Tensor, " node"]
     source: Int[Tensor, " edge"]
     target: Int[Tensor, " edge"]
     port: Int[Tensor, " edge"]
@@ -136,7 +153,7 @@ class _Edges:
     cost: Float[Tensor, "fold pair"]
 
     @classmethod
-    def of(cls, found: list[Child], solutions: list[solve.Solution]) -> "_Edges":
+    def of(cls, index: NodeIndex, found: list[Child], solutions: list[solve.Solution]) -> "_Edges":
         start, columns = 0, []
         for child, solution in zip(found, solutions):
             n, p = len(child.parents), len(child.ports)
@@ -146,7 +163,7 @@ class _Edges:
                     "target": torch.full((n * p,), child.node),
                     "port": torch.tensor(child.ports).repeat_interleave(n),
                     "weight": solution.value.flatten(),
-                    "sign": torch.where(child.gram.sum(1) < 0, -1.0, 1.0),
+                    "sign": torch.where(child.gram.sum((0, 2)) < 0, -1.0, 1.0),
                     "pair": start + torch.arange(n).repeat(p),
                     "pair_source": child.parents,
                     "pair_target": torch.full((n,), child.node),
@@ -154,10 +171,21 @@ class _Edges:
             )
             start += n
         return cls(
+            ranks=index.ranks,
             **{name: torch.cat([column[name] for column in columns]) for name in columns[0]},
             port_cost=torch.cat([child.cost for child in found], dim=1),
             cost=torch.cat([child.merged for child in found], dim=1),
         )
+
+    def bounded(self, cost: Float[Tensor, " pair"]) -> tuple[Float[Tensor, " pair"], Float[Tensor, " node"]]:
+        """Pairs' costs, bounded by what their children pass on where estimates run away; and what every node passes on.
+
+        In a deep network straight lines can extrapolate to many times what the target's own edges cost.
+        """
+        root = torch.tensor([len(self.ranks) - 1])
+        if float(cost.max()) <= RUNAWAY * float(cost[self.pair_target == root].max()):
+            return cost, torch.full((len(self.ranks),), torch.inf, dtype=cost.dtype)
+        return bound(self.pair_source, self.pair_target, cost, ranks=self.ranks, roots=root)
 
     def of_pairs(self, values: Tensor) -> Tensor:
         """A value per pair as a value per edge."""
@@ -172,11 +200,19 @@ class _Edges:
         self, cost: Float[Tensor, " pair"], node_cost: Float[Tensor, " node"]
     ) -> tuple[Bool[Tensor, " pair"], float]:
         """Which pairs are costly enough, between nodes that are; and the cost that is enough."""
+        cost, passed = self.bounded(cost)
+        node_cost = torch.minimum(node_cost, passed[:-1])
         matters = torch.ones(len(node_cost) + 1, dtype=torch.bool)
         matters[1:-1] = node_cost[1:] > widest_gap(node_cost[1:])  # input and target always do
         inside = matters[self.pair_source] & matters[self.pair_target]
-        bar = widest_gap(cost[inside])
+        way = self._narrowest(torch.where(inside, cost, 0.0))
+        if not way > 0:  # the nodes that matter are on no path: leave the choice to the edges
+            inside, way = torch.ones_like(inside), self._narrowest(cost)
+        bar = min(widest_gap(cost[inside]), way * (1 - 1e-9))
         return inside & (cost > bar), bar
+
+    def _narrowest(self, cost: Float[Tensor, " pair"]) -> float:
+        return narrowest(self.pair_source, self.pair_target, cost, ranks=self.ranks, start=0, end=len(self.ranks) - 1)
 
     def stability(
         self, pairs: Float[Tensor, " fold"], node_cost: Float[Tensor, "fold node"], generator: torch.Generator

@@ -9,46 +9,65 @@ import torch
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.collect import Plan
-from tl_circuitlasso.models.read import ReadDesign
+from tl_circuitlasso.models.read import ReadDesign, operations
 from tl_circuitlasso.models.reread import Costs, Edge, reread
-from tl_circuitlasso.models.tokens import Batch
+from tl_circuitlasso.models.tokens import Batch, first_prompts
 from tl_circuitlasso.stopping import widest_gap
 
 logger = logging.getLogger(__name__)
 
 ROUNDS = 3  # dropping an edge can leave its parents' edges with nothing to carry
-PAIRS = 512  # pairs of prompts looked at, fewer where many edges are kept
-FEW_EDGES = 64  # up to so many edges are looked at with all the pairs
+PAIRS = 512  # pairs of prompts looked at where that is cheap
+FEWEST = 32  # pairs looked at in any case
+CHEAP = 2e10  # operations that a round may take on any model
+SHARE = 0.05  # of the operations of the forward passes behind the graph, where that is more
+MANY_EDGES = 256  # a graph with more is no sparse circuit: edge by edge would cost more than the first look
 EVIDENCE = 1 / 3  # of the first look's largest cost at the target: below, the sample has missed the behaviour
 
 
-def refine(adapter: Adapter, sample: Sequence[Batch], plan: Plan, graph: AttributionGraph) -> AttributionGraph:
-    """`graph` without the edges that cost the target too little when each is read alone and exactly (models/reread.py).
+def refine(
+    adapter: Adapter, sample: Sequence[Batch], plan: Plan, graph: AttributionGraph, *, prompts: int
+) -> tuple[AttributionGraph, int]:
+    """The graph without edges that cost the target too little when read alone and exactly; and the passes it took.
 
     The rule is the one by which they were kept: the widest gap near 1 % of the largest, for edges and for nodes. A
     dropped edge's score falls to what it was found to cost. Rounds are repeated until nothing more is dropped.
+    `prompts` is how many were behind the graph: the look is kept small beside them.
     """
+    passes = 0
     for _ in range(ROUNDS):
         edges = graph.kept_edges()
-        costs = _costs(adapter, sample, plan, sorted(edges))
+        if not 0 < len(edges) <= MANY_EDGES:
+            logger.info("the second look was left out: %d edges are kept", len(edges))
+            break
+        costs = _costs(adapter, sample, plan, sorted(edges), prompts)
+        passes += costs.passes
         if not _sees_behaviour(graph, costs):
             logger.info("the second look was left out: its sample of %d pairs misses the behaviour", costs.pairs)
             break
         survivors = edges & _worth(costs)
         if survivors == edges:
             break
-        graph = _without(graph, {edge: costs.edges[edge] for edge in edges - survivors}).prune()
-    return graph
+        refined = _without(graph, {edge: costs.edges[edge] for edge in edges - survivors}).prune()
+        if not bool(refined.kept.any()):
+            logger.info("the second look was left out: no path would have survived it")
+            break
+        graph = refined
+    return graph, passes
 
 
-def _costs(adapter: Adapter, sample: Sequence[Batch], plan: Plan, edges: Sequence[Edge]) -> Costs:
+def _costs(adapter: Adapter, sample: Sequence[Batch], plan: Plan, edges: Sequence[Edge], prompts: int) -> Costs:
     assert isinstance(plan.design, ReadDesign)
-    prompts = sum(len(batch.tokens) for batch in sample)
-    wanted = PAIRS * min(1.0, FEW_EDGES / max(len(edges), 1))
-    options = {"last": plan.last, "probe": plan.design.probe, "draws": max(1, round(wanted / prompts))}
+    wanted = _affordable(adapter, sample[0].tokens.shape[1], edges, prompts)
+    chosen, held = [], 0
+    for batch in sample:
+        if held < wanted:
+            chosen.append(first_prompts(batch, wanted - held))
+            held += len(chosen[-1].tokens)
+    options = {"last": plan.last, "probe": plan.design.probe, "draws": max(1, round(wanted / held))}
     found = [
         reread(adapter, batch, edges, plan.target, seed=plan.seed + number, **options)
-        for number, batch in enumerate(sample)
+        for number, batch in enumerate(chosen)
     ]
     pairs = max(sum(one.pairs for one in found), 1)
 
@@ -56,7 +75,16 @@ def _costs(adapter: Adapter, sample: Sequence[Batch], plan: Plan, edges: Sequenc
         names = getattr(found[0], costs)
         return {name: sum(getattr(one, costs)[name] * one.pairs for one in found) / pairs for name in names}
 
-    return Costs(mean("edges"), mean("nodes"), pairs)
+    return Costs(mean("edges"), mean("nodes"), pairs, passes=len(found))
+
+
+def _affordable(adapter: Adapter, positions: int, edges: Sequence[Edge], prompts: int) -> int:
+    """How many pairs a round may look at: operations for one pair against those of the forward passes."""
+    mlp, head, forward = operations(adapter)
+    into_mlps = sum(target.startswith("m") for _, target in edges)
+    into_heads = sum(target.startswith("a") for _, target in edges)
+    budget = max(CHEAP, SHARE * forward * positions * prompts)
+    return int(min(PAIRS, max(FEWEST, budget / (positions * max(into_mlps * mlp + into_heads * head, 1)))))
 
 
 def _sees_behaviour(graph: AttributionGraph, costs: Costs) -> bool:

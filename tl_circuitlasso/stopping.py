@@ -14,6 +14,7 @@ from torch import Tensor
 
 CENTRE = 0.01  # of the largest score
 WIDTH = 10**0.5  # how far from the centre a gap may lie: half a decade on either side
+CLEAR = 2.0  # the least ratio across a gap; where there is none, the cut is at the centre
 _NOTHING = 1e-12
 
 
@@ -21,7 +22,8 @@ def widest_gap(scores: Float[Tensor, " edge"], centre: float = CENTRE, width: fl
     """The threshold, in units of the scores, in the middle (on a log scale) of the widest gap near `centre`.
 
     With r_1 >= r_2 >= ... the scores over the largest, the gaps (r_i+1, r_i) that meet [centre / width, centre * width]
-    are candidates, and the one of largest ratio r_i / r_i+1 wins. Infinite when no score is positive.
+    are candidates, and the one of largest ratio r_i / r_i+1 wins; if even that isn't clear, the cut is at `centre`.
+    Infinite when no score is positive.
     """
     if not scores.numel() or not float(scores.max()) > 0:
         return float("inf")
@@ -29,5 +31,8 @@ def widest_gap(scores: Float[Tensor, " edge"], centre: float = CENTRE, width: fl
     relative = (scores.double() / largest).clamp_min(_NOTHING).sort(descending=True).values
     low = torch.cat([relative[1:], relative.new_tensor([_NOTHING])])
     near = (relative > centre / width) & (low < centre * width)
-    best = int(torch.where(near, relative / low, 0.0).argmax())
+    ratio = torch.where(near, relative / low, 0.0)
+    best = int(ratio.argmax())
+    if float(ratio[best]) < CLEAR:
+        return centre * largest
     return float((relative[best] * low[best]).sqrt()) * largest

@@ -101,6 +101,19 @@ def check_length(target: Target, prompts: int) -> None:
         )
 
 
+def take(target: Target, rows: Int[Tensor, " row"]) -> Target:
+    """The target of some of the prompts."""
+    match target:
+        case LogitDiff():
+            return LogitDiff(torch.as_tensor(target.correct)[rows], torch.as_tensor(target.incorrect)[rows])
+        case Labels():
+            return Labels(torch.as_tensor(target.y)[rows])
+        case Values():
+            return Values(torch.as_tensor(target.y)[rows])
+        case None:
+            return None
+
+
 def _integers(values: object, name: str) -> Int[Tensor, " prompt"]:
     try:
         tensor = torch.as_tensor(values)

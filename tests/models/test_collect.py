@@ -43,9 +43,7 @@ def interrupted(tokens: torch.Tensor, after: int) -> Iterator[torch.Tensor]:
 
 
 @pytest.mark.parametrize("design", ["read", "activation", "routed"])
-def test_a_killed_run_resumes_to_the_same_graph(
-    design: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_run_resumes_to_the_same_graph(design: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(collect_module, "CHECKPOINT_SECONDS", 0.0)
     model, tokens, path = architectures.hooked("gpt2"), architectures.prompts(batch=20), tmp_path / "c.safetensors"
     straight = run(model, tokens, design)

@@ -106,16 +106,23 @@ def with_flat_norms(model: Any) -> Any:
 
 
 @pytest.fixture
-def exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The average over the line of attention scores to many digits instead of a few."""
-    monkeypatch.setattr(sweep_module, "PATH_POINTS", 150)
+def whole_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Secants that reach all the way to the partner."""
+    monkeypatch.setattr(sweep_module, "PARTWAY", 1.0)
+
+
+def with_close_tokens(model: Any, distance: float) -> Any:
+    """The same model with all tokens' embeddings but a small `distance` apart."""
+    weight = model.embed.W_E
+    weight.data.copy_(weight.data[3:4] + distance * (weight.data - weight.data[3:4]))
+    return model
 
 
 def assert_conserved(found: Swept, tolerance: float) -> None:
     """A component hands on what it got; the target gets its own difference. In units of the largest contribution."""
     incoming, outgoing = found.incoming(), found.outgoing()
     size = float(outgoing.abs().amax())
-    assert size > 1e-3
+    assert size > 1e-7
     torch.testing.assert_close(incoming[..., 1:], outgoing[..., 1:], rtol=0, atol=tolerance * size)
     stream = found.change(f"resid_post.{found.adapter.shape.n_layers - 1}")
     flat = found.acts["scale.final"]
@@ -123,38 +130,55 @@ def assert_conserved(found: Swept, tolerance: float) -> None:
     torch.testing.assert_close(found.into_target.sum(-1), found.at_target(frozen), rtol=0, atol=tolerance * size)
 
 
-@pytest.mark.parametrize("family", NORM_FREE)
-def test_contributions_are_conserved(family: str, exact: None) -> None:
-    found = swept(architectures.hooked(family, dtype=F64))
-    assert_conserved(found, 1e-5)
-
-
-@pytest.mark.parametrize("family", NORM_FREE)
-def test_a_few_points_on_the_line_of_scores_lose_little(family: str) -> None:
-    assert_conserved(swept(architectures.hooked(family)), 1e-2)
-
-
-@pytest.mark.parametrize("family", WITH_NORMS)
-def test_families_conserve_when_norms_keep_their_scale(family: str, exact: None) -> None:
-    assert_conserved(swept(with_flat_norms(architectures.hooked(family, dtype=F64))), 1e-4)
+@pytest.mark.parametrize("family", NORM_FREE + WITH_NORMS)
+def test_contributions_are_conserved_to_first_order(family: str) -> None:
+    """Between prompts that hardly differ: what is lost falls with the square of their distance."""
+    model = with_flat_norms(architectures.hooked(family, dtype=F64))
+    assert_conserved(swept(with_close_tokens(model, 1e-4)), 2e-3)
 
 
 @pytest.mark.parametrize("family", BRIDGES + NATIVE)
-def test_bridges_conserve_when_norms_keep_their_scale(family: str, exact: None) -> None:
-    model = architectures.bridge(family) if family in NATIVE else architectures.bridge(family, dtype=F64)
-    assert_conserved(swept(with_flat_norms(model)), 1e-4)
+def test_bridges_conserve_to_first_order(family: str) -> None:
+    exact = family not in NATIVE
+    model = architectures.bridge(family, dtype=F64) if exact else architectures.bridge(family)
+    assert_conserved(swept(with_close_tokens(with_flat_norms(model), 1e-4 if exact else 1e-2)), 2e-3 if exact else 5e-2)
 
 
-def test_norms_that_vary_are_frozen_at_the_pairs_mean() -> None:
+@pytest.mark.parametrize("family", ["no_norm", "gpt2", "llama", "gemma2"])
+def test_at_no_distance_a_sweep_is_a_backward_pass(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Secants of no length are derivatives: the direct path apart, m is then what autograd finds with norms frozen."""
+    monkeypatch.setattr(sweep_module, "PARTWAY", 1e-3)
+    model = with_flat_norms(architectures.hooked(family, dtype=F64))
+    found = swept(model)
+    tokens = architectures.prompts(model.cfg.d_vocab, batch=4)[:3]
+    heard: dict[str, Tensor] = {}
+
+    def listen(activation: Tensor, hook: Any) -> None:
+        heard[hook.name] = activation
+
+    model.run_with_hooks(tokens, fwd_hooks=[(lambda name: name.endswith(("0.hook_resid_pre", "resid_post")), listen)])
+    stream = heard["blocks.1.hook_resid_post"] / found.acts["scale.final"][:3]
+    for direction in range(2):
+        read = found.at_target(stream)[:, direction].sum()
+        slope = torch.autograd.grad(read, heard["blocks.0.hook_resid_pre"], retain_graph=True)[0]
+        expected = (slope * found.change("resid_pre.0")).sum((1, 2))
+        torch.testing.assert_close(found.outgoing()[:, direction, 0], expected, rtol=1e-2, atol=1e-2)
+
+
+def test_norms_that_vary_are_frozen_at_the_mean_of_both_ends(whole_way: None) -> None:
     found = swept(architectures.hooked("gpt2", dtype=F64))
     stream, scale = found.change("resid_post.1"), found.acts["scale.final"]
     own, partner = (1 / scale[rows] for rows in (found.pairs.own, found.pairs.partner))
     torch.testing.assert_close(found.into_target.sum(-1), found.at_target(stream * (own + partner) / 2))
 
 
+@pytest.mark.parametrize("way", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("family", ["no_norm", "bidirectional"])
-def test_a_linear_network_gives_the_derivative_of_every_edge(family: str) -> None:
+def test_a_linear_network_gives_the_derivative_of_every_edge(
+    family: str, way: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With constant attention and an identity for an activation, autograd on the model itself is an oracle."""
+    monkeypatch.setattr(sweep_module, "PARTWAY", way)
     model = architectures.hooked(family, dtype=F64)
     for block in model.blocks:
         block.attn.W_Q.data.zero_()
@@ -195,7 +219,7 @@ def written(found: Swept) -> Tensor:
 
 
 @pytest.mark.parametrize("act", ["relu", "gelu"])
-def test_one_hidden_layer_is_explained_without_remainder(act: str) -> None:
+def test_one_hidden_layer_is_explained_without_remainder(act: str, whole_way: None) -> None:
     model = architectures.hooked("no_norm", n_layers=1, act_fn=act, dtype=F64)
     model.blocks[0].attn.W_O.data.zero_()
     found = swept(model)
@@ -227,13 +251,6 @@ def test_equal_prompts_have_no_contributions() -> None:
     assert all(not bool(one.value.any()) for one in found.reads)
 
 
-def test_swapping_the_two_prompts_turns_every_sign() -> None:
-    model = architectures.hooked("no_norm", dtype=F64)
-    there, back = swept(model), swept(model, rows=([1, 2, 3], [0, 1, 2]))
-    for one, other in zip(there.reads, back.reads):
-        torch.testing.assert_close(one.value, -other.value)
-
-
 def test_what_follows_the_target_in_a_causal_model_does_not_matter() -> None:
     model = architectures.hooked("llama", dtype=F64)
     tokens = architectures.prompts(batch=4, length=9)
@@ -256,11 +273,12 @@ def test_padding_on_either_side_gives_the_same_contributions(family: str) -> Non
         torch.testing.assert_close(one.value, other.value, rtol=1e-7, atol=1e-10)
 
 
-def test_a_longer_partner_counts_only_as_far_as_the_prompt_goes(exact: None) -> None:
+def test_a_longer_partner_counts_only_as_far_as_the_prompt_goes() -> None:
     tokens, mask = architectures.prompts(batch=4), torch.ones(4, 9, dtype=torch.bool)
     mask[0, 5:] = False
-    found = swept(architectures.hooked("no_norm", dtype=F64), tokens=tokens, mask=mask, rows=([0], [1]))
-    assert_conserved(found, 1e-5)
+    model = with_close_tokens(architectures.hooked("no_norm", dtype=F64), 1e-4)
+    found = swept(model, tokens=tokens, mask=mask, rows=([0], [1]))
+    assert_conserved(found, 2e-3)
     assert int(found.pairs.position[0]) == 4
 
 

@@ -67,6 +67,14 @@ def wanted(adapter: Adapter, target: Target) -> tuple[str, ...]:
     return ("logits", final) if target is None else (final,)
 
 
+def count(adapter: Adapter, target: Target, probe: Probe | None) -> int:
+    """How many directions `outcome` follows, at most."""
+    if target is None:
+        vocabulary = adapter.unembed()[0].shape[1]
+        return vocabulary if vocabulary <= FEW_LOGITS else 2
+    return 1 if probe is None else probe.weight.shape[1]
+
+
 def outcome(
     adapter: Adapter,
     acts: Mapping[str, Tensor],

@@ -1,8 +1,8 @@
 """The design `read`: what every child reads of every parent through its own weights, weighed by the target.
 
 From each batch, prompts are paired with one another at random; a sweep (sweep.py) then gives, for every edge u -> v and
-every pair, the part g[u -> v] of the target's difference that runs through it. Contributions add up: those of a child's
-parents sum to the child's own. Three kinds of sums are kept, all additive:
+every pair, the part g[u -> v] of the target's difference that runs through it. Three kinds of sums are kept, all
+additive:
 
 - `gram/...`: second moments of the contributions of a child's parents: the data of the child's sparse regression
   y_v = sum_u a_u g[u -> v], a >= 0 (a non-negative garrote; Breiman 1995), with y_v = sum_u g[u -> v];
@@ -28,7 +28,8 @@ from tl_circuitlasso.statistics import Statistics
 from tl_circuitlasso.targets import Target
 
 FOLDS = 10  # parts of the pairs whose costs are kept apart, for intervals and stability
-PAIRS = 256  # pairs that fewer prompts are drawn into again and again
+PAIRS = 256  # pairs that fewer prompts are drawn into again and again, where that is
+CHEAP = 2e10  # operations: what forward passes may take that are worth so many sweeps
 MEMORY = 256 << 20  # bytes that the pairs swept at once may take
 
 
@@ -46,15 +47,15 @@ class ReadDesign:
 
     def start(self, adapter: Adapter, pilot: Sample) -> Statistics:
         index = self.basis.index(adapter, {}, readout.target_site(pilot.target))
-        meta = {"index": index.to_json(), "cost_folds": FOLDS}
-        return Statistics(sums=_empty_sums(adapter, len(index) - 1, pilot.keep.device), meta=meta)
+        sums = _empty_sums(adapter, len(index) - 1, pilot.folds, pilot.keep.device)
+        return Statistics(sums=sums, meta={"index": index.to_json(), "cost_folds": FOLDS, "folds": pilot.folds})
 
     def add(self, statistics: Statistics, adapter: Adapter, sample: Sample) -> Statistics:
         acts = {**sample.acts, "positions": position_ids(_mask(sample))}
         sums = {key: value.clone() for key, value in statistics.sums.items()}
         for _ in range(self.draws):
             pairs = make_pairs(_mask(sample), sample.target_keep, sample.generator)
-            for part in in_parts(adapter, pairs):
+            for part in in_parts(adapter, pairs, outcome.count(adapter, sample.target, self.probe)):
                 self._add_pairs(sums, adapter, acts, part, sample)
         return replace(statistics, sums=sums)
 
@@ -70,10 +71,26 @@ class ReadDesign:
             _add_cost(sums[f"cost/{key}/"], goal.cost(merged), fold)
             for read in reads if len(reads) > 1 else ():
                 _add_cost(sums[f"cost/{key}/{read.port}"], goal.cost(read.value), fold)
-            columns = torch.cat([read.value for read in reads], dim=-1).flatten(0, 1).double()
-            sums[f"gram/{key}"] += torch.einsum("rhi,rhj->hij", columns, columns)
+            columns = torch.cat([read.value for read in reads], dim=-1).double()
+            for number in range(sample.folds):  # the data of the regressions: parts only where a rule compares parts
+                rows = (columns if sample.folds == 1 else columns[fold % sample.folds == number]).flatten(0, 1)
+                sums[f"gram/{key}"][number] += torch.einsum("rhi,rhj->hij", rows, rows)
         _add_cost(sums["node"], goal.cost(nodes), fold)
         sums["pairs"].index_add_(0, fold, torch.ones_like(fold, dtype=torch.float64))
+
+
+def operations(adapter: Adapter) -> tuple[float, float, float]:
+    """Multiplications and additions per token, to the leading term: of one MLP, one head, and all layers."""
+    shape = adapter.shape
+    mlp = (3 if shape.gated else 2) * 2.0 * shape.d_model * shape.d_mlp
+    head = 8.0 * shape.d_model * shape.d_head
+    return mlp, head, shape.n_layers * (mlp + shape.n_heads * head)
+
+
+def affordable_draws(adapter: Adapter, prompts: int, positions: int) -> int:
+    """How often few prompts are paired anew: up to `PAIRS` pairs, but once where the model is large."""
+    forward = operations(adapter)[2] * positions * prompts
+    return max(1, min(-(-PAIRS // prompts), int(CHEAP / forward)))
 
 
 def children(adapter: Adapter) -> list[tuple[str, int, int]]:
@@ -89,7 +106,7 @@ def children(adapter: Adapter) -> list[tuple[str, int, int]]:
     return [*found, ("target", 1, 1 + shape.n_layers * per_layer)]
 
 
-def _empty_sums(adapter: Adapter, nodes: int, device: torch.device) -> dict[str, Tensor]:
+def _empty_sums(adapter: Adapter, nodes: int, folds: int, device: torch.device) -> dict[str, Tensor]:
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(*shape, dtype=torch.float64, device=device)
 
@@ -98,7 +115,7 @@ def _empty_sums(adapter: Adapter, nodes: int, device: torch.device) -> dict[str,
         ports = ("", "q", "k", "v") if key.startswith("a") else ("",)
         sums |= {f"cost/{key}/{port}": zeros(FOLDS, heads, sources) for port in ports}
         columns = sources * (3 if key.startswith("a") else 1)
-        sums[f"gram/{key}"] = zeros(heads, columns, columns)
+        sums[f"gram/{key}"] = zeros(folds, heads, columns, columns)
     return sums
 
 
@@ -125,12 +142,12 @@ def _mask(sample: Sample) -> Bool[Tensor, "batch pos"]:
     return torch.ones_like(sample.keep) if sample.mask is None else sample.mask
 
 
-def in_parts(adapter: Adapter, pairs: Pairs) -> Iterator[Pairs]:
+def in_parts(adapter: Adapter, pairs: Pairs, directions: int) -> Iterator[Pairs]:
     """The pairs in parts that fit into memory; in causal models cut behind the last position that a part reads."""
     order = pairs.position.argsort(stable=True)
     while len(order):
         width = pairs.valid.shape[1]
-        size = max(1, MEMORY // sweep.memory(adapter, width))
+        size = max(1, MEMORY // sweep.memory(adapter, width, directions))
         part, order = order[-size:], order[:-size]
         if adapter.shape.causal:
             width = int(pairs.position[part].max()) + 1

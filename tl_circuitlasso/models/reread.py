@@ -38,11 +38,12 @@ Edge = tuple[str, str]
 
 @dataclass(frozen=True)
 class Costs:
-    """Mean cost to the target of each edge, and of all that each node contributes; `pairs` is how many were read."""
+    """Mean cost to the target of each edge, and of all that each node contributes, over `pairs` pairs."""
 
     edges: Mapping[Edge, float]
     nodes: Mapping[str, float]
     pairs: int
+    passes: int = 1
 
 
 def wanted(adapter: Adapter, target: Target) -> tuple[str, ...]:
@@ -72,7 +73,8 @@ def reread(
     prompts = torch.arange(batch.start, batch.start + len(batch.tokens))
     edge_cost: dict[Edge, float] = dict.fromkeys(edges, 0.0)
     node_cost: dict[str, float] = {source: 0.0 for source, _ in edges}
-    for part in (part for pairs in drawn for part in in_parts(adapter, pairs)):
+    directions = outcome.count(adapter, target, probe)
+    for part in (part for pairs in drawn for part in in_parts(adapter, pairs, directions)):
         goal = outcome.outcome(adapter, acts, part, target, prompts, probe)
         by_edge, by_node = _contributions(View(adapter, acts, part), goal, edges)
         for edge, contribution in by_edge.items():

@@ -1,14 +1,14 @@
 """What each edge contributes to the target: one linear sweep from the target back to the input.
 
 Two prompts s and s' are each other's reference. Every nonlinearity is replaced by its *secant*: the straight line from
-its value at s to its value half-way to s'. That makes the network linear, so that what flows adds up:
+its value at s to its value half-way to s'. That makes the network linear, so that what flows adds up,
 
-    sum over parents u of g[u -> v] = sum over children w of g[v -> w] = what v contributes to the target's difference,
+    sum over parents u of g[u -> v] = sum over children w of g[v -> w]        (to first order between close prompts),
 
-where g[u -> v] is the part of it that v passes on of its reading of u. No prompt is run again and nothing is
-differentiated automatically, but the algebra is that of a backward pass, through secants instead of derivatives: for a
-target direction t, the multiplier m_v (how much the target moves per unit of v's output) is pulled through each
-component in turn,
+where g[u -> v] is the part of the target's difference that v passes on of its reading of u. No prompt is run again and
+nothing is differentiated automatically, but the algebra is that of a backward pass, through secants instead of
+derivatives: for a target direction t, the multiplier m_v (how much the target moves per unit of v's output) is pulled
+through each component in turn,
 
     MLP    n = W_in [r * (W_out m)],   r = (act(h_t) - act(h)) / (h_t - h),   h_t = h + (h' - h) / 2
     v      n[q] = W_V sum_p P[p,q] W_O m[p]
@@ -186,11 +186,12 @@ class _Sources:
         return (rows @ self.columns[:, :, :count]).unflatten(1, n.shape[1:3])
 
 
-def memory(adapter: Adapter, positions: int) -> int:
+def memory(adapter: Adapter, positions: int, directions: int) -> int:
     """Bytes that sweeping one pair of prompts takes, to the leading term."""
     shape = adapter.shape
     sources = 1 + shape.n_layers * (shape.n_heads + 1)
-    return 4 * positions * shape.d_model * (sources + 8 * shape.n_heads)
+    reads = 2 * len(PORTS) * shape.n_heads * directions
+    return 4 * positions * (shape.d_model * (sources + reads) + 8 * directions * shape.n_heads * positions)
 
 
 def secant(

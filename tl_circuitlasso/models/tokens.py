@@ -12,6 +12,7 @@ Which positions are samples (`positions`), always among the real tokens of a pro
 - a bool tensor of shape (pos,) or (batch, pos): its true places in `tokens`, pads left out.
 """
 
+import copy
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -41,6 +42,11 @@ class Batch:
     def n_samples(self) -> int:
         """How many positions are samples."""
         return int(self.keep.sum())
+
+
+def first_prompts(batch: Batch, count: int) -> Batch:
+    """The first `count` prompts of a batch."""
+    return Batch(batch.tokens[:count], batch.mask[:count], batch.keep[:count], batch.start)
 
 
 class Prompts:
@@ -77,6 +83,28 @@ class Prompts:
     def n_prompts(self) -> int | None:
         """The number of prompts; None for a stream, which doesn't know it beforehand."""
         return None if self._whole is None else len(self._whole[0])
+
+    @property
+    def width(self) -> int:
+        """The number of positions, pads included; 0 for a stream."""
+        return 0 if self._whole is None else self._whole[0].shape[1]
+
+    def take(self, rows: Int[Tensor, " row"]) -> "Prompts":
+        """Some of the prompts, where all are known beforehand; positions stay with their prompts.
+
+        Raises
+        ------
+        InputError: the prompts are a stream.
+        """
+        if self._whole is None:
+            raise InputError("`tokens` is a stream: prompts can't be picked from it")
+        some = copy.copy(self)
+        some._whole = (self._whole[0][rows], self._whole[1][rows])
+        if isinstance(self._positions, Tensor) and self._positions.ndim == 2:
+            some._positions = self._positions[rows.to(self._positions.device)]
+        some._digest = hashlib.sha256()
+        some._finished = some._started = False
+        return some
 
     def data_hash(self) -> str:
         """sha256 of the real tokens of every prompt, whatever the batches and the padding; known once all are read."""

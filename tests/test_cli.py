@@ -1,0 +1,215 @@
+"""The command line, run in this process: exit codes, files, and one line on stderr where the input is at fault."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import tl_circuitlasso as tcl
+from tests import architectures
+from tests.helpers import shared_folder
+from tl_circuitlasso.__main__ import main, read_prompts
+from tl_circuitlasso.errors import FormatError, InputError
+
+
+@pytest.fixture(scope="module")
+def graph_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "graph"
+    tcl.circuit_lasso(architectures.small(), architectures.prompts(batch=16), progress=False, refined=False).save(
+        folder
+    )
+    return folder
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """The message of a command that fails: exit code 2, one line, no traceback."""
+    assert main(list(words)) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and "Traceback" not in captured.err
+    assert captured.err.startswith(f"circuitlasso {words[0]}: ")
+    return captured.err
+
+
+def test_info_says_what_a_graph_holds(graph_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in (graph_folder, graph_folder / "graph.json", graph_folder / "graph.safetensors"):
+        assert main(["info", str(path)]) == 0
+        out = capsys.readouterr().out
+        assert "12 nodes" in out and "converged" in out and '"method": "CircuitLasso"' in out
+
+
+@pytest.mark.parametrize("suffix", ["html", "png", "svg"])
+def test_plot_draws_a_file(graph_folder: Path, suffix: str, tmp_path: Path) -> None:
+    out = tmp_path / f"picture.{suffix}"
+    assert main(["plot", str(graph_folder), "--out", str(out), "--title", "A title"]) == 0
+    assert out.stat().st_size > 1000
+    assert main(["plot", str(graph_folder), "--out", str(out), "--threshold", "0.01"]) == 0
+
+
+@pytest.mark.parametrize("command", ["info", "plot"])
+def test_foreign_files_are_refused(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = ["--out", str(tmp_path / "p.png")] if command == "plot" else []
+    assert "none.json" in refused(capsys, command, str(tmp_path / "none.json"), *out)
+    (tmp_path / "foreign.json").write_text("{}")
+    assert "foreign.json" in refused(capsys, command, str(tmp_path / "foreign.json"), *out)
+
+
+def test_plot_says_what_is_wrong(graph_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ".bmp" in refused(capsys, "plot", str(graph_folder), "--out", str(tmp_path / "p.bmp"))
+    assert "`x`" in refused(capsys, "plot", str(graph_folder), "--out", str(tmp_path / "p.png"), "--threshold", "-1")
+    (tmp_path / "file").write_text("")
+    for name in ("p.png", "p.html"):
+        assert "file" in refused(capsys, "plot", str(graph_folder), "--out", str(tmp_path / "file" / name))
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["fly"], ["info"], ["plot", "x"], ["discover", "m"], ["discover", "m", "p", "--basis", "x"]]
+)
+def test_usage_errors_leave_with_two(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        main(words)
+    assert leaving.value.code == 2 and "usage" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["demo", "discover", "plot", "info", "bench"])
+def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        main([command, "--help"])
+    assert leaving.value.code == 0 and "usage" in capsys.readouterr().out
+
+
+def test_ctrl_c_is_no_crash(
+    graph_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(path: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tcl.AttributionGraph, "load", interrupt)
+    assert main(["info", str(graph_folder)]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+# ---- prompts --------------------------------------------------------------------------------------------------------
+
+
+def test_prompts_are_read_from_every_kind_of_file(tmp_path: Path) -> None:
+    files = {
+        "p.txt": "one two\n\nthree\n",
+        "p.csv": 'label,text\n1,"one two"\n0,three\n',
+        "p.tsv": "label\ttext\n1\tone two\n0\tthree\n",
+        "p.jsonl": '{"label": 1, "text": "one two"}\n\n{"label": 0, "text": "three"}\n',
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_text(content, encoding="utf-8")
+        column = None if name == "p.txt" else "text"
+        assert read_prompts(tmp_path / name, column, None) == ["one two", "three"]
+        assert read_prompts(tmp_path / name, column, 1) == ["one two"]
+    (tmp_path / "gaps.jsonl").write_text('{"text": "one"}\n{"other": "two"}\n{"text": ""}\n')
+    assert read_prompts(tmp_path / "gaps.jsonl", "text", None) == ["one"]
+    assert read_prompts(tmp_path / "p.csv", None, None) == ["1", "0"]
+
+
+def test_a_quoted_line_break_stays_in_its_prompt(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text('text\n"one\ntwo"\nthree\n', encoding="utf-8")
+    assert read_prompts(tmp_path / "p.csv", None, None) == ["one\ntwo", "three"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "column", "error", "message"),
+    [
+        ("p.txt", b"\n \n", None, InputError, "`--prompts`"),
+        ("p.txt", b"\xff\xfe\x00", None, InputError, "`--prompts`"),
+        ("p.csv", b"", None, InputError, "`--prompts`"),
+        ("p.csv", b"a,b\n1,2\n", "c", InputError, "`--column`.*a, b"),
+        ("p.csv", b"a,b\n,2\n", "a", InputError, "`--prompts`"),
+        ("p.jsonl", b"{", None, FormatError, "line 1"),
+        ("p.jsonl", b'{"a": "x"}\n[1]\n', None, FormatError, "line 2"),
+    ],
+)
+def test_prompts_that_cannot_be_read(
+    name: str, content: bytes, column: str | None, error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises((error, InputError), match=message):
+        read_prompts(tmp_path / name, column, None)
+
+
+def test_a_missing_prompt_file(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="`--prompts`"):
+        read_prompts(tmp_path / "none.txt", None, None)
+
+
+# ---- discover -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model on disk: config.json, model.safetensors and a tokenizer."""
+    folder = tmp_path_factory.mktemp("model")
+    model = architectures.hooked("gpt2", tokenizer=architectures.tokenizer())
+    save_file(
+        {name: weight.detach().clone() for name, weight in model.named_parameters()}, folder / "model.safetensors"
+    )
+    config = {**architectures.SIZES, **architectures.HOOKED["gpt2"], "seed": 0}
+    (folder / "config.json").write_text(json.dumps(config))
+    architectures.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_discover_runs_a_local_model_to_files(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(3, 31, (24, 6), generator=generator).tolist()
+    (tmp_path / "p.txt").write_text("\n".join(" ".join(f"w{token}" for token in row) for row in rows))
+    words = ["discover", str(model_folder), str(tmp_path / "p.txt"), "--out", str(tmp_path / "out")]
+    assert main(["--quiet", *words]) == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {
+        "graph.json", "graph.safetensors", "graph.html", "graph.png"
+    }  # fmt: skip
+    graph = tcl.AttributionGraph.load(tmp_path / "out")
+    assert graph.provenance["prompts"] == 24 and graph.n_kept > 0
+    assert "Edges kept" in capsys.readouterr().out
+    assert main([*words, "--limit", "8", "--design", "activation", "--basis", "neuron", "--strength", "0.3"]) == 0
+    assert tcl.AttributionGraph.load(tmp_path / "out").provenance["prompts"] == 8
+
+
+def test_discover_says_what_is_wrong(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "p.txt").write_text("w3 w4\nw5 w6\n")
+    prompts, out = str(tmp_path / "p.txt"), ["--out", str(tmp_path / "out")]
+    assert "`--prompts`" in refused(capsys, "discover", str(model_folder), str(tmp_path / "no.txt"), *out)
+    for option, value in (("strength", "much"), ("positions", "first"), ("device", "abacus")):
+        message = refused(capsys, "discover", str(model_folder), prompts, f"--{option}", value, *out)
+        assert f"`{option}`" in message
+    assert "`model`" in refused(capsys, "discover", str(tmp_path / "nowhere" / "model"), prompts, *out)
+    (tmp_path / "empty").mkdir()
+    assert "empty" in refused(capsys, "discover", str(tmp_path / "empty"), prompts, *out)
+
+
+def test_discover_on_a_real_model(tmp_path: Path) -> None:
+    folder = shared_folder("models", "stories260K")
+    (tmp_path / "p.txt").write_text(
+        "\n".join(
+            f"Once upon a time there was a {name} who"
+            for name in ("cat", "dog", "girl", "boy", "bird", "bear", "frog", "fish")
+        )
+    )
+    assert main(["--quiet", "discover", str(folder), str(tmp_path / "p.txt"), "--out", str(tmp_path / "out")]) == 0
+
+
+# ---- demo -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_demo_finds_its_circuit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--quiet", "demo", "--out", str(tmp_path / "demo"), "--prompts", "256"]) == 0
+    out = capsys.readouterr().out
+    assert "SHD to the known circuit: 0 " in out and "FALSE" not in out and "missed" not in out
+    assert {path.name for path in (tmp_path / "demo").iterdir()} >= {
+        "graph.json", "graph.safetensors", "graph.html", "graph.png"
+    }  # fmt: skip
+
+
+def test_the_demo_asks_for_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "`prompts`" in refused(capsys, "demo", "--out", str(tmp_path), "--prompts", "0")

@@ -1,0 +1,176 @@
+"""From statistics to a graph, without a model: relevance, certificates, and what strengths mean."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tl_circuitlasso.errors import InputError
+from tl_circuitlasso.learning import learn
+from tl_circuitlasso.nodes import Block, NodeIndex, component_index
+from tl_circuitlasso.relevance import propagate
+from tl_circuitlasso.sites import Site
+from tl_circuitlasso.statistics import Statistics, add_folds, empty_folds
+
+
+def activation_statistics(*, samples: int = 400, folds: int = 1, seed: int = 0) -> Statistics:
+    """Two layers of three neurons: m1#0 = m0#0, m1#1 = m0#1 - m0#2, m1#2 = noise; target = 2 m1#1."""
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.randn(samples, 3, generator=generator, dtype=torch.float64)
+    noise = torch.randn(samples, 1, generator=generator, dtype=torch.float64)
+    second = torch.cat([first[:, :1], first[:, 1:2] - first[:, 2:], noise], dim=1) + 5.0
+    nodes, target = torch.cat([first, second], dim=1), 2 * second[:, 1:2]
+    index = NodeIndex(
+        (Block(Site("mlp", 0), 0, (0, 1, 2)), Block(Site("mlp", 1), 1, (0, 1, 2)), Block(Site("target"), 2))
+    )
+    moments = empty_folds("nodes", folds, coords=1, nodes=6, device="cpu")
+    moments |= empty_folds("target", folds, coords=1, nodes=7, device="cpu")
+    fold = torch.arange(samples) % folds
+    add_folds(moments, "nodes", nodes[:, None], fold, folds)
+    add_folds(moments, "target", torch.cat([nodes, target], dim=1)[:, None], fold, folds)
+    meta = {
+        "index": index.to_json(),
+        "columns": [["m0", 3], ["m1", 3]],
+        "target_columns": 1,
+        "design": "activation",
+        "folds": folds,
+    }
+    return Statistics(moments=moments, meta=meta)
+
+
+CIRCUIT = {("m0#1", "m1#1"), ("m0#2", "m1#1"), ("m1#1", "target")}
+
+
+@pytest.mark.parametrize("strength", ["auto", "ebic", "cv", "stability", 0.05, 0.5])
+def test_every_rule_finds_a_clean_circuit(strength: Any) -> None:
+    graph = learn(activation_statistics(folds=10), strength=strength)
+    assert graph.kept_edges() >= CIRCUIT
+    assert ("m0#0", "m1#0") not in graph.kept_edges()  # true, but it leads nowhere
+    if strength != "cv":
+        assert graph.kept_edges() == CIRCUIT
+    matrix = graph.adjacency()
+    assert float(matrix[1, 4]) > 0 > float(matrix[2, 4])
+    assert bool(graph.certificate.converged.all()) and float(graph.certificate.gap.max()) < 1e-3
+
+
+def test_relevance_is_what_separates_fitting_from_mattering() -> None:
+    graph = learn(activation_statistics(), strength=0.005)
+    weights = {(row.source, row.target): row for row in graph.edge_table().itertuples()}
+    assert weights["m0#0", "m1#0"].weight > 0.9 and weights["m0#0", "m1#0"].score < 1e-3
+    assert weights["m0#1", "m1#1"].score == pytest.approx(0.5, abs=0.1)
+    assert weights["m1#1", "target"].score == pytest.approx(0.9, abs=0.1)
+
+
+@pytest.mark.parametrize("strength", ["auto", "ebic"])
+def test_rules_report_what_is_explained_without_shrinkage(strength: str) -> None:
+    matrix = learn(activation_statistics(), strength=strength).adjacency(absolute=True)
+    assert float(matrix[4, 6]) == pytest.approx(1.0, abs=0.01)
+    assert float(matrix[1, 4]) == pytest.approx(0.5, abs=0.1) == float(matrix[2, 4])
+
+
+@pytest.mark.parametrize("strength", ["cv", "stability"])
+def test_resampling_needs_folds(strength: str) -> None:
+    with pytest.raises(InputError, match="`strength`"):
+        learn(activation_statistics(folds=1), strength=strength)
+
+
+@pytest.mark.parametrize("samples", [0, 1])
+def test_too_few_samples(samples: int) -> None:
+    with pytest.raises(InputError, match="`tokens`"):
+        learn(activation_statistics(samples=samples))
+
+
+# ---- design read ----------------------------------------------------------------------------------------------------
+
+
+def read_statistics(weak: float = 0.0, folds: int = 10) -> Statistics:
+    """One layer, one head: input -> a0.h0 (v) -> m0 -> logits, and `weak` of the cost from input to logits directly."""
+    index = component_index(n_layers=1, n_heads=1)
+
+    def spread(*values: float) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float64).expand(folds, 1, -1).clone()
+
+    pairs = torch.full((folds,), 10.0, dtype=torch.float64)
+    total = float(pairs.sum())
+    sums = {
+        "pairs": pairs,
+        "node": 10 * spread(1.0, 1.0, 1.0)[:, 0],
+        "cost/a0/": 10 * spread(1.0),
+        "cost/a0/q": 10 * spread(0.0),
+        "cost/a0/k": 10 * spread(0.001),
+        "cost/a0/v": 10 * spread(1.0),
+        "gram/a0": total * torch.diag(torch.tensor([0.0, 1e-6, 1.0], dtype=torch.float64))[None],
+        "cost/m0/": 10 * spread(0.0, 1.0),
+        "gram/m0": total * torch.diag(torch.tensor([0.0, 1.0], dtype=torch.float64))[None],
+        "cost/target/": 10 * spread(weak, 0.0, 1.0),
+        "gram/target": total * torch.diag(torch.tensor([weak, 0.0, 1.0], dtype=torch.float64))[None],
+    }
+    return Statistics(sums=sums, meta={"index": index.to_json(), "design": "read", "cost_folds": folds})
+
+
+CHAIN = {("input", "a0.h0"), ("a0.h0", "m0"), ("m0", "logits")}
+
+
+def test_a_chain_of_contributions_is_kept() -> None:
+    graph = learn(read_statistics())
+    assert graph.kept_edges() == CHAIN
+    table = graph.edge_table()
+    assert "v" in set(table[table.kept].port) and "q" not in set(table[table.kept].port)
+    assert table.score.max() == pytest.approx(1.0) and (table[table.kept].stability == 1).all()
+    assert float(graph.adjacency(port="k")[0, 1]) == pytest.approx(0.001)
+
+
+@pytest.mark.parametrize(("weak", "kept"), [(0.5, True), (0.05, True), (1e-4, False)])
+def test_an_edge_counts_from_about_one_percent(weak: float, kept: bool) -> None:
+    assert (("input", "logits") in learn(read_statistics(weak)).kept_edges()) is kept
+
+
+def test_strength_one_is_empty_and_zero_is_dense() -> None:
+    assert learn(read_statistics(0.5), strength=1.0).n_kept == 0
+    dense = learn(read_statistics(0.5), strength=0.0)
+    assert float(dense.weight.max()) == pytest.approx(1.0, abs=1e-3) and dense.kept_edges() >= CHAIN
+
+
+def test_no_pairs_no_graph() -> None:
+    empty = read_statistics()
+    sums = {key: torch.zeros_like(value) for key, value in empty.sums.items()}
+    with pytest.raises(InputError, match="`tokens`"):
+        learn(Statistics(sums=sums, meta=empty.meta))
+
+
+def test_contributions_without_cost_make_an_empty_graph() -> None:
+    some = read_statistics()
+    sums = {key: value if key == "pairs" else torch.zeros_like(value) for key, value in some.sums.items()}
+    graph = learn(Statistics(sums=sums, meta=some.meta))
+    assert graph.n_kept == 0 and bool(graph.score.isfinite().all())
+
+
+def test_bootstrap_doubts_what_few_folds_show() -> None:
+    some = read_statistics(0.0)
+    some.sums["cost/target/"][0, 0, 0] = 3.0  # one fold of ten shows three percent of the cost there
+    graph = learn(Statistics(sums=some.sums, meta=some.meta), seed=1)
+    row = next(row for row in graph.edge_table().itertuples() if (row.source, row.target) == ("input", "logits"))
+    assert 0 <= row.stability < 0.9
+    again = learn(Statistics(sums=some.sums, meta=some.meta), seed=1)
+    assert graph.edge_table().equals(again.edge_table())
+
+
+# ---- relevance ------------------------------------------------------------------------------------------------------
+
+
+@given(seed=st.integers(0, 500), size=st.integers(2, 7))
+def test_relevance_is_the_best_product_of_shares_over_paths(seed: int, size: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    share = torch.rand(size, size, generator=generator, dtype=torch.float64).triu(1)
+    source, target = share.nonzero(as_tuple=True)
+    found = propagate(source, target, share[source, target], ranks=torch.arange(size), roots=torch.tensor([size - 1]))
+
+    def best(node: int) -> float:
+        if node == size - 1:
+            return 1.0
+        return max((float(share[node, child]) * best(child) for child in range(node + 1, size)), default=0.0)
+
+    expected = [float(share[s, t]) * best(int(t)) for s, t in zip(source.tolist(), target.tolist())]
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))

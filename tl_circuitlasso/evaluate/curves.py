@@ -1,0 +1,229 @@
+"""Faithfulness against size: how soon a ranking of edges gives a circuit that does what the model does.
+
+The Mechanistic Interpretability Benchmark (Mueller et al. 2025, arXiv 2504.13151) takes ten sizes and two areas: CPR,
+under faithfulness (more is better), and CMD, between faithfulness and 1 (less is better).
+"""
+
+import heapq
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_circuitlasso.baselines.data import Prompts
+from tl_circuitlasso.baselines.edges import EdgeLayout, provenance
+from tl_circuitlasso.errors import InputError
+from tl_circuitlasso.evaluate.circuits import EdgeMatrix, check_graph, prune, score_matrix
+from tl_circuitlasso.evaluate.faithfulness import check_scale, share_interval, shares
+from tl_circuitlasso.evaluate.interventions import Intervention, Measured, changes, intervention, measure
+from tl_circuitlasso.evaluate.metrics import Metric
+from tl_circuitlasso.graph import AttributionGraph
+
+MIB_SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """Faithfulness at growing sizes.
+
+    Attributes
+    ----------
+    shares: the sizes asked for, as shares of all edges; requested: the same as numbers of edges, int(share * edges).
+    sizes: the edges that are left after pruning, q, k and v counted apart.
+    faithfulness, low, high: at each size, with its 95 % bootstrap interval over prompts.
+    cpr: area under the faithfulness over `shares`, by trapezoids. cmd: area between the faithfulness and 1.
+    model, ablated: the metric's mean per prompt of the model and with every edge cut.
+    forward_passes: forward passes per prompt, baselines included.
+    """
+
+    shares: tuple[float, ...]
+    requested: tuple[int, ...]
+    sizes: tuple[int, ...]
+    faithfulness: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    cpr: float
+    cmd: float
+    model: float
+    ablated: float
+    forward_passes: float
+
+    def table(self) -> pd.DataFrame:
+        """One row per size."""
+        columns = ("shares", "requested", "sizes", "faithfulness", "low", "high")
+        return pd.DataFrame({name: getattr(self, name) for name in columns})
+
+
+def curve(
+    model: Any,
+    graph: AttributionGraph,
+    clean: Prompts,
+    corrupted: Prompts | None,
+    metric: Metric,
+    ablation: str = "patch",
+    *,
+    sizes: Sequence[int | float] = MIB_SHARES,
+    absolute: bool = False,
+    rule: str = "top",
+    seed: int = 0,
+    **options: Any,
+) -> Curve:
+    """The faithfulness of the circuits of the highest-scored edges, at MIB's ten sizes.
+
+    Parameters
+    ----------
+    graph: its scores rank the edges; which of them are kept doesn't matter. Edges that it doesn't have score 0.
+    sizes: shares of all the model's edges, rising, in (0, 1].
+    absolute: rank by |score|; MIB's CPR ranks by the signed score, its CMD by |score|.
+    rule: "top" takes the highest-scored edges, "greedy" grows the circuit backwards from the logits, always taking the
+        best edge into what is already there.
+    options: as in `faithfulness`.
+
+    Raises
+    ------
+    InputError: sizes that don't rise or lie outside (0, 1], an unknown rule, and as in `faithfulness`.
+    """
+    one = {"": graph}
+    made = curves(
+        model, one, clean, corrupted, metric, ablation, sizes=sizes, absolute=absolute, rule=rule, seed=seed, **options
+    )
+    return made[""]
+
+
+def curves(
+    model: Any,
+    graphs: Mapping[str, AttributionGraph],
+    clean: Prompts,
+    corrupted: Prompts | None,
+    metric: Metric,
+    ablation: str = "patch",
+    *,
+    sizes: Sequence[int | float] = MIB_SHARES,
+    absolute: bool = False,
+    rule: str = "top",
+    seed: int = 0,
+    **options: Any,
+) -> dict[str, Curve]:
+    """The curve of each graph, on the same baselines; arguments as in `curve`."""
+    _check_sizes(sizes)
+    setup = intervention(model, clean, corrupted, metric, ablation, **options)
+    layouts = [check_graph(graph, setup.adapter) for graph in graphs.values()]
+    if not layouts:
+        raise InputError("`graphs` is empty: give at least one graph")
+    layout = layouts[0]
+    requested = [int(share * int(layout.mask().sum())) for share in sizes]
+    kept = [select(score_matrix(graph, layout), layout, requested, absolute, rule) for graph in graphs.values()]
+    measured = measure(setup, torch.cat(kept))
+    check_scale(measured)
+    parts = zip(graphs, kept, measured.circuits.split(len(sizes)))
+    return {
+        name: _curve(sizes, requested, prune(own, layout), _with(measured, circuits), seed)
+        for name, own, circuits in parts
+    }
+
+
+def _check_sizes(sizes: Sequence[int | float]) -> None:
+    rising = all(low < high for low, high in pairwise(sizes))
+    if len(sizes) < 2 or not rising or not (sizes[0] > 0 and sizes[-1] <= 1):
+        raise InputError(f"`sizes` are {tuple(sizes)}: give at least two rising shares of all edges, above 0, up to 1")
+
+
+def _with(measured: Measured, circuits: Tensor) -> Measured:
+    return Measured(measured.model, measured.ablated, circuits, measured.forward_passes)
+
+
+def _curve(
+    sizes: Sequence[int | float], requested: list[int], kept: EdgeMatrix, measured: Measured, seed: int
+) -> Curve:
+    found = shares(measured).numpy()
+    intervals = share_interval(measured, seed)
+    return Curve(
+        shares=tuple(map(float, sizes)),
+        requested=tuple(requested),
+        sizes=tuple(kept.flatten(1).sum(1).tolist()),
+        faithfulness=tuple(found.tolist()),
+        low=tuple(low for low, _ in intervals),
+        high=tuple(high for _, high in intervals),
+        cpr=_area(sizes, found),
+        cmd=_area(sizes, np.abs(1 - found)),
+        model=float(measured.model.mean()),
+        ablated=float(measured.ablated.mean()),
+        forward_passes=measured.forward_passes,
+    )
+
+
+def _area(x: Sequence[int | float], y: np.ndarray) -> float:
+    steps = np.diff(np.asarray(x, dtype=float))
+    return float((steps * (y[1:] + y[:-1]) / 2).sum())
+
+
+# ---- which edges at which size --------------------------------------------------------------------------------------
+
+
+def select(
+    scores: Float[Tensor, "source reader"], layout: EdgeLayout, counts: Sequence[int], absolute: bool, rule: str
+) -> EdgeMatrix:
+    """The circuits of so many edges; ties go to the edge that comes first in the order of computation."""
+    if rule not in ("top", "greedy"):
+        raise InputError(f"`rule` is {rule!r}: write 'top' or 'greedy'")
+    values = scores.abs() if absolute else scores
+    order = _ranking(values, layout) if rule == "top" else _grown(values, layout)
+    kept = torch.zeros(len(counts), layout.n_sources * layout.n_readers, dtype=torch.bool)
+    for number, count in enumerate(counts):
+        kept[number, order[:count]] = True
+    return kept.view(len(counts), layout.n_sources, layout.n_readers)
+
+
+def _ranking(values: Tensor, layout: EdgeLayout) -> list[int]:
+    edges = layout.mask().flatten().nonzero().flatten()
+    return edges[values.flatten()[edges].argsort(descending=True, stable=True)].tolist()
+
+
+def _grown(values: Tensor, layout: EdgeLayout) -> list[int]:
+    """All edges that lead to the logits, in the order in which the circuit grows back from them."""
+    n, mask = layout.n_readers, layout.mask()
+    columns_of: dict[int, list[int]] = {}
+    for column, node in enumerate(layout.targets()[0]):
+        columns_of.setdefault(node, []).append(column)
+    inside, order, heap = {layout.n_sources}, [], []
+
+    def offer(node: int) -> None:
+        for column in columns_of.get(node, ()):
+            for source in mask[:, column].nonzero().flatten().tolist():
+                heapq.heappush(heap, (-float(values[source, column]), source * n + column))
+
+    offer(layout.n_sources)
+    while heap:
+        _, cell = heapq.heappop(heap)
+        order.append(cell)
+        if (source := cell // n) not in inside:
+            inside.add(source)
+            offer(source)
+    return order
+
+
+# ---- what to compare with -------------------------------------------------------------------------------------------
+
+
+def magnitude(
+    model: Any,
+    clean: Prompts,
+    corrupted: Prompts | None,
+    ablation: str = "patch",
+    **options: Any,
+) -> AttributionGraph:
+    """Every edge scored by how much its source alone changes: the mean over real positions of |u - ablated u|.
+
+    It looks at nothing downstream, so a ranking that isn't better has learned nothing. Two forward passes per prompt;
+    arguments as in `faithfulness`.
+    """
+    setup: Intervention = intervention(model, clean, corrupted, lambda logits, rows: logits.sum(), ablation, **options)
+    layout = EdgeLayout(setup.adapter.shape)
+    scores = changes(setup)[:, None].expand(-1, layout.n_readers) * layout.mask()
+    return layout.graph(scores, provenance(setup.adapter, "magnitude", ablation=ablation))

@@ -1,0 +1,188 @@
+"""Several graphs put to the test on the same prompts, in one table; and prompts for that from a file.
+
+A file of prompt pairs is .csv, .tsv or .jsonl with the columns `clean`, `corrupted` (may be missing with ablation
+"mean" or "zero"), `correct` and `incorrect` (answers of one token each, as the metric needs them).
+"""
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from tl_circuitlasso.baselines.data import Prompts
+from tl_circuitlasso.baselines.observational import random_edges
+from tl_circuitlasso.errors import FormatError, InputError
+from tl_circuitlasso.evaluate.curves import Curve, curves
+from tl_circuitlasso.evaluate.faithfulness import Faithfulness, completeness, faithfulness
+from tl_circuitlasso.evaluate.metrics import (
+    Metric,
+    accuracy,
+    cross_entropy,
+    kl,
+    logit_diff,
+    next_token,
+    prob_diff,
+)
+from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.models import Adapter, adapt
+from tl_circuitlasso.models.rotary import position_ids
+
+METRICS = ("logit-diff", "prob-diff", "cross-entropy", "accuracy", "kl", "next-token")
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """What each graph's circuit keeps of the behaviour.
+
+    Attributes
+    ----------
+    table: one row per graph: edges (after pruning, ports apart), faithfulness with its interval, completeness (the
+        faithfulness of everything but the circuit: near 0 is good), CPR and CMD of its ranking. The last row is chance.
+    faithfulness, curves: the figures behind it, by name.
+    """
+
+    table: pd.DataFrame
+    faithfulness: Mapping[str, Faithfulness]
+    curves: Mapping[str, Curve]
+
+    def __repr__(self) -> str:
+        return self.table.round(4).to_string(na_rep="")
+
+
+def report(
+    model: Any,
+    graphs: Mapping[str, AttributionGraph],
+    clean: Prompts,
+    corrupted: Prompts | None,
+    metric: Metric,
+    ablation: str = "patch",
+    *,
+    seed: int = 0,
+    **options: Any,
+) -> Report:
+    """Faithfulness, completeness and curve of each graph, with a random ranking beside them.
+
+    Arguments and errors as in `faithfulness`. Fourteen forward passes per prompt and graph.
+    """
+    adapter = model if isinstance(model, Adapter) else adapt(model)
+    data = (clean, corrupted, metric, ablation)
+    rankings = {**graphs, "random": random_edges(adapter, seed=seed)}
+    drawn = curves(adapter, rankings, *data, seed=seed, **options)
+    kept = {name: faithfulness(adapter, graph, *data, seed=seed, **options) for name, graph in graphs.items()}
+    rest = {name: completeness(adapter, graph, *data, seed=seed, **options) for name, graph in graphs.items()}
+    rows = {
+        name: {
+            "edges": found.edges,
+            "faithfulness": found.faithfulness,
+            "low": found.low,
+            "high": found.high,
+            "completeness": rest[name].faithfulness,
+        }
+        for name, found in kept.items()
+    }
+    areas = {name: {"cpr": curve.cpr, "cmd": curve.cmd} for name, curve in drawn.items()}
+    table = pd.DataFrame([{"graph": name, **rows.get(name, {}), **area} for name, area in areas.items()])
+    return Report(table.set_index("graph").astype({"edges": "Int64"}), kept, drawn)
+
+
+# ---- prompts from a file --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PairFile:
+    """The columns of a file of prompt pairs; None for those that it doesn't have."""
+
+    clean: list[str]
+    corrupted: list[str] | None
+    correct: list[str] | None
+    incorrect: list[str] | None
+
+
+def read_pairs(path: str | Path, limit: int | None = None) -> PairFile:
+    """Prompt pairs from a .csv, .tsv or .jsonl file.
+
+    Raises
+    ------
+    InputError: no such file, another kind of file, no rows, or no column `clean`.
+    FormatError: a line that isn't JSON, or rows of different columns.
+    """
+    path = Path(path)
+    rows = _rows(path)[:limit]
+    if not rows or "clean" not in rows[0]:
+        raise InputError(f"{path} has no rows with `clean`: name the columns clean, corrupted, correct, incorrect")
+    columns = {name: _column(rows, name, path) for name in ("clean", "corrupted", "correct", "incorrect")}
+    assert columns["clean"] is not None
+    return PairFile(columns["clean"], columns["corrupted"], columns["correct"], columns["incorrect"])
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} can't be read ({error}): give a .csv, .tsv or .jsonl file") from None
+    if path.suffix in (".csv", ".tsv"):
+        return list(csv.DictReader(text.splitlines(), delimiter="\t" if path.suffix == ".tsv" else ","))
+    if path.suffix != ".jsonl":
+        raise InputError(f"{path} is a {path.suffix or 'nameless'} file: give a .csv, .tsv or .jsonl file")
+    return [_object(line, number, path) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+
+
+def _object(line: str, number: int, path: Path) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise FormatError(f"{path}, line {number}: not JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise FormatError(f"{path}, line {number}: a {type(row).__name__} where an object is expected")
+    return row
+
+
+def _column(rows: Sequence[Mapping[str, Any]], name: str, path: Path) -> list[str] | None:
+    if name not in rows[0]:
+        return None
+    values = [row.get(name) for row in rows]
+    if missing := [number for number, value in enumerate(values, 1) if not value]:
+        raise FormatError(f"{path}, row {missing[0]}: no `{name}`, which other rows have")
+    return [str(value) for value in values]
+
+
+def metric_by_name(name: str, model: Any, prompts: PairFile) -> Metric:
+    """A metric of METRICS at each prompt's last real token ("next-token": at all), with answers from the file.
+
+    Raises
+    ------
+    InputError: an unknown name, a missing column, or an answer that isn't one token.
+    """
+    if name not in METRICS:
+        raise InputError(f"`metric` is {name!r}: write one of {', '.join(METRICS)}")
+    adapter = model if isinstance(model, Adapter) else adapt(model)
+    tokens, mask = adapter.to_tokens(prompts.clean)
+    if name == "next-token":
+        return next_token(tokens.cpu(), mask.cpu())
+    place = torch.arange(tokens.shape[1]).mul(mask.cpu()).amax(1)
+    if name == "kl":
+        logits = adapter.run(tokens, mask, ["logits"])["logits"]
+        return kl(logits[torch.arange(len(tokens)), place].cpu(), position=place)
+    right = _answers(adapter, prompts.correct, "correct")
+    if name in ("cross-entropy", "accuracy"):
+        return (cross_entropy if name == "cross-entropy" else accuracy)(right, position=place)
+    wrong = _answers(adapter, prompts.incorrect, "incorrect")
+    return (logit_diff if name == "logit-diff" else prob_diff)(right, wrong, position=place)
+
+
+def _answers(adapter: Adapter, answers: list[str] | None, name: str) -> list[int]:
+    if answers is None:
+        raise InputError(f"the prompts have no column `{name}`, which this metric needs")
+    tokens, mask = adapter.to_tokens(answers)
+    bos = adapter.special_ids()[0]
+    starts = (tokens == bos) & mask & (position_ids(mask) == 0) if bos is not None else torch.zeros_like(mask)
+    real = mask & ~starts
+    if bool((real.sum(1) != 1).any()):
+        odd = answers[int((real.sum(1) != 1).nonzero()[0])]
+        raise InputError(f"`{name}` has {odd!r}, which isn't one token: give answers of one token, with their space")
+    return tokens[real].tolist()

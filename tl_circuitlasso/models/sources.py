@@ -1,0 +1,141 @@
+"""What every component of a model writes in a pass less what it writes when ablated, and scaling what components write.
+
+Sources are numbered in the order of computation: the input, then each layer's heads and its MLP.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import accumulate
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_circuitlasso.errors import ModelError
+from tl_circuitlasso.models.adapter import Adapter
+from tl_circuitlasso.models.architecture import Shape
+from tl_circuitlasso.models.hooks import observe
+from tl_circuitlasso.models.patching import Written
+from tl_circuitlasso.sites import Site
+
+WRITTEN_OUT = 512 << 20  # bytes of sources kept in d_model; beyond it they are written out again for each layer
+
+
+def source_kinds(shape: Shape) -> list[tuple[int, str]]:
+    """The groups of sources in order: (-1, "input"), then (layer, "heads") and (layer, "mlp")."""
+    layer_kinds = ("heads",) if shape.attn_only else ("heads", "mlp")
+    return [(-1, "input"), *((layer, kind) for layer in range(shape.n_layers) for kind in layer_kinds)]
+
+
+def source_counts(shape: Shape) -> list[int]:
+    """The size of each group of sources."""
+    return [shape.n_heads if kind == "heads" else 1 for _, kind in source_kinds(shape)]
+
+
+class Sources:
+    """What sources write in a pass less what they write when ablated: heads as z, written out in d_model on demand.
+
+    `wanted` are the sources that some reader needs, ascending; they are kept written out where they fit the memory set
+    aside for it. `value` gives an activation of the pass by the adapter's name, with copies and prompts as first axes.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        sizes: tuple[int, int, int],
+        wanted: list[int],
+        value: Callable[[str], Tensor],
+        ablated: Written,
+    ) -> None:
+        self.adapter, self.sizes, self.wanted, self.value, self.ablated = adapter, sizes, wanted, value, ablated
+        counts = source_counts(adapter.shape)
+        self.kinds, self.starts = source_kinds(adapter.shape), list(accumulate(counts, initial=0))
+        self.group_of = [group for group, count in enumerate(counts) for _ in range(count)]
+        self.place = {column: place for place, column in enumerate(wanted)}
+        shape = (len(wanted), *sizes, adapter.shape.d_model)
+        empty = torch.empty(0, dtype=adapter.compute_dtype, device=adapter.device)
+        fits = math.prod(shape) * empty.element_size() <= WRITTEN_OUT
+        self.kept = empty.new_empty(shape) if fits else None
+        self.ready = 0
+        self.differences: dict[int, Tensor] = {}
+
+    def written_out(self, columns: list[int], copy: int, prompts: slice) -> Float[Tensor, "source prompt pos d_model"]:
+        """Some sources, ascending, for some prompts of one copy."""
+        if self.kept is None:
+            return torch.cat([self._write(group, some, copy, prompts) for group, some in self._by_group(columns)])
+        self._keep(self.kept, self.group_of[columns[-1]])
+        places = [self.place[column] for column in columns]
+        here = self.kept[:, copy, prompts]
+        together = places[-1] - places[0] == len(places) - 1
+        return here[places[0] : places[-1] + 1] if together else here[places]
+
+    def _by_group(self, columns: list[int]) -> Iterator[tuple[int, list[int]]]:
+        for group in sorted({self.group_of[column] for column in columns}):
+            yield group, [c - self.starts[group] for c in columns if self.group_of[c] == group]
+
+    def _keep(self, kept: Tensor, last_group: int) -> None:
+        new = [column for column in self.wanted[self.ready :] if self.group_of[column] <= last_group]
+        for group, some in self._by_group(new):
+            rows = slice(self.ready, self.ready + len(some))
+            for copy in range(self.sizes[0]):
+                kept[rows, copy] = self._write(group, some, copy, slice(None))
+            self.ready = rows.stop
+            self.differences.pop(group)
+
+    def _write(self, group: int, some: list[int], copy: int, prompts: slice) -> Tensor:
+        layer, kind = self.kinds[group]
+        change = self._difference(group)[copy, prompts]
+        if kind != "heads":
+            return change[None]
+        heads = change[:, :, some].movedim(2, 0).flatten(1, 2)
+        return torch.bmm(heads, self.adapter.writer(layer)[0][some]).unflatten(1, change.shape[:2])
+
+    def _difference(self, group: int) -> Float[Tensor, "circuit batch pos ..."]:
+        if group not in self.differences:
+            layer, kind = self.kinds[group]
+            if kind == "input":
+                difference = self.value("resid_pre.0") - self.ablated.input
+            elif kind == "mlp":
+                difference = self.value(f"mlp_out.{layer}") - self.ablated.mlps[layer]
+            else:
+                scale = self.value(f"scale.attn_out.{layer}")[..., None]
+                difference = self.value(f"z.{layer}") / scale - self.ablated.heads[layer]
+            self.differences[group] = difference
+        return self.differences[group]
+
+
+# ---- scaled nodes ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def scaled_nodes(adapter: Adapter, sites: Iterable[Site], scale: float) -> Iterator[None]:
+    """What some heads and MLPs write, multiplied by `scale` for the time of a block; the model is left as it was."""
+    heads: dict[int, list[int]] = {}
+    points = []
+    for site in sites:
+        if site.kind == "head":
+            heads.setdefault(site.layer, []).append(site.head)
+        else:
+            points.append((hook_point(adapter, f"blocks.{site.layer}.hook_mlp_out"), lambda out: out * scale))
+    for layer, some in heads.items():
+        points.append((hook_point(adapter, f"blocks.{layer}.attn.hook_z"), partial(_scale_heads, adapter, some, scale)))
+    with observe(points):
+        yield
+
+
+def _scale_heads(adapter: Adapter, heads: list[int], scale: float, z: Tensor) -> Tensor:
+    factors = z.new_ones(adapter.shape.n_heads)
+    factors[heads] = scale
+    by_head = z.unflatten(-1, (adapter.shape.n_heads, -1)) if z.ndim == 3 else z  # side by side behind an SAE
+    return (by_head * factors[:, None]).view_as(z)
+
+
+def hook_point(adapter: Adapter, path: str) -> Any:
+    """The module at which an activation can be changed; raises ModelError where the model has none."""
+    found = adapter._point(path)
+    if found is None:
+        raise ModelError(f"`model` ({adapter.architecture}) has no hook point `{path}`: it can't be intervened on")
+    return found
