@@ -124,7 +124,7 @@ def test_circuit_lasso_runs_on_a_case(folder):
     pytest.importorskip("tl_circuitlasso.discover")
     report = run(folder, "circuit-lasso")
     assert not report.failures, report.failures
-    assert report.rows[0].chooses and report.rows[0].forward_passes == 1
+    assert report.rows[0].chooses and report.rows[0].forward_passes >= 1
 
 
 def test_json_has_everything_and_no_nan(folder, tmp_path):

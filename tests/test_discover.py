@@ -57,7 +57,8 @@ def test_every_regression_is_certified(model: Any) -> None:
 def test_provenance_is_enough_to_make_a_graph_again(model: Any) -> None:
     graph = found(model, seed=3, strength=0.1)
     record = graph.provenance
-    assert record["arguments"] == {"basis": "component", "design": "read", "strength": 0.1, "seed": 3}
+    asked = {"basis": "component", "design": "read", "strength": 0.1, "seed": 3, "max_prompts": 256, "refined": False}
+    assert record["arguments"] == asked
     assert record["prompts"] == 24 and record["forward_passes"] == 1 and record["backward_passes"] == 0
     assert 0 <= record["closure_error"] < 1e-4
     assert set(record["seconds"]) >= {"forward and statistics", "solve", "total"}
@@ -225,7 +226,8 @@ def case(number: int) -> tuple[Any, torch.Tensor, set[tuple[str, str]]]:
 @pytest.mark.parametrize(("number", "bound"), [(3, 1), (11, 0), (13, 0)])
 def test_known_circuits_are_found_at_the_defaults(number: int, bound: int) -> None:
     model, tokens, truth = case(number)
-    assert len(circuit(model, tokens) ^ truth) <= bound < len(truth)
+    found = circuit(model, tokens) - {("input", "logits")}  # no candidate where circuits are certified
+    assert len(found ^ truth) <= bound < len(truth)
 
 
 @pytest.mark.parametrize("batch_size", [16, 100, 256])

@@ -101,11 +101,11 @@ def read_statistics(weak: float = 0.0, folds: int = 10) -> Statistics:
         "cost/a0/q": 10 * spread(0.0),
         "cost/a0/k": 10 * spread(0.001),
         "cost/a0/v": 10 * spread(1.0),
-        "gram/a0": total * torch.diag(torch.tensor([0.0, 1e-6, 1.0], dtype=torch.float64))[None],
+        "gram/a0": total * torch.diag(torch.tensor([0.0, 1e-6, 1.0], dtype=torch.float64))[None, None],
         "cost/m0/": 10 * spread(0.0, 1.0),
-        "gram/m0": total * torch.diag(torch.tensor([0.0, 1.0], dtype=torch.float64))[None],
+        "gram/m0": total * torch.diag(torch.tensor([0.0, 1.0], dtype=torch.float64))[None, None],
         "cost/target/": 10 * spread(weak, 0.0, 1.0),
-        "gram/target": total * torch.diag(torch.tensor([weak, 0.0, 1.0], dtype=torch.float64))[None],
+        "gram/target": total * torch.diag(torch.tensor([weak, 0.0, 1.0], dtype=torch.float64))[None, None],
     }
     return Statistics(sums=sums, meta={"index": index.to_json(), "design": "read", "cost_folds": folds})
 

@@ -1,8 +1,9 @@
 """tl_circuitlasso: sparse circuits of transformers by certified sparse linear regression.
 
->>> import tl_circuitlasso as tcl                          # doctest: +SKIP
->>> graph = model.run_circuit_lasso(tokens)                # any TransformerLens model
->>> graph.edge_table()
+    import tl_circuitlasso as tcl
+
+    graph = model.run_circuit_lasso(tokens)                # any TransformerLens model
+    graph.edge_table()
 
 Importing this package is cheap: parts that need torch's heavier neighbours or TransformerLens load on first use.
 Where TransformerLens is installed, `HookedTransformer` and `TransformerBridge` gain the method `run_circuit_lasso`.

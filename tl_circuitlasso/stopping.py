@@ -4,8 +4,8 @@ An edge counts if cutting it would cost at least about one percent of what the c
 estimates, so the cut isn't made at one percent exactly, through the middle of a cluster, but in the widest gap near it.
 
 >>> import torch
->>> round(widest_gap(torch.tensor([1.0, .5, .02, .004, .003])), 4)       # the gap from .02 to .004 is the widest
-0.0089
+>>> round(widest_gap(torch.tensor([1.0, .5, .05, .004, .003])), 4)       # the gap from .05 to .004 is the widest
+0.0141
 """
 
 import torch

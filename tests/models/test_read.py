@@ -105,7 +105,7 @@ def test_the_columns_of_a_head_are_q_then_k_then_v() -> None:
     model.blocks[0].attn.W_Q.data.zero_()  # the first heads' patterns ignore what the residual stream says
     model.blocks[0].attn.b_Q.data.zero_()
     statistics = collected(model, architectures.prompts(batch=16))
-    first, last = (statistics.sums[f"gram/a{layer}"].diagonal(dim1=1, dim2=2) for layer in (0, 1))
+    first, last = (statistics.sums[f"gram/a{layer}"].sum(0).diagonal(dim1=1, dim2=2) for layer in (0, 1))
     assert first.shape == (4, 3) and last.shape == (4, 3 * 6)
     assert not bool(first[:, 1].any()) and bool((first[:, 2] > 0).all())  # without queries no key matters
     assert not bool(statistics.sums["cost/a0/k"].any()) and bool(statistics.sums["cost/a0/v"].sum(0).all())
