@@ -46,12 +46,10 @@ def demo(arguments: argparse.Namespace) -> None:
 
 
 def discover(arguments: argparse.Namespace) -> None:
-    """Find the circuit of a model on the prompts of a file."""
+    """Find the circuit of a model on the prompts of a file, or of the bundled model on its own task."""
     from tl_circuitlasso.discover import circuit_lasso
-    from tl_circuitlasso.models.loading import load_model
 
-    model = load_model(arguments.model)
-    prompts = read_prompts(arguments.prompts, arguments.column, arguments.limit)
+    model, prompts = _model_and_prompts(arguments)
     graph = circuit_lasso(
         model,
         prompts,
@@ -67,7 +65,7 @@ def discover(arguments: argparse.Namespace) -> None:
     )
     _print_edges(graph, None)
     _print_stages(graph)
-    _write_all(graph, arguments.out, f"{arguments.model}: {arguments.prompts}")
+    _write_all(graph, arguments.out, f"{arguments.model}: {arguments.prompts or 'its own prompts'}")
 
 
 def plot(arguments: argparse.Namespace) -> None:
@@ -125,6 +123,22 @@ def bench(arguments: argparse.Namespace) -> None:
         arguments.folder, methods, truth=arguments.truth, progress=_interactive(arguments), json_path=arguments.json
     )
     print(report)
+
+
+def _model_and_prompts(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    if arguments.model == "demo":
+        from tl_circuitlasso.demo import load_demo
+
+        bundled = load_demo(prompts=arguments.limit or 512)
+        if arguments.prompts is None:
+            return bundled.model, bundled.tokens
+        given = read_prompts(arguments.prompts, arguments.column, arguments.limit)
+        return bundled.model, [bundled.encode(prompt) for prompt in given]
+    from tl_circuitlasso.models.loading import load_model
+
+    if arguments.prompts is None:
+        raise InputError("`prompts` is missing: name a .txt, .csv, .tsv or .jsonl file (only `demo` brings its own)")
+    return load_model(arguments.model), read_prompts(arguments.prompts, arguments.column, arguments.limit)
 
 
 def read_prompts(path: Path, column: str | None, limit: int | None) -> list[str]:
@@ -221,8 +235,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--prompts", type=int, default=512, help="number of prompts (default: 512)")
 
     command = _command(commands, discover)
-    command.add_argument("model", help="a TransformerLens model name, or a local folder")
-    command.add_argument("prompts", type=Path, help="prompts: .txt (one a line), .csv, .tsv or .jsonl")
+    command.add_argument("model", help="a TransformerLens model name, a local folder, or demo (the bundled model)")
+    command.add_argument("prompts", type=Path, nargs="?", help="prompts: .txt (one a line), .csv, .tsv or .jsonl")
     command.add_argument("--column", help="column or field that holds the prompt (default: the first)")
     command.add_argument("--limit", type=int, help="use the first N prompts")
     command.add_argument("--out", type=Path, default=Path("circuit"), help="folder to write to (default: circuit)")
