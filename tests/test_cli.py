@@ -64,8 +64,12 @@ def test_plot_says_what_is_wrong(graph_folder: Path, tmp_path: Path, capsys: pyt
         assert "file" in refused(capsys, "plot", str(graph_folder), "--out", str(tmp_path / "file" / name))
 
 
+def test_only_the_bundled_model_brings_its_own_prompts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "`prompts`" in refused(capsys, "discover", "some-model")
+
+
 @pytest.mark.parametrize(
-    "words", [[], ["fly"], ["info"], ["plot", "x"], ["discover", "m"], ["discover", "m", "p", "--basis", "x"]]
+    "words", [[], ["fly"], ["info"], ["plot", "x"], ["discover"], ["discover", "m", "p", "--basis", "x"]]
 )
 def test_usage_errors_leave_with_two(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as leaving:

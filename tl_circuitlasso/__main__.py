@@ -126,6 +126,8 @@ def bench(arguments: argparse.Namespace) -> None:
 
 
 def _model_and_prompts(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    import torch
+
     if arguments.model == "demo":
         from tl_circuitlasso.demo import load_demo
 
@@ -133,7 +135,10 @@ def _model_and_prompts(arguments: argparse.Namespace) -> tuple[Any, Any]:
         if arguments.prompts is None:
             return bundled.model, bundled.tokens
         given = read_prompts(arguments.prompts, arguments.column, arguments.limit)
-        return bundled.model, [bundled.encode(prompt) for prompt in given]
+        rows = [bundled.encode(prompt) for prompt in given]
+        if len({row.shape[1] for row in rows}) > 1:
+            raise InputError("`prompts` differ in length: the bundled model reads sentences of one form, word by word")
+        return bundled.model, torch.cat(rows)
     from tl_circuitlasso.models.loading import load_model
 
     if arguments.prompts is None:

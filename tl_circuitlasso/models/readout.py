@@ -10,7 +10,7 @@ from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.bases import principal_directions
 from tl_circuitlasso.sites import Site
-from tl_circuitlasso.targets import Labels, LogitDiff, Target, Values
+from tl_circuitlasso.targets import LogitDiff, Target
 
 _CHUNK = 4096  # vocabulary entries whose Gram is formed at once
 
@@ -86,8 +86,3 @@ def _logit_difference(
         raise InputError(f"`target` names token {int(ids.max())}, the model has logits 0 to {logits.shape[-1] - 1}")
     ids = ids.to(logits.device)[:, :, None, None].expand(2, *logits.shape[:2], 1)
     return (logits.gather(2, ids[0]) - logits.gather(2, ids[1])).squeeze(2)[keep]
-
-
-def is_per_prompt(target: Target) -> bool:
-    """Whether the target has one value per prompt, read at the last position by default."""
-    return isinstance(target, (LogitDiff, Labels, Values))
