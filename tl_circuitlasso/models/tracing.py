@@ -280,10 +280,6 @@ class _Tape:
         return heard[f"z.{layer}"] if scale is None else heard[f"z.{layer}"] / scale[..., None]
 
 
-def _mlp_norm(adapter: Adapter, layer: int) -> Norm | None:
-    return norm_at(adapter.model, layer, adapter.layouts[layer].mlp_norm, adapter.compute_dtype)
-
-
 def norm_gradient(
     norm: Norm | None, x: Float[Tensor, "*batch width"], grad: Float[Tensor, "*batch width"]
 ) -> Float[Tensor, "*batch width"]:
