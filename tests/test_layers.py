@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "tl_circuitlasso"
 FLOORS = {
     "errors": 0, "shapes": 0,
     "storage": 1, "sites": 1, "nodes": 1, "statistics": 1, "graph": 1, "targets": 1, "relevance": 1, "stopping": 1,
-    "synthetic": 1,
+    "graph_file": 1, "synthetic": 1,
     "formats": 2, "models": 2, "solve": 2,
     "evaluate": 3, "baselines": 3, "apps": 3, "demo": 3,
     "learning": 4, "learning_read": 4, "probing": 4, "refining": 4, "discover": 4,
@@ -20,7 +20,7 @@ FLOORS = {
     "__main__": 5, "__init__": 5,
 }  # fmt: skip
 WITHIN_FLOOR_1 = [
-    "storage", "sites", "nodes", "statistics", "targets", "relevance", "stopping", "graph", "synthetic",
+    "storage", "sites", "nodes", "statistics", "targets", "relevance", "stopping", "graph_file", "graph", "synthetic",
 ]  # fmt: skip
 HEAVY = ("transformer_lens", "sae_lens")
 

@@ -13,7 +13,6 @@ same type with fewer kept edges. Graphs are frozen: every operation returns a ne
 [('a0.h0', 'logits'), ('input', 'a0.h0')]
 """
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -27,13 +26,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_circuitlasso import storage
+from tl_circuitlasso import graph_file
 from tl_circuitlasso.errors import FormatError, InputError
 from tl_circuitlasso.nodes import NodeIndex
 from tl_circuitlasso.sites import PORTS
-
-_KIND, _VERSION = "attribution graph", 1
-_COLUMNS = ("source", "target", "port", "score", "weight", "kept")
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +68,7 @@ class AttributionGraph:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        columns = {name: getattr(self, name) for name in _COLUMNS} | dict(self.extras)
+        columns = {name: getattr(self, name) for name in graph_file.COLUMNS} | dict(self.extras)
         lengths = {name: tuple(column.shape) for name, column in columns.items()}
         if len(set(lengths.values())) > 1:
             raise InputError(f"columns differ in length: {lengths}; give every column one value per edge")
@@ -295,16 +291,14 @@ class AttributionGraph:
         ------
         InputError: the path can't be written to. Nothing is left half-written.
         """
-        path = Path(path)
-        if path.suffix == ".json":
-            storage.write_text(path, graph_to_json(self))
-        elif path.suffix == ".safetensors":
-            tensors = {name: getattr(self, name) for name in _COLUMNS}
-            extras = {f"extra.{name}": column for name, column in self.extras.items()}
-            storage.write_tensors(path, tensors | extras, _header(self))
-        else:
-            self.save(path / "graph.safetensors")
-            self.save(path / "graph.json")
+        columns = {name: getattr(self, name) for name in graph_file.COLUMNS}
+        header = {
+            "index": self.index.to_json(),
+            "certificates": [dict(row) for row in self.certificates],
+            "node_info": {name: dict(info) for name, info in self.node_info.items()},
+            "provenance": dict(self.provenance),
+        }
+        graph_file.write(Path(path), graph_file.Parts(columns, self.extras, header), self._rows)
 
     @classmethod
     def load(cls, path: str | Path) -> "AttributionGraph":
@@ -314,15 +308,32 @@ class AttributionGraph:
         ------
         FormatError: missing, truncated, foreign or inconsistent; the message names the file and the fault.
         """
-        path = Path(path)
-        if path.is_dir():
-            path = path / "graph.safetensors"
-        if path.suffix == ".json":
-            return _from_json_file(path)
-        tensors, header = storage.read_tensors(path, _KIND)
-        extras = {name[6:]: column for name, column in tensors.items() if name.startswith("extra.")}
-        columns = {name: tensors[name] for name in _COLUMNS if name in tensors}
-        return _assemble(columns, extras, header, path)
+        parts = graph_file.read(Path(path))
+        try:
+            return cls(
+                index=NodeIndex.from_json(parts.header["index"]),
+                certificates=tuple(parts.header["certificates"]),
+                node_info=parts.header["node_info"],
+                provenance=parts.header["provenance"],
+                extras=parts.extras,
+                **parts.columns,
+            )
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise FormatError(f"{path}: a graph with missing or wrong entries ({error})") from error
+
+    # ---- at work elsewhere ------------------------------------------------------------------------------------------
+
+    def confirm(self, model: Any, clean: Any, corrupted: Any, metric: Any, **options: Any) -> "AttributionGraph":
+        """The kept edges cut one at a time in the model, and the refuted ones dropped: see `evaluate.confirm`."""
+        from tl_circuitlasso import evaluate
+
+        return evaluate.confirm(self, model, clean, corrupted, metric, **options)
+
+    def to_eap_graph(self, **options: Any) -> Any:
+        """The same graph as a live `eap.graph.Graph` of the EAP-IG package: see `formats.to_eap_graph`."""
+        from tl_circuitlasso import formats
+
+        return formats.to_eap_graph(self, **options)
 
     # ---- showing ----------------------------------------------------------------------------------------------------
 
@@ -349,66 +360,3 @@ class AttributionGraph:
     def _repr_html_(self) -> str:
         shown = self._strongest(25).to_html(index=False, float_format=lambda x: f"{x:.4g}")
         return f"<b>AttributionGraph</b>: {self._counts()}{shown}"
-
-
-def _header(graph: AttributionGraph) -> dict[str, Any]:
-    return {
-        "kind": _KIND,
-        "version": _VERSION,
-        "index": graph.index.to_json(),
-        "certificates": [dict(row) for row in graph.certificates],
-        "node_info": {name: dict(info) for name, info in graph.node_info.items()},
-        "provenance": dict(graph.provenance),
-    }
-
-
-def graph_to_json(graph: AttributionGraph) -> str:
-    """The whole graph as readable JSON text: an object per edge."""
-    edges = graph._rows().to_dict(orient="records")
-    return json.dumps(_header(graph) | {"edges": edges}, allow_nan=False, indent=1)
-
-
-def _from_json_file(path: Path) -> AttributionGraph:
-    try:
-        data = storage.parse_json(path.read_text(encoding="utf-8"), path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise FormatError(f"{path}: can't be read ({error})") from error
-    if data.get("kind") != _KIND:
-        raise FormatError(f"{path}: not a graph of tl_circuitlasso; use formats.from_... for other tools' files")
-    try:
-        index = NodeIndex.from_json(data["index"])
-        rows = data["edges"]
-        ends = {
-            "source": [index.position(row["source"]) for row in rows],
-            "target": [index.position(row["target"]) for row in rows],
-            "port": [PORTS.index(row["port"]) for row in rows],
-        }
-        columns = {name: torch.tensor(values, dtype=torch.long) for name, values in ends.items()}
-        columns["kept"] = torch.tensor([bool(row["kept"]) for row in rows], dtype=torch.bool)
-        names = [name for name in (rows[0] if rows else {"score": 0, "weight": 0}) if name not in (*ends, "kept")]
-        values = {n: torch.tensor([float(row[n]) for row in rows], dtype=torch.float64) for n in names}
-    except (KeyError, TypeError, ValueError, AttributeError, InputError) as error:
-        raise FormatError(f"{path}: a graph with missing or wrong entries ({error!r})") from error
-    columns |= {name: values.pop(name) for name in ("score", "weight") if name in values}
-    return _assemble(columns, values, data, path)
-
-
-def _assemble(
-    columns: Mapping[str, Tensor],
-    extras: Mapping[str, Tensor],
-    header: Mapping[str, Any],
-    path: Path,
-) -> AttributionGraph:
-    if header.get("version") != _VERSION:
-        raise FormatError(f"{path}: graph format {header.get('version')!r}, this release reads {_VERSION}; upgrade")
-    try:
-        return AttributionGraph(
-            index=NodeIndex.from_json(header["index"]),
-            certificates=tuple(header["certificates"]),
-            node_info=header["node_info"],
-            provenance=header["provenance"],
-            extras=extras,
-            **columns,
-        )
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise FormatError(f"{path}: a graph with missing or wrong entries ({error})") from error
