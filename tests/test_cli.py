@@ -1,6 +1,7 @@
 """The command line, run in this process: exit codes, files, and one line on stderr where the input is at fault."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,11 @@ from safetensors.torch import save_file
 import tl_circuitlasso as tcl
 from tests import architectures
 from tests.helpers import shared_folder
-from tl_circuitlasso.__main__ import main, read_prompts
+from tl_circuitlasso.__main__ import main
+from tl_circuitlasso.cli.options import saes
+from tl_circuitlasso.cli.prompts import read_prompts
 from tl_circuitlasso.errors import FormatError, InputError
+from tl_circuitlasso.formats.files import READERS
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +81,7 @@ def test_usage_errors_leave_with_two(words: list[str], capsys: pytest.CaptureFix
     assert leaving.value.code == 2 and "usage" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["demo", "discover", "plot", "info", "bench"])
+@pytest.mark.parametrize("command", ["demo", "discover", "plot", "info", "bench", "compare", "convert", "check"])
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as leaving:
         main([command, "--help"])
@@ -217,3 +221,164 @@ def test_the_demo_finds_its_circuit(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_the_demo_asks_for_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "`prompts`" in refused(capsys, "demo", "--out", str(tmp_path), "--prompts", "0")
+
+
+# ---- compare, convert, check ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def eap_file(graph_folder: Path) -> Path:
+    """Another ranking of the same model, in EAP-IG's JSON."""
+    graph = tcl.AttributionGraph.load(graph_folder)
+    path = graph_folder.parent / "eap.json"
+    other = replace(graph, score=graph.score.roll(1), kept=graph.kept.roll(1), provenance={"method": "eap"})
+    tcl.formats.to_eap(other, path)
+    return path
+
+
+def test_compare_prints_and_writes(
+    graph_folder: Path, eap_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    graph = tcl.AttributionGraph.load(graph_folder)
+    truth = tmp_path / "truth.json"
+    truth.write_text(json.dumps(sorted(graph.kept_edges())))
+    outs = [tmp_path / f"c.{suffix}" for suffix in ("html", "csv", "png")]
+    words = ["compare", f"ours={graph_folder}", str(eap_file), "--truth", str(truth)]
+    assert main([*words, *(word for out in outs for word in ("--out", str(out)))]) == 0
+    printed = capsys.readouterr().out
+    assert "ours" in printed and "eap" in printed and "jaccard" in printed and "shd" in printed
+    assert all(out.stat().st_size > 500 for out in outs)
+    page = outs[0].read_text()
+    assert page.startswith("<!doctype html>") and "http" not in page and "data:image/png;base64," in page
+    assert "graph,edges" in outs[1].read_text()
+    assert main(["compare", str(graph_folder), str(graph_folder), "--truth", str(graph_folder)]) == 0
+    assert "(2)" in capsys.readouterr().out
+
+
+def test_compare_measures_faithfulness(
+    graph_folder: Path, eap_file: Path, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    rows = [
+        {"clean": f"w{n} w5 w6", "corrupted": f"w{n} w7 w8", "correct": "w9", "incorrect": "w10"} for n in range(3, 9)
+    ]
+    pairs.write_text("\n".join(map(json.dumps, rows)))
+    words = ["compare", str(graph_folder), str(eap_file), "--edges", "5"]
+    assert main([*words, "--faithfulness", str(model_folder), str(pairs), "--limit", "5"]) == 0
+    assert "faithfulness" in capsys.readouterr().out
+    assert "`metric`" in refused(capsys, *words, "--faithfulness", str(model_folder), str(pairs), "--metric", "luck")
+
+
+def test_compare_says_what_is_wrong(graph_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = str(graph_folder)
+    assert "at least two" in refused(capsys, "compare", one)
+    assert ".bmp" in refused(capsys, "compare", one, one, "--out", "c.bmp")
+    for content in ("{", "[1]", "[[1, 2]]", "{}"):
+        (tmp_path / "truth.json").write_text(content)
+        assert "truth.json" in refused(capsys, "compare", one, one, "--truth", str(tmp_path / "truth.json"))
+    (tmp_path / "truth.json").write_text('[["input", "m9"]]')
+    assert "`true_edges` names 'm9'" in refused(capsys, "compare", one, one, "--truth", str(tmp_path / "truth.json"))
+
+
+@pytest.mark.parametrize(
+    ("name", "format"),
+    [
+        ("g.json", "eap"), ("g.pt", "eap"), ("g.pth", "acdc"), ("g.pkl", "auto-circuit"),
+        ("list.json", "circuits-benchmark"), ("page.json", "neuronpedia"), ("page2.json", "circuit-tracer"),
+        ("g.graphml", ""), ("g.gexf", ""), ("g.cyjs", ""), ("elements.json", "cytoscape"), ("g.safetensors", ""),
+        ("own.json", "circuit-lasso"), ("folder", ""), ("submission", "mib"),
+    ],
+)  # fmt: skip
+def test_convert_writes_every_format_and_knows_it_again(
+    name: str, format: str, graph_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there, back = tmp_path / name, tmp_path / "back.safetensors"
+    words = ["convert", str(graph_folder), str(there), *(["--to", format] if format else [])]
+    assert main([*words, *(["--option", "task=ioi"] if format == "mib" else [])]) == 0
+    assert main(["convert", str(there), str(back)]) == 0
+    assert f"({format or ''}" in capsys.readouterr().out
+    kept = tcl.AttributionGraph.load(graph_folder).kept_edges()
+    found = tcl.AttributionGraph.load(back).kept_edges()
+    if format == "auto-circuit":  # scores only: every edge with one is kept
+        assert kept <= found
+    elif format in ("neuronpedia", "circuit-tracer"):
+        assert len(found) == len(kept)
+    else:
+        assert found == kept
+
+
+def test_convert_says_what_is_wrong(
+    graph_folder: Path, eap_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "out.json")
+    assert "`format`" in refused(capsys, "convert", str(eap_file), out)
+    assert "`format`" in refused(capsys, "convert", str(eap_file), out, "--to", "pdf")
+    assert "no such file" in refused(capsys, "convert", str(tmp_path / "none.json"), out, "--to", "eap")
+    assert "eap.json" in refused(capsys, "convert", str(eap_file), out, "--from", "acdc", "--to", "eap")
+    assert "`colour`" in refused(capsys, "convert", str(eap_file), out, "--to", "eap", "--option", "colour=red")
+    assert "key=value" in refused(capsys, "convert", str(eap_file), out, "--to", "eap", "--option", "colour")
+    (tmp_path / "odd.json").write_text('{"a": 1}')
+    assert "none of the formats" in refused(capsys, "convert", str(tmp_path / "odd.json"), out, "--to", "eap")
+    (tmp_path / "odd.txt").write_text("x")
+    assert "`format`" not in refused(capsys, "convert", str(tmp_path / "odd.txt"), out, "--to", "eap")
+    assert not Path(out).exists()
+
+
+def test_check_tells_a_submission_that_would_fail(
+    graph_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["convert", str(graph_folder), str(tmp_path / "mib"), "--to", "mib"]) == 0
+    capsys.readouterr()
+    assert main(["check", str(tmp_path / "mib" / "CircuitLasso_patching_edge")]) == 1
+    assert "at least two tasks are asked for" in capsys.readouterr().out
+    assert main(["convert", str(graph_folder), str(tmp_path / "page.json"), "--to", "neuronpedia"]) == 0
+    assert main(["check", str(tmp_path / "page.json")]) == 0
+    (tmp_path / "page.json").write_text("{}")
+    assert "page.json" in refused(capsys, "check", str(tmp_path / "page.json"))
+
+
+def test_foreign_graphs_are_drawn_and_told_about(
+    graph_folder: Path, eap_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["info", str(eap_file)]) == 0
+    assert main(["plot", str(eap_file), "--out", str(tmp_path / "h.svg"), "--heatmap"]) == 0
+    both = ["plot", str(graph_folder), "--other", str(eap_file), "--out"]
+    assert main([*both, str(tmp_path / "two.html")]) == 0
+    assert "`--other`" in refused(capsys, *both, str(tmp_path / "two.png"))
+
+
+def test_sae_words(capsys: pytest.CaptureFixture[str]) -> None:
+    assert saes(["blocks.1.hook_resid_post=a/b", "x=y=z"]) == {"blocks.1.hook_resid_post": "a/b", "x": "y=z"}
+    assert "`--sae`" in refused(capsys, "discover", "demo", "--sae", "blocks.1.hook_resid_post")
+
+
+def test_discover_takes_saes(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sae_lens = pytest.importorskip("sae_lens", reason="sae-lens isn't installed: pip install 'tl-circuitlasso[sae]'")
+    hooks = ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post")
+    words = []
+    for seed, hook in enumerate(hooks):
+        config = sae_lens.StandardSAEConfig(
+            d_in=architectures.SIZES["d_model"], d_sae=32, dtype="float32", device="cpu"
+        )
+        config.metadata.hook_name = hook
+        sae, generator = sae_lens.StandardSAE(config), torch.Generator().manual_seed(seed)
+        for weight in sae.parameters():
+            weight.data.copy_(0.3 * torch.randn(weight.shape, generator=generator))
+        sae.save_model(tmp_path / hook)
+        words += ["--sae", f"{hook}={tmp_path / hook}"]
+    rows = torch.randint(3, 31, (48, 8), generator=torch.Generator().manual_seed(0)).tolist()
+    (tmp_path / "p.txt").write_text("\n".join(" ".join(f"w{token}" for token in row) for row in rows))
+    out = ["--out", str(tmp_path / "out"), "--strength", "0.3"]
+    assert main(["--quiet", "discover", str(model_folder), str(tmp_path / "p.txt"), *words, *out]) == 0
+    names = tcl.AttributionGraph.load(tmp_path / "out").index.names
+    assert any(name.startswith(f"{hooks[0]}#") for name in names) and "Edges kept" in capsys.readouterr().out
+    assert (tmp_path / "out" / "graph.html").exists()
+    wrong = ["--sae", f"{hooks[0]}={tmp_path / 'nowhere'}"]
+    assert "`saes`" in refused(capsys, "discover", str(model_folder), str(tmp_path / "p.txt"), *wrong, *out)
+
+
+def test_help_names_every_format(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["convert", "--help"])
+    told = " ".join(capsys.readouterr().out.replace("-\n", "-").split()).replace("- ", "-")
+    assert all(name in told for name in READERS)

@@ -36,6 +36,8 @@ TEXT: dict[str, tuple[str, Reader, Callable[[Path], Any]]] = {
         formats.from_circuit_tracer,
         lambda path: formats.to_circuit_tracer(small_graph(), path),
     ),
+    "guessed": (".json", formats.read, lambda path: formats.to_eap(small_graph(), path)),
+    "own": (".json", formats.read, lambda path: feature_graph().save(path)),
     "cytoscape": (".json", formats.from_cytoscape, lambda path: formats.to_cytoscape(small_graph(), path)),
     "graphml": (".graphml", formats.from_graphml, lambda path: formats.to_graphml(feature_graph(), path)),
     "gexf": (".gexf", formats.from_gexf, lambda path: formats.to_gexf(feature_graph(), path)),
@@ -46,6 +48,7 @@ TENSORS: dict[str, tuple[str, Reader, Callable[[Path], Any]]] = {
     "auto_circuit": (".pt", formats.from_auto_circuit, lambda path: formats.to_auto_circuit(small_graph(), path)),
     "circuit_tracer": (".pt", formats.from_circuit_tracer, lambda path: formats.to_circuit_tracer(small_graph(), path)),
 }
+FILES_ONLY = ("guessed", "own")
 ALL = {f"{name}{entry[0]}": entry for group in (TEXT, TENSORS) for name, entry in group.items()}
 JSON = {name: entry for name, entry in TEXT.items() if entry[0] == ".json"}
 
@@ -175,7 +178,8 @@ def test_changed_json(name: str, valid, tmp_path, changes) -> None:
     path = tmp_path / f"changed{suffix}"
     path.write_text(json.dumps(data), encoding="utf-8")
     answers(read, path)
-    answers(read, data)
+    if name not in FILES_ONLY:
+        answers(read, data)
 
 
 @pytest.mark.parametrize("name", TENSORS)

@@ -3,6 +3,7 @@
 import io
 import os
 import shutil
+from dataclasses import replace
 
 import networkx as nx
 import numpy as np
@@ -280,3 +281,29 @@ def test_five_thousand_edges_stay_smooth(opened):
 def test_a_circuit_without_edges_opens(opened):
     page = opened(small_graph().top_k(0))
     assert page.edges() == set() and page.complaints() == []
+
+
+def test_heads_stand_in_columns_until_they_are_let_go(opened):
+    page = opened(dense_graph(3, 4, 12))
+    columns = [[page.where(f"a{layer}.h{head}")[0] for head in range(4)] for layer in range(3)]
+    assert all(row == sorted(row) for row in columns)
+    assert max(max(column) - min(column) for column in zip(*columns)) <= 12
+    page.press("n")
+    assert page.find("number").get_attribute("aria-pressed") == "false"
+    page.press("n")
+    page.until(lambda: page.where("a2.h0")[0] == columns[2][0])
+    assert page.complaints() == []
+
+
+def test_features_have_no_columns(opened):
+    page = opened(feature_graph())
+    assert not page.find("number").is_displayed()
+
+
+def test_the_page_says_what_its_graph_is(opened):
+    page = opened(replace(small_graph(), provenance={"method": "CircuitLasso", "data_hash": "f" * 64, "prompts": 256}))
+    text = page.find("panel").text
+    assert "CircuitLasso" in text and "256" in text and "ffff" not in text
+    assert page.driver.execute_script(
+        "const p = document.getElementById('panel'); return p.scrollWidth <= p.clientWidth"
+    )

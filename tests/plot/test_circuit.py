@@ -145,3 +145,35 @@ def test_equal_zero_scores_are_drawn():
     graph = small_graph()
     flat = replace(graph, score=torch.zeros_like(graph.score))
     assert drawn(plot.circuit(flat), "edge") == kept_names(graph)
+
+
+def head_places(figure) -> dict[str, float]:
+    boxes = {(p.get_gid() or "")[5:]: p for p in figure.axes[0].patches if (p.get_gid() or "").startswith("node:")}
+    return {name: p.get_x() + p.get_width() / 2 for name, p in boxes.items()}
+
+
+def test_heads_stand_in_the_columns_of_their_numbers():
+    graph = dense_graph(3, 5, 10)
+    places = head_places(plot.circuit(graph))
+    for layer in range(3):
+        row = [places[f"a{layer}.h{head}"] for head in range(5)]
+        assert row == sorted(row) and row == pytest.approx([places[f"a0.h{head}"] for head in range(5)], abs=0.2)
+    assert places["m0"] == pytest.approx(places["m2"], abs=0.2)
+    free = head_places(plot.circuit(graph, order="crossings"))
+    rows = [[free[f"a{layer}.h{head}"] for head in range(5)] for layer in range(3)]
+    assert any(row != sorted(row) for row in rows)
+
+
+def test_many_heads_are_dealt_out_to_several_rows():
+    graph = dense_graph(1, 40, 30)
+    figure = plot.circuit(graph, isolated=True)
+    places = head_places(figure)
+    assert places["a0.h0"] == pytest.approx(places["a0.h2"], abs=0.2) and places["a0.h3"] > places["a0.h0"]
+
+
+def test_features_have_no_numbered_order():
+    with pytest.raises(InputError, match="`order='number'`"):
+        plot.circuit(feature_graph(), order="number")
+    with pytest.raises(InputError, match="`order` is 'size'"):
+        plot.circuit(small_graph(), order="size")
+    assert plot.circuit(feature_graph(), order="auto")

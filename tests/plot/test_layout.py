@@ -101,3 +101,27 @@ def test_curves_stay_between_their_points(xs):
     for (x0, y0), (x1, y1) in pairwise(points):
         piece = curve[(curve[:, 1] >= y0) & (curve[:, 1] <= y1)]
         assert piece[:, 0].min() >= min(x0, x1) - 0.02 and piece[:, 0].max() <= max(x0, x1) + 0.02
+
+
+@given(drawings(), st.integers(1, 5))
+def test_columns_stand_above_each_other_and_bends_run_around_them(drawing, middle):
+    rows, edges = drawing
+    columns = {name: n - middle for row in rows for n, name in enumerate(row)}
+    placed = place(rows, edges, {}, columns)
+    for row in rows:
+        xs = [placed.position[name][0] for name in row]
+        assert all(right - left >= WIDTH - 1e-9 for left, right in pairwise(xs))  # in the order of their columns
+    for route, room in zip(placed.routes, placed.room):
+        for (x, y), space in list(zip(route, room))[1:-1]:
+            row = rows[placed.row_y.index(y)]
+            nearest = min(abs(placed.position[name][0] - x) for name in row) - WIDTH / 2
+            assert nearest >= 0 and space == pytest.approx(nearest)
+
+
+def test_without_bends_columns_are_exact():
+    rows = [["in"], ["a", "b", "c"], ["m"], ["d", "f"], ["out"]]
+    columns = {"a": -1, "b": 1, "c": 2, "m": 0, "d": -1, "f": 2}
+    placed = place(rows, [("in", "a"), ("a", "m"), ("m", "d")], {"b": 1.4}, columns).position
+    assert placed["a"][0] == pytest.approx(placed["d"][0]) and placed["c"][0] == pytest.approx(placed["f"][0])
+    assert placed["in"][0] == pytest.approx(placed["m"][0]) and placed["out"][0] == pytest.approx(placed["m"][0])
+    assert placed["a"][0] < placed["m"][0] < placed["b"][0] < placed["c"][0]

@@ -11,6 +11,7 @@
 | Neuronpedia        | `to_neuronpedia`           | `from_neuronpedia`         | kept edges, any nodes               |
 | networkx           | `to_networkx`, `to_graphml`, `to_gexf`, `to_cytoscape` | `from_...` | everything      |
 
+`read(path)` opens a file of any of them, `write(graph, path, format)` writes one.
 `to_x(graph, path=None)` returns the data and writes it if a path is given; each module's docstring says what is lost.
 Readers raise `FormatError` and nothing else, and never run code from a file.
 """
@@ -26,6 +27,7 @@ from tl_circuitlasso.formats.auto_circuit import (
 from tl_circuitlasso.formats.circuit_tracer import from_circuit_tracer, to_circuit_tracer, to_circuit_tracer_graph
 from tl_circuitlasso.formats.circuits_benchmark import from_circuits_benchmark, to_circuits_benchmark
 from tl_circuitlasso.formats.eap import from_eap, from_eap_graph, to_eap, to_eap_graph
+from tl_circuitlasso.formats.files import guess, option, read, write
 from tl_circuitlasso.formats.mib import check_mib, from_mib, to_mib
 from tl_circuitlasso.formats.networkx_ import (
     from_cytoscape,
@@ -57,6 +59,9 @@ __all__ = [
     "from_mib",
     "from_networkx",
     "from_neuronpedia",
+    "guess",
+    "option",
+    "read",
     "to_acdc",
     "to_acdc_effects",
     "to_auto_circuit",
@@ -72,4 +77,5 @@ __all__ = [
     "to_mib",
     "to_networkx",
     "to_neuronpedia",
+    "write",
 ]

@@ -55,7 +55,7 @@ class _Opaque:
     def __setstate__(self, _: Any) -> None: ...
 
 
-_STAND_INS: dict[str, type] = {
+STAND_INS: dict[str, type] = {
     "circuit_tracer.utils.tl_nnsight_mapping.UnifiedConfig": _Config,
     "transformer_lens.HookedTransformerConfig.HookedTransformerConfig": _Config,
     "transformer_lens.config.HookedTransformerConfig.HookedTransformerConfig": _Config,
@@ -104,7 +104,7 @@ def from_circuit_tracer(source: Source) -> AttributionGraph:
     FormatError: entries missing or of the wrong shape, scores that aren't finite, edges against the layers.
     """
     label = _read.label_of(source)
-    data = _read.read_source(source, _STAND_INS)
+    data = _read.read_source(source, STAND_INS)
     with _read.reading(label):
         if isinstance(data, Mapping) and "adjacency_matrix" in data:
             data = _page_of_tensors(data, label)

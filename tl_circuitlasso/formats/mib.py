@@ -111,7 +111,7 @@ def check_mib(path: str | Path) -> list[str]:
     for what, place in (("tasks", 0), ("models", 1)):
         found = sorted({name[place] for name in known})
         if len(found) < 2:
-            faults.append(f"{root}: {len(found)} {what} ({', '.join(found) or 'none'}); at least two are asked for")
+            faults.append(f"{root}: {what}: {', '.join(found) or 'none'}; at least two {what} are asked for")
     return faults
 
 

@@ -7,6 +7,7 @@
     plot.strength_path({0.1: sparse, 0.05: denser})        # edges against lambda, with stability
     plot.scatter(graph, eap, names=("CircuitLasso", "EAP-IG"))
     plot.curves({"CircuitLasso": curve})                   # faithfulness against size
+    plot.flow(tcl.apps.concepts(graph))                    # concepts carried along, merged and dropped between layers
 
 Every function returns a matplotlib Figure (`interactive`: the path written) and, where it's given a path, writes the
 file whole or not at all.
@@ -16,7 +17,8 @@ from tl_circuitlasso.plot.charts import curves as curves
 from tl_circuitlasso.plot.charts import scatter as scatter
 from tl_circuitlasso.plot.charts import strength_path as strength_path
 from tl_circuitlasso.plot.circuit import circuit as circuit
+from tl_circuitlasso.plot.flow import flow as flow
 from tl_circuitlasso.plot.heatmap import adjacency as adjacency
 from tl_circuitlasso.plot.interactive import interactive as interactive
 
-__all__ = ["adjacency", "circuit", "curves", "interactive", "scatter", "strength_path"]
+__all__ = ["adjacency", "circuit", "curves", "flow", "interactive", "scatter", "strength_path"]

@@ -8,14 +8,18 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
-from scipy.stats import spearmanr
+from matplotlib.transforms import ScaledTranslation
 
+from tl_circuitlasso.comparison.common import Common
+from tl_circuitlasso.comparison.figures import rank_correlation
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.plot import style
 from tl_circuitlasso.plot.layout import isotonic
 
 Pair = tuple[str, str]
+_MOST_POINTS = 20_000
+_LABEL = 75  # pixels that an edge's name takes beside its point
 
 
 @runtime_checkable
@@ -163,22 +167,18 @@ def scatter(
     ------
     InputError: the graphs share no candidate edge.
     """
-    first, second = a.pair_scores(), b.pair_scores()
-    pairs = sorted(first.keys() & second.keys())
-    if not pairs:
-        raise InputError("`a` and `b` share no candidate edge: compare graphs over the same nodes")
-    x, y = (_shares(scores, pairs) for scores in (first, second))
+    common = Common.of({names[0]: a, names[1]: b}, None)
+    x, y = (_shares(np.abs(scores)) for scores in common.score)
     figure, axes = style.axes_for(ax, 6.4, 6.0)
     style.plain(axes)
-    kept_a, kept_b = a.kept_edges(), b.kept_edges()
-    group = [2 * (pair in kept_a) + (pair in kept_b) for pair in pairs]
-    _points(axes, x, y, np.array(group), names)
+    group = 2 * common.kept[0] + common.kept[1]
+    _points(axes, x, y, group, names)
     axes.plot([1e-9, 1.0], [1e-9, 1.0], color=style.RULE, lw=1.0, zorder=0)
     floor = min(x.min(), y.min()) / 1.5
     axes.set(xscale="log", yscale="log", xlim=(floor, 1.9), ylim=(floor, 1.9))
     axes.set(xlabel=f"|score| / largest, {names[0]}", ylabel=f"|score| / largest, {names[1]}")
-    _name_points(axes, pairs, x, y, group, labels)
-    _say_correlation(axes, [first[p] for p in pairs], [second[p] for p in pairs])
+    _name_points(axes, common, x, y, group, labels)
+    _say_correlation(axes, *np.abs(common.score))
     axes.legend(frameon=False, fontsize=8.5, labelcolor=style.INK, loc="upper left", handletextpad=0.3)
     if title:
         axes.set_title(title, loc="left", size=11.5, weight="bold", color=style.INK, pad=10)
@@ -187,10 +187,9 @@ def scatter(
     return style.save(figure, path)
 
 
-def _shares(scores: Mapping[Pair, float], pairs: Sequence[Pair]) -> np.ndarray:
+def _shares(scores: np.ndarray) -> np.ndarray:
     """Scores over their largest; those at or near 0 are put on a common floor so that a logarithm exists."""
-    values = np.array([scores[pair] for pair in pairs])
-    values = values / (values.max() or 1.0)
+    values = scores / (scores.max() or 1.0)
     positive = values[values > 0]
     floor = max(1e-5, float(positive.min()) / 2) if positive.size else 1e-5
     return np.maximum(values, floor)
@@ -207,32 +206,50 @@ def _points(ax: Axes, x: np.ndarray, y: np.ndarray, group: np.ndarray, names: tu
         here = group == number
         if here.any():
             text = f"{label} ({int(here.sum()):,})"
+            if number == 0:
+                here = _some(here)
             look = {"s": size, "c": colour, "marker": marker, "lw": 0.4, "ec": style.PAPER}
             ax.scatter(x[here], y[here], label=text, zorder=2 + number, **look)
 
 
-def _name_points(
-    ax: Axes, pairs: Sequence[Pair], x: np.ndarray, y: np.ndarray, group: Sequence[int], labels: int
-) -> None:
+def _some(mask: np.ndarray) -> np.ndarray:
+    """At most so many of the points that no graph keeps as can still be told apart, spread over all of them."""
+    chosen = np.flatnonzero(mask)
+    thin = np.zeros_like(mask)
+    thin[chosen[:: -(-len(chosen) // _MOST_POINTS)]] = True
+    return thin
+
+
+def _name_points(ax: Axes, common: Common, x: np.ndarray, y: np.ndarray, group: np.ndarray, labels: int) -> None:
     """Text beside points, most telling first; what would overlap an earlier text is left out."""
-    strength = np.maximum(x, y)
-    order = sorted(range(len(pairs)), key=lambda n: (group[n] not in (1, 2), group[n] == 0, -strength[n]))
+    kept_by_one, kept_by_none = (group == 1) | (group == 2), group == 0
+    order = np.lexsort((common.key, -np.maximum(x, y), kept_by_none, ~kept_by_one))
     taken: list[tuple[float, float]] = []
-    for n in order[: 4 * labels]:
+    for n in order[: 4 * labels].tolist():
         place = ax.transData.transform((x[n], y[n]))
-        if len(taken) == labels or any(abs(place[0] - u) < 75 and abs(place[1] - v) < 13 for u, v in taken):
+        if len(taken) == labels or any(abs(place[0] - u) < _LABEL and abs(place[1] - v) < 13 for u, v in taken):
             continue
         taken.append((float(place[0]), float(place[1])))
-        left = x[n] > 0.2
+        left = _crowd(ax, x, y, n, -1) <= _crowd(ax, x, y, n, 1) if x[n] > 0.02 else False
+        name = "→".join(common.edge(int(common.key[n])))
         ax.annotate(
-            "→".join(pairs[n]), (x[n], y[n]), xytext=(-5 if left else 5, 4), textcoords="offset points", size=7.5,
-            color=style.INK, ha="right" if left else "left", zorder=8,
+            name, (x[n], y[n]), xytext=(-5 if left else 5, 4), textcoords="offset points", size=7.5, color=style.INK,
+            ha="right" if left else "left", zorder=8,
         )  # fmt: skip
 
 
-def _say_correlation(ax: Axes, first: Sequence[float], second: Sequence[float]) -> None:
-    if len(first) > 2 and np.ptp(first) > 0 and np.ptp(second) > 0:
-        rank = float(spearmanr(first, second)[0])  # type: ignore[arg-type]
+def _crowd(ax: Axes, x: np.ndarray, y: np.ndarray, n: int, side: int) -> int:
+    """How many points would lie under a label at this side of point `n`, the frame's edge counting as many."""
+    places = ax.transData.transform(np.column_stack([x, y]))
+    across, up = (places - places[n]).T
+    if places[n][0] + side * _LABEL > ax.bbox.x1:
+        return len(x)
+    return int(((side * across > 2) & (side * across < _LABEL) & (up > -7) & (up < 16)).sum())
+
+
+def _say_correlation(ax: Axes, first: np.ndarray, second: np.ndarray) -> None:
+    rank = rank_correlation(first, second)
+    if not np.isnan(rank):
         text = f"Spearman {rank:.2f} over {len(first):,} edges"
         ax.text(0.985, 0.02, text, transform=ax.transAxes, ha="right", size=8.5, color=style.FAINT_INK)
 
@@ -273,7 +290,11 @@ def curves(
     for level in (0.0, 1.0):
         axes.axhline(level, color=style.FAINT_INK if level else style.RULE, lw=0.9, ls=(0, (3, 3)), zorder=0)
     axes.set(xscale="log", xlabel="edges in the circuit", ylabel="faithfulness")
-    axes.legend(frameon=False, fontsize=8.8, labelcolor=style.INK, loc="best")
+    under_label = axes.transAxes + ScaledTranslation(0.0, -0.5, figure.dpi_scale_trans)
+    axes.legend(
+        frameon=False, fontsize=8.8, labelcolor=style.INK, borderaxespad=0.0, handletextpad=0.5, loc="upper left",
+        bbox_to_anchor=(0.0, 0.0), bbox_transform=under_label, ncols=2 if len(named) > 2 else 1, columnspacing=1.2,
+    )  # fmt: skip
     if title:
         axes.set_title(title, loc="left", size=11.5, weight="bold", color=style.INK, pad=10)
     if ax is None:

@@ -17,14 +17,24 @@ from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.plot import style
 from tl_circuitlasso.plot.layout import Layout, Point, place
-from tl_circuitlasso.plot.rows import ENDS, fold, node_label, row_label, shorten, site_ranks
+from tl_circuitlasso.plot.rows import (
+    ENDS,
+    columns_of,
+    fold,
+    fold_numbered,
+    node_label,
+    row_label,
+    shorten,
+    site_ranks,
+)
 from tl_circuitlasso.sites import PORTS
 
 _NODE_HEIGHT = 0.32
 _EDGE_STEP, _PORT_GAP = 0.14, 0.1  # between edges that meet at a node, and between the ports of a head
-_MOST_SLOPE = 0.25  # sideways per unit upwards, where an edge passes between nodes
+_MOST_SLOPE = 0.25  # sideways per unit upwards, where an edge passes close between nodes
+_CLOSE = 0.35  # from a node, where an edge passes it upright
 _ROW_WIDTH = 16  # nodes; a longer row is folded
-_SHOW_ISOLATED = 64  # a model with at most this many nodes is drawn whole, unused components faintly
+_SHOW_ISOLATED = 64  # a model of at most this many components is drawn whole, unused ones faintly
 _LINE_LETTERS = 15  # of a label; a longer one takes two lines
 _MARGIN = 0.35
 
@@ -55,18 +65,21 @@ def circuit(
     title: str | None = None,
     max_edges: int = 300,
     isolated: bool | None = None,
+    order: str = "auto",
     ax: Axes | None = None,
 ) -> Figure:
     """Draw the kept edges of `graph` between its nodes, in layers from `input` at the bottom to the target on top.
 
     An edge is as wide as its |score|; its colour tells the port it feeds (q, k, v or none), dashes and a bar at its
     end a negative score. Nodes outside the circuit are drawn faintly where the model is small (`isolated=None`),
-    always (True) or never (False). A graph with more than `max_edges` kept edges shows its strongest ones, and says so.
+    always (True) or never (False). `order="number"` puts every head in the column of its number and MLPs in a column of
+    their own, "crossings" whatever makes edges cross least; "auto" numbers heads and leaves features and neurons free.
+    A graph with more than `max_edges` kept edges shows its strongest ones, and says so.
     `path` ends in .png, .svg, .pdf, .jpg or .webp; in an SVG every edge has the id `edge:source->target<port>`.
 
     Raises
     ------
-    InputError: `max_edges` below 1, an unknown suffix, or a path that can't be written to.
+    InputError: `max_edges` below 1, an unknown `order` or suffix, or a path that can't be written to.
 
     >>> from tl_circuitlasso.nodes import component_index
     >>> graph = AttributionGraph.from_edges(
@@ -75,9 +88,11 @@ def circuit(
     2
     """
     ribbons = strongest(graph, max_edges)
-    rows, labels = _rows(graph, ribbons, isolated)
-    texts = {name: _text(graph, name) for row in rows for name in row}
-    layout = place(rows, [(r.source, r.target) for r in ribbons], _widths(texts, ribbons))
+    names = _shown(graph, ribbons, isolated)
+    columns, deal = _columns(names, order)
+    rows, labels = _rows(graph, names, deal)
+    texts = {name: _text(graph, name) for name in names}
+    layout = place(rows, [(r.source, r.target) for r in ribbons], _widths(texts, ribbons), columns)
     notes = _notes(graph, ribbons, len(texts))
     page = _Page.around(layout, texts, ribbons, title, ax)
     page.bands(labels)
@@ -99,23 +114,37 @@ def strongest(graph: AttributionGraph, max_edges: int) -> list[Ribbon]:
     return [Ribbon(names[s], names[t], PORTS[p], score, abs(score) / largest) for s, t, p, score in ends]
 
 
-def _rows(
-    graph: AttributionGraph, ribbons: Sequence[Ribbon], isolated: bool | None
-) -> tuple[list[list[str]], list[tuple[str, int]]]:
-    """Node names row by row, bottom up, and per band of rows its label and how many rows it has."""
-    whole = len(graph.index) <= _SHOW_ISOLATED if isolated is None else isolated
+def _shown(graph: AttributionGraph, ribbons: Sequence[Ribbon], isolated: bool | None) -> list[str]:
+    """The nodes to draw, in the order of computation."""
+    small = len(graph.index) <= _SHOW_ISOLATED and columns_of(graph.index.names, _ROW_WIDTH) is not None
+    whole = small if isolated is None else isolated
     used = {name for ribbon in ribbons for name in (ribbon.source, ribbon.target)}
-    ranks = site_ranks(graph)
+    return [name for name in graph.index.names if whole or name in used or name in ENDS]
+
+
+def _columns(names: Sequence[str], order: str) -> tuple[dict[str, int] | None, int]:
+    """The nodes' columns, and how many rows the heads of a layer are dealt out to; None and 0 where nodes are free."""
+    if order not in ("auto", "number", "crossings"):
+        raise InputError(f"`order` is {order!r}: write 'auto', 'number' or 'crossings'")
+    found = None if order == "crossings" else columns_of(names, _ROW_WIDTH)
+    if found is None and order == "number":
+        raise InputError("`order='number'` is for heads and MLPs, and this graph has other nodes: use 'crossings'")
+    return found or (None, 0)
+
+
+def _rows(graph: AttributionGraph, shown: Sequence[str], deal: int) -> tuple[list[list[str]], list[tuple[str, int]]]:
+    """Node names row by row, bottom up, and per band of rows its label and how many rows it has."""
+    ranks, names = site_ranks(graph), set(shown)
     by_rank: dict = {}
     for block in graph.index.blocks:
-        names = [name for name in block.names if whole or name in used or name in ENDS]
-        if names:
+        drawn = [name for name in block.names if name in names]
+        if drawn:
             sites, members = by_rank.setdefault(ranks[block.site], ([], []))
             sites.append(block.site)
-            members.extend(names)
+            members.extend(drawn)
     rows, labels = [], []
     for _, (sites, members) in sorted(by_rank.items()):
-        folded = fold(members, _ROW_WIDTH)
+        folded = fold_numbered(members, deal) if deal else fold(members, _ROW_WIDTH)
         rows += folded
         labels.append((row_label(sites), len(folded)))
     return rows, labels
@@ -211,12 +240,21 @@ class _Page:
             edge, (start, end) = self.edges[number], ends[number]
             width = (0.7 + 3.6 * edge.share**0.7) * max(self.scale, 0.3)
             route = [start, *self.layout.routes[number][1:-1], end]
-            self._ribbon(edge, route, width, (0.5 + 0.5 * edge.share**0.5) * fade, 2 + depth / (len(order) + 1))
+            self._ribbon(
+                edge,
+                route,
+                self.layout.room[number],
+                width,
+                (0.5 + 0.5 * edge.share**0.5) * fade,
+                2 + depth / (len(order) + 1),
+            )
 
-    def _ribbon(self, edge: Ribbon, route: list[Point], width: float, alpha: float, zorder: float) -> None:
+    def _ribbon(
+        self, edge: Ribbon, route: list[Point], room: list[float], width: float, alpha: float, zorder: float
+    ) -> None:
         tip = 0.035 + 0.016 * width / max(self.scale, 0.3)
         x, y = route[-1]
-        line = smooth([*route[:-1], (x, y - tip)])
+        line = smooth(*_past_nodes([*route[:-1], (x, y - tip)], room))
         rim = PathPatch(line, fc="none", ec=style.PAPER, lw=width + 2.2 * self.scale, zorder=zorder, capstyle="butt")
         dash = (0, (3.2, 1.6)) if edge.score < 0 else "solid"
         body = PathPatch(line, fc="none", ec=edge.colour, lw=width, ls=dash, alpha=alpha, zorder=zorder, gid=edge.name)
@@ -308,7 +346,7 @@ def _meeting_points(layout: Layout, edges: Sequence[Ribbon], widths: dict[str, f
     first: dict[int, Point] = {}
     last: dict[int, Point] = {}
     for name, numbers in leaving.items():
-        numbers.sort(key=lambda n: layout.routes[n][1])
+        numbers.sort(key=lambda n: (layout.routes[n][1], PORTS.index(edges[n].port)))
         first |= _side_by_side(numbers, [0.0] * len(numbers), layout.position[name], widths[name], _NODE_HEIGHT / 2)
     for name, numbers in entering.items():
         numbers.sort(key=lambda n: (PORTS.index(edges[n].port), layout.routes[n][-2]))
@@ -329,15 +367,27 @@ def _side_by_side(
     return {n: (centre[0] + (x - total / 2) * squeeze, centre[1] + rise) for n, x in zip(numbers, at)}
 
 
-def smooth(route: Sequence[Point]) -> Path:
+def _past_nodes(route: Sequence[Point], room: Sequence[float]) -> tuple[list[Point], list[float]]:
+    """The route with an upright piece wherever it passes close beside a node, and how slanted it may be elsewhere."""
+    points, slants = [], []
+    for (x, y), space in zip(route, room):
+        close = 0 < space < _CLOSE
+        points += [(x, y - _NODE_HEIGHT / 2), (x, y + _NODE_HEIGHT / 2)] if close else [(x, y)]
+        slants += [_MOST_SLOPE] * 2 if close else [max(_MOST_SLOPE, 0.55 * space / _NODE_HEIGHT)]
+    return points, slants
+
+
+def smooth(route: Sequence[Point], flattest: Sequence[float] | None = None) -> Path:
     """A curve through the points that never overshoots and stands upright at both ends.
 
     Cubic pieces in y whose slopes are limited as by Fritsch and Carlson (1980): the harmonic mean of the two sides, or
-    0 where they turn; and never so flat that the curve would cut a corner of a node beside its bend point.
+    0 where they turn; at no point flatter than `flattest` (sideways per unit upwards), so that the curve doesn't cut
+    a corner of a node beside its bend point.
     """
+    limits = [_MOST_SLOPE] * len(route) if flattest is None else flattest
     steep = [(x1 - x0) / (y1 - y0) for (x0, y0), (x1, y1) in pairwise(route)]
     inner = [2 * a * b / (a + b) if a * b > 0 else 0.0 for a, b in pairwise(steep)]
-    slopes = [0.0, *(min(max(slope, -_MOST_SLOPE), _MOST_SLOPE) for slope in inner), 0.0]
+    slopes = [0.0, *(min(max(slope, -most), most) for slope, most in zip(inner, limits[1:-1])), 0.0]
     points, codes = [route[0]], [Path.MOVETO]
     for (x0, y0), (x1, y1), s0, s1 in zip(route, route[1:], slopes, slopes[1:]):
         reach = 0.46 * (y1 - y0)

@@ -17,10 +17,11 @@ from tl_circuitlasso import storage
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.plot.circuit import node_look
-from tl_circuitlasso.plot.rows import ENDS, node_label, row_label, site_ranks
-from tl_circuitlasso.sites import Site
+from tl_circuitlasso.plot.rows import ENDS, columns_of, node_label, row_label, site_ranks
+from tl_circuitlasso.sites import Site, parse_site
 
 _SCRIPTS = ("d3.min", "model", "layout", "scene", "pane", "panel", "app", "search", "keys", "start")
+_ROW_WIDTH = 16  # heads; more of them take several rows
 _WHOLE_INDEX = 2000  # nodes; in a larger graph nodes without an embedded edge stay out of the page
 
 
@@ -105,7 +106,8 @@ def _asset(name: str) -> str:
 
 def _title(graph: AttributionGraph) -> str:
     model = graph.provenance.get("model")
-    return f"Circuit of {model}" if isinstance(model, str) and model else "Circuit"
+    named = isinstance(model, str) and model not in ("", "custom")  # what TransformerLens calls a model without a name
+    return f"Circuit of {model}" if named else "Circuit"
 
 
 def _names(graphs: Sequence[AttributionGraph], names: Sequence[str] | None) -> list[str]:
@@ -124,11 +126,13 @@ def _data(
     scales = sorted(set(ranks.values()))
     rank_of = {site: scales.index(rank) for site, rank in ranks.items()}
     nodes = _nodes(graphs, chosen, rank_of)
+    numbered = _number(nodes)
     position = {node["name"]: number for number, node in enumerate(nodes)}
     extras = ["weight", *dict.fromkeys(name for graph in graphs for name in graph.extras)]
     left_out = sum(int((graph.score != 0).sum()) - len(rows) for graph, rows in zip(graphs, chosen))
     return {
         "nodes": nodes,
+        "numbered": numbered,
         "n_nodes": len({name for graph in graphs for name in graph.index.names}),
         "bands": [row_label(site for site, rank in rank_of.items() if rank == n) for n in range(len(scales))],
         "extras": extras,
@@ -169,6 +173,16 @@ def _nodes(
     return sorted(nodes.values(), key=lambda node: node["rank"])
 
 
+def _number(nodes: Sequence[dict[str, Any]]) -> bool:
+    """Give every node its column and its row within the layer, if all nodes are components; whether they are."""
+    found = columns_of([node["name"] for node in nodes], _ROW_WIDTH)
+    columns, deal = found or ({}, 1)
+    for node in nodes:
+        head = parse_site(node["name"]).head if found and node["name"] not in ENDS else -1
+        node |= {"column": columns.get(node["name"]), "fold": max(head, 0) % deal}
+    return found is not None
+
+
 def _node(graph: AttributionGraph, name: str, rank: int) -> dict[str, Any]:
     return {
         "name": name,
@@ -198,6 +212,12 @@ def _short(values: Sequence[float]) -> list[float]:
 
 
 def _about(graph: AttributionGraph) -> list[list[str]]:
-    """The plain entries of the provenance, for the page's side panel."""
-    plain = [(key, value) for key, value in graph.provenance.items() if isinstance(value, (str, int, float, bool))]
-    return [[key, f"{value:.4g}" if isinstance(value, float) else str(value)[:60]] for key, value in plain[:14]]
+    """What the provenance says of the graph's making, in few words, for the page's side panel."""
+    known = graph.provenance
+    seconds = known.get("seconds")
+    arguments = known.get("arguments")
+    total = {"seconds": seconds["total"]} if isinstance(seconds, Mapping) and "total" in seconds else {}
+    flat = {**known, **(arguments if isinstance(arguments, Mapping) else {}), **total}
+    rows = [(key, value) for key, value in flat.items() if isinstance(value, (str, int, float, bool)) and value != ""]
+    shown = [(key.replace("_", " "), value) for key, value in rows if not key.endswith("_hash")]
+    return [[key, f"{value:.4g}" if isinstance(value, float) else str(value)[:60]] for key, value in shown[:14]]

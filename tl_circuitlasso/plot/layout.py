@@ -3,19 +3,21 @@
 The rows are given by the order of computation. An edge that skips rows gets a bend point in every row it crosses, so
 that it runs around the nodes of that row instead of under them. Bend points and nodes are ordered together to cross
 little (barycentre sweeps), then moved sideways to make edges straight: in each row a weighted least-squares fit under
-minimum distances, which is an isotonic regression.
+minimum distances, which is an isotonic regression. Nodes that are given a column keep it, and only bend points move.
 
 >>> drawing = place([["input"], ["a0.h0", "a0.h1"], ["logits"]], [("input", "a0.h0"), ("a0.h0", "logits")], {})
 >>> drawing.row_of["logits"], len(drawing.routes[0])
 (2, 2)
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 Point = tuple[float, float]
 _NODE_GAP, _BEND_WIDTH, _BEND_GAP = 0.26, 0.06, 0.12
+_COLUMN_GAP, _FIRM = 0.34, 1e5  # between columns; how little a node in a column gives way to bend points
 _SWEEPS, _RELAXATIONS = 16, 120
 _PATIENCE = 100_000  # items times relaxations: a second or so
 _ASPECT = 1.15  # height over width to aim at
@@ -26,13 +28,15 @@ _MAX_BENDS = 8000  # past that many, long edges run straight: nobody can follow 
 class Layout:
     """Positions in units of about one inch, bottom row at y = 0.
 
-    `routes` has one polyline per edge, from its source over its bend points to its target.
+    `routes` has one polyline per edge, from its source over its bend points to its target; `room` says of each of those
+    points how far it is from the nearest node of its row (0 at the two ends).
     """
 
     position: dict[str, Point]
     row_of: dict[str, int]
     row_y: list[float]
     routes: list[list[Point]]
+    room: list[list[float]]
 
     @property
     def width(self) -> float:
@@ -52,28 +56,54 @@ class _Item:
     width: float
     bend: bool
     x: float = 0.0
+    fixed: float | None = None
     links: dict[int, list[tuple["_Item", float]]] = field(default_factory=lambda: {-1: [], 1: []})
 
 
-def place(rows: Sequence[Sequence[str]], edges: Sequence[tuple[str, str]], widths: Mapping[str, float]) -> Layout:
-    """Lay out `rows` (bottom up, each a list of node names) with `edges` that all run upwards."""
+def place(
+    rows: Sequence[Sequence[str]],
+    edges: Sequence[tuple[str, str]],
+    widths: Mapping[str, float],
+    columns: Mapping[str, int] | None = None,
+) -> Layout:
+    """Lay out `rows` (bottom up, each a list of node names) with `edges` that all run upwards.
+
+    With `columns` the nodes of a column stand above each other, those of column 0 and those without one in the middle;
+    left out, nodes are ordered and moved so that edges cross little and run straight.
+    """
     items = {name: _Item(widths.get(name, 0.6), False) for row in rows for name in row}
+    if columns is not None:
+        _fix(items, columns)
     row_of = {name: number for number, row in enumerate(rows) for name in row}
     grid = [[items[name] for name in row] for row in rows]
     spans = [row_of[target] - row_of[source] - 1 for source, target in edges]
     bent = sum(spans) <= _MAX_BENDS
     chains = [_chain(items, row_of, grid, edge, bent) for edge in edges]
-    if bent:
+    if columns is not None:
+        _order_bends(grid)
+    elif bent:
         _order(grid)
     n_items = sum(map(len, grid))
-    _straighten(grid, max(20, min(_RELAXATIONS, _PATIENCE // n_items)) if bent else 0)
+    turns = max(20, min(_RELAXATIONS, _PATIENCE // n_items)) if bent else 0
+    _straighten(grid, turns if columns is None else max(turns, 2))
     row_y = _proportion(grid)
     position = {name: (item.x, row_y[row_of[name]]) for name, item in items.items()}
     routes = [
         [(item.x, row_y[row]) for item, row in zip(chain, _chain_rows(row_of, edge, bent))]
         for chain, edge in zip(chains, edges)
     ]
-    return Layout(position, row_of, row_y, routes)
+    room = [
+        [_room(item, grid[row]) for item, row in zip(chain, _chain_rows(row_of, edge, bent))]
+        for chain, edge in zip(chains, edges)
+    ]
+    return Layout(position, row_of, row_y, routes, room)
+
+
+def _room(item: _Item, row: Sequence[_Item]) -> float:
+    """How far a bend point is from the nearest node of its row."""
+    if not item.bend:
+        return 0.0
+    return min((abs(item.x - other.x) - other.width / 2 for other in row if not other.bend), default=math.inf)
 
 
 def _chain_rows(row_of: Mapping[str, int], edge: tuple[str, str], bent: bool) -> Sequence[int]:
@@ -128,6 +158,33 @@ def _number(grid: list[list[_Item]]) -> None:
     for row in grid:
         for place_, item in enumerate(row):
             item.x = (place_ + 0.5) / len(row)
+
+
+def _fix(items: Mapping[str, _Item], columns: Mapping[str, int]) -> None:
+    """The place of every node: column 0 in the middle, each column as wide as its widest node."""
+    widest: dict[int, float] = {}
+    for name, column in columns.items():
+        widest[column] = max(widest.get(column, 0.0), items[name].width)
+    centre = {0: 0.0}
+    for side in (-1, 1):
+        edge = widest[0] / 2 + _COLUMN_GAP if 0 in widest else _COLUMN_GAP / 2
+        for column in sorted((column for column in widest if column * side > 0), key=abs):
+            centre[column] = side * (edge + widest[column] / 2)
+            edge += widest[column] + _COLUMN_GAP
+    for name, item in items.items():
+        item.fixed = item.x = centre[columns.get(name, 0)]
+
+
+def _order_bends(grid: list[list[_Item]]) -> None:
+    """Nodes as they stand; each bend point where the straight line between its edge's ends would pass."""
+    for turn in range(_SWEEPS):
+        for row in grid if turn % 2 == 0 else grid[::-1]:
+            for item in row:
+                if item.bend:
+                    near = item.links[-1] + item.links[1]
+                    item.x = sum(other.x for other, _ in near) / len(near)
+    for row in grid:
+        row.sort(key=lambda item: (item.x, _barycentre(item, 1, True)))
 
 
 def _barycentre(item: _Item, direction: int, both: bool) -> float:
@@ -200,6 +257,8 @@ def _relax(row: Sequence[_Item], offset: Sequence[float]) -> None:
         weight = sum(w for _, w in links)
         wishes.append((sum(other.x * w for other, w in links) / weight if weight else item.x) - at)
         weights.append(weight or 0.1)
+        if item.fixed is not None:
+            wishes[-1], weights[-1] = item.fixed - at, _FIRM
     for item, value, at in zip(row, isotonic(wishes, weights), offset):
         item.x = value + at
 

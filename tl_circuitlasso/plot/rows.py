@@ -12,7 +12,7 @@ from typing import Any
 
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
-from tl_circuitlasso.sites import Site
+from tl_circuitlasso.sites import Site, parse_site
 
 ENDS = ("input", "logits", "target")
 
@@ -90,3 +90,42 @@ def fold(names: Sequence[str], width: int) -> list[list[str]]:
     """`names` in as many rows as needed for at most `width` in each, dealt out in turn so that neighbours stay near."""
     n_rows = max(1, -(-len(names) // width))
     return [list(names[start::n_rows]) for start in range(n_rows)]
+
+
+def fold_numbered(names: Sequence[str], deal: int) -> list[list[str]]:
+    """Heads in as many rows as `columns_of` deals them out to, each in the order of their numbers; others in the first.
+
+    >>> fold_numbered(["a0.h5", "a0.h0", "a0.h1", "m0"], 2)
+    [['a0.h0', 'm0'], ['a0.h1', 'a0.h5']]
+    """
+    sites = {name: parse_site(name) for name in sorted(names, key=_head_then_rest)}
+    rows: dict[int, list[str]] = {}
+    for name, site in sites.items():
+        rows.setdefault(site.head % deal if site.kind == "head" else 0, []).append(name)
+    return [rows[number] for number in sorted(rows)]
+
+
+def _head_then_rest(name: str) -> tuple[bool, int]:
+    site = parse_site(name)
+    return site.kind != "head", site.head
+
+
+def columns_of(names: Iterable[str], width: int) -> tuple[dict[str, int], int] | None:
+    """Heads by number, the first half in columns -1, -2, ... to the left and the others to the right of column 0, in
+    which all MLPs stand; and how many rows the heads of a layer are dealt out to.
+
+    None where a node is neither a head nor an MLP nor an end of the model.
+
+    >>> columns_of(["input", "a0.h0", "a0.h1", "a0.h3", "m0", "logits"], 16)
+    ({'a0.h0': -2, 'a0.h1': -1, 'a0.h3': 2, 'm0': 0}, 1)
+    """
+    if any("#" in name for name in names):
+        return None
+    sites = {name: parse_site(name) for name in names if name not in ENDS}
+    if any(site.kind not in ("head", "mlp") for site in sites.values()):
+        return None
+    heads = 1 + max((site.head for site in sites.values() if site.kind == "head"), default=-1)
+    deal = max(1, -(-heads // width))
+    half = (-(-heads // deal) + 1) // 2
+    places = {name: site.head // deal - half for name, site in sites.items()}
+    return {name: 0 if sites[name].kind == "mlp" else at + (at >= 0) for name, at in places.items()}, deal

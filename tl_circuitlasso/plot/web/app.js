@@ -5,7 +5,7 @@ const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
 const panes = GRAPHS.map((graph, number) => new Pane(graph, number, at("panes")));
 const state = {
   count: null, selected: null, hovered: null, edge: null, focused: null, upstream: false, differences: false,
-  everything: NODES.length <= SMALL_MODEL, matches: new Set(), pinned: new Set(), transform: d3.zoomIdentity,
+  untouched: true, everything: NODES.length <= SMALL_MODEL && DATA.numbered, numbered: DATA.numbered, matches: new Set(), pinned: new Set(), transform: d3.zoomIdentity,
 };
 let scene = null, waiting = false;
 
@@ -14,7 +14,7 @@ let scene = null, waiting = false;
 function relayout(animate) {
   const shown = GRAPHS.map(graph => visibleEdges(graph, state.count));
   const before = scene, aspect = (panes[0].height - 92) / Math.max(panes[0].width - 124, 100);
-  scene = buildScene(shown, state.everything, state.pinned, aspect);
+  scene = buildScene(shown, state.everything, state.pinned, aspect, state.numbered);
   panes.forEach((pane, n) => pane.show(scene, shown[n], before));
   markShared();
   describe();
@@ -48,8 +48,12 @@ function redraw() {
   waiting = true;
   requestAnimationFrame(() => {
     waiting = false;
-    for (const pane of panes) pane.draw(state.transform, lookOf(pane));
+    drawNow();
   });
+}
+
+function drawNow() {
+  for (const pane of panes) pane.draw(state.transform, lookOf(pane));
 }
 
 function lookOf(pane) {
@@ -69,6 +73,7 @@ function describe() {
     : state.count === null ? `${few[0].toLocaleString("en")}, the circuit's own` : `${few[0].toLocaleString("en")} with |score| ≥ ${showNumber(weakest[0])}`;
   at("own").setAttribute("aria-pressed", String(state.count === null));
   at("all").setAttribute("aria-pressed", String(state.everything));
+  at("number").setAttribute("aria-pressed", String(state.numbered));
   at("diff").setAttribute("aria-pressed", String(state.differences));
   at("summary").textContent = summary();
   for (const pane of panes) captionOf(pane);
@@ -127,7 +132,7 @@ function select(id) {
 
 function toggle(name) {
   state[name] = !state[name];
-  if (name === "everything") { relayout(false); fit(); } else { describe(); redraw(); }
+  if (name === "everything" || name === "numbered") { relayout(name === "numbered"); fit(); } else { describe(); redraw(); }
 }
 
 function setTheme(theme) {
@@ -139,7 +144,7 @@ function setTheme(theme) {
 
 // ---- pan and zoom ---------------------------------------------------------------------------------------------------
 
-const zoom = d3.zoom().scaleExtent([0.03, 6]).clickDistance(4).on("start", () => setMoving(true)).on("end", () => setMoving(false)).on("zoom", event => {
+const zoom = d3.zoom().scaleExtent([0.03, 6]).clickDistance(4).on("start", event => { if (event.sourceEvent) state.untouched = false; setMoving(true); }).on("end", () => setMoving(false)).on("zoom", event => {
   state.transform = event.transform;
   for (const pane of panes) pane.canvas.__zoom = event.transform; // the panes move together
   redraw();
@@ -157,6 +162,7 @@ function moveTo(transform, smoothly) {
 }
 
 function fit(smoothly) {
+  state.untouched = true;
   const { left, right, top, bottom } = scene.bounds, { width, height } = panes[0];
   const labels = 96, k = Math.min(1.35, (width - labels - 28) / (right - left), (height - 92) / (bottom - top));
   const x = labels + (width - labels - 28) / 2 - k * (left + right) / 2, y = height / 2 - k * (top + bottom) / 2 - (panes.length > 1 ? 0 : 8);

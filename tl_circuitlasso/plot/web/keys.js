@@ -50,7 +50,7 @@ function switchTheme() {
 const KEYS = {
   "/": () => at("search").focus(), ArrowLeft: () => walk(-1, 0), ArrowRight: () => walk(1, 0), ArrowUp: () => walk(0, 1), ArrowDown: () => walk(0, -1),
   Enter: () => { if (state.focused !== null) select(state.selected === state.focused ? null : state.focused); }, u: () => toggle("upstream"),
-  "[": () => nudge(-1), "]": () => nudge(1), 0: () => setCount(null), f: () => fit(true), a: () => toggle("everything"), s: savePicture, t: switchTheme,
+  "[": () => nudge(-1), "]": () => nudge(1), 0: () => setCount(null), f: () => fit(true), a: () => toggle("everything"), n: () => { if (DATA.numbered) toggle("numbered"); }, s: savePicture, t: switchTheme,
   d: () => { if (panes.length > 1) toggle("differences"); }, "?": () => at("keys").showModal(), Escape: clearAll,
   "+": () => d3.select(panes[0].canvas).call(zoom.scaleBy, 1.3), "=": () => d3.select(panes[0].canvas).call(zoom.scaleBy, 1.3), "-": () => d3.select(panes[0].canvas).call(zoom.scaleBy, 1 / 1.3),
 };

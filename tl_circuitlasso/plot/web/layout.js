@@ -1,29 +1,71 @@
 // Layered layout (Sugiyama, Tagawa and Toda 1981): bend points where edges skip rows, barycentre sweeps, then isotonic
-// fits that make edges straight. The drawing's rows come with the data. The same steps as layout.py.
+// fits that make edges straight. Where nodes have columns they keep them, and only bend points move. The drawing's rows
+// come with the data. The same steps as layout.py.
 
-const NODE_GAP = 26, BEND_WIDTH = 6, BEND_GAP = 12, SWEEPS = 16, RELAXATIONS = 100, MAX_BENDS = 8000, MAX_ROUTED = 800;
+const COLUMN_GAP = 34, FIRM = 1e5, NODE_GAP = 26, BEND_WIDTH = 6, BEND_GAP = 12, SWEEPS = 16, RELAXATIONS = 100, MAX_BENDS = 8000, MAX_ROUTED = 800;
 
-// `aspect` is the height over the width of the page: rows and columns spread towards it.
-function placeNodes(rows, edges, widthOf, aspect) {
+// `aspect` is the height over the width of the page: rows and columns spread towards it. `columnOf` gives a node's
+// column (0 in the middle); null leaves all nodes free.
+function placeNodes(rows, edges, widthOf, aspect, columnOf) {
   const items = new Map(), rowOf = new Map();
   const grid = rows.map((row, number) => row.map(id => {
-    const item = { width: widthOf(id), bend: false, x: 0, down: [], up: [] };
+    const item = { width: widthOf(id), bend: false, x: 0, fixed: null, down: [], up: [] };
     items.set(id, item);
     rowOf.set(id, number);
     return item;
   }));
+  if (columnOf) fixColumns(items, columnOf);
   const bends = edges.reduce((sum, e) => sum + rowOf.get(e.target) - rowOf.get(e.source) - 1, 0);
   const bent = edges.length <= MAX_ROUTED && bends <= MAX_BENDS;
   const chains = edges.map(edge => chainOf(edge, items, rowOf, grid, bent));
-  if (bent) orderRows(grid);
-  straighten(grid, bent ? RELAXATIONS : 0);
+  if (columnOf) orderBends(grid);
+  else if (bent) orderRows(grid);
+  straighten(grid, bent ? RELAXATIONS : columnOf ? 2 : 0);
   const rowY = proportion(grid, aspect);
   const position = new Map([...items].map(([id, item]) => [id, { x: item.x, y: rowY[rowOf.get(id)] }]));
   const routes = chains.map((chain, number) => {
     const first = rowOf.get(edges[number].source), last = rowOf.get(edges[number].target);
-    return chain.map((item, step) => ({ x: item.x, y: rowY[bent ? first + step : step ? last : first] }));
+    return chain.map((item, step) => {
+      const row = bent ? first + step : step ? last : first;
+      return { x: item.x, y: rowY[row], room: item.bend ? roomOf(item, grid[row]) : 0 };
+    });
   });
   return { position, rowOf, rowY, routes };
+}
+
+// The place of every node: column 0 in the middle, each column as wide as its widest node.
+function fixColumns(items, columnOf) {
+  const widest = new Map(), centre = new Map([[0, 0]]);
+  for (const [id, item] of items) {
+    const column = columnOf(id);
+    if (column !== null) widest.set(column, Math.max(widest.get(column) || 0, item.width));
+  }
+  for (const side of [-1, 1]) {
+    let edge = widest.has(0) ? widest.get(0) / 2 + COLUMN_GAP : COLUMN_GAP / 2;
+    for (const column of [...widest.keys()].filter(column => column * side > 0).sort((a, b) => side * (a - b))) {
+      centre.set(column, side * (edge + widest.get(column) / 2));
+      edge += widest.get(column) + COLUMN_GAP;
+    }
+  }
+  for (const [id, item] of items) item.fixed = item.x = centre.get(columnOf(id) ?? 0);
+}
+
+// Nodes as they stand; each bend point where the straight line between its edge's ends would pass.
+function orderBends(grid) {
+  for (let turn = 0; turn < SWEEPS; turn++) {
+    for (const row of turn % 2 ? grid.slice().reverse() : grid) for (const item of row) {
+      if (item.bend) item.x = barycentre(item, true, true);
+    }
+  }
+  for (const row of grid) {
+    const key = new Map(row.map(item => [item, barycentre(item, true, true)]));
+    row.sort((a, b) => a.x - b.x || key.get(a) - key.get(b));
+  }
+}
+
+// How far a bend point is from the nearest node of its row.
+function roomOf(item, row) {
+  return Math.min(...row.filter(other => !other.bend).map(other => Math.abs(item.x - other.x) - other.width / 2));
 }
 
 function chainOf(edge, items, rowOf, grid, bent) {
@@ -31,7 +73,7 @@ function chainOf(edge, items, rowOf, grid, bent) {
   const chain = [items.get(edge.source)];
   if (bent) {
     for (let row = first + 1; row < last; row++) {
-      const bend = { width: BEND_WIDTH, bend: true, x: 0, down: [], up: [] };
+      const bend = { width: BEND_WIDTH, bend: true, x: 0, fixed: null, down: [], up: [] };
       grid[row].push(bend);
       chain.push(bend);
     }
@@ -141,6 +183,7 @@ function relaxRow(row, offset) {
     let weight = 0, sum = 0;
     for (const links of [item.down, item.up]) for (const [other, w] of links) { weight += w; sum += w * other.x; }
     let pool = [(weight ? sum / weight : item.x) - offset[place], weight || 0.1, 1];
+    if (item.fixed !== null) pool = [item.fixed - offset[place], FIRM, 1];
     while (pools.length && pools[pools.length - 1][0] > pool[0]) {
       const [mean, mass, length] = pools.pop(), total = mass + pool[1];
       pool = [(mean * mass + pool[0] * pool[1]) / total, total, length + pool[2]];

@@ -119,7 +119,7 @@ function aboutTable(rows) {
     const row = table.insertRow();
     row.insertCell().textContent = key;
     const cell = row.insertCell();
-    cell.className = "number";
+    cell.className = "value";
     cell.textContent = value;
   }
   return table;

@@ -1,9 +1,9 @@
 // What is drawn where: node boxes, edge curves and bands, for the union of what the panes show.
 
-const NODE_HEIGHT = 32, EDGE_STEP = 14, PORT_GAP = 10, FOLD = 16, SMALL_MODEL = 64, MOST_SLOPE = 0.25;
+const CLOSE = 35, NODE_HEIGHT = 32, EDGE_STEP = 14, PORT_GAP = 10, FOLD = 16, SMALL_MODEL = 64, MOST_SLOPE = 0.25;
 const ruler = document.createElement("canvas").getContext("2d");
 
-function buildScene(shown, everything, pinned, aspect) {
+function buildScene(shown, everything, pinned, aspect, numbered) {
   const union = new Map();
   for (const edges of shown) for (const edge of edges) {
     const known = union.get(edge.key);
@@ -12,23 +12,28 @@ function buildScene(shown, everything, pinned, aspect) {
   const edges = [...union.values()].sort((a, b) => b.share - a.share);
   const used = new Set(edges.flatMap(edge => [edge.source, edge.target]));
   const drawn = NODES.filter(node => everything || used.has(node.id) || node.end || pinned.has(node.id));
-  const { rows, bands } = foldRows(drawn);
+  const { rows, bands } = foldRows(drawn, numbered);
   const widths = nodeWidths(drawn, edges);
-  const layout = placeNodes(rows, edges, id => widths.get(id), aspect);
+  const layout = placeNodes(rows, edges, id => widths.get(id), aspect, numbered ? id => NODES[id].column : null);
   const ends = meetingPoints(layout, edges, widths);
-  const curves = new Map(edges.map((edge, n) => [edge.key, curveOf([ends[n][0], ...layout.routes[n].slice(1, -1), ends[n][1]])]));
+  const curves = new Map(edges.map((edge, n) => [edge.key, curveOf(pastNodes([ends[n][0], ...layout.routes[n].slice(1, -1), ends[n][1]]))]));
   const boxes = new Map(drawn.map(node => [node.id, { ...layout.position.get(node.id), width: widths.get(node.id), used: used.has(node.id) }]));
   return { ...layout, rows, bands, boxes, curves, used, bounds: boundsOf(boxes, curves) };
 }
 
-function foldRows(drawn) {
+function foldRows(drawn, numbered) {
   const ranks = [...new Set(drawn.map(node => node.rank))].sort((a, b) => a - b);
   const rows = [], bands = [];
   for (const rank of ranks) {
-    const members = drawn.filter(node => node.rank === rank).map(node => node.id);
+    const members = drawn.filter(node => node.rank === rank);
     const count = Math.max(1, Math.ceil(members.length / FOLD));
-    bands.push({ label: DATA.bands[rank], first: rows.length, last: rows.length + count - 1 });
-    for (let start = 0; start < count; start++) rows.push(members.filter((_, n) => n % count === start));
+    const fold = (node, n) => numbered ? node.fold : n % count;
+    const folds = [...new Set(members.map(fold))].sort((a, b) => a - b);
+    bands.push({ label: DATA.bands[rank], first: rows.length, last: rows.length + folds.length - 1 });
+    for (const part of folds) {
+      const row = members.filter((node, n) => fold(node, n) === part);
+      rows.push((numbered ? row.sort((a, b) => a.column - b.column) : row).map(node => node.id));
+    }
   }
   return { rows, bands };
 }
@@ -65,7 +70,7 @@ function meetingPoints(layout, edges, widths) {
   const add = (map, id, n) => (map.get(id) || map.set(id, []).get(id)).push(n);
   edges.forEach((edge, n) => { add(leaving, edge.source, n); add(entering, edge.target, n); });
   for (const [id, numbers] of leaving) {
-    numbers.sort((a, b) => layout.routes[a][1].x - layout.routes[b][1].x);
+    numbers.sort((a, b) => layout.routes[a][1].x - layout.routes[b][1].x || PORTS.indexOf(edges[a].port) - PORTS.indexOf(edges[b].port));
     sideBySide(numbers, numbers.map(() => 0), layout.position.get(id), widths.get(id), -NODE_HEIGHT / 2, starts);
   }
   for (const [id, numbers] of entering) {
@@ -84,6 +89,13 @@ function sideBySide(numbers, gaps, centre, width, rise, places) {
   numbers.forEach((number, n) => places.set(number, { x: centre.x + (at[n] - total / 2) * squeeze, y: centre.y + rise }));
 }
 
+// An upright piece wherever a route passes close beside a node, and how slanted it may be elsewhere.
+function pastNodes(points) {
+  return points.flatMap(({ x, y, room }) => room > 0 && room < CLOSE
+    ? [{ x, y: y + NODE_HEIGHT / 2, most: MOST_SLOPE }, { x, y: y - NODE_HEIGHT / 2, most: MOST_SLOPE }]
+    : [{ x, y, most: Math.max(MOST_SLOPE, 0.55 * (room || 0) / NODE_HEIGHT) }]);
+}
+
 // A smooth curve through the points that never overshoots: cubic pieces whose slopes are limited (Fritsch and Carlson
 // 1980, and so that no curve cuts the corner of a node beside its bend point), upright at both ends.
 function curveOf(points) {
@@ -92,7 +104,7 @@ function curveOf(points) {
   const knots = [...points.slice(0, last), { x: tip.x, y: tip.y + 7 }];
   const steep = knots.slice(1).map((p, n) => (p.x - knots[n].x) / (p.y - knots[n].y));
   const slope = knots.map((_, n) => n && n < last && steep[n - 1] * steep[n] > 0
-    ? Math.max(-MOST_SLOPE, Math.min(MOST_SLOPE, 2 * steep[n - 1] * steep[n] / (steep[n - 1] + steep[n]))) : 0);
+    ? Math.max(-knots[n].most, Math.min(knots[n].most, 2 * steep[n - 1] * steep[n] / (steep[n - 1] + steep[n]))) : 0);
   path.moveTo(knots[0].x, knots[0].y);
   for (let n = 0; n < last; n++) {
     const [a, b] = [knots[n], knots[n + 1]], h = (b.y - a.y) * 0.46;

@@ -9,6 +9,8 @@ at("slider").addEventListener("input", event => {
 at("own").onclick = () => setCount(null);
 at("fit").onclick = () => fit(true);
 at("all").onclick = () => toggle("everything");
+at("number").onclick = () => toggle("numbered");
+at("number").hidden = !DATA.numbered;
 at("diff").onclick = () => toggle("differences");
 at("png").onclick = savePicture;
 at("theme").onclick = switchTheme;
@@ -22,7 +24,11 @@ setTheme(dark.matches ? "dark" : "light");
 panes.forEach(pane => pane.resize());
 relayout(false);
 fit(false);
-new ResizeObserver(() => { panes.forEach(pane => pane.resize()); redraw(); }).observe(at("panes"));
+new ResizeObserver(() => {
+  panes.forEach(pane => pane.resize());
+  if (state.untouched) { relayout(false); fit(false); }
+  drawNow(); // a canvas that was resized is blank
+}).observe(at("panes"));
 
 // For scripts that drive the page: where a node is on the screen, and what is shown.
 window.circuitView = {
