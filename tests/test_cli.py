@@ -196,6 +196,21 @@ def test_discover_says_what_is_wrong(model_folder: Path, tmp_path: Path, capsys:
     assert "empty" in refused(capsys, "discover", str(tmp_path / "empty"), prompts, *out)
 
 
+def test_discover_confirms_edges_with_corrupted_prompts(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, seed in (("p.txt", 0), ("c.txt", 1)):
+        rows = torch.randint(3, 31, (12, 6), generator=torch.Generator().manual_seed(seed)).tolist()
+        (tmp_path / name).write_text("\n".join(" ".join(f"w{token}" for token in row) for row in rows))
+    words = ["discover", str(model_folder), str(tmp_path / "p.txt"), "--out", str(tmp_path / "out")]
+    assert "`corrupted`" in refused(capsys, *words, "--method", "lasso+confirm")
+    assert "`corrupted`" in refused(capsys, *words, "--corrupted", str(tmp_path / "c.txt"))
+    partners = ["--method", "lasso+confirm", "--corrupted", str(tmp_path / "c.txt")]
+    assert main(["--quiet", *words, *partners]) == 0
+    graph = tcl.AttributionGraph.load(tmp_path / "out")
+    assert graph.provenance["confirm"]["tested"] > 0 and {"measured", "effect"} <= set(graph.extras)
+
+
 def test_discover_on_a_real_model(tmp_path: Path) -> None:
     folder = shared_folder("models", "stories260K")
     (tmp_path / "p.txt").write_text(

@@ -10,17 +10,20 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "tl_circuitlasso"
 
 FLOORS = {
-    "errors": 0, "shapes": 0,
-    "storage": 1, "sites": 1, "nodes": 1, "statistics": 1, "graph": 1, "targets": 1, "relevance": 1, "stopping": 1,
-    "graph_file": 1, "synthetic": 1,
+    "errors": 0, "shapes": 0, "sharing": 0,
+    "storage": 1, "sites": 1, "nodes": 1, "statistics": 1, "schema": 1, "targets": 1, "relevance": 1, "stopping": 1,
+    "graph_file": 1, "graph": 1, "explain": 1, "synthetic": 1, "synthetic_codes": 1,
     "formats": 2, "models": 2, "solve": 2,
     "evaluate": 3, "baselines": 3, "apps": 3, "demo": 3,
-    "learning": 4, "learning_read": 4, "probing": 4, "refining": 4, "discover": 4,
-    "plot": 4, "bench": 4, "comparison": 4,
-    "__main__": 5, "__init__": 5,
+    "learning": 4, "learning_read": 4, "probing": 4, "refining": 4, "confirming": 4, "provenance": 4,
+    "feature_samples": 4, "feature_fit": 4, "feature_read": 4, "feature_regression": 4, "feature_few": 4,
+    "feature_graph": 4, "feature_learning": 4,
+    "discover": 4, "plot": 4, "bench": 4, "comparison": 4,
+    "cli": 5, "__main__": 5, "__init__": 5,
 }  # fmt: skip
 WITHIN_FLOOR_1 = [
-    "storage", "sites", "nodes", "statistics", "targets", "relevance", "stopping", "graph_file", "graph", "synthetic",
+    "storage", "sites", "nodes", "statistics", "schema", "targets", "relevance", "stopping", "graph_file", "graph",
+    "explain", "synthetic", "synthetic_codes",
 ]  # fmt: skip
 HEAVY = ("transformer_lens", "sae_lens")
 

@@ -21,12 +21,15 @@ from tl_circuitlasso.errors import SolveError as SolveError
 from tl_circuitlasso.models.attach import attach as _attach
 
 if TYPE_CHECKING:
+    from tl_circuitlasso import apps as apps
     from tl_circuitlasso import baselines as baselines
     from tl_circuitlasso import bench as bench
     from tl_circuitlasso import evaluate as evaluate
     from tl_circuitlasso import formats as formats
     from tl_circuitlasso import plot as plot
     from tl_circuitlasso import solve as solve
+    from tl_circuitlasso import synthetic as synthetic
+    from tl_circuitlasso.comparison import compare as compare
     from tl_circuitlasso.demo import load_demo as load_demo
     from tl_circuitlasso.discover import circuit_lasso as circuit_lasso
     from tl_circuitlasso.discover import collect_statistics as collect_statistics
@@ -35,6 +38,8 @@ if TYPE_CHECKING:
     from tl_circuitlasso.models.bases import Component as Component
     from tl_circuitlasso.models.bases import Neuron as Neuron
     from tl_circuitlasso.models.bases import Residual as Residual
+    from tl_circuitlasso.models.sae import SAEFeatures as SAEFeatures
+    from tl_circuitlasso.models.sae import load_sae as load_sae
     from tl_circuitlasso.nodes import NodeIndex as NodeIndex
     from tl_circuitlasso.statistics import Statistics as Statistics
     from tl_circuitlasso.targets import Labels as Labels
@@ -43,7 +48,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_MODULES = ("baselines", "bench", "evaluate", "formats", "plot", "solve")
+_MODULES = ("apps", "baselines", "bench", "evaluate", "formats", "plot", "solve", "synthetic")
 _NAMES = {
     "AttributionGraph": "graph",
     "Component": "models.bases",
@@ -52,12 +57,15 @@ _NAMES = {
     "Neuron": "models.bases",
     "NodeIndex": "nodes",
     "Residual": "models.bases",
+    "SAEFeatures": "models.sae",
     "Statistics": "statistics",
     "Values": "targets",
     "circuit_lasso": "discover",
     "collect_statistics": "discover",
+    "compare": "comparison",
     "learn": "learning",
     "load_demo": "demo",
+    "load_sae": "models.sae",
 }
 
 

@@ -329,6 +329,18 @@ class AttributionGraph:
 
         return evaluate.confirm(self, model, clean, corrupted, metric, **options)
 
+    def explain(self, node: str, k: int = 10) -> Any:
+        """What feeds a node, what it feeds, and where it fires: see `explain.explain`; print it, or show it."""
+        from tl_circuitlasso.explain import explain
+
+        return explain(self, node, k)
+
+    def paths(self, source: str, k: int = 5, **options: Any) -> Any:
+        """The k strongest kept paths from `source` to the target: see `explain.strongest_paths`."""
+        from tl_circuitlasso.explain import strongest_paths
+
+        return strongest_paths(self, source, k, **options)
+
     def to_eap_graph(self, **options: Any) -> Any:
         """The same graph as a live `eap.graph.Graph` of the EAP-IG package: see `formats.to_eap_graph`."""
         from tl_circuitlasso import formats

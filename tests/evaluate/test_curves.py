@@ -83,6 +83,7 @@ def test_several_curves_share_their_baselines():
     for name, graph in graphs.items():
         alone = tcl.evaluate.curve(model, graph, clean, corrupted, metric)
         assert made[name].faithfulness == pytest.approx(alone.faithfulness, abs=1e-5)
+    assert made["eap"].requested == made["random"].requested
     assert made["eap"].forward_passes < 2 * (2 + len(MIB_SHARES))
 
 

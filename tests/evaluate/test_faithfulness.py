@@ -13,15 +13,15 @@ from torch import Tensor
 
 import tl_circuitlasso as tcl
 from benchmarks.cost import Problem
-from benchmarks.faithfulness import package_way
+from benchmarks.faithfulness import demo_case, judged, package_way
 from tests import architectures
 from tests.helpers import shared_folder
 from tl_circuitlasso import baselines
 from tl_circuitlasso.baselines.edges import EdgeLayout, to_matrix
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.circuits import as_circuits, kept_matrix, prune
-from tl_circuitlasso.evaluate.faithfulness import without_each
 from tl_circuitlasso.evaluate.interventions import intervention, measure
+from tl_circuitlasso.evaluate.minimal import without_each
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models import Adapter, adapt, patch, sources
 from tl_circuitlasso.models.ablation import from_run
@@ -206,6 +206,41 @@ def test_cutting_one_edge_equals_exact_patching(make, family):
     assert (effects - scores).abs().max() < 1e-4 * scores.abs().max()
 
 
+@pytest.mark.parametrize("over", ["clean", "corrupted"])
+@pytest.mark.parametrize("ablation", ["mean", "mean-all", "zero"])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_baselines_and_circuits_mean_the_same_by_an_ablation(family, ablation, over):
+    model = architectures.hooked(family)
+    tokens, mask = architectures.padded()
+    other = torch.where(tokens > 2, (tokens + 5) % 28 + 3, tokens)
+    metric = tcl.evaluate.logit_diff([3, 4, 5], [5, 6, 7], position=5)
+    options = {"attention_mask": mask, "ablation": ablation, "mean_over": over}
+    layout = EdgeLayout(adapt(model).shape)
+    everything = layout.graph(layout.mask().double(), {})
+    rows = list(range(0, len(everything), 11))
+    found = without_each(
+        intervention(model, tokens, other, metric, **options), everything, layout, layout.mask()[None], rows
+    )
+    scores = baselines.exact(model, tokens, other, metric, batch_size=128, **options).score[rows]
+    effects = (found.base - found.values).mean(1)
+    assert (effects - scores).abs().max() < 1e-4 * scores.abs().max()
+
+
+@pytest.mark.parametrize("method", [baselines.eap, baselines.eap_ig, baselines.exact])
+def test_means_over_clean_prompts_need_no_corrupted_ones(method):
+    model = _tiny()
+    clean, corrupted, _ = pair()
+    metric = tcl.evaluate.logit_diff([3, 4], [5, 6])
+    alone = method(model, clean, None, metric, ablation="mean")
+    assert torch.equal(alone.score, method(model, clean, corrupted, metric, ablation="mean").score)
+    swapped = method(model, clean, clean, metric, ablation="mean", mean_over="corrupted")
+    torch.testing.assert_close(alone.score, swapped.score)
+    with pytest.raises(InputError, match="`corrupted` is missing"):
+        method(model, clean, None, metric, ablation="mean", mean_over="corrupted")
+    with pytest.raises(InputError, match="`mean_over` is 'both'"):
+        method(model, clean, corrupted, metric, ablation="mean", mean_over="both")
+
+
 @pytest.mark.parametrize("ablation", ["zero", "mean", "mean-all"])
 def test_both_ends_with_given_values(ablation):
     model = architectures.hooked("gpt2")
@@ -268,6 +303,12 @@ def test_results_do_not_depend_on_batches_or_memory(monkeypatch):
     monkeypatch.setattr("tl_circuitlasso.evaluate.interventions.AT_ONCE", 1)
     single = measure(intervention(adapter, tokens, tokens.flip(0), metric, batch_size=3), kept)
     assert torch.allclose(whole.circuits, single.circuits, atol=1e-5)
+
+
+def test_the_default_circuit_of_the_demo_is_small_and_faithful():
+    found = judged(demo_case(128), 128)
+    assert found["reached"] and found["faithfulness"] >= 0.95 and found["edges"] <= 1.2 * found["truth"]
+    assert found["truth's"] > 0.95 and found["low"] <= found["faithfulness"] <= found["high"]
 
 
 def test_completeness_and_minimality_tell_needed_edges_from_useless_ones():
@@ -367,6 +408,17 @@ def call(**changes: Any) -> Any:
     return tcl.evaluate.faithfulness(**arguments)
 
 
+class NanWhenAblated:
+    """A metric that is a number for the model, which is asked first, and none after that."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def __call__(self, logits: Tensor, rows: Tensor) -> Tensor:
+        self.asked += 1
+        return logits.sum() if self.asked <= 2 else logits.sum() * float("nan")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -374,7 +426,11 @@ def call(**changes: Any) -> Any:
         ({"metric": lambda logits, rows: "high"}, "`metric` returned a str"),
         ({"metric": lambda logits, rows: logits.sum() * float("nan")}, "`metric` is NaN or infinite for the model"),
         ({"metric": lambda logits, rows: logits.sum() * 0}, "faithfulness has no scale"),
-        ({"corrupted": None}, "use ablation='mean' or 'zero'"),
+        ({"metric": NanWhenAblated()}, "`metric` is NaN or infinite for the ablated model on prompt 0"),
+        ({"clean": [], "corrupted": []}, "non-empty list of strings"),
+        ({"corrupted": torch.full((2, 6), 99)}, "`corrupted` has token 99"),
+        ({"corrupted": None, "ablation": "mean", "mean_over": "corrupted"}, "`corrupted` is missing"),
+        ({"corrupted": None}, "use ablation='mean', 'mean-all', 'optimal' or 'zero'"),
         ({"corrupted": torch.ones(2, 5, dtype=torch.long)}, "same length"),
         ({"clean": torch.ones(0, 5, dtype=torch.long)}, "`clean` has shape"),
         ({"ablation": "noise"}, "`ablation` is 'noise'"),
@@ -398,10 +454,10 @@ def test_graphs_of_other_models_are_refused():
     with pytest.raises(InputError, match="d_model is 768"):
         call(graph=wide)
     neurons = tcl.NodeIndex.from_json(
-        [{"site": "m0", "rank": 0, "features": [0]}, {"site": "logits", "rank": 1, "features": None}]
+        [{"site": "m7", "rank": 0, "features": [0]}, {"site": "logits", "rank": 1, "features": None}]
     )
-    with pytest.raises(InputError, match="whole components"):
-        call(graph=AttributionGraph.from_edges(neurons, {("m0#0", "logits"): 1.0}))
+    with pytest.raises(InputError, match="belongs to another model: this one has no features at 'm7'"):
+        call(graph=AttributionGraph.from_edges(neurons, {("m7#0", "logits"): 1.0}))
 
 
 def test_the_model_is_left_as_it_was():

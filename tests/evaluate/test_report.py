@@ -37,8 +37,10 @@ def test_a_report_has_a_row_per_graph_and_one_for_chance():
     made = tcl.evaluate.report(demo.model, {"truth": truth}, demo.tokens, demo.corrupted, metric)
     row = made.table.loc["truth"]
     assert row.faithfulness > 0.9 and abs(row.completeness) < 0.1 and row.low <= row.faithfulness <= row.high
-    assert row.cpr == made.curves["truth"].cpr > made.table.loc["random"].cpr
-    assert list(made.table.index) == ["truth", "random"] and "faithfulness" in repr(made)
+    others = made.table.loc[["magnitude", "random"]]
+    assert row.cpr == made.curves["truth"].cpr > others.cpr.max()
+    assert len({curve.requested for curve in made.curves.values()}) == 1
+    assert list(made.table.index) == ["truth", "magnitude", "random"] and "faithfulness" in repr(made)
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])

@@ -6,6 +6,12 @@ Every method is called as `method(model, clean, corrupted, metric, *, steps=5, a
 from tl_circuitlasso.baselines.exact import (
     exact as exact,
 )
+from tl_circuitlasso.baselines.features import (
+    feature_correlation as feature_correlation,
+)
+from tl_circuitlasso.baselines.features import (
+    feature_gradient as feature_gradient,
+)
 from tl_circuitlasso.baselines.gradient import (
     clean_corrupted as clean_corrupted,
 )

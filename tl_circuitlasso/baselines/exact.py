@@ -26,6 +26,7 @@ def exact(
     *,
     attention_mask: Tensor | None = None,
     ablation: str = "patch",
+    mean_over: str = "clean",
     input_node: str = "embed",
     batch_size: int = 32,
     steps: int = 1,
@@ -38,7 +39,7 @@ def exact(
     `batch_size` is the number of rows run at once, prompts times edges.
     """
     began = time.perf_counter()
-    setting = Setting("exact", ablation, input_node, steps)
+    setting = Setting("exact", ablation, mean_over, input_node, steps)
     data = setting.pairs(model, clean, corrupted, attention_mask, batch_size)
     layout, count = EdgeLayout(data.adapter.shape), Count()
     scores = torch.zeros(layout.n_sources, layout.n_readers, dtype=torch.float64)
@@ -52,7 +53,7 @@ def _one_batch(job: Job, layout: EdgeLayout, scores: Tensor, done: Callable[[int
     adapter, batch = job.pairs.adapter, job.batch
     plain = record_all(adapter, batch.clean, batch.mask)
     job.count.forward += len(batch.rows) / len(job.pairs)
-    ablated = job.ablated(plain.written)
+    ablated = job.ablated()
     difference = plain.written.map(torch.sub, ablated)
     everywhere = torch.ones_like(batch.mask).nonzero(as_tuple=True)
     deltas = written_out(adapter, difference, everywhere).unflatten(1, batch.mask.shape)

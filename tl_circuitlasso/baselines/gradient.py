@@ -7,8 +7,7 @@ differ in where the derivative is taken. Scores don't depend on the batch size.
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,9 +15,10 @@ from torch import Tensor
 
 from tl_circuitlasso.baselines.data import Batch, Pairs, Prompts, pairs
 from tl_circuitlasso.baselines.edges import EdgeLayout, add_products, provenance
+from tl_circuitlasso.baselines.means import for_batch, mean_written, zeros_written
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
-from tl_circuitlasso.models.patching import Written, learned_positions, record
+from tl_circuitlasso.models.patching import Written, record
 from tl_circuitlasso.models.tracing import Trace, trace
 
 Metric = Callable[[Tensor, Tensor], Tensor]  # (logits of a batch, its rows in the data set) -> sum over the rows
@@ -32,6 +32,7 @@ def eap(
     *,
     attention_mask: Tensor | None = None,
     ablation: str = "patch",
+    mean_over: str = "clean",
     input_node: str = "embed",
     batch_size: int = 32,
     steps: int = 1,
@@ -42,16 +43,17 @@ def eap(
 
     Parameters
     ----------
-    clean, corrupted: token ids (prompt, pos) or strings, pairs of equal length; `corrupted` is not read with
-        `ablation="zero"`.
+    clean, corrupted: token ids (prompt, pos) or strings, pairs of equal length; `corrupted` may be None where it isn't
+        read: for `ablation="zero"`, and for "mean" over the clean prompts.
     metric: `metric(logits, rows)` returns the sum over a batch of what the circuit should keep high (a logit
         difference; for a loss, its negative); `rows` are the prompts' numbers in the data set. A positive score means
         that the edge helps.
     attention_mask: True at real positions; left and right padding are both right.
-    ablation: what a cut edge carries: the corrupted activation ("patch"), nothing ("zero"), or the mean over the
-        corrupted prompts at the same position ("mean").
+    ablation: what a cut edge carries: the corrupted activation ("patch"), nothing ("zero"), its mean over prompts at
+        the same position ("mean"), or over prompts and positions ("mean-all"), as in `evaluate.faithfulness`.
+    mean_over: whether means are over the "clean" or the "corrupted" prompts.
     input_node: whether `input` is the token embedding alone ("embed", as in EAP-IG) or everything in front of the
-        first layer, learned positions included ("resid"). They differ only with `ablation="zero"`.
+        first layer, learned positions included ("resid"). The same for `ablation="patch"`.
     steps: not used; every method of this module takes the same arguments.
 
     Raises
@@ -59,7 +61,7 @@ def eap(
     InputError: pairs of unequal shape, tokens outside the vocabulary, or a metric that isn't one number.
     ModelError: a model that the adapter refuses.
     """
-    setting = Setting("eap", ablation, input_node, 1)
+    setting = Setting("eap", ablation, mean_over, input_node, 1)
     data = setting.pairs(model, clean, corrupted, attention_mask, batch_size)
     return _attribute(data, metric, setting, at_clean)
 
@@ -73,6 +75,7 @@ def eap_ig(
     steps: int = 5,
     attention_mask: Tensor | None = None,
     ablation: str = "patch",
+    mean_over: str = "clean",
     input_node: str = "embed",
     batch_size: int = 32,
 ) -> AttributionGraph:
@@ -81,7 +84,7 @@ def eap_ig(
     The derivative is the mean over k = 0 .. steps - 1 of that with embeddings corrupted + k/steps (clean - corrupted).
     1 + steps forward and `steps` backward passes per prompt.
     """
-    setting = Setting("eap_ig", ablation, input_node, steps)
+    setting = Setting("eap_ig", ablation, mean_over, input_node, steps)
     data = setting.pairs(model, clean, corrupted, attention_mask, batch_size)
     return _attribute(data, metric, setting, along_inputs)
 
@@ -94,6 +97,7 @@ def clean_corrupted(
     *,
     attention_mask: Tensor | None = None,
     ablation: str = "patch",
+    mean_over: str = "clean",
     input_node: str = "embed",
     batch_size: int = 32,
     steps: int = 2,
@@ -102,7 +106,7 @@ def clean_corrupted(
 
     Two forward and two backward passes per prompt.
     """
-    setting = Setting("clean_corrupted", ablation, input_node, 2)
+    setting = Setting("clean_corrupted", ablation, mean_over, input_node, 2)
     data = setting.pairs(model, clean, corrupted, attention_mask, batch_size)
     return _attribute(data, metric, setting, _at_ends)
 
@@ -116,6 +120,7 @@ def eap_ig_activations(
     steps: int = 5,
     attention_mask: Tensor | None = None,
     ablation: str = "patch",
+    mean_over: str = "clean",
     input_node: str = "embed",
     batch_size: int = 32,
 ) -> AttributionGraph:
@@ -126,7 +131,7 @@ def eap_ig_activations(
     see nothing but the replaced input have a derivative too (EAP-IG loses it on models without learned positions).
     2 + steps (1 + 2 layers) forward passes per prompt, and nearly as many backward.
     """
-    setting = Setting("eap_ig_activations", ablation, input_node, steps)
+    setting = Setting("eap_ig_activations", ablation, mean_over, input_node, steps)
     data = setting.pairs(model, clean, corrupted, attention_mask, batch_size)
     return _attribute(data, metric, setting, _along_activations)
 
@@ -140,17 +145,20 @@ class Setting:
 
     Raises
     ------
-    InputError: an unknown `ablation` or `input_node`, or `steps` < 1.
+    InputError: an unknown `ablation`, `mean_over` or `input_node`, or `steps` < 1.
     """
 
     method: str
     ablation: str
+    mean_over: str
     input_node: str
     steps: int
 
     def __post_init__(self) -> None:
-        if self.ablation not in ("patch", "zero", "mean"):
-            raise InputError(f"`ablation` is {self.ablation!r}: write 'patch', 'zero' or 'mean'")
+        if self.ablation not in ("patch", "zero", "mean", "mean-all"):
+            raise InputError(f"`ablation` is {self.ablation!r}: write 'patch', 'zero', 'mean' or 'mean-all'")
+        if self.mean_over not in ("clean", "corrupted"):
+            raise InputError(f"`mean_over` is {self.mean_over!r}: write 'clean' or 'corrupted'")
         if self.input_node not in ("embed", "resid"):
             raise InputError(f"`input_node` is {self.input_node!r}: write 'embed' or 'resid'")
         if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 1:
@@ -160,8 +168,11 @@ class Setting:
         self, model: Any, clean: Prompts, corrupted: Prompts | None, attention_mask: Tensor | None, batch_size: int
     ) -> Pairs:
         """The checked prompt pairs."""
-        if corrupted is None and self.ablation != "zero":
-            raise InputError(f"`corrupted` is missing: `ablation={self.ablation!r}` needs it, 'zero' doesn't")
+        over_corrupted = self.ablation.startswith("mean") and self.mean_over == "corrupted"
+        if corrupted is None and (self.ablation == "patch" or over_corrupted):
+            raise InputError(
+                f"`corrupted` is missing: ablation={self.ablation!r} reads it; 'zero' and clean means don't"
+            )
         return pairs(model, clean, corrupted, attention_mask=attention_mask, batch_size=batch_size)
 
 
@@ -194,19 +205,14 @@ class Job:
         self.count.forward += self._share
         return record(self.pairs.adapter, self.batch.clean, self.batch.mask)
 
-    def ablated(self, clean: Written) -> Written:
+    def ablated(self) -> Written:
         """What each component's cut edges carry."""
         adapter, batch = self.pairs.adapter, self.batch
-        if self.setting.ablation == "mean":
-            assert self.mean is not None
-            return clean.map(lambda own, average: average.expand_as(own), self.mean)
-        self.count.forward += self._share
         if self.setting.ablation == "patch":
+            self.count.forward += self._share
             return record(adapter, batch.corrupted, batch.mask)
-        nothing = clean.map(torch.zeros_like)
-        # Learned positions aren't part of the embedding node, so they stay when it's ablated.
-        positions = learned_positions(adapter, batch.clean, batch.mask) if self.setting.input_node == "embed" else None
-        return nothing if positions is None else replace(nothing, input=positions)
+        values = zeros_written(adapter) if self.mean is None else self.mean
+        return for_batch(adapter, values, batch, self.setting.input_node)
 
     def trace(self, *, corrupted: bool = False, **replaced: Any) -> Trace:
         """The metric's derivatives on the clean (or corrupted) prompts, with some activations replaced."""
@@ -243,8 +249,9 @@ def _attribute(data: Pairs, metric: Metric, setting: Setting, path: Path) -> Att
 def jobs(data: Pairs, metric: Metric, setting: Setting, count: Count, *, outputs: bool = False) -> Iterator[Job]:
     """The batches of a data set, ready for the passes of a method."""
     mean = None
-    if setting.ablation == "mean":
-        mean = _mean(data)
+    if setting.ablation.startswith("mean"):
+        everywhere = setting.ablation == "mean-all"
+        mean = mean_written(data, over=setting.mean_over, input_node=setting.input_node, everywhere=everywhere)
         count.forward += 1
     for batch in data:
         yield Job(data, batch, metric, setting, mean, count, outputs)
@@ -256,6 +263,7 @@ def facts(data: Pairs, setting: Setting, count: Count, began: float) -> dict[str
         data.adapter,
         setting.method,
         ablation=setting.ablation,
+        mean_over=setting.mean_over,
         input_node=setting.input_node,
         steps=setting.steps,
         prompts=len(data),
@@ -265,29 +273,12 @@ def facts(data: Pairs, setting: Setting, count: Count, began: float) -> dict[str
     )
 
 
-def _mean(data: Pairs) -> Written:
-    """The mean over corrupted prompts of what each component writes at each position, pads left out."""
-    total: Written | None = None
-    count = torch.zeros(1, data.clean.shape[1], device=data.adapter.device, dtype=torch.float64)
-    for batch in data:
-        summed = record(data.adapter, batch.corrupted, batch.mask).map(partial(_masked_sum, mask=batch.mask))
-        total = summed if total is None else total.map(torch.add, summed)
-        count += batch.mask.sum(0, keepdim=True)
-    assert total is not None  # `pairs` refuses an empty data set
-    dtype = data.adapter.compute_dtype
-    return total.map(lambda part: (part / count.clamp_min(1).view(1, -1, *[1] * (part.ndim - 2))).to(dtype))
-
-
-def _masked_sum(part: Tensor, mask: Tensor) -> Tensor:
-    return (part.double() * mask.view(*mask.shape, *[1] * (part.ndim - 2))).sum(0, keepdim=True)
-
-
 # ---- where the derivative is taken --------------------------------------------------------------------------------
 
 
 def at_clean(job: Job) -> Iterator[Step]:
     traced = job.trace()
-    yield traced.values.map(torch.sub, job.ablated(traced.values)), traced, 1.0
+    yield traced.values.map(torch.sub, job.ablated()), traced, 1.0
 
 
 def _at_ends(job: Job) -> Iterator[Step]:
@@ -296,7 +287,7 @@ def _at_ends(job: Job) -> Iterator[Step]:
         other = job.trace(corrupted=True)
         ablated = other.values
     else:
-        ablated = job.ablated(traced.values)
+        ablated = job.ablated()
         other = job.trace(start=ablated.input)
     difference = traced.values.map(torch.sub, ablated)
     yield difference, traced, 0.5
@@ -309,7 +300,7 @@ def along_inputs(job: Job) -> Iterator[Step]:
         first = job.trace(corrupted=True)
         ablated = first.values
     else:
-        ablated = job.ablated(clean)
+        ablated = job.ablated()
         first = job.trace(start=ablated.input)
     difference = clean.map(torch.sub, ablated)
     yield difference, first, 1 / steps
@@ -319,7 +310,7 @@ def along_inputs(job: Job) -> Iterator[Step]:
 
 def _along_activations(job: Job) -> Iterator[Step]:
     clean, steps = job.clean(), job.setting.steps
-    ablated = job.ablated(clean)
+    ablated = job.ablated()
     difference = clean.map(torch.sub, ablated)
     weight = 1 / (steps * (1 + len(clean.heads) + len(clean.mlps)))
     for k in range(1, steps + 1):

@@ -23,6 +23,7 @@ def node_scores(
     steps: int = 5,
     attention_mask: Tensor | None = None,
     ablation: str = "patch",
+    mean_over: str = "clean",
     input_node: str = "embed",
     batch_size: int = 32,
 ) -> dict[str, float]:
@@ -35,7 +36,7 @@ def node_scores(
     path: Path | None = {"eap": at_clean, "eap_ig": _along_inputs}.get(method)
     if path is None:
         raise InputError(f"`method` is {method!r}: write 'eap' or 'eap_ig'")
-    setting = Setting(method, ablation, input_node, steps)
+    setting = Setting(method, ablation, mean_over, input_node, steps)
     data = setting.pairs(model, clean, corrupted, attention_mask, batch_size)
     layout = EdgeLayout(data.adapter.shape)
     scores = torch.zeros(layout.n_sources, dtype=torch.float64)
@@ -47,7 +48,7 @@ def node_scores(
 
 def _along_inputs(job: Job) -> Iterator[Step]:
     clean, steps = job.clean(), job.setting.steps
-    ablated = job.ablated(clean)
+    ablated = job.ablated()
     difference = clean.map(torch.sub, ablated)
     for k in range(1, steps + 1):
         yield difference, job.trace(start=ablated.input + k / steps * difference.input), 1 / steps

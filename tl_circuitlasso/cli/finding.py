@@ -28,6 +28,8 @@ def add(commands: Any) -> None:
     )  # fmt: skip
     added.add_argument("--design", choices=["read", "routed", "activation"], help="default: read")
     added.add_argument("--strength", default="auto", help="auto, cv, ebic, stability or a fraction of lambda_max")
+    added.add_argument("--method", default="lasso", choices=["lasso", "lasso+confirm"])
+    added.add_argument("--corrupted", type=Path, help="corrupted partners of the prompts, for lasso+confirm")
     added.add_argument("--positions", default="all", help="all, last or a position")
     added.add_argument("--batch-size", type=int, default=32)
     added.add_argument("--device", help="cpu, cuda, ... (default: where the model is)")
@@ -59,7 +61,7 @@ def discover(arguments: argparse.Namespace) -> None:
     from tl_circuitlasso.sharing import under_torchrun
 
     basis = _basis(arguments)
-    model, prompts = model_and_prompts(arguments)
+    model, prompts, corrupted = model_and_prompts(arguments)
     with under_torchrun() as ranks:  # `torchrun -m tl_circuitlasso discover ...` shares the work
         graph = circuit_lasso(
             model,
@@ -72,6 +74,8 @@ def discover(arguments: argparse.Namespace) -> None:
             seed=arguments.seed,
             checkpoint=arguments.checkpoint,
             progress=interactive(arguments),
+            method=arguments.method,
+            corrupted=corrupted,
             process_group=ranks,
             **({"design": arguments.design} if arguments.design else {}),
         )

@@ -33,7 +33,7 @@ def add(commands: Any) -> None:
         help="measure each circuit on the model, on prompt pairs as in `evaluate`",
     )  # fmt: skip
     added.add_argument("--metric", default="logit-diff")
-    added.add_argument("--ablation", default="patch", choices=["patch", "mean", "zero"])
+    added.add_argument("--ablation", default="patch", choices=["patch", "mean", "mean-all", "zero", "optimal"])
     added.add_argument("--limit", type=int, help="use the first N prompts")
     added.add_argument(
         "--out", type=Path, action="append", default=[], help=".html, .csv or a picture; may be repeated"

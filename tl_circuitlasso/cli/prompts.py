@@ -10,31 +10,42 @@ from typing import Any
 from tl_circuitlasso.errors import FormatError, InputError
 
 
-def model_and_prompts(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """The model that a command names, and the prompts in its file; the bundled model brings its own.
+def model_and_prompts(arguments: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """The model that a command names, the prompts in its file and their corrupted partners (None without).
+
+    The bundled model brings its own prompts; partners are read where the command's method needs them.
 
     Raises
     ------
     InputError: no prompts, or prompts that the model can't read.
     """
-    import torch
-
+    column, limit = arguments.column, arguments.limit
+    wanted = arguments.method != "lasso"
     if arguments.model == "demo":
         from tl_circuitlasso.demo import load_demo
 
-        bundled = load_demo(prompts=arguments.limit or 512)
+        bundled = load_demo(prompts=limit or 512)
         if arguments.prompts is None:
-            return bundled.model, bundled.tokens
-        given = read_prompts(arguments.prompts, arguments.column, arguments.limit)
-        rows = [bundled.encode(prompt) for prompt in given]
-        if len({row.shape[1] for row in rows}) > 1:
-            raise InputError("`prompts` differ in length: the bundled model reads sentences of one form, word by word")
-        return bundled.model, torch.cat(rows)
+            return bundled.model, bundled.tokens, bundled.corrupted if wanted else None
+        given = _bundled_tokens(bundled, read_prompts(arguments.prompts, column, limit))
+        if not arguments.corrupted:
+            return bundled.model, given, None
+        return bundled.model, given, _bundled_tokens(bundled, read_prompts(arguments.corrupted, column, limit))
     from tl_circuitlasso.models.loading import load_model
 
     if arguments.prompts is None:
         raise InputError("`prompts` is missing: name a .txt, .csv, .tsv or .jsonl file (only `demo` brings its own)")
-    return load_model(arguments.model), read_prompts(arguments.prompts, arguments.column, arguments.limit)
+    corrupted = read_prompts(arguments.corrupted, column, limit) if arguments.corrupted else None
+    return load_model(arguments.model), read_prompts(arguments.prompts, column, limit), corrupted
+
+
+def _bundled_tokens(bundled: Any, prompts: list[str]) -> Any:
+    import torch
+
+    rows = [bundled.encode(prompt) for prompt in prompts]
+    if len({row.shape[1] for row in rows}) > 1:
+        raise InputError("`prompts` differ in length: the bundled model reads sentences of one form, word by word")
+    return torch.cat(rows)
 
 
 def read_prompts(path: Path, column: str | None, limit: int | None) -> list[str]:

@@ -14,7 +14,7 @@ def add(commands: Any) -> None:
     added.add_argument("prompts", type=Path, help=".csv, .tsv or .jsonl with clean, corrupted, correct, incorrect")
     added.add_argument("graphs", type=Path, nargs="+", metavar="GRAPH", help=f"{GRAPH}; NAME=PATH to name it")
     added.add_argument("--metric", default="logit-diff")
-    added.add_argument("--ablation", default="patch", choices=["patch", "mean", "zero"])
+    added.add_argument("--ablation", default="patch", choices=["patch", "mean", "mean-all", "zero", "optimal"])
     added.add_argument("--limit", type=int, help="use the first N prompts")
     added.add_argument("--out", type=Path, help="draw the curves to this .png or .svg")
 

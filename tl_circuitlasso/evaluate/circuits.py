@@ -31,8 +31,9 @@ def check_graph(graph: AttributionGraph, adapter: Adapter) -> EdgeLayout:
     theirs, ours = set(graph.index.names), set(layout.index.names)
     if parts := sorted(name for name in theirs if "#" in name or "hook" in name or name.startswith("resid.")):
         raise InputError(
-            f"`graph` has the node {parts[0]!r}: edges are cut between whole components (input, heads, MLPs, logits); "
-            "give a graph found with basis='component'"
+            f"`graph` has the node {parts[0]!r}: here edges are cut between whole components (input, heads, "
+            "MLPs, logits), found with basis='component'; graphs of features are for `faithfulness`, `completeness`, "
+            "`minimality` and `curve`"
         )
     if theirs != ours:
         odd = sorted(theirs ^ ours)[0]

@@ -14,9 +14,10 @@ from torch import Tensor
 from tl_circuitlasso.baselines.data import Prompts
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.circuits import check_graph, kept_matrix
-from tl_circuitlasso.evaluate.faithfulness import live_rows, mean_interval, without_each
-from tl_circuitlasso.evaluate.interventions import intervention
+from tl_circuitlasso.evaluate.faithfulness import mean_interval
+from tl_circuitlasso.evaluate.interventions import Ablation, intervention
 from tl_circuitlasso.evaluate.metrics import Metric
+from tl_circuitlasso.evaluate.minimal import live_rows, without_each
 from tl_circuitlasso.graph import AttributionGraph
 
 
@@ -26,7 +27,7 @@ def confirm(
     clean: Prompts,
     corrupted: Prompts | None,
     metric: Metric,
-    ablation: str = "patch",
+    ablation: Ablation = "patch",
     *,
     tolerance: int | float = 0.01,
     seed: int = 0,
@@ -66,7 +67,7 @@ def confirm(
     columns = {"effect": effects.mean(1), "effect_low": intervals[:, 0], "effect_high": intervals[:, 1]}
     extras = {name: _column(graph, rows, values) for name, values in columns.items()}
     report = {
-        "ablation": ablation,
+        "ablation": setup.ablation,
         "tolerance": tolerance,
         "tested": len(rows),
         "refuted": int((~holds).sum()),

@@ -21,7 +21,15 @@ from tl_circuitlasso.baselines.edges import EdgeLayout, provenance
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.circuits import EdgeMatrix, check_graph, prune, score_matrix
 from tl_circuitlasso.evaluate.faithfulness import check_scale, share_interval, shares
-from tl_circuitlasso.evaluate.interventions import Intervention, Measured, changes, intervention, measure
+from tl_circuitlasso.evaluate.features import (
+    FeatureOptions,
+    circuit_of,
+    feature_sites,
+    has_features,
+    measure_features,
+    node_scores,
+)
+from tl_circuitlasso.evaluate.interventions import Ablation, Intervention, Measured, changes, intervention, measure
 from tl_circuitlasso.evaluate.metrics import Metric
 from tl_circuitlasso.graph import AttributionGraph
 
@@ -35,7 +43,7 @@ class Curve:
     Attributes
     ----------
     shares: the sizes asked for, as shares of all edges; requested: the same as numbers of edges, int(share * edges).
-    sizes: the edges that are left after pruning, q, k and v counted apart.
+    sizes: the edges that are left after pruning, q, k and v counted apart; of features, the nodes.
     faithfulness, low, high: at each size, with its 95 % bootstrap interval over prompts.
     cpr: area under the faithfulness over `shares`, by trapezoids. cmd: area between the faithfulness and 1.
     model, ablated: the metric's mean per prompt of the model and with every edge cut.
@@ -66,7 +74,7 @@ def curve(
     clean: Prompts,
     corrupted: Prompts | None,
     metric: Metric,
-    ablation: str = "patch",
+    ablation: Ablation = "patch",
     *,
     sizes: Sequence[int | float] = MIB_SHARES,
     absolute: bool = False,
@@ -78,8 +86,10 @@ def curve(
 
     Parameters
     ----------
-    graph: its scores rank the edges; which of them are kept doesn't matter. Edges that it doesn't have score 0.
-    sizes: shares of all the model's edges, rising, in (0, 1].
+    graph: its scores rank the edges; which of them are kept doesn't matter. Edges that it doesn't have score 0. A graph
+        of features has its nodes ranked, by what their outgoing edges say of the target; `absolute` and `rule` mean
+        nothing then.
+    sizes: shares of all the model's edges (of the graph's features), rising, in (0, 1].
     absolute: rank by |score|; MIB's CPR ranks by the signed score, its CMD by |score|.
     rule: "top" takes the highest-scored edges, "greedy" grows the circuit backwards from the logits, always taking the
         best edge into what is already there.
@@ -102,17 +112,22 @@ def curves(
     clean: Prompts,
     corrupted: Prompts | None,
     metric: Metric,
-    ablation: str = "patch",
+    ablation: Ablation = "patch",
     *,
     sizes: Sequence[int | float] = MIB_SHARES,
     absolute: bool = False,
     rule: str = "top",
+    saes: Mapping[str, Any] | None = None,
+    error: str = "graph",
+    rest: str = "ablate",
     seed: int = 0,
     **options: Any,
 ) -> dict[str, Curve]:
     """The curve of each graph, on the same baselines; arguments as in `curve`."""
     _check_sizes(sizes)
     setup = intervention(model, clean, corrupted, metric, ablation, **options)
+    if any(map(has_features, graphs.values())):
+        return _feature_curves(setup, graphs, FeatureOptions({} if saes is None else saes, error, rest), sizes, seed)
     layouts = [check_graph(graph, setup.adapter) for graph in graphs.values()]
     if not layouts:
         raise InputError("`graphs` is empty: give at least one graph")
@@ -123,9 +138,30 @@ def curves(
     check_scale(measured)
     parts = zip(graphs, kept, measured.circuits.split(len(sizes)))
     return {
-        name: _curve(sizes, requested, prune(own, layout), _with(measured, circuits), seed)
+        name: _curve(sizes, requested, _counts(prune(own, layout)), _with(measured, circuits), seed)
         for name, own, circuits in parts
     }
+
+
+def _feature_curves(
+    setup: Intervention,
+    graphs: Mapping[str, AttributionGraph],
+    features: FeatureOptions,
+    sizes: Sequence[int | float],
+    seed: int,
+) -> dict[str, Curve]:
+    made = {}
+    for name, graph in graphs.items():
+        if not has_features(graph):
+            raise InputError(f"`graphs` mixes features with whole components: {name!r} has no features")
+        sites, scores = feature_sites(graph, setup.adapter, features.saes), node_scores(graph)
+        ranked = sorted(scores, key=lambda node: -scores[node])
+        requested = [int(share * len(ranked)) for share in sizes]
+        circuits = [circuit_of(graph, sites, features, set(ranked[:count])) for count in (*requested, 0)]
+        measured = measure_features(setup, sites, circuits)
+        check_scale(measured)
+        made[name] = _curve(sizes, requested, tuple(requested), measured, seed)
+    return made
 
 
 def _check_sizes(sizes: Sequence[int | float]) -> None:
@@ -134,19 +170,23 @@ def _check_sizes(sizes: Sequence[int | float]) -> None:
         raise InputError(f"`sizes` are {tuple(sizes)}: give at least two rising shares of all edges, above 0, up to 1")
 
 
+def _counts(kept: EdgeMatrix) -> tuple[int, ...]:
+    return tuple(kept.flatten(1).sum(1).tolist())
+
+
 def _with(measured: Measured, circuits: Tensor) -> Measured:
     return Measured(measured.model, measured.ablated, circuits, measured.forward_passes)
 
 
 def _curve(
-    sizes: Sequence[int | float], requested: list[int], kept: EdgeMatrix, measured: Measured, seed: int
+    sizes: Sequence[int | float], requested: list[int], kept: tuple[int, ...], measured: Measured, seed: int
 ) -> Curve:
     found = shares(measured).numpy()
     intervals = share_interval(measured, seed)
     return Curve(
         shares=tuple(map(float, sizes)),
         requested=tuple(requested),
-        sizes=tuple(kept.flatten(1).sum(1).tolist()),
+        sizes=kept,
         faithfulness=tuple(found.tolist()),
         low=tuple(low for low, _ in intervals),
         high=tuple(high for _, high in intervals),
@@ -215,7 +255,7 @@ def magnitude(
     model: Any,
     clean: Prompts,
     corrupted: Prompts | None,
-    ablation: str = "patch",
+    ablation: Ablation = "patch",
     **options: Any,
 ) -> AttributionGraph:
     """Every edge scored by how much its source alone changes: the mean over real positions of |u - ablated u|.

@@ -13,26 +13,30 @@ for nothing.
 True
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pandas as pd
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from tl_circuitlasso.baselines.data import Prompts
 from tl_circuitlasso.baselines.edges import EdgeLayout
 from tl_circuitlasso.errors import InputError
-from tl_circuitlasso.evaluate.circuits import EdgeMatrix, check_graph, edge_cells, kept_matrix, prune
-from tl_circuitlasso.evaluate.interventions import Intervention, Measured, intervention, measure
+from tl_circuitlasso.evaluate.circuits import EdgeMatrix, check_graph, kept_matrix, prune
+from tl_circuitlasso.evaluate.features import (
+    FeatureOptions,
+    circuit_of,
+    feature_sites,
+    has_features,
+    measure_features,
+)
+from tl_circuitlasso.evaluate.interventions import Ablation, Intervention, Measured, intervention, measure
 from tl_circuitlasso.evaluate.metrics import Metric
 from tl_circuitlasso.graph import AttributionGraph
-from tl_circuitlasso.sites import PORTS
 
 DRAWS, LEVEL = 2000, 0.95
-TOGETHER = 512  # circuits whose edges are held in memory at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +48,8 @@ class Faithfulness:
     model, ablated, circuit: the metric's mean per prompt of the whole model, with every edge cut, and of the circuit.
     faithfulness: (circuit - ablated) / (model - ablated): 1 is the model, 0 is no circuit at all.
     low, high: its 95 % bootstrap interval over prompts.
-    edges: the number of edges after pruning, q, k and v counted apart.
+    edges: the number of edges after pruning, q, k and v counted apart; of features, the kept edges.
+    nodes: the number of nodes between which they run, or of kept features.
     per_prompt: the three metrics of each prompt, by name.
     forward_passes: forward passes per prompt that it took, baselines included.
     """
@@ -56,13 +61,15 @@ class Faithfulness:
     low: float
     high: float
     edges: int
+    nodes: int
     per_prompt: dict[str, Float[Tensor, " prompt"]]
     forward_passes: float
 
     def __repr__(self) -> str:
         return (
-            f"Faithfulness({self.faithfulness:.4g} [{self.low:.4g}, {self.high:.4g}], {self.edges} edges; metric: "
-            f"model {self.model:.4g}, circuit {self.circuit:.4g}, ablated {self.ablated:.4g})"
+            f"Faithfulness({self.faithfulness:.4g} [{self.low:.4g}, {self.high:.4g}], {self.edges} edges, "
+            f"{self.nodes} nodes; metric: model {self.model:.4g}, circuit {self.circuit:.4g}, "
+            f"ablated {self.ablated:.4g})"
         )
 
 
@@ -72,9 +79,12 @@ def faithfulness(
     clean: Prompts,
     corrupted: Prompts | None,
     metric: Metric,
-    ablation: str = "patch",
+    ablation: Ablation = "patch",
     *,
-    level: str = "edge",
+    level: str | None = None,
+    saes: Mapping[str, Any] | None = None,
+    error: str = "graph",
+    rest: str = "ablate",
     attention_mask: Tensor | None = None,
     mean_over: str = "clean",
     input_node: str = "embed",
@@ -85,13 +95,19 @@ def faithfulness(
 
     Parameters
     ----------
-    clean, corrupted: token ids (prompt, pos) or strings, pairs of equal length. `corrupted` may be None for "mean" and
-        "zero".
+    clean, corrupted: token ids (prompt, pos) or strings, pairs of equal length. `corrupted` may be None unless it is
+        patched from ("patch") or averaged over.
     metric: `metric(logits, rows)` returns the sum over a batch's rows of what the circuit should keep high; `rows` are
         the prompts' numbers in the data set. `evaluate.logit_diff` and its neighbours make some.
     ablation: what an edge outside the circuit carries: the source's output on the corrupted prompt ("patch"), its mean
-        over prompts at the same position ("mean"), over prompts and positions ("mean-all"), or nothing ("zero").
-    level: "edge" keeps the kept edges, "node" all edges between the kept nodes.
+        over prompts at the same position ("mean"), over prompts and positions ("mean-all"), the constants that hurt
+        the metric least ("optimal", or an `evaluate.Optimal`), or nothing ("zero").
+    level: "edge" keeps the kept edges, "node" all edges between the kept nodes. None is "edge", but for graphs of
+        neurons, residual dimensions or SAE features, which are tested by their nodes.
+    saes: {hook: SAE}, for graphs of SAE features: anything with encode, decode and W_dec.
+    error: what becomes of the part that SAEs miss: "keep", "remove", or "graph": it's a node where the graph has one
+        for it, and kept else.
+    rest: whether features that the graph has no node for count as outside of the circuit ("ablate") or stay ("keep").
     attention_mask: True at real positions; left and right padding are both right.
     mean_over: whether means are over the "clean" or the "corrupted" prompts.
     input_node: whether `input` is the token embedding alone ("embed", as in EAP-IG) or with learned positions
@@ -113,8 +129,8 @@ def faithfulness(
         input_node=input_node,
         batch_size=batch_size,
     )
-    layout = check_graph(graph, setup.adapter)
-    return _judge(setup, kept_matrix(graph, layout, level=level), layout, seed)
+    features = FeatureOptions({} if saes is None else saes, error, rest)
+    return _either(setup, graph, level, features, seed, complement=False)
 
 
 def completeness(
@@ -123,21 +139,59 @@ def completeness(
     clean: Prompts,
     corrupted: Prompts | None,
     metric: Metric,
-    ablation: str = "patch",
+    ablation: Ablation = "patch",
     *,
-    level: str = "edge",
+    level: str | None = None,
+    saes: Mapping[str, Any] | None = None,
+    error: str = "graph",
+    rest: str = "ablate",
     seed: int = 0,
     **options: Any,
 ) -> Faithfulness:
     """The faithfulness of everything but the circuit: near 0 where the circuit leaves nothing out (Marks et al. 2024,
     arXiv 2403.19647). Arguments as in `faithfulness`."""
     setup = intervention(model, clean, corrupted, metric, ablation, **options)
+    features = FeatureOptions({} if saes is None else saes, error, rest)
+    return _either(setup, graph, level, features, seed, complement=True)
+
+
+def _either(
+    setup: Intervention,
+    graph: AttributionGraph,
+    level: str | None,
+    features: FeatureOptions,
+    seed: int,
+    *,
+    complement: bool,
+) -> Faithfulness:
+    if has_features(graph):
+        if level not in (None, "node"):
+            raise InputError(f"`level` is {level!r}: features are kept or ablated as nodes; leave it out")
+        return _judge_features(setup, graph, features, seed, complement)
+    if features.saes:
+        raise InputError("`saes` goes with a graph of SAE features; the nodes of this one are whole components")
     layout = check_graph(graph, setup.adapter)
-    return _judge(setup, ~kept_matrix(graph, layout, level=level) & layout.mask(), layout, seed)
+    kept = kept_matrix(graph, layout, level=level or "edge")
+    return _judge(setup, ~kept & layout.mask() if complement else kept, layout, seed)
 
 
 def _judge(setup: Intervention, kept: EdgeMatrix, layout: EdgeLayout, seed: int) -> Faithfulness:
-    measured = measure(setup, kept)
+    pruned = prune(kept, layout)
+    nodes = int(pruned.any(2).sum()) + bool(pruned.any())  # the sources, and the logits
+    return _figures(measure(setup, kept), seed, edges=int(pruned.sum()), nodes=nodes)
+
+
+def _judge_features(
+    setup: Intervention, graph: AttributionGraph, options: FeatureOptions, seed: int, complement: bool
+) -> Faithfulness:
+    sites = feature_sites(graph, setup.adapter, options.saes)
+    circuit = circuit_of(graph, sites, options, graph.kept_nodes(), rest=complement)
+    empty = circuit_of(graph, sites, options, set())
+    nodes = sum(int(kept.features.sum()) for kept in circuit.values())
+    return _figures(measure_features(setup, sites, [circuit, empty]), seed, edges=graph.n_kept, nodes=nodes)
+
+
+def _figures(measured: Measured, seed: int, *, edges: int, nodes: int) -> Faithfulness:
     check_scale(measured)
     circuit = measured.circuits[0]
     low, high = share_interval(measured, seed)[0]
@@ -148,7 +202,8 @@ def _judge(setup: Intervention, kept: EdgeMatrix, layout: EdgeLayout, seed: int)
         faithfulness=float(shares(measured)[0]),
         low=low,
         high=high,
-        edges=int(prune(kept, layout).sum()),
+        edges=edges,
+        nodes=nodes,
         per_prompt={"model": measured.model, "ablated": measured.ablated, "circuit": circuit},
         forward_passes=measured.forward_passes,
     )
@@ -195,90 +250,3 @@ def _interval(drawn: np.ndarray) -> list[tuple[float, float]]:
     with np.errstate(invalid="ignore"):
         ends = np.nanquantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
     return [(float(low), float(high)) for low, high in ends.T]
-
-
-# ---- one edge at a time ---------------------------------------------------------------------------------------------
-
-
-def minimality(
-    model: Any,
-    graph: AttributionGraph,
-    clean: Prompts,
-    corrupted: Prompts | None,
-    metric: Metric,
-    ablation: str = "patch",
-    *,
-    tolerance: int | float = 0.01,
-    seed: int = 0,
-    **options: Any,
-) -> pd.DataFrame:
-    """What each kept edge is worth to its circuit: the metric's fall when it alone is cut too.
-
-    One row per kept edge that is on a path from the input to the logits, largest fall first: source, target, port, drop
-    (m(circuit) - m(circuit without it), mean per prompt), low, high (95 % bootstrap interval), and useless: its share
-    of m(model) - m(ablated) isn't above `tolerance`, or the interval holds zero. Arguments as in `faithfulness`.
-    """
-    setup = intervention(model, clean, corrupted, metric, ablation, **options)
-    layout = check_graph(graph, setup.adapter)
-    kept = prune(kept_matrix(graph, layout), layout)
-    rows = live_rows(graph, layout, kept)
-    found = without_each(setup, graph, layout, kept, rows)
-    drops = found.base - found.values
-    intervals = mean_interval(drops, seed)
-    scale = abs(float((found.model - found.ablated).mean()))
-    names = graph.index.names
-    table = pd.DataFrame(
-        {
-            "source": [names[int(graph.source[row])] for row in rows],
-            "target": [names[int(graph.target[row])] for row in rows],
-            "port": [PORTS[int(graph.port[row])] for row in rows],
-            "drop": drops.mean(1).numpy(),
-            "low": [low for low, _ in intervals],
-            "high": [high for _, high in intervals],
-        }
-    )
-    table["useless"] = (table["drop"].abs() <= tolerance * scale) | ((table.low <= 0) & (table.high >= 0))
-    return table.sort_values("drop", ascending=False, kind="stable", ignore_index=True)
-
-
-@dataclass(frozen=True, eq=False)
-class Without:
-    """Each prompt's metric of a circuit (`base`) and of the circuit without each of some edges (`values`)."""
-
-    model: Float[Tensor, " prompt"]
-    ablated: Float[Tensor, " prompt"]
-    base: Float[Tensor, " prompt"]
-    values: Float[Tensor, "row prompt"]
-    forward_passes: float
-
-
-def live_rows(graph: AttributionGraph, layout: EdgeLayout, kept: EdgeMatrix) -> list[int]:
-    """The graph's edges that have an entry in a circuit.
-
-    Raises
-    ------
-    InputError: there is none.
-    """
-    cells = edge_cells(graph, layout)
-    mask = kept[0].numpy()
-    rows = [row for row, own in enumerate(cells) if bool(graph.kept[row]) and any(mask[cell] for cell in own)]
-    if not rows:
-        raise InputError("`graph` keeps no edge on a path from the input to the logits: lower its threshold")
-    return rows
-
-
-def without_each(
-    setup: Intervention, graph: AttributionGraph, layout: EdgeLayout, kept: EdgeMatrix, rows: list[int]
-) -> Without:
-    """The circuit `kept`, and the same without each edge of `rows`."""
-    cells, parts = edge_cells(graph, layout), []
-    for first in range(0, len(rows), TOGETHER):
-        some = rows[first : first + TOGETHER]
-        circuits = kept.repeat(1 + len(some), 1, 1)
-        for number, row in enumerate(some, 1):
-            for source, column in cells[row]:
-                circuits[number, source, column] = False
-        parts.append(measure(setup, circuits))
-    values = torch.cat([part.circuits[1:] for part in parts])
-    passes = sum(part.forward_passes for part in parts)
-    return Without(parts[0].model, parts[0].ablated, parts[0].circuits[0], values, passes)

@@ -5,8 +5,7 @@ circuits, several in one forward pass where memory allows, and gives each prompt
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,15 +14,18 @@ from torch import Tensor
 
 from tl_circuitlasso.baselines.data import Batch, Pairs, Prompts, pairs
 from tl_circuitlasso.baselines.edges import EdgeLayout
+from tl_circuitlasso.baselines.means import for_batch, mean_written, zeros_written
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.circuits import EdgeMatrix, as_circuits, prune
 from tl_circuitlasso.evaluate.metrics import Metric, PromptMetric
+from tl_circuitlasso.evaluate.optimal import Optimal, fit
 from tl_circuitlasso.models import Adapter
 from tl_circuitlasso.models.ablation import Ablated, from_run, from_values
-from tl_circuitlasso.models.patch import run_circuits
-from tl_circuitlasso.models.patching import Written, learned_positions, record
+from tl_circuitlasso.models.patch import Circuits, run_circuits
+from tl_circuitlasso.models.patching import Written, record
 
-ABLATIONS = ("patch", "zero", "mean", "mean-all")
+ABLATIONS = ("patch", "zero", "mean", "mean-all", "optimal")
+Ablation = str | Optimal
 AT_ONCE = 256 << 20  # bytes of one forward pass over copies of the prompts, as estimated
 
 
@@ -34,7 +36,8 @@ class Intervention:
     Attributes
     ----------
     ablation: "patch" (what the source does on the paired corrupted prompt), "zero", "mean" (its mean over prompts at
-        the same position) or "mean-all" (its mean over prompts and positions).
+        the same position), "mean-all" (its mean over prompts and positions) or "optimal" (the constants that hurt the
+        metric least, fitted for each circuit as `optimal` says).
     mean_over: whether means are over the "clean" prompts or the "corrupted" ones.
     input_node: whether `input` is the token embedding alone ("embed", as in EAP-IG), so that learned positions are
         never ablated, or everything in front of the first layer ("resid"). The same for ablation="patch".
@@ -45,6 +48,7 @@ class Intervention:
     ablation: str
     mean_over: str
     input_node: str
+    optimal: Optimal
 
     @property
     def adapter(self) -> Adapter:
@@ -56,7 +60,7 @@ def intervention(
     clean: Prompts,
     corrupted: Prompts | None,
     metric: Metric,
-    ablation: str = "patch",
+    ablation: Ablation = "patch",
     *,
     attention_mask: Tensor | None = None,
     mean_over: str = "clean",
@@ -69,6 +73,8 @@ def intervention(
     ------
     InputError: unknown names, missing corrupted prompts, prompts of unequal length, no prompts, no callable metric.
     """
+    how = ablation if isinstance(ablation, Optimal) else Optimal()
+    ablation = "optimal" if isinstance(ablation, Optimal) else ablation
     _one_of("ablation", ablation, ABLATIONS)
     _one_of("mean_over", mean_over, ("clean", "corrupted"))
     _one_of("input_node", input_node, ("embed", "resid"))
@@ -76,10 +82,13 @@ def intervention(
         raise InputError(
             f"`metric` is a {type(metric).__name__}: give a function metric(logits, rows) -> sum over rows"
         )
-    if corrupted is None and (ablation == "patch" or (ablation.startswith("mean") and mean_over == "corrupted")):
-        raise InputError("`corrupted` is missing: without corrupted prompts use ablation='mean' or 'zero'")
+    if corrupted is None and (ablation == "patch" or (ablation != "zero" and mean_over == "corrupted")):
+        raise InputError(
+            f"`corrupted` is missing: ablation={ablation!r} reads it; without corrupted prompts use ablation='mean', "
+            "'mean-all', 'optimal' or 'zero', and means over the clean prompts"
+        )
     data = pairs(model, clean, corrupted, attention_mask=attention_mask, batch_size=batch_size)
-    return Intervention(data, metric, ablation, mean_over, input_node)
+    return Intervention(data, metric, ablation, mean_over, input_node, how)
 
 
 def _one_of(name: str, given: str, known: tuple[str, ...]) -> None:
@@ -104,7 +113,7 @@ def measure(setup: Intervention, kept: EdgeMatrix) -> Measured:
     """The metric of the model, of the ablated model and of every circuit, pruned first.
 
     One forward pass for the model, one for the ablated activations (none for "zero"), one for each circuit; the full
-    and the empty circuit cost nothing more.
+    and the empty circuit cost nothing more. Optimal constants take tens of forward and backward passes a circuit.
 
     Raises
     ------
@@ -114,20 +123,47 @@ def measure(setup: Intervention, kept: EdgeMatrix) -> Measured:
     kept = prune(kept, layout)
     full, empty = (kept == prune(layout.mask()[None], layout)).flatten(1).all(1), ~kept.flatten(1).any(1)
     partly = (~full & ~empty).nonzero().flatten()
-    mean = None if not setup.ablation.startswith("mean") else _means(setup)
     model, ablated = torch.zeros(2, len(setup.pairs), dtype=torch.float64)
     circuits = torch.zeros(len(kept), len(setup.pairs), dtype=torch.float64)
+    constants, spent = _constants(setup, None)
     for batch in setup.pairs:
-        cut = _ablated(setup, batch, mean)
+        cut = _ablated(setup, batch, constants)
         logits = setup.adapter.run(batch.clean, batch.mask, ["logits"])["logits"]
         model[batch.rows] = prompt_values(setup.metric, logits, batch, "the model")
         ablated[batch.rows] = prompt_values(setup.metric, cut.logits, batch, "the ablated model")
-        for some in partly.split(_copies(setup.adapter, batch)):
+        for some in partly.split(_copies(setup.adapter, batch)) if setup.ablation != "optimal" else ():
             made = run_circuits(setup.adapter, batch.clean, batch.mask, as_circuits(kept[some], layout), cut)
             for circuit, logits in zip(some.tolist(), made):
                 circuits[circuit, batch.rows] = prompt_values(setup.metric, logits, batch, "a circuit")
+    for circuit in partly.tolist() if setup.ablation == "optimal" else ():
+        circuits[circuit], evaluations = _with_own_constants(setup, as_circuits(kept[circuit : circuit + 1], layout))
+        spent += evaluations
     circuits[full], circuits[empty] = model, ablated
-    return Measured(model, ablated, circuits, 1.0 + (setup.ablation != "zero") + len(partly))
+    return Measured(model, ablated, circuits, 1.0 + spent + len(partly))
+
+
+def _constants(setup: Intervention, circuits: Circuits | None) -> tuple[Written | None, float]:
+    """What cut edges carry on all prompts (None where that's another prompt's activation), and the passes it took."""
+    if setup.ablation == "patch":
+        return None, 1.0
+    if setup.ablation == "zero":
+        return zeros_written(setup.adapter), 0.0
+    everywhere = setup.ablation == "mean-all" or (setup.ablation == "optimal" and setup.optimal.positions == "shared")
+    mean = mean_written(setup.pairs, over=setup.mean_over, input_node=setup.input_node, everywhere=everywhere)
+    if setup.ablation != "optimal":
+        return mean, 1.0
+    found = fit(setup.pairs, setup.metric, setup.optimal, circuits, mean, setup.input_node)
+    return found.written, 1.0 + found.forward_passes
+
+
+def _with_own_constants(setup: Intervention, circuits: Circuits) -> tuple[Float[Tensor, " prompt"], float]:
+    """The metric of one circuit with the constants that suit it best, and the passes that finding them took."""
+    constants, spent = _constants(setup, circuits)
+    values = torch.zeros(len(setup.pairs), dtype=torch.float64)
+    for batch in setup.pairs:
+        (logits,) = run_circuits(setup.adapter, batch.clean, batch.mask, circuits, _ablated(setup, batch, constants))
+        values[batch.rows] = prompt_values(setup.metric, logits, batch, "a circuit")
+    return values, spent
 
 
 def _copies(adapter: Adapter, batch: Batch) -> int:
@@ -168,12 +204,19 @@ def _single(metric: Metric, logits: Tensor, rows: Tensor) -> Float[Tensor, "1"]:
 
 
 def changes(setup: Intervention) -> Float[Tensor, " source"]:
-    """The mean over real positions of the norm of what each source writes less what it writes when ablated."""
-    mean = None if not setup.ablation.startswith("mean") else _means(setup)
+    """The mean over real positions of the norm of what each source writes less what it writes when ablated.
+
+    Raises
+    ------
+    InputError: optimal ablation, whose constants belong to a circuit.
+    """
+    if setup.ablation == "optimal":
+        raise InputError("`ablation` 'optimal' fits constants to a circuit, and there's none here: use 'mean'")
+    constants, _ = _constants(setup, None)
     total, count = torch.zeros(EdgeLayout(setup.adapter.shape).n_sources, dtype=torch.float64), 0
     for batch in setup.pairs:
         written = record(setup.adapter, batch.clean, batch.mask)
-        difference = written.map(torch.sub, _ablated(setup, batch, mean).written)
+        difference = written.map(torch.sub, _ablated(setup, batch, constants).written)
         total += torch.cat([part[batch.mask].double().sum(0).cpu() for part in _norms(setup.adapter, difference)])
         count += int(batch.mask.sum())
     return total / count
@@ -189,51 +232,7 @@ def _norms(adapter: Adapter, parts: Written) -> Iterator[Float[Tensor, "batch po
             yield parts.mlps[layer].norm(dim=-1, keepdim=True)
 
 
-# ---- what cut edges carry -------------------------------------------------------------------------------------------
-
-
-def _ablated(setup: Intervention, batch: Batch, mean: Written | None) -> Ablated:
-    if setup.ablation == "patch":
+def _ablated(setup: Intervention, batch: Batch, constants: Written | None) -> Ablated:
+    if constants is None:
         return from_run(setup.adapter, batch.corrupted, batch.mask)
-    values = _zeros(setup.adapter, batch) if mean is None else mean
-    values = values.map(lambda part: part.expand(*batch.clean.shape, *part.shape[2:]))
-    if (positions := _positions(setup, batch)) is not None:
-        values = replace(values, input=values.input + positions)
-    return from_values(setup.adapter, values)
-
-
-def _zeros(adapter: Adapter, batch: Batch) -> Written:
-    shape = adapter.shape
-    wide = torch.zeros(1, 1, shape.d_model, dtype=adapter.compute_dtype, device=adapter.device)
-    heads = wide.new_zeros(1, 1, shape.n_heads, shape.d_head)
-    return Written(wide, (heads,) * shape.n_layers, () if shape.attn_only else (wide,) * shape.n_layers)
-
-
-def _positions(setup: Intervention, batch: Batch) -> Tensor | None:
-    return learned_positions(setup.adapter, batch.clean, batch.mask) if setup.input_node == "embed" else None
-
-
-def _means(setup: Intervention) -> Written:
-    """The mean of what each component writes, pads left out; learned positions only with input_node="resid"."""
-    total, count = None, torch.zeros(1, setup.pairs.clean.shape[1], dtype=torch.float64, device=setup.adapter.device)
-    for batch in _reference(setup):
-        written = record(setup.adapter, batch.clean, batch.mask)
-        if (positions := _positions(setup, batch)) is not None:
-            written = replace(written, input=written.input - positions)
-        summed = written.map(partial(_masked_sum, mask=batch.mask))
-        total = summed if total is None else total.map(torch.add, summed)
-        count += batch.mask.sum(0, keepdim=True)
-    assert total is not None  # `pairs` refuses an empty data set
-    if setup.ablation == "mean-all":
-        total, count = total.map(lambda part: part.sum(1, keepdim=True)), count.sum(1, keepdim=True)
-    dtype = setup.adapter.compute_dtype
-    return total.map(lambda part: (part / count.clamp_min(1).view(1, -1, *[1] * (part.ndim - 2))).to(dtype))
-
-
-def _reference(setup: Intervention) -> Iterator[Batch]:
-    data = setup.pairs
-    yield from data if setup.mean_over == "clean" else replace(data, clean=data.corrupted)
-
-
-def _masked_sum(part: Tensor, mask: Tensor) -> Tensor:
-    return (part.double() * mask.view(*mask.shape, *[1] * (part.ndim - 2))).sum(0, keepdim=True)
+    return from_values(setup.adapter, for_batch(setup.adapter, constants, batch, setup.input_node))

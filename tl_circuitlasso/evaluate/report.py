@@ -7,7 +7,7 @@ A file of prompt pairs is .csv, .tsv or .jsonl with the columns `clean`, `corrup
 import csv
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ import torch
 from tl_circuitlasso.baselines.data import Prompts
 from tl_circuitlasso.baselines.observational import random_edges
 from tl_circuitlasso.errors import FormatError, InputError
-from tl_circuitlasso.evaluate.curves import Curve, curves
+from tl_circuitlasso.evaluate.curves import Curve, curves, magnitude
 from tl_circuitlasso.evaluate.faithfulness import Faithfulness, completeness, faithfulness
+from tl_circuitlasso.evaluate.features import has_features
+from tl_circuitlasso.evaluate.interventions import Ablation
 from tl_circuitlasso.evaluate.metrics import (
     Metric,
     accuracy,
@@ -42,7 +44,8 @@ class Report:
     Attributes
     ----------
     table: one row per graph: edges (after pruning, ports apart), faithfulness with its interval, completeness (the
-        faithfulness of everything but the circuit: near 0 is good), CPR and CMD of its ranking. The last row is chance.
+        faithfulness of everything but the circuit: near 0 is good), CPR and CMD of its ranking. The last rows are
+        "magnitude" (`evaluate.magnitude`; not for features) and "random": what a ranking has to beat.
     faithfulness, curves: the figures behind it, by name.
     """
 
@@ -60,18 +63,18 @@ def report(
     clean: Prompts,
     corrupted: Prompts | None,
     metric: Metric,
-    ablation: str = "patch",
+    ablation: Ablation = "patch",
     *,
     seed: int = 0,
     **options: Any,
 ) -> Report:
-    """Faithfulness, completeness and curve of each graph, with a random ranking beside them.
+    """Faithfulness, completeness and curve of each graph, beside two rankings of the same sizes that know nothing.
 
-    Arguments and errors as in `faithfulness`. Fourteen forward passes per prompt and graph.
+    Arguments and errors as in `faithfulness`. Some 16 forward passes per prompt and graph, and 22 for the two.
     """
     adapter = model if isinstance(model, Adapter) else adapt(model)
     data = (clean, corrupted, metric, ablation)
-    rankings = {**graphs, "random": random_edges(adapter, seed=seed)}
+    rankings = {**graphs, **_ignorant(adapter, graphs, clean, corrupted, ablation, seed, options)}
     drawn = curves(adapter, rankings, *data, seed=seed, **options)
     kept = {name: faithfulness(adapter, graph, *data, seed=seed, **options) for name, graph in graphs.items()}
     rest = {name: completeness(adapter, graph, *data, seed=seed, **options) for name, graph in graphs.items()}
@@ -88,6 +91,28 @@ def report(
     areas = {name: {"cpr": curve.cpr, "cmd": curve.cmd} for name, curve in drawn.items()}
     table = pd.DataFrame([{"graph": name, **rows.get(name, {}), **area} for name, area in areas.items()])
     return Report(table.set_index("graph").astype({"edges": "Int64"}), kept, drawn)
+
+
+def _ignorant(
+    adapter: Adapter,
+    graphs: Mapping[str, AttributionGraph],
+    clean: Prompts,
+    corrupted: Prompts | None,
+    ablation: Ablation,
+    seed: int,
+    options: Mapping[str, Any],
+) -> dict[str, AttributionGraph]:
+    """Edges by the size of what their source changes, and at random; of features, the first graph's nodes at random."""
+    first = next(iter(graphs.values()), None)
+    if first is not None and has_features(first):
+        drawn = torch.rand(len(first.index), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        return {"random": replace(first, score=drawn[first.source])}
+    own = {name: value for name, value in options.items() if name not in ("saes", "error", "rest")}
+    given = ablation if ablation in ("patch", "zero", "mean-all") else "mean"  # optimal constants belong to a circuit
+    return {
+        "magnitude": magnitude(adapter, clean, corrupted, given, **own),
+        "random": random_edges(adapter, seed=seed),
+    }
 
 
 # ---- prompts from a file --------------------------------------------------------------------------------------------

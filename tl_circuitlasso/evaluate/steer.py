@@ -1,7 +1,6 @@
 """Steering: the nodes of a circuit turned up, down or off, and what else that changes."""
 
-from collections.abc import Collection, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +12,13 @@ from tl_circuitlasso.baselines.data import Pairs, Prompts, pairs
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.circuits import check_graph
 from tl_circuitlasso.evaluate.faithfulness import mean_interval
+from tl_circuitlasso.evaluate.features import FeatureOptions, circuit_of, feature_sites, has_features, node_scores
 from tl_circuitlasso.evaluate.interventions import prompt_values
 from tl_circuitlasso.evaluate.metrics import Metric, next_token
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models import Adapter
+from tl_circuitlasso.models.feature_patch import Carried, run_features
 from tl_circuitlasso.models.sources import scaled_nodes
-from tl_circuitlasso.sites import Site
 
 
 @dataclass(frozen=True)
@@ -53,17 +53,19 @@ def steer(
     prompts: Prompts,
     metric: Metric,
     *,
+    saes: Mapping[str, Any] | None = None,
     other: Prompts | None = None,
     attention_mask: Tensor | None = None,
     batch_size: int = 32,
     seed: int = 0,
 ) -> Steered:
-    """Multiply what heads and MLPs of a circuit write by `scale`: 0 turns them off, 2 doubles them.
+    """Multiply what heads and MLPs of a circuit write, or its features' codes, by `scale`: 0 turns them off, 2 doubles.
 
     Parameters
     ----------
-    nodes: heads and MLPs that the graph keeps; None takes all of them.
+    nodes: heads and MLPs, or features, that the graph keeps; None takes all of them.
     metric: `metric(logits, rows)` as in `faithfulness`.
+    saes: {hook: SAE}, for graphs of SAE features; what SAEs miss stays as it is.
     other: prompts about something else, whose next-token loss shows how specific the steering is.
 
     Where a norm stands behind attention, a head's z is scaled in front of it. Two forward passes per prompt, and two
@@ -71,23 +73,22 @@ def steer(
 
     Raises
     ------
-    InputError: a node that isn't a head or MLP of the circuit, a scale that isn't finite, and as in `faithfulness`.
+    InputError: a node that isn't a head, MLP or feature of the circuit, a scale that isn't finite, and as in
+        `faithfulness`.
     """
     if not isinstance(scale, (int, float)) or not -float("inf") < scale < float("inf"):
         raise InputError(f"`scale` is {scale!r}: give a finite factor, 0 to turn nodes off")
     data = pairs(model, prompts, None, attention_mask=attention_mask, batch_size=batch_size)
-    adapter = data.adapter
-    check_graph(graph, adapter)
-    sites = _sites(graph, nodes)
-    factor = float(scale)
-    before, after = _measured(data, metric, sites, factor)
+    adapter, factor = data.adapter, float(scale)
+    chosen, steered = _steering(adapter, graph, nodes, factor, {} if saes is None else saes)
+    before, after = _measured(data, metric, steered)
     (low, high), change = mean_interval((after - before)[None], seed)[0], float((after - before).mean())
     losses: tuple[float, float] | None = None
     if other is not None:
         text = pairs(adapter, other, None, batch_size=batch_size)
-        losses = _losses(text, sites, factor)
+        losses = _losses(text, steered)
     return Steered(
-        nodes=tuple(map(str, sites)),
+        nodes=chosen,
         scale=factor,
         before=float(before.mean()),
         after=float(after.mean()),
@@ -100,35 +101,54 @@ def steer(
     )
 
 
-def _sites(graph: AttributionGraph, nodes: Collection[str] | None) -> list[Site]:
+Run = Callable[[Tensor, Tensor], Tensor]  # (tokens, mask) -> logits
+
+
+def _steering(
+    adapter: Adapter, graph: AttributionGraph, nodes: Collection[str] | None, scale: float, saes: Mapping[str, Any]
+) -> tuple[tuple[str, ...], Run]:
+    """What is steered, and the steered model."""
+    if has_features(graph):
+        sites = feature_sites(graph, adapter, saes)
+        chosen = _chosen(graph, nodes, set(node_scores(graph)), "feature")
+        steady = circuit_of(graph, sites, FeatureOptions(saes, error="keep", rest="keep"), set(chosen), rest=True)
+        carried = Carried({}, {}, {}, scale)
+        return chosen, lambda tokens, mask: run_features(adapter, tokens, mask, sites, steady, carried)
+    check_graph(graph, adapter)
+    whole = {name for name in graph.index.names if graph.index.site(name).kind in ("head", "mlp")}
+    chosen = _chosen(graph, nodes, whole, "head or MLP")
+    places = [graph.index.site(name) for name in chosen]
+
+    def run(tokens: Tensor, mask: Tensor) -> Tensor:
+        with scaled_nodes(adapter, places, scale):
+            return adapter.run(tokens, mask, ["logits"])["logits"]
+
+    return chosen, run
+
+
+def _chosen(graph: AttributionGraph, nodes: Collection[str] | None, able: set[str], kind: str) -> tuple[str, ...]:
     if isinstance(nodes, str):
         raise InputError(f"`nodes` is one string; put it in a list: [{nodes!r}]")
-    inside = {name for name in graph.kept_nodes() if graph.index.site(name).kind in ("head", "mlp")}
+    inside = graph.kept_nodes() & able
     chosen = inside if nodes is None else set(nodes)
     if outside := sorted(chosen - inside):
-        raise InputError(f"`nodes` has {outside[0]!r}, which isn't a head or MLP that the graph keeps")
+        raise InputError(f"`nodes` has {outside[0]!r}, which isn't a {kind} that the graph keeps")
     if not chosen:
-        raise InputError("`nodes` is empty: the graph keeps no head and no MLP, or none was named")
-    return [graph.index.site(name) for name in sorted(chosen, key=graph.index.position)]
+        raise InputError(f"`nodes` is empty: the graph keeps no {kind}, or none was named")
+    return tuple(sorted(chosen, key=graph.index.position))
 
 
-def _measured(data: Pairs, metric: Metric, sites: list[Site], scale: float) -> Float[Tensor, "state prompt"]:
+def _measured(data: Pairs, metric: Metric, steered: Run) -> Float[Tensor, "state prompt"]:
     values = torch.zeros(2, len(data), dtype=torch.float64)
     for batch in data:
-        for state, logits in enumerate(_both(data.adapter, batch.clean, batch.mask, sites, scale)):
-            values[state, batch.rows] = prompt_values(metric, logits, batch, ("the model", "the steered model")[state])
+        plain = data.adapter.run(batch.clean, batch.mask, ["logits"])["logits"]
+        values[0, batch.rows] = prompt_values(metric, plain, batch, "the model")
+        values[1, batch.rows] = prompt_values(metric, steered(batch.clean, batch.mask), batch, "the steered model")
     return values
 
 
-def _losses(text: Pairs, sites: list[Site], scale: float) -> tuple[float, float]:
+def _losses(text: Pairs, steered: Run) -> tuple[float, float]:
     metric = next_token(text.clean, text.mask)
-    before, after = _measured(text, metric, sites, scale)
+    before, after = _measured(text, metric, steered)
     weights = (text.mask[:, 1:] & text.mask[:, :-1]).sum(1).double()
     return tuple(-float((values * weights).sum() / weights.sum()) for values in (before, after))  # type: ignore[return-value]
-
-
-def _both(adapter: Adapter, tokens: Tensor, mask: Tensor, sites: list[Site], scale: float) -> Iterator[Tensor]:
-    yield adapter.run(tokens, mask, ["logits"])["logits"]
-    with ExitStack() as stack:
-        stack.enter_context(scaled_nodes(adapter, sites, scale))
-        yield adapter.run(tokens, mask, ["logits"])["logits"]

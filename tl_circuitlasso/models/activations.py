@@ -88,7 +88,7 @@ def _model_plan(key: str, model: Any) -> Plan:
     if key == "logits":
         return Plan(key, None, ("logits",), (), lambda heard, context: heard["logits"])
     if key == "pos_embed":
-        return Plan(key, None, ("hook_pos_embed",), (), lambda heard, context: heard["hook_pos_embed"])
+        return Plan(key, 0, ("hook_pos_embed",), (), lambda heard, context: heard["hook_pos_embed"])
     if find_module(model, "ln_final.hook_scale") is None:
         return Plan(key, 0, (), (), _ones)
     return Plan(key, None, ("ln_final.hook_scale",), (), lambda heard, context: heard["ln_final.hook_scale"])

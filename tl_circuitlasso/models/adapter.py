@@ -7,7 +7,7 @@ heads and MLPs write, and from which each of them reads through a frozen, theref
 
 import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from typing import Any
 
@@ -126,7 +126,7 @@ class Adapter:
         heard: Heard = {}
         paths = dict.fromkeys(path for made in plans for path in (*made.needed, *made.optional))
         wants_logits = paths.pop("logits", "absent") != "absent"
-        observers = [(module, self._keeper(heard, path)) for path in paths if (module := self._point(path)) is not None]
+        observers = [(module, self._keeper(heard, path)) for path in paths if (module := self.point(path)) is not None]
         with ExitStack() as stack:
             stack.enter_context(resting(self.model))
             if self.kind == "HookedTransformer":
@@ -139,7 +139,8 @@ class Adapter:
             heard["logits"] = logits.to(self.compute_dtype)
         return heard
 
-    def _point(self, path: str) -> nn.Module | None:
+    def point(self, path: str) -> nn.Module | None:
+        """The module to listen to, or to change an activation at, for a hook's path; None if there is none."""
         point = find_module(self.model, path)
         # Where an SAE is attached to a bridge, the alias still leads to the bare HookPoint, its own name to the SAE.
         name = getattr(point, "name", None)
@@ -155,7 +156,7 @@ class Adapter:
 
     def reader(self, layer: int, port: Port) -> Reader:
         """How the heads of a layer read through a port; see `Reader` for the formula. Shared heads are repeated."""
-        return self._fold(
+        return self.folded(
             f"read_{port}",
             layer,
             lambda: read_port(self.model, layer, port, self.layouts[layer], self.shape.n_heads, self.compute_dtype),
@@ -163,7 +164,7 @@ class Adapter:
 
     def writer(self, layer: int) -> tuple[Float[Tensor, "head d_head d_model"], Float[Tensor, "d_model"]]:
         """W_O and b_O: head h writes (z_h @ W_O[h]) / scale.attn_out, the layer as a whole b_O / scale.attn_out."""
-        return self._fold(
+        return self.folded(
             "write", layer, lambda: read_writer(self.model, layer, self.layouts[layer], self.compute_dtype)
         )
 
@@ -174,13 +175,14 @@ class Adapter:
         """
         if self.shape.attn_only:
             raise ModelError(f"`model` ({self.architecture}) has no MLPs")
-        return self._fold("mlp", layer, lambda: read_mlp(self.model, layer, self.layouts[layer], self.compute_dtype))
+        return self.folded("mlp", layer, lambda: read_mlp(self.model, layer, self.layouts[layer], self.compute_dtype))
 
     def unembed(self) -> tuple[Float[Tensor, "d_model vocab"], Float[Tensor, "vocab"]]:
         """Weight and bias: logits = soft_cap((resid_post @ weight) / scale.final + bias)."""
-        return self._fold("unembed", 0, lambda: read_unembed(self.model, self.compute_dtype))
+        return self.folded("unembed", 0, lambda: read_unembed(self.model, self.compute_dtype))
 
-    def _fold(self, what: str, layer: int, make: Any) -> Any:
+    def folded(self, what: str, layer: int, make: Callable[[], Any]) -> Any:
+        """What `make` makes of the weights of a layer, made once where it fits the memory set aside for that."""
         if (what, layer) in self._folded:
             return self._folded[what, layer]
         with torch.no_grad():

@@ -2,7 +2,8 @@
 
 The first batch is the pilot: the closure check runs on it, and bases choose their directions on it. Every batch is run,
 encoded, added and freed. With a `checkpoint` path the statistics are written every so often, and a collection that
-finds such a file goes on where it stopped.
+finds such a file goes on where it stopped. Several processes deal the batches out among themselves: each looks at the
+pilot, takes the pilot's choices from process 0, runs its own batches, and all get the sum.
 """
 
 import hashlib
@@ -23,6 +24,7 @@ from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.closure import closure_check
 from tl_circuitlasso.models.designs import Design, Sample
 from tl_circuitlasso.models.tokens import Batch, Prompts
+from tl_circuitlasso.sharing import ALONE, Ranks
 from tl_circuitlasso.statistics import Statistics
 from tl_circuitlasso.targets import Target, check_length
 
@@ -50,8 +52,8 @@ class Plan:
 class Collected:
     """Statistics with the cost of making them.
 
-    sample: the first prompts (up to `SAMPLE`), for whatever is looked at again; closure: the largest relative error of
-    the closure check.
+    sample: the first prompts (up to `SAMPLE`), for whatever is looked at again; forward_passes: those of all processes;
+    closure: the largest relative error of the closure check.
     """
 
     statistics: Statistics
@@ -70,18 +72,40 @@ def collect(
     progress: bool = True,
     checkpoint: str | Path | None = None,
     start: Statistics | None = None,
+    ranks: Ranks = ALONE,
 ) -> Collected:
     """Stream `prompts` through the model into the statistics that `plan` asks for.
 
     `start` gives the pilot directions of another worker's statistics (`statistics.fresh()`), so that the two merge.
+    `ranks` share the batches, each with the same prompts and a model of its own; all return the same statistics, and
+    each has its own checkpoint file beside the one named.
 
     Raises
     ------
     ModelError: the closure check fails, or activations turn NaN or infinite; the message names the place.
     InputError: no samples at all, a target of the wrong length, or a checkpoint of another collection.
     """
+    began = time.perf_counter()
+    file = None if checkpoint is None else _own_file(Path(checkpoint), ranks)
+    with ranks.together():
+        own = _collect_own(adapter, prompts, plan, progress and ranks.rank == 0, file, start, ranks)
+    statistics, passes = own.statistics.shared(ranks), int(ranks.sum(torch.tensor(own.forward_passes)))
+    return replace(own, statistics=statistics, forward_passes=passes, seconds=time.perf_counter() - began)
+
+
+def _collect_own(
+    adapter: Adapter,
+    prompts: Prompts,
+    plan: Plan,
+    progress: bool,
+    file: Path | None,
+    start: Statistics | None,
+    ranks: Ranks,
+) -> Collected:
+    """The statistics of this process's batches."""
     began = saved = time.perf_counter()
-    statistics = _resume(checkpoint, _identity(adapter, plan)) or start
+    statistics = _resume(file, _identity(adapter, plan)) or start
+    statistics = None if statistics is None else statistics.to(adapter.device)
     done, passes, seen, closure = statistics.done if statistics else 0, 0, 0, 0.0
     sample: list[Batch] = []
     number = -1
@@ -93,26 +117,56 @@ def collect(
                 sample.append(batch)
             seen += len(batch.tokens)
             bar.update(len(batch.tokens))
+            batch = left_aligned(batch)
+            if number == 0:  # of a resumed collection too: its second look runs this very model
+                closure = closure_check(adapter, batch.tokens, batch.mask, ports=plan.design.name == "read")
+                statistics, tried = _agreed_start(statistics, adapter, plan, batch, ranks)
+                passes += tried
             if number < done:
                 if number == done - 1:
                     _check_origin(statistics, prompts, plan)
                 continue
-            batch = left_aligned(batch)
-            if passes == 0:
-                closure = closure_check(adapter, batch.tokens, batch.mask, ports=plan.design.name == "read")
+            if not ranks.mine(number):
+                continue
             statistics = _add(statistics, adapter, plan, batch, number)
             passes += 1
-            if checkpoint and time.perf_counter() - saved > CHECKPOINT_SECONDS:
-                replace(statistics, origin=_origin(prompts, plan)).save(checkpoint)
+            if file and time.perf_counter() - saved > CHECKPOINT_SECONDS:
+                replace(statistics, origin=_origin(prompts, plan)).save(file)
                 saved = time.perf_counter()
     check_length(plan.target, seen)
     assert statistics is not None  # Prompts never yields nothing
     if number + 1 < done:
         _check_origin(statistics, prompts, plan)
-    statistics = replace(statistics, origin=_origin(prompts, plan))
-    if checkpoint and passes:
-        statistics.save(checkpoint)
+    statistics = replace(statistics, done=number + 1, origin=_origin(prompts, plan))
+    if file and passes:
+        statistics.save(file)
     return Collected(statistics, tuple(sample), seen, passes, time.perf_counter() - began, closure)
+
+
+def _own_file(checkpoint: Path, ranks: Ranks) -> Path:
+    """Every process has a checkpoint of its own: its part of the batches depends on how many share them."""
+    if ranks.size == 1:
+        return checkpoint
+    return checkpoint.with_name(f"{checkpoint.stem}-{ranks.rank}-of-{ranks.size}{checkpoint.suffix}")
+
+
+def _agreed_start(
+    statistics: Statistics | None, adapter: Adapter, plan: Plan, pilot: Batch, ranks: Ranks
+) -> tuple[Statistics | None, int]:
+    """Where every process starts from: process 0's choices on the pilot batch; and the passes that this took.
+
+    All look at the pilot at the same time; alone, `_add` does both at once.
+    """
+    if ranks.size == 1:
+        return statistics, 0
+    look = statistics is None and plan.design.pilots
+    with ranks.together():
+        own = statistics or _start(adapter, plan, _sample(adapter, plan, pilot, 0, run=look))
+    fixed = {key: ranks.first(value) for key, value in own.fixed.items()}
+    with ranks.together():
+        if statistics is not None and any(not torch.equal(value, fixed[key]) for key, value in own.fixed.items()):
+            raise InputError("`checkpoint` files of the processes come from different runs: delete them all")
+    return replace(own, fixed=fixed), int(look)
 
 
 def left_aligned(batch: Batch) -> Batch:
@@ -125,11 +179,24 @@ def left_aligned(batch: Batch) -> Batch:
 
 
 def _add(statistics: Statistics | None, adapter: Adapter, plan: Plan, batch: Batch, number: int) -> Statistics:
+    sample = _sample(adapter, plan, batch, number)
+    if statistics is None:
+        statistics = _start(adapter, plan, sample)
+    return replace(plan.design.add(statistics, adapter, sample), done=number + 1)
+
+
+def _start(adapter: Adapter, plan: Plan, pilot: Sample) -> Statistics:
+    statistics = plan.design.start(adapter, pilot)
+    return replace(statistics, meta={**statistics.meta, **_identity(adapter, plan)})
+
+
+def _sample(adapter: Adapter, plan: Plan, batch: Batch, number: int, *, run: bool = True) -> Sample:
+    """A batch as a design sees it, with its activations if the model is to `run`."""
     if plan.target is not None and batch.start + len(batch.tokens) > len(plan.target):
         check_length(plan.target, batch.start + len(batch.tokens))
-    acts = adapter.run(batch.tokens, batch.mask, set(plan.design.wanted(adapter, plan.target)))
+    acts = adapter.run(batch.tokens, batch.mask, set(plan.design.wanted(adapter, plan.target))) if run else {}
     _check_finite(acts, batch.keep)
-    sample = Sample(
+    return Sample(
         acts=acts,
         mask=batch.mask,
         keep=batch.keep,
@@ -139,10 +206,6 @@ def _add(statistics: Statistics | None, adapter: Adapter, plan: Plan, batch: Bat
         folds=plan.folds,
         generator=torch.Generator().manual_seed(plan.seed + number),
     )
-    if statistics is None:
-        statistics = plan.design.start(adapter, sample)
-        statistics = replace(statistics, meta={**statistics.meta, **_identity(adapter, plan)})
-    return replace(plan.design.add(statistics, adapter, sample), done=number + 1)
 
 
 def _check_finite(acts: dict[str, Tensor], keep: Bool[Tensor, "batch pos"]) -> None:
@@ -185,8 +248,8 @@ def _check_origin(statistics: Statistics | None, prompts: Prompts, plan: Plan) -
         )
 
 
-def _resume(checkpoint: str | Path | None, identity: dict[str, Any]) -> Statistics | None:
-    if checkpoint is None or not Path(checkpoint).exists():
+def _resume(checkpoint: Path | None, identity: dict[str, Any]) -> Statistics | None:
+    if checkpoint is None or not checkpoint.exists():
         return None
     statistics = Statistics.load(checkpoint)
     differ = [key for key, value in identity.items() if statistics.meta.get(key) != value]

@@ -20,11 +20,12 @@ from torch import Tensor
 from tl_circuitlasso.models import readout
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.bases import Basis, kept_rows
+from tl_circuitlasso.schema import NODES, TARGET
 from tl_circuitlasso.sites import Site, parse_site
 from tl_circuitlasso.statistics import Statistics, add_folds, empty_folds, merge_rows
 from tl_circuitlasso.targets import Labels, Target
 
-NODES, TARGET, LOGITS = "nodes", "target", "logit metric"
+LOGITS = "logit metric"
 ROW_CAPACITY = 16_384  # samples kept whole where a target needs them (class labels)
 
 
@@ -65,6 +66,11 @@ class Design(Protocol):
         """In which coordinates sites are read."""
         ...
 
+    @property
+    def pilots(self) -> bool:
+        """Whether `start` reads the pilot's activations."""
+        ...
+
     def wanted(self, adapter: Adapter, target: Target) -> tuple[str, ...]:
         """The activations that `start` and `add` read."""
         ...
@@ -84,6 +90,7 @@ class Activation:
 
     basis: Basis
     name: str = "activation"
+    pilots: bool = True
 
     def wanted(self, adapter: Adapter, target: Target) -> tuple[str, ...]:
         return (*self.basis.wanted(adapter), *readout.wanted(adapter, target))
@@ -119,6 +126,7 @@ class Routed:
 
     basis: Basis
     name: str = "routed"
+    pilots: bool = True
 
     def wanted(self, adapter: Adapter, target: Target) -> tuple[str, ...]:
         plain = Activation(self.basis).wanted(adapter, target)

@@ -13,7 +13,7 @@ only for readers whose output the circuit reads. Several circuits share a pass a
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -30,16 +30,11 @@ from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.attention import PORTS, Attending, keeps_heads_shared
 from tl_circuitlasso.models.hooks import find_module, observe, resting
 from tl_circuitlasso.models.norms import Norm, apply_norm, scale_of
-from tl_circuitlasso.models.patching import (
-    Projection,
-    mlp_entry,
-    mlp_norm,
-    own_heads,
-    projection,
-    real_mask,
-)
+from tl_circuitlasso.models.patching import Projection, mlp_entry, mlp_norm, own_heads, real_mask
+from tl_circuitlasso.models.port_reads import alone_readers, by_port, centred_scale, port_projection, project
 from tl_circuitlasso.models.rotary import position_ids
 from tl_circuitlasso.models.sources import Sources, hook_point, source_counts, source_kinds
+from tl_circuitlasso.models.tracing import differentiable
 from tl_circuitlasso.models.weights import Port
 
 PIECE = 32 << 20  # bytes of the streams made at once
@@ -125,14 +120,26 @@ def run_circuits(
     mask: Bool[Tensor, "batch pos"] | None,
     circuits: Circuits,
     ablated: Ablated,
+    *,
+    gradients: bool = False,
 ) -> Float[Tensor, "circuit batch pos vocab"]:
     """The logits of every circuit on the prompts, all in one forward pass over as many copies of them.
+
+    With `gradients` they can be differentiated with respect to what cut edges carry; no parameter collects a gradient.
 
     Raises
     ------
     ModelError: a hook of the model is missing or didn't fire, or keys shared between heads can't be told apart.
     """
-    return _Pass(adapter, tokens, real_mask(adapter, tokens, mask), circuits, ablated).run()
+    made = _Pass(adapter, tokens, real_mask(adapter, tokens, mask), circuits, ablated)
+    with differentiable(adapter) if gradients else _resting(adapter):
+        return made.run()
+
+
+@contextmanager
+def _resting(adapter: Adapter) -> Iterator[None]:
+    with resting(adapter.model), own_heads(adapter):
+        yield
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,8 +178,6 @@ class _Pass:
         model, adapter = self.adapter.model, self.adapter
         tokens = self.tokens.to(adapter.device).repeat(self.sizes[0], 1)
         with ExitStack() as stack:
-            stack.enter_context(resting(model))
-            stack.enter_context(own_heads(adapter))
             stack.enter_context(observe(list(self._points())))
             for module, hook in self._module_hooks():
                 stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
@@ -231,9 +236,9 @@ class _Pass:
         changed, added = activation.clone(), None
         if port != "v" and _is_shortformer(self.adapter):  # positions join what is read, not the residual stream
             stream = self.value(f"resid_pre.{layer}").flatten(0, 1)
-            reads = _projection(self.adapter, layer, port)
+            reads = port_projection(self.adapter, layer, port)
             scale = None if reads.norm is None else scale_of(stream, reads.norm)
-            added = activation - _project(reads, stream, scale, list(range(self.adapter.shape.n_heads)))
+            added = activation - project(reads, stream, scale, list(range(self.adapter.shape.n_heads)))
         for change in changes:
             value = change.value if added is None else change.value + added[change.rows, :, change.heads]
             changed[change.rows, :, change.heads] = value.to(changed.dtype)
@@ -293,25 +298,30 @@ class _Pass:
         if not groups:
             return
         stream, batch = self.value(f"resid_pre.{layer}"), self.sizes[1]
-        reads = {port: _projection(self.adapter, layer, port) for port in PORTS}
+        reads: dict[Port, Projection] = {port: port_projection(self.adapter, layer, port) for port in PORTS}
         firsts = [((layer, group[0][0]), group[0][1]) for group in groups]
+        shared = [(number, group) for number, group in enumerate(groups) if len(group) > 1]
+        alone = list(alone_readers(reads, groups))
         for prompts, seen in self._seen(firsts, copy, stream):
             rows = slice(copy * batch + prompts.start, copy * batch + prompts.stop)
-            scales = None if reads["q"].norm is None else _centred_scale(seen, reads["q"].norm)
-            for number, group in enumerate(groups):
+            scales = None if reads["q"].norm is None else centred_scale(seen, reads["q"].norm)
+            for own in alone:
+                yield own.port, _Change(rows, own.heads, own.project(seen, scales))
+            for number, group in shared:
                 scale = None if scales is None else scales[number]
-                for port, heads in _by_port(group):
-                    yield port, _Change(rows, heads, _project(reads[port], seen[number], scale, heads))
+                for port, heads in by_port(group):
+                    yield port, _Change(rows, heads, project(reads[port], seen[number], scale, heads))
 
     def _equal_readers(self, layer: int, copy: int) -> list[list[tuple[Port, int]]]:
-        """The heads of a layer, by port, that see another stream than the model's; those that see the same together."""
+        """The heads of a layer, by port, that see another stream than the model's: those that see the same together,
+        those that are alone first."""
         groups: dict[bytes, list[tuple[Port, int]]] = {}
         for port in PORTS:
             reads = self.plans[layer, port]
             for head in reads.touched[copy].nonzero().flatten().tolist():
                 key = reads.coefficients[copy, head].numpy().tobytes() + bytes([int(reads.from_current[copy, head])])
                 groups.setdefault(key, []).append((port, head))
-        return list(groups.values())
+        return sorted(groups.values(), key=lambda group: len(group) > 1)
 
     def _seen(
         self, readers: list[tuple[ReaderKind, int]], copy: int, stream: Float[Tensor, "circuit batch pos d_model"]
@@ -321,6 +331,7 @@ class _Pass:
         coefficients = torch.stack([p.coefficients[copy, reader] for p, (_, reader) in zip(plans, readers)])
         from_current = [bool(p.from_current[copy, reader]) for p, (_, reader) in zip(plans, readers)]
         columns = coefficients.any(0).nonzero().flatten().tolist()
+        columns = self.sources.span(columns) if columns else columns
         coefficients = coefficients[:, columns].to(stream)
         base = self._base(readers[0][0], copy)
         size = max(1, PIECE // (stream[0, 0].nbytes * (len(readers) + len(columns))))
@@ -343,37 +354,6 @@ class _Pass:
                 change = 1 / self.value(f"scale.attn_out.{before}")[copy] - was
                 base = base + change * self.adapter.writer(before)[1]
         return base
-
-
-# ---- projections ----------------------------------------------------------------------------------------------------
-
-
-def _projection(adapter: Adapter, layer: int, port: Port) -> Projection:
-    return adapter._fold(f"project_{port}", layer, lambda: projection(adapter, layer, port))
-
-
-def _project(
-    reads: Projection,
-    x: Float[Tensor, "prompt pos d_model"],
-    scale: Float[Tensor, "prompt pos 1"] | None,
-    heads: list[int],
-) -> Float[Tensor, "prompt pos head d_head"]:
-    weight = reads.weight[heads].transpose(0, 1).flatten(1)
-    projected = x @ weight if scale is None else (x @ weight) / scale
-    return projected.unflatten(-1, (len(heads), -1)) + reads.bias[heads]
-
-
-def _by_port(group: list[tuple[Port, int]]) -> Iterator[tuple[Port, list[int]]]:
-    for port in PORTS:
-        if heads := [head for at, head in group if at == port]:
-            yield port, heads
-
-
-def _centred_scale(x: Float[Tensor, "*batch d_model"], norm: Norm) -> Float[Tensor, "*batch 1"]:
-    """As `scale_of`; centres x in place (folded weights read centred and plain streams alike), so nothing is copied."""
-    if norm.centred:
-        x -= x.mean(-1, keepdim=True)
-    return (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + norm.eps).sqrt()
 
 
 def _is_shortformer(adapter: Adapter) -> bool:

@@ -21,7 +21,7 @@ from tl_circuitlasso.models.attention import PORTS, Attending, keeps_heads_share
 from tl_circuitlasso.models.hooks import find_module, observe, resting, without_costly_flags
 from tl_circuitlasso.models.norms import Norm, apply_norm, fold_behind, read_norm, scale_of
 from tl_circuitlasso.models.rotary import position_ids
-from tl_circuitlasso.models.weights import Port, _port_weights, repeat_heads
+from tl_circuitlasso.models.weights import Port, port_weights, repeat_heads
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +148,7 @@ class Projection:
 def projection(adapter: Adapter, layer: int, port: Port) -> Projection:
     """The folded weights of a port, shared heads repeated, with the norm whose scale they need."""
     n_heads, dtype = adapter.shape.n_heads, adapter.compute_dtype
-    raw, bias = _port_weights(adapter.model.blocks[layer].attn, port, dtype)
+    raw, bias = port_weights(adapter.model.blocks[layer].attn, port, dtype)
     norm = norm_at(adapter.model, layer, adapter.layouts[layer].attn_norm, dtype)
     weight, bias = fold_behind(norm, raw, bias)
     return Projection(repeat_heads(weight, n_heads), repeat_heads(bias, n_heads), norm)

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_circuitlasso import schema
 from tl_circuitlasso.models import outcome, readout, sweep
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.bases import Basis
@@ -24,13 +25,14 @@ from tl_circuitlasso.models.designs import Sample
 from tl_circuitlasso.models.outcome import Probe
 from tl_circuitlasso.models.rotary import position_ids
 from tl_circuitlasso.models.sweep import Pairs, Read
+from tl_circuitlasso.schema import FOLDS
 from tl_circuitlasso.statistics import Statistics
 from tl_circuitlasso.targets import Target
 
-FOLDS = 10  # parts of the pairs whose costs are kept apart, for intervals and stability
-PAIRS = 256  # pairs that fewer prompts are drawn into again and again, where that is
+PAIRS = 1024  # pairs that fewer prompts are drawn into again and again, where that is
 CHEAP = 2e10  # operations: what forward passes may take that are worth so many sweeps
 MEMORY = 256 << 20  # bytes that the pairs swept at once may take
+ON_CPU = 64 << 20  # the same on a CPU, where small parts cost nothing: they are cut closer to what they read
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class ReadDesign:
     probe: Probe | None = None
     draws: int = 1  # how often each batch is paired anew
     name: str = "read"
+    pilots: bool = False
 
     def wanted(self, adapter: Adapter, target: Target) -> tuple[str, ...]:
         return (*sweep.wanted(adapter), *outcome.wanted(adapter, target))
@@ -53,10 +56,9 @@ class ReadDesign:
     def add(self, statistics: Statistics, adapter: Adapter, sample: Sample) -> Statistics:
         acts = {**sample.acts, "positions": position_ids(_mask(sample))}
         sums = {key: value.clone() for key, value in statistics.sums.items()}
-        for _ in range(self.draws):
-            pairs = make_pairs(_mask(sample), sample.target_keep, sample.generator)
-            for part in in_parts(adapter, pairs, outcome.count(adapter, sample.target, self.probe)):
-                self._add_pairs(sums, adapter, acts, part, sample)
+        pairs = make_pairs(_mask(sample), sample.target_keep, sample.generator, draws=self.draws)
+        for part in in_parts(adapter, pairs, outcome.count(adapter, sample.target, self.probe)):
+            self._add_pairs(sums, adapter, acts, part, sample)
         return replace(statistics, sums=sums)
 
     def _add_pairs(
@@ -64,19 +66,19 @@ class ReadDesign:
     ) -> None:
         goal = outcome.outcome(adapter, acts, pairs, sample.target, sample.prompts, self.probe)
         fold = (sample.prompts.to(pairs.own.device)[pairs.own] % FOLDS).to(goal.directions.device)
-        nodes = goal.directions.new_zeros(*goal.directions.shape[:2], sums["node"].shape[1])
+        nodes = goal.directions.new_zeros(*goal.directions.shape[:2], sums[schema.NODE_COSTS].shape[1])
         for key, reads in _by_child(adapter, sweep.sweep(adapter, acts, pairs, goal.directions)):
             merged = torch.stack([read.value for read in reads]).sum(0)
             nodes[:, :, : merged.shape[-1]] += merged.sum(2)
-            _add_cost(sums[f"cost/{key}/"], goal.cost(merged), fold)
+            _add_cost(sums[schema.cost(key)], goal.cost(merged), fold)
             for read in reads if len(reads) > 1 else ():
-                _add_cost(sums[f"cost/{key}/{read.port}"], goal.cost(read.value), fold)
+                _add_cost(sums[schema.cost(key, read.port)], goal.cost(read.value), fold)
             columns = torch.cat([read.value for read in reads], dim=-1).double()
             for number in range(sample.folds):  # the data of the regressions: parts only where a rule compares parts
                 rows = (columns if sample.folds == 1 else columns[fold % sample.folds == number]).flatten(0, 1)
-                sums[f"gram/{key}"][number] += torch.einsum("rhi,rhj->hij", rows, rows)
-        _add_cost(sums["node"], goal.cost(nodes), fold)
-        sums["pairs"].index_add_(0, fold, torch.ones_like(fold, dtype=torch.float64))
+                sums[schema.gram(key)][number] += torch.einsum("rhi,rhj->hij", rows, rows)
+        _add_cost(sums[schema.NODE_COSTS], goal.cost(nodes), fold)
+        sums[schema.PAIRS].index_add_(0, fold, torch.ones_like(fold, dtype=torch.float64))
 
 
 def operations(adapter: Adapter) -> tuple[float, float, float]:
@@ -100,22 +102,22 @@ def children(adapter: Adapter) -> list[tuple[str, int, int]]:
     found = []
     for layer in range(shape.n_layers):
         before = 1 + layer * per_layer
-        found.append((f"a{layer}", shape.n_heads, before))
+        found.append((schema.heads(layer), shape.n_heads, before))
         if not shape.attn_only:
-            found.append((f"m{layer}", 1, before if shape.parallel else before + shape.n_heads))
-    return [*found, ("target", 1, 1 + shape.n_layers * per_layer)]
+            found.append((schema.mlp(layer), 1, before if shape.parallel else before + shape.n_heads))
+    return [*found, (schema.TARGET, 1, 1 + shape.n_layers * per_layer)]
 
 
 def _empty_sums(adapter: Adapter, nodes: int, folds: int, device: torch.device) -> dict[str, Tensor]:
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(*shape, dtype=torch.float64, device=device)
 
-    sums = {"node": zeros(FOLDS, nodes), "pairs": zeros(FOLDS)}
+    sums = {schema.NODE_COSTS: zeros(FOLDS, nodes), schema.PAIRS: zeros(FOLDS)}
     for key, heads, sources in children(adapter):
-        ports = ("", "q", "k", "v") if key.startswith("a") else ("",)
-        sums |= {f"cost/{key}/{port}": zeros(FOLDS, heads, sources) for port in ports}
-        columns = sources * (3 if key.startswith("a") else 1)
-        sums[f"gram/{key}"] = zeros(folds, heads, columns, columns)
+        ports = schema.ports(key)
+        sums |= {schema.cost(key, port): zeros(FOLDS, heads, sources) for port in ("", *ports)}
+        columns = sources * len(ports)
+        sums[schema.gram(key)] = zeros(folds, heads, columns, columns)
     return sums
 
 
@@ -124,13 +126,13 @@ def _by_child(adapter: Adapter, reads: Iterator[Read]) -> Iterator[tuple[str, li
     ports: list[Read] = []
     for read in reads:
         if read.layer == adapter.shape.n_layers:
-            yield "target", [read]
+            yield schema.TARGET, [read]
         elif not read.port:
-            yield f"m{read.layer}", [read]
+            yield schema.mlp(read.layer), [read]
         else:
             ports.append(read)
             if len(ports) == 3:
-                yield f"a{read.layer}", ports
+                yield schema.heads(read.layer), ports
                 ports = []
 
 
@@ -144,38 +146,50 @@ def _mask(sample: Sample) -> Bool[Tensor, "batch pos"]:
 
 def in_parts(adapter: Adapter, pairs: Pairs, directions: int) -> Iterator[Pairs]:
     """The pairs in parts that fit into memory; in causal models cut behind the last position that a part reads."""
+    memory = ON_CPU if pairs.own.device.type == "cpu" else MEMORY
     order = pairs.position.argsort(stable=True)
     while len(order):
         width = pairs.valid.shape[1]
-        size = max(1, MEMORY // sweep.memory(adapter, width, directions))
+        size = max(1, memory // sweep.memory(adapter, width, directions))
         part, order = order[-size:], order[:-size]
         if adapter.shape.causal:
             width = int(pairs.position[part].max()) + 1
         yield Pairs(pairs.own[part], pairs.partner[part], pairs.position[part], pairs.valid[part, :width])
 
 
-def make_pairs(mask: Bool[Tensor, "batch pos"], keep: Bool[Tensor, "batch pos"], generator: torch.Generator) -> Pairs:
-    """Each prompt with another of at least its length, drawn at random, and one of its kept positions.
+def make_pairs(
+    mask: Bool[Tensor, "batch pos"], keep: Bool[Tensor, "batch pos"], generator: torch.Generator, *, draws: int = 1
+) -> Pairs:
+    """Each prompt with another of at least its length, drawn at random, and one of its kept positions; `draws` times.
 
     Prompts of one length form a random cycle; the last of a length that has no equal takes the next longer one. A
     prompt that is alone with the largest length, or has no kept position, is left out.
     """
-    lengths = mask.sum(1).cpu()
+    kept, lengths = keep.cpu(), mask.sum(1).cpu()
+    parts = []
+    for _ in range(draws):
+        partner = _partners(lengths, generator)
+        own = ((partner >= 0) & kept.any(1)).nonzero().flatten()
+        parts.append(torch.stack([own, partner[own], _draws(kept[own], generator)]))
+    own, other, position = torch.cat(parts, dim=1).to(mask.device)
+    return Pairs(own, other, position, mask[own] & mask[other])
+
+
+def _partners(lengths: Int[Tensor, " prompt"], generator: torch.Generator) -> Int[Tensor, " prompt"]:
+    """The partner of every prompt, -1 for none: the next in a shuffle by length, back to the first of its length."""
     order = torch.randperm(len(lengths), generator=generator)
-    order = order[lengths[order].argsort(stable=True)].tolist()
-    partner: dict[int, int] = {}
-    for place, row in enumerate(order):
-        same = [other for other in order if lengths[other] == lengths[row]]
-        if len(same) > 1:
-            partner[row] = same[(same.index(row) + 1) % len(same)]
-        elif place + 1 < len(order):
-            partner[row] = order[place + 1]
-    usable = [row for row in sorted(partner) if bool(keep[row].any())]
-    position = [_draw(keep[row].nonzero().flatten(), generator) for row in usable]
-    own = torch.tensor(usable, dtype=torch.long, device=mask.device)
-    other = torch.tensor([partner[row] for row in usable], dtype=torch.long, device=mask.device)
-    return Pairs(own, other, torch.tensor(position, dtype=torch.long, device=mask.device), mask[own] & mask[other])
+    order = order[lengths[order].argsort(stable=True)]
+    _, run, size = lengths[order].unique_consecutive(return_inverse=True, return_counts=True)
+    after = torch.cat([order[1:], order.new_tensor([-1])])
+    first = order[(size.cumsum(0) - size)[run]]
+    ends = torch.cat([run[1:] != run[:-1], run.new_tensor([True], dtype=torch.bool)])
+    following = torch.where(ends & (size[run] > 1), first, after)
+    return torch.empty_like(order).scatter_(0, order, following)
 
 
-def _draw(places: Int[Tensor, " place"], generator: torch.Generator) -> int:
-    return int(places[int(torch.randint(len(places), (1,), generator=generator))])
+def _draws(places: Bool[Tensor, "row place"], generator: torch.Generator) -> Int[Tensor, " row"]:
+    """One of each row's true places, drawn at random."""
+    count, run = places.sum(1).unique_consecutive(return_counts=True)
+    drawn = [torch.randint(high, (rows,), generator=generator) for high, rows in zip(count.tolist(), run.tolist())]
+    rank = torch.cat([torch.empty(0, dtype=torch.long), *drawn])
+    return (places.cumsum(1) > rank[:, None]).to(torch.uint8).argmax(1)

@@ -69,19 +69,19 @@ def reread(
     acts["positions"] = position_ids(batch.mask)
     keep = last_only(batch.keep) if last else batch.keep
     generator = torch.Generator().manual_seed(seed)
-    drawn = [make_pairs(batch.mask, keep, generator) for _ in range(draws)]
+    pairs = make_pairs(batch.mask, keep, generator, draws=draws)
     prompts = torch.arange(batch.start, batch.start + len(batch.tokens))
     edge_cost: dict[Edge, float] = dict.fromkeys(edges, 0.0)
     node_cost: dict[str, float] = {source: 0.0 for source, _ in edges}
     directions = outcome.count(adapter, target, probe)
-    for part in (part for pairs in drawn for part in in_parts(adapter, pairs, directions)):
+    for part in in_parts(adapter, pairs, directions):
         goal = outcome.outcome(adapter, acts, part, target, prompts, probe)
         by_edge, by_node = _contributions(View(adapter, acts, part), goal, edges)
         for edge, contribution in by_edge.items():
             edge_cost[edge] += float(goal.cost(contribution).sum())
         for node, contribution in by_node.items():
             node_cost[node] += float(goal.cost(contribution).sum())
-    count = sum(len(pairs.own) for pairs in drawn)
+    count = len(pairs.own)
     return Costs(
         edges={edge: cost / max(count, 1) for edge, cost in edge_cost.items()},
         nodes={node: cost / max(count, 1) for node, cost in node_cost.items()},
@@ -144,8 +144,7 @@ def _through(view: View, site: Site, m: Float[Tensor, "pair direction pos d_mode
     """The multiplier at what a component reads, by its secants, all ports together."""
     if site.kind == "mlp":
         return sweep.through_mlp(view, site.layer, m)
-    ports = sweep.through_heads(view, site.layer, m)
-    return ports.unflatten(2, (len(PORTS), -1))[:, :, :, site.head].sum(2)
+    return sweep.through_heads(view, site.layer, m, slice(site.head, site.head + 1)).sum(2)
 
 
 def _changes(

@@ -72,6 +72,13 @@ class Sources:
         together = places[-1] - places[0] == len(places) - 1
         return here[places[0] : places[-1] + 1] if together else here[places]
 
+    def span(self, columns: list[int]) -> list[int]:
+        """Which sources to ask for where `columns` are needed: some more, where that saves a copy of those."""
+        if self.kept is None:
+            return columns
+        first, last = self.place[columns[0]], self.place[columns[-1]]
+        return self.wanted[first : last + 1] if last - first < 2 * len(columns) else columns
+
     def _by_group(self, columns: list[int]) -> Iterator[tuple[int, list[int]]]:
         for group in sorted({self.group_of[column] for column in columns}):
             yield group, [c - self.starts[group] for c in columns if self.group_of[c] == group]
@@ -135,7 +142,7 @@ def _scale_heads(adapter: Adapter, heads: list[int], scale: float, z: Tensor) ->
 
 def hook_point(adapter: Adapter, path: str) -> Any:
     """The module at which an activation can be changed; raises ModelError where the model has none."""
-    found = adapter._point(path)
+    found = adapter.point(path)
     if found is None:
         raise ModelError(f"`model` ({adapter.architecture}) has no hook point `{path}`: it can't be intervened on")
     return found

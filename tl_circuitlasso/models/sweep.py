@@ -133,22 +133,22 @@ class View:
         own, partway = self.sides(key)
         return (own.reciprocal() + partway.reciprocal()) / 2
 
-    def patterns(self, layer: int) -> tuple[Tensor, Tensor]:
+    def patterns(self, layer: int, heads: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """The prompt's attention patterns and those part of the way along the line of scores: (pair, head, query, key).
 
         log P_t = (1 - t) log P + t log P' + const.
         """
         pattern, width = self.acts[f"pattern.{layer}"], self.width
-        own, partner = (pattern[rows, :, :width, :width] for rows in (self.pairs.own, self.pairs.partner))
+        own, partner = (pattern[rows, heads, :width, :width] for rows in (self.pairs.own, self.pairs.partner))
         if not self.all_valid:
             partner = torch.where(self.pairs.valid[:, None, :, None], partner, own)
         logs = torch.lerp(own.clamp_min(TINY).log(), partner.clamp_min(TINY).log(), PARTWAY)
         return own, logs.softmax(-1)
 
-    def own_heads(self, key: str) -> Tensor:
+    def own_heads(self, key: str, heads: slice = slice(None)) -> Tensor:
         """The prompt's queries, keys or values, (pair, 1, head, pos, d_head), shared ones repeated for every head."""
         own = self.ends(key)[0]
-        return repeat_heads(own.movedim(2, 0), self.adapter.shape.n_heads).movedim(0, 1).unsqueeze(1)
+        return repeat_heads(own.movedim(2, 0), self.adapter.shape.n_heads)[heads].movedim(0, 1).unsqueeze(1)
 
 
 class _Sources:
@@ -240,27 +240,27 @@ def _through_act(mlp: MLP, pre: tuple[Tensor, Tensor], active: tuple[Tensor, Ten
 
 
 def through_heads(
-    view: View, layer: int, m: Float[Tensor, "pair direction pos d_model"]
+    view: View, layer: int, m: Float[Tensor, "pair direction pos d_model"], heads: slice = slice(None)
 ) -> Float[Tensor, "pair direction port_head pos d_model"]:
-    """The multipliers at what every head reads through q, then k, then v."""
+    """The multipliers at what every head (or some of them) reads through q, then k, then v."""
     adapter = view.adapter
-    w_o, _ = adapter.writer(layer)
+    w_o = adapter.writer(layer)[0][heads]
     at_z = (m * view.inverse(f"scale.attn_out.{layer}").unsqueeze(1)).unsqueeze(2) @ w_o.mT
-    own, partner = view.patterns(layer)
-    at_score = at_z @ view.own_heads(f"v.{layer}").mT
-    weight = softmax_secant(own, partner, at_score) * _score_slope(view, layer)
+    own, partner = view.patterns(layer, heads)
+    at_score = at_z @ view.own_heads(f"v.{layer}", heads).mT
+    weight = softmax_secant(own, partner, at_score) * _score_slope(view, layer, heads)
     reads = {
-        "q": _unrotate(view, layer, "q", weight @ view.own_heads(f"k.{layer}")),
-        "k": _unrotate(view, layer, "k", weight.mT @ view.own_heads(f"q.{layer}")),
+        "q": _unrotate(view, layer, "q", weight @ view.own_heads(f"k.{layer}", heads), heads),
+        "k": _unrotate(view, layer, "k", weight.mT @ view.own_heads(f"q.{layer}", heads), heads),
         "v": own.mT.unsqueeze(1) @ at_z,
     }
     inverse = view.inverse(f"scale.attn.{layer}")[:, None, None]
-    weights = torch.cat([adapter.reader(layer, port).weight for port in PORTS])
+    weights = torch.cat([adapter.reader(layer, port).weight[heads] for port in PORTS])
     return (torch.cat([reads[port] for port in PORTS], dim=2) * inverse) @ weights.mT
 
 
 def _unrotate(
-    view: View, layer: int, port: str, n: Float[Tensor, "pair direction head pos d_head"]
+    view: View, layer: int, port: str, n: Float[Tensor, "pair direction head pos d_head"], heads: slice
 ) -> Float[Tensor, "pair direction head pos d_head"]:
     """From rotated and normalised queries or keys back to what the head projects: the transpose of both."""
     adapter = view.adapter
@@ -272,6 +272,7 @@ def _unrotate(
     scale = view.inverse(f"scale.{port}.{layer}")  # pair pos (head, group or 1) 1
     shared = scale.shape[2] not in (1, adapter.shape.n_heads)
     scale = repeat_heads(scale.movedim(2, 0), adapter.shape.n_heads).movedim(0, 2) if shared else scale
+    scale = scale if scale.shape[2] == 1 else scale[:, :, heads]
     return n * scale.transpose(1, 2).unsqueeze(1)
 
 
@@ -293,7 +294,7 @@ def softmax_secant(
     return total / PATH_POINTS
 
 
-def _score_slope(view: View, layer: int) -> Tensor | float:
+def _score_slope(view: View, layer: int, heads: slice) -> Tensor | float:
     """Change of a score per change of q . k: one over the scale, times the secant of a soft cap if there is one."""
     adapter = view.adapter
     scale, cap = adapter.attn_scale(layer), adapter.attn_soft_cap
@@ -301,6 +302,6 @@ def _score_slope(view: View, layer: int) -> Tensor | float:
         return 1 / scale
     sides = []
     for q, k in zip(view.sides(f"q.{layer}"), view.sides(f"k.{layer}")):
-        keys = repeat_heads(k.movedim(2, 0), adapter.shape.n_heads).movedim(0, 1)
-        sides.append(q.transpose(1, 2) @ keys.mT / scale)
+        keys = repeat_heads(k.movedim(2, 0), adapter.shape.n_heads)[heads].movedim(0, 1)
+        sides.append(q[:, :, heads].transpose(1, 2) @ keys.mT / scale)
     return secant(lambda score: cap * torch.tanh(score / cap), *sides)[:, None] / scale

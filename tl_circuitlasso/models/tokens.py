@@ -106,6 +106,24 @@ class Prompts:
         some._finished = some._started = False
         return some
 
+    def draw(self, count: int | None, seed: int) -> Int[Tensor, " row"] | None:
+        """The numbers of `count` prompts drawn at random, ascending; None where there are no more, or it's a stream."""
+        if count is None or self.n_prompts is None or self.n_prompts <= count:
+            return None
+        return torch.randperm(self.n_prompts, generator=torch.Generator().manual_seed(seed))[:count].sort().values
+
+    def whole(self) -> Batch:
+        """All prompts as one batch on the CPU, where all are known beforehand; no column is left out.
+
+        Raises
+        ------
+        InputError: the prompts are a stream.
+        """
+        if self._whole is None:
+            raise InputError("`tokens` is a stream: its prompts are never held together")
+        tokens, mask = (part.cpu() for part in self._whole)
+        return Batch(tokens, mask, self._kept(tokens, mask, 0), 0)
+
     def data_hash(self) -> str:
         """sha256 of the real tokens of every prompt, whatever the batches and the padding; known once all are read."""
         if not self._finished:
@@ -159,16 +177,17 @@ class Prompts:
             yield tokens, mask
 
     def _batch(self, tokens: Tensor, mask: Tensor, start: int) -> Batch:
-        device = self._adapter.device
-        given = self._positions
-        if isinstance(given, Tensor):
-            chosen = given if given.ndim == 1 else given[start : start + len(tokens)]
-            keep = chosen.to(mask.device).expand_as(mask) & mask
-        else:
-            keep = kept_positions(tokens, mask, given, self._bos)
+        device, keep = self._adapter.device, self._kept(tokens, mask, start)
         used = mask.any(0).nonzero().flatten()
         window = slice(int(used[0]), int(used[-1]) + 1)  # columns of pads only cost time
         return Batch(tokens[:, window].to(device), mask[:, window].to(device), keep[:, window].to(device), start)
+
+    def _kept(self, tokens: Tensor, mask: Tensor, start: int) -> Tensor:
+        given = self._positions
+        if not isinstance(given, Tensor):
+            return kept_positions(tokens, mask, given, self._bos)
+        chosen = given if given.ndim == 1 else given[start : start + len(tokens)]
+        return chosen.to(mask.device).expand_as(mask) & mask
 
     def _check_alignment(self) -> None:
         given = self._positions

@@ -75,7 +75,7 @@ class MLP:
 def read_port(model: Any, layer: int, port: Port, layout: Layout, n_heads: int, dtype: torch.dtype) -> Reader:
     """The folded weights of one port of a layer, repeated to `n_heads` heads."""
     attention = model.blocks[layer].attn
-    raw, bias = _port_weights(attention, port, dtype)
+    raw, bias = port_weights(attention, port, dtype)
     weight, bias = fold_behind(norm_at(model, layer, layout.attn_norm, dtype), raw, bias)
     position = raw if port != "v" and _is_shortformer(model) else None
     norm = None if port == "v" else port_norm(attention, port, dtype)
@@ -84,7 +84,8 @@ def read_port(model: Any, layer: int, port: Port, layout: Layout, n_heads: int, 
     return Reader(repeat_heads(weight, n_heads), repeat_heads(bias, n_heads), None if position is None else position)
 
 
-def _port_weights(attention: Any, port: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def port_weights(attention: Any, port: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Weight (head, d_model, d_head) and bias (head, d_head) of a port as stored: shared heads once, nothing folded."""
     letter = port.upper()
     stored = "" if port == "q" else "_"  # grouped-query attention keeps the unrepeated weights under `_W_K`
     weight = _first(attention, f"{stored}W_{letter}", f"W_{letter}").to(dtype)

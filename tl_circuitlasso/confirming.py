@@ -1,0 +1,177 @@
+"""`method="lasso+confirm"`: the skeleton that the regressions found, each kept edge then measured by intervention.
+
+A search by intervention costs a forward pass for every edge that the model has; this costs one for every edge that was
+kept. The metric is the behaviour that was asked for, unless the user gives another.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tl_circuitlasso.errors import InputError
+from tl_circuitlasso.evaluate.confirm import confirm
+from tl_circuitlasso.evaluate.metrics import PromptMetric
+from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.models.adapter import Adapter
+from tl_circuitlasso.models.tokens import Batch, Prompts, kept_positions
+from tl_circuitlasso.targets import LogitDiff, Target, check_length
+
+METHODS = ("lasso", "lasso+confirm")
+
+Metric = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Confirmation:
+    """What `method="lasso+confirm"` needs beside the graph: prompts with their corrupted partners, and the metric."""
+
+    clean: Batch
+    corrupted: Int[Tensor, "batch pos"]
+    metric: Metric
+
+    def apply(self, graph: AttributionGraph, adapter: Adapter, *, batch_size: int, seed: int) -> AttributionGraph:
+        """The graph with measured effects, less the refuted edges and what no longer lies on a path."""
+        if not bool(graph.prune().kept.any()):  # no path was found, so there's nothing to measure
+            return graph
+        options = {"attention_mask": self.clean.mask, "batch_size": batch_size, "seed": seed}
+        return confirm(graph, adapter, self.clean.tokens, self.corrupted, self.metric, **options).prune()
+
+
+def check_method(method: str, corrupted: Any, metric: Metric | None, basis: str, target: Target) -> None:
+    """Raise an InputError for a method that there isn't, or arguments that don't go with it."""
+    if method not in METHODS:
+        raise InputError(f"`method` {method!r} is unknown: use one of {', '.join(map(repr, METHODS))}")
+    if method == "lasso":
+        for name, given in (("corrupted", corrupted), ("metric", metric)):
+            if given is not None:
+                raise InputError(f"`{name}` is used by method='lasso+confirm' only: ask for that, or leave it out")
+        return
+    if basis != "component":
+        raise InputError(
+            f"`method` 'lasso+confirm' cuts edges between whole components: with basis={basis!r} use method='lasso'"
+        )
+    if corrupted is None:
+        raise InputError(
+            "`corrupted` is missing: method='lasso+confirm' patches edges from corrupted prompts. Give one for each "
+            "prompt, or confirm without them: `tcl.evaluate.confirm(graph, model, tokens, None, metric, 'mean')`"
+        )
+    if metric is None and target is not None and not isinstance(target, LogitDiff):
+        raise InputError(
+            f"`metric` is missing: a {type(target).__name__} target isn't a function of the logits, so say what the "
+            "circuit should keep high as metric(logits, rows)"
+        )
+
+
+def prepare(
+    adapter: Adapter,
+    prompts: Prompts,
+    corrupted: Any,
+    target: Target,
+    metric: Metric | None,
+    *,
+    count: int | None,
+    seed: int,
+) -> Confirmation:
+    """The pairs and the metric, checked; of more than `count` pairs, so many drawn at random.
+
+    Raises
+    ------
+    InputError: prompts that come as a stream, or corrupted prompts of another number or other lengths.
+    """
+    if prompts.n_prompts is None:
+        raise InputError("`tokens` is a stream: method='lasso+confirm' reads prompts twice; give a tensor or a list")
+    check_length(target, prompts.n_prompts)
+    clean = prompts.whole()
+    if target is not None and isinstance(prompts.positions, str) and prompts.positions == "all":
+        clean = replace(clean, keep=kept_positions(clean.tokens, clean.mask, "last", None))
+    tokens = _partners(adapter, corrupted, clean)
+    rows = prompts.draw(count, seed)
+    behaviour = _behaviour(adapter, clean, target) if metric is None else metric
+    if rows is None:
+        return Confirmation(clean, tokens, behaviour)
+    return Confirmation(_some(clean, rows), tokens[rows], _by_row(behaviour, rows))
+
+
+def _partners(adapter: Adapter, corrupted: Any, clean: Batch) -> Int[Tensor, "batch pos"]:
+    """The corrupted prompts, each of its partner's length."""
+    if isinstance(corrupted, Tensor) and tuple(corrupted.shape) != tuple(clean.tokens.shape):
+        raise InputError(
+            f"`corrupted` has shape {tuple(corrupted.shape)}, the prompts {tuple(clean.tokens.shape)}: give one "
+            "corrupted prompt of the same length for each prompt"
+        )
+    mask = clean.mask if isinstance(corrupted, Tensor) else None
+    others = Prompts(adapter, corrupted, attention_mask=mask)
+    if others.n_prompts != len(clean.tokens):
+        raise InputError(
+            f"`corrupted` has {others.n_prompts} prompts, `tokens` {len(clean.tokens)}: give one for each, as a tensor "
+            "or a list of strings"
+        )
+    made = others.whole()
+    lengths = made.mask.sum(1), clean.mask.sum(1)
+    if bool((lengths[0] != lengths[1]).any()):
+        prompt = int((lengths[0] != lengths[1]).nonzero()[0])
+        theirs, ours = (int(length[prompt]) for length in lengths)
+        raise InputError(
+            f"`corrupted`: prompt {prompt} has {theirs} tokens, its partner {ours}: both prompts of a pair must have "
+            "the same length"
+        )
+    return made.tokens
+
+
+def _some(batch: Batch, rows: Int[Tensor, " row"]) -> Batch:
+    return Batch(batch.tokens[rows], batch.mask[rows], batch.keep[rows], batch.start)
+
+
+def _by_row(metric: Metric, rows: Int[Tensor, " row"]) -> Metric:
+    """A metric that counts rows among all prompts, for those that were drawn."""
+    if isinstance(metric, PromptMetric):
+        return PromptMetric(lambda logits, some: metric.each(logits, rows[some]))
+    return lambda logits, some: metric(logits, rows[some])
+
+
+# ---- the behaviour that was asked for, as a metric ------------------------------------------------------------------
+
+
+def _behaviour(adapter: Adapter, prompts: Batch, target: Target) -> PromptMetric:
+    """Mean over the chosen positions: -KL(model || run) in nats, or a LogitDiff target's logit difference."""
+    keep = prompts.keep
+    if isinstance(target, LogitDiff):
+        ids = torch.stack([target.correct, target.incorrect], 1)
+
+        def difference(logits: Tensor, rows: Tensor) -> Tensor:
+            chosen = logits.gather(2, ids[rows, None].to(logits.device).expand(-1, logits.shape[1], -1))
+            return _mean_over(keep[rows], chosen[..., 0] - chosen[..., 1])
+
+        return PromptMetric(difference)
+    own = _Own(adapter, prompts)
+
+    def divergence(logits: Tensor, rows: Tensor) -> Tensor:
+        before, after = own.log_probabilities(rows), logits.log_softmax(-1)
+        return _mean_over(keep[rows], (before.exp() * (after - before)).sum(-1))
+
+    return PromptMetric(divergence)
+
+
+def _mean_over(keep: Bool[Tensor, "batch pos"], values: Float[Tensor, "batch pos"]) -> Float[Tensor, " batch"]:
+    inside = keep.to(values)
+    return (values * inside).sum(1) / inside.sum(1).clamp_min(1)
+
+
+@dataclass(eq=False)
+class _Own:
+    """The model's own predictions, of one batch at a time: those of all prompts may not fit the memory."""
+
+    adapter: Adapter
+    prompts: Batch
+    rows: Tensor | None = None
+    held: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def log_probabilities(self, rows: Int[Tensor, " batch"]) -> Float[Tensor, "batch pos vocab"]:
+        if self.rows is None or not torch.equal(self.rows, rows):
+            tokens, mask = self.prompts.tokens[rows], self.prompts.mask[rows]
+            self.rows, self.held = rows, self.adapter.run(tokens, mask, ["logits"])["logits"].log_softmax(-1)
+        return self.held

@@ -1,0 +1,346 @@
+"""Are the edges between SAE features real? Source features are edited, and the target features are read again.
+
+    graph = tcl.circuit_lasso(model, tokens, basis=basis)
+    rivals = {"gradient": tcl.baselines.feature_gradient(model, basis, tokens, graph),
+              "correlation": tcl.baselines.feature_correlation(model, basis, tokens, graph)}
+    found = tcl.evaluate.edges({"CircuitLasso": graph, **rivals}, model, basis, held_out_tokens)
+    found.summary
+
+An edge i -> j is *real* where ablating i moves the code of j by more than chance: the 95 % interval of the effect (a
+bootstrap over prompts) excludes zero, and |effect| is above the 95th percentile of |effect| over non-edges, pairs of
+features of the same hooks that no graph under test keeps, drawn at random.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from scipy.stats import spearmanr
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tl_circuitlasso.baselines.features import features_of, hook_pairs
+from tl_circuitlasso.errors import InputError
+from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.models import Adapter, adapt
+from tl_circuitlasso.models.encoder import Encoder
+from tl_circuitlasso.models.feature_effects import Mode, Reading, Recording, record, trials
+from tl_circuitlasso.models.sae import SAEFeatures
+from tl_circuitlasso.models.tokens import Prompts
+
+Key = tuple[str, str, str]  # source, target, port
+RESAMPLES = 500
+NON_EDGES = "non-edges"
+_MEASURED = ("effect", "effect_low", "effect_high", "effect_amplified", "effect_pre", "effect_pre_amplified")
+_MODES: tuple[Mode, ...] = ("ablate", "amplify")
+_READING: Mapping[str, Reading] = {"": "firing", "v": "elsewhere"}  # by port
+_READING_POOLED: Mapping[str, Reading] = {"": "all", "v": "all"}
+
+
+@dataclass(frozen=True, eq=False)
+class EdgeCheck:
+    """Edges with their measured effects.
+
+    Attributes
+    ----------
+    table: one row per edge, method and set ("strongest", "kept" for those drawn at random from the kept ones, or
+        "non-edges"): source, target, port, rank (by |score|, in "strongest"), score, weight, cosine (of the two
+        decoder directions), kind, prompts (on which the source fires), effect, effect_low, effect_high (of ablation),
+        effect_amplified (of doubling), effect_pre, effect_pre_amplified (on the target's pre-activation; NaN where the
+        SAE doesn't show it), real. Effects are changes of the target per unit of the source's code, signed as if the
+        source were turned up, so they have the units of `weight`.
+    summary: per method, set and kind ("persistence" where the cosine is above the bound, else "rest"): edges,
+        sign_agreement, sign_amplified, sign_pre (share of edges whose weight has the sign of the effect), precision
+        (share of real edges), spearman (of |weight| with |effect|), spearman_pre.
+    null: the 95th percentile of |effect| over the non-edges, which `real` asks an edge to exceed.
+    """
+
+    table: pd.DataFrame
+    summary: pd.DataFrame
+    null: float
+
+    def precision_at(self, k: int, method: str | None = None) -> float:
+        """Share of real edges among the method's k strongest (of the first method, unless one is named)."""
+        rows: Any = self.table[self.table["set"] == "strongest"]
+        name = rows["method"].iloc[0] if method is None else method
+        chosen = rows[(rows["method"] == name) & (rows["rank"] <= k)]
+        if not len(chosen):
+            raise InputError(f"`method` {name!r} has no tested edges at `k` = {k}: there are {set(rows['method'])}")
+        return float(chosen["real"].mean())
+
+
+def edges(
+    graphs: AttributionGraph | Mapping[str, AttributionGraph],
+    model: Any,
+    basis: SAEFeatures | Mapping[str, Any],
+    tokens: Any,
+    *,
+    strongest: int = 100,
+    sample: int = 200,
+    non_edges: int = 200,
+    prompts: int = 32,
+    positions: Any = "all",
+    attention_mask: Tensor | None = None,
+    persistence: float = 0.7,
+    batch_size: int = 64,
+    progress: bool = True,
+    seed: int = 0,
+) -> EdgeCheck:
+    """Measure the strongest edges of each graph, some of its kept ones, and some non-edges, by editing their sources.
+
+    effect(i -> j) = sum over positions where i fires of (z_j(x) - z_j(x - c_i)) / sum of z_i,
+
+    where c_i is what feature i writes, taken out at all positions of a prompt where it fires; `z_j` is encoded again
+    after the layers in between have run. Edges through attention (port "v") are read where the source does not fire,
+    edges between pooled features at all samples of the prompt.
+    Edges from an SAE's error or into the target node aren't tested. All methods are measured in one run.
+
+    Parameters
+    ----------
+    graphs: one graph, or {method: graph} over the same SAEs. tokens: prompts, best those the graphs haven't seen.
+    strongest, sample, non_edges: how many edges of each sort. prompts: on how many of those where the source fires.
+    persistence: cosine of the two decoder directions above which an edge counts as persistence.
+
+    Raises
+    ------
+    InputError: no kept edge between features, graphs of other SAEs, numbers below 1, or tokens on which no source of
+        an edge fires.
+    """
+    _check_numbers(strongest=strongest, sample=sample, non_edges=non_edges, prompts=prompts)
+    named = {"CircuitLasso": graphs} if isinstance(graphs, AttributionGraph) else dict(graphs)
+    adapter = model if isinstance(model, Adapter) else adapt(model)
+    whole = basis if isinstance(basis, SAEFeatures) else SAEFeatures(basis)
+    encoders = whole.encoders()
+    chosen = _chosen(named, set(encoders), strongest, sample, non_edges, seed)
+    walk = Prompts(adapter, tokens, attention_mask=attention_mask, positions=positions)
+    used = {hook: encoders[hook] for hook in _hooks(chosen)}
+    recording = record(adapter, walk, list(dict.fromkeys(h for e in used.values() for h in (e.hook, e.hook_out))))
+    unique = chosen.drop_duplicates(["source", "target", "port"])
+    options = {"prompts": prompts, "batch_size": batch_size, "seed": seed}
+    reading = _READING_POOLED if whole.mixing == "pooled" else _READING
+    effects = _measure(adapter, recording, used, unique, reading, options, progress)
+    cosines = {key: _cosine(used, *key) for key in zip(unique["source"], unique["target"])}
+    return _judged(chosen, effects, cosines, persistence)
+
+
+# ---- which edges ----------------------------------------------------------------------------------------------------
+
+
+def _chosen(
+    graphs: Mapping[str, AttributionGraph], hooks: set[str], strongest: int, sample: int, non_edges: int, seed: int
+) -> pd.DataFrame:
+    random, parts, kept = np.random.default_rng(seed), [], []
+    for method, graph in graphs.items():
+        table = _feature_edges(graph, hooks)
+        if not len(table):
+            raise InputError(f"`graphs`: {method} keeps no edge between features of these SAEs: lower its strength")
+        kept.append(table)
+        top = table.head(strongest).assign(
+            method=method, set="strongest", rank=range(1, min(strongest, len(table)) + 1)
+        )
+        some = np.sort(random.choice(len(table), min(sample, len(table)), replace=False))
+        parts += [top, table.iloc[some].assign(method=method, set="kept")]
+    every = pd.concat(kept)
+    known = set(zip(every["source"], every["target"]))
+    return pd.concat([*parts, _non_edges(graphs, hooks, known, non_edges, random)], ignore_index=True)
+
+
+def _feature_edges(graph: AttributionGraph, hooks: set[str]) -> pd.DataFrame:
+    """Kept edges between features of `hooks`, strongest first."""
+    table = graph.edge_table()
+    table = table[table["kept"] & table["port"].isin(_READING)]
+    inside = [all(_hook(end) in hooks for end in ends) for ends in zip(table["source"], table["target"])]
+    return table.loc[inside, ["source", "target", "port", "score", "weight"]]
+
+
+def _non_edges(
+    graphs: Mapping[str, AttributionGraph], hooks: set[str], known: set[tuple[str, str]], count: int, random: Any
+) -> pd.DataFrame:
+    """Pairs of features of connected hooks that no graph keeps, hook pairs in turn."""
+    first = next(iter(graphs.values()))
+    features = features_of(first)
+    pairs = [pair for pair in hook_pairs(first) if set(pair) <= hooks]
+    found: dict[tuple[str, str], None] = {}
+    for attempt in range(20 * count):
+        source, target = pairs[attempt % len(pairs)]
+        ends = [f"{hook}#{int(random.choice(features[hook].numpy()))}" for hook in (source, target)]
+        if tuple(ends) not in known:
+            found[ends[0], ends[1]] = None
+        if len(found) == count:
+            break
+    rows = pd.DataFrame(list(found), columns=["source", "target"])
+    return rows.assign(port="", score=0.0, weight=0.0, method=NON_EDGES, set=NON_EDGES)
+
+
+def _hook(node: str) -> str:
+    return node.rpartition("#")[0]
+
+
+def _feature(node: str) -> int:
+    return int(node.rpartition("#")[2])
+
+
+def _hooks(chosen: pd.DataFrame) -> list[str]:
+    return list(dict.fromkeys(_hook(node) for node in (*chosen["source"], *chosen["target"])))
+
+
+# ---- measuring ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Effect:
+    """One edge on every prompt of its source: the source's mass, and the changes by mode of code and pre-activation."""
+
+    mass: Float[np.ndarray, " prompt"]
+    code: dict[Mode, Float[np.ndarray, " prompt"]]
+    pre: dict[Mode, Float[np.ndarray, " prompt"] | None]
+
+
+def _measure(
+    adapter: Adapter,
+    recording: Recording,
+    encoders: Mapping[str, Encoder],
+    table: pd.DataFrame,
+    reading: Mapping[str, Reading],
+    options: Mapping[str, Any],
+    progress: bool,
+) -> dict[Key, _Effect]:
+    groups: Any = table.groupby([table["source"].map(_hook), table["target"].map(_hook), "port"], sort=False)
+    found: dict[Key, _Effect] = {}
+    total = sum(rows["source"].nunique() for _, rows in groups)
+    with tqdm(total=total, disable=not progress, desc="edit features", unit="feature") as bar:
+        for (first, last, port), rows in groups:
+            ends = (encoders[first], encoders[last])
+            sources, targets = (sorted({_feature(node) for node in rows[end]}) for end in ("source", "target"))
+            bar_at = bar.n
+            merged = _Collected(sources, targets)
+            numbers = (torch.tensor(sources), torch.tensor(targets))
+            for batch in trials(adapter, recording, ends, *numbers, modes=_MODES, read=reading[port], **options):
+                merged.add(batch)
+                bar.update(bar_at + int(batch["ablate"].source.max()) + 1 - bar.n)
+            bar.update(bar_at + len(sources) - bar.n)
+            for source, target in zip(rows["source"], rows["target"]):
+                found[source, target, port] = merged.effect(_feature(source), _feature(target))
+    return found
+
+
+class _Collected:
+    """The trials of one pair of hooks."""
+
+    def __init__(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        self._source = {feature: at for at, feature in enumerate(sources)}
+        self._target = {feature: at for at, feature in enumerate(targets)}
+        self._batches: list[dict[str, Any]] = []
+
+    def add(self, batch: Mapping[Mode, Any]) -> None:
+        one = batch["ablate"]
+        self._batches.append({"source": one.source.numpy(), "mass": one.mass.cpu().numpy(), "by_mode": batch})
+
+    def effect(self, source: int, target: int) -> _Effect:
+        at, column = self._source[source], self._target[target]
+        rows = [(batch, np.flatnonzero(batch["source"] == at)) for batch in self._batches]
+        rows = [(batch, some) for batch, some in rows if len(some)]
+        mass = np.concatenate([batch["mass"][some] for batch, some in rows]) if rows else np.zeros(0)
+        code: dict[Mode, Any] = {mode: _column(rows, mode, "code", column) for mode in _MODES}
+        pre: dict[Mode, Any] = {mode: _column(rows, mode, "pre", column) for mode in _MODES}
+        return _Effect(mass, {mode: np.zeros(0) if some is None else some for mode, some in code.items()}, pre)
+
+
+def _column(rows: Sequence[Any], mode: Mode, what: str, column: int) -> Float[np.ndarray, " prompt"] | None:
+    parts = [getattr(batch["by_mode"][mode], what) for batch, _ in rows]
+    if not parts or any(part is None for part in parts):
+        return None
+    return np.concatenate([part[some, column].cpu().numpy() for part, (_, some) in zip(parts, rows)])
+
+
+def _cosine(encoders: Mapping[str, Encoder], source: str, target: str) -> float:
+    """Of the decoder directions; NaN where they don't live in the same space or one is zero."""
+    rows = [encoders[_hook(node)].decoder[_feature(node)].double() for node in (source, target)]
+    if rows[0].shape != rows[1].shape or not all(bool(row.any()) for row in rows):
+        return float("nan")
+    return float(torch.cosine_similarity(rows[0], rows[1], dim=0))
+
+
+# ---- judging --------------------------------------------------------------------------------------------------------
+
+
+def _judged(
+    chosen: pd.DataFrame, effects: Mapping[Key, _Effect], cosines: Mapping[tuple[str, str], float], bound: float
+) -> EdgeCheck:
+    keys = list(zip(chosen["source"], chosen["target"], chosen["port"]))
+    measured = {key: _numbers(effect) for key, effect in effects.items()}
+    table: Any = pd.concat([chosen.reset_index(drop=True), pd.DataFrame([measured[key] for key in keys])], axis=1)
+    table["cosine"] = [cosines[key[:2]] for key in keys]
+    table["kind"] = np.where(table["cosine"] > bound, "persistence", "rest")
+    table = table[table["prompts"] > 0].reset_index(drop=True)
+    if not (table["set"] != NON_EDGES).any():
+        raise InputError("`tokens`: no source of an edge fires on them: give more prompts, or prompts of the same kind")
+    off = table.loc[table["set"] == NON_EDGES, "effect"].abs()
+    null = float(off.quantile(0.95)) if len(off) else 0.0
+    clear = (table["effect_low"] > 0) | (table["effect_high"] < 0)
+    table["real"] = clear & (table["effect"].abs() > null)
+    return EdgeCheck(table, _summary(table), null)
+
+
+def _numbers(effect: _Effect) -> dict[str, Any]:
+    total = effect.mass.sum()
+    if not total:
+        return dict.fromkeys(_MEASURED, float("nan")) | {"prompts": 0}
+    pre = {mode: float("nan") if values is None else values.sum() / total for mode, values in effect.pre.items()}
+    code = {mode: values.sum() / total for mode, values in effect.code.items()}
+    interval = _interval(effect.code["ablate"], effect.mass)
+    values = (code["ablate"], *interval, code["amplify"], pre["ablate"], pre["amplify"])
+    return {"prompts": len(effect.mass), **dict(zip(_MEASURED, values))}
+
+
+def _interval(change: Float[np.ndarray, " prompt"], mass: Float[np.ndarray, " prompt"]) -> tuple[float, float]:
+    """The 95 % bootstrap interval of sum(change) / sum(mass) over prompts; everything for a single prompt."""
+    if len(mass) < 2:
+        return -np.inf, np.inf
+    draws = np.random.default_rng(0).multinomial(len(mass), np.full(len(mass), 1 / len(mass)), RESAMPLES)
+    low, high = np.quantile((draws @ change) / (draws @ mass), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _summary(table: Any) -> pd.DataFrame:
+    rows = []
+    for (method, which), part in table.groupby(["method", "set"], sort=False):
+        for kind in ("all", "persistence", "rest"):
+            some = part if kind == "all" else part[part["kind"] == kind]
+            rows.append({"method": method, "set": which, "kind": kind, **_figures(some)})
+    return pd.DataFrame(rows).set_index(["method", "set", "kind"])
+
+
+def _figures(some: Any) -> dict[str, Any]:
+    return {
+        "edges": len(some),
+        "sign_agreement": _agreement(some, "effect"),
+        "sign_amplified": _agreement(some, "effect_amplified"),
+        "sign_pre": _agreement(some, "effect_pre"),
+        "precision": float(some["real"].mean()) if len(some) else float("nan"),
+        "spearman": _spearman(some, "effect"),
+        "spearman_pre": _spearman(some, "effect_pre"),
+    }
+
+
+def _agreement(some: Any, effect: str) -> float:
+    known = some[some[effect].notna() & (some["weight"] != 0)]
+    return float((np.sign(known["weight"]) == np.sign(known[effect])).mean()) if len(known) else float("nan")
+
+
+def _spearman(some: Any, effect: str) -> float:
+    known = some[some[effect].notna() & (some["weight"] != 0)]
+    if len(known) < 3 or known[effect].abs().nunique() < 2 or known["weight"].abs().nunique() < 2:
+        return float("nan")
+    found: Any = spearmanr(known["weight"].abs(), known[effect].abs())
+    return float(found[0])
+
+
+def _check_numbers(**numbers: Any) -> None:
+    for name, value in numbers.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise InputError(f"`{name}` is {value!r}: give a whole number, 1 or more")

@@ -1,0 +1,180 @@
+"""Optimal ablation: cut edges carry the constants that hurt the behaviour least (Li & Janson 2024, arXiv 2409.09951).
+
+A mean or a zero takes away the information that a source carries, and besides puts the model into a state that it is
+never in; part of the loss is that spoofing and not the missing information. The constants a that maximise the metric,
+
+    a* = argmax_a  mean over prompts of m(circuit whose cut edges carry a_source),
+
+leave the least possible of it. There is one constant per source (a head's z, what an MLP or the input writes), the same
+for all prompts, at each position or at all; each circuit has its own. They are found by L-BFGS from the mean, and the
+best point seen is kept, so no circuit is worse than with mean ablation on the prompts that they were fitted on.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_circuitlasso.baselines.data import Batch, Pairs
+from tl_circuitlasso.baselines.means import kept_positions
+from tl_circuitlasso.errors import InputError
+from tl_circuitlasso.evaluate.metrics import Metric
+from tl_circuitlasso.models.ablation import from_values
+from tl_circuitlasso.models.patch import Circuits, run_circuits
+from tl_circuitlasso.models.patching import Written
+
+TOGETHER = 5  # steps between two looks at whether the metric still rises
+
+
+@dataclass(frozen=True)
+class Optimal:
+    """How the constants are fitted; `ablation="optimal"` is `Optimal()`.
+
+    Attributes
+    ----------
+    positions: "each" (a constant for each position, started from ablation "mean") or "shared" (one for all positions,
+        from "mean-all").
+    metric: what the constants maximise; None is the metric that is measured. Needed where that has no derivative
+        (accuracy); good where it can grow without bound (a logit difference): `evaluate.kl` can't.
+    steps: the most L-BFGS steps for a circuit; it ends before where the metric's mean has stopped rising.
+    tolerance: a rise that counts as none, as a share of the rise so far.
+    prompts: how many prompts, drawn at random by `seed`, the constants are fitted on; None is all.
+
+    Raises
+    ------
+    InputError: a value that can't be used.
+    """
+
+    positions: str = "each"
+    metric: Metric | None = None
+    steps: int = 50
+    tolerance: int | float = 1e-3
+    prompts: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.positions not in ("each", "shared"):
+            raise InputError(f"`positions` is {self.positions!r}: write 'each' or 'shared'")
+        for name in ("steps", "prompts"):
+            given = getattr(self, name)
+            if (given is not None or name == "steps") and (not isinstance(given, int) or given < 1):
+                raise InputError(f"`{name}` is {given!r}: give a whole number, 1 or more")
+        if not self.tolerance >= 0:
+            raise InputError(f"`tolerance` is {self.tolerance!r}: give a share of the rise, 0 or more")
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """Constants, the fitted metric's mean with them and with the means that they started from, and what it took.
+
+    Attributes
+    ----------
+    converged: whether the search ended because the metric had stopped rising, not because of `steps`.
+    forward_passes: per prompt of the data set, each with a backward pass.
+    """
+
+    written: Written
+    value: float
+    start: float
+    converged: bool
+    forward_passes: float
+
+
+def fit(
+    data: Pairs, metric: Metric, how: Optimal, circuits: Circuits | None, start: Written, input_node: str
+) -> Fitted:
+    """The optimal constants of one circuit, or of the model with every edge cut (None).
+
+    Raises
+    ------
+    InputError: a metric without a derivative, or one that isn't finite at the start.
+    """
+    problem = _Problem(data, metric if how.metric is None else how.metric, how, circuits, input_node)
+    search = _Search(problem, start)
+    search.run(how.steps, how.tolerance)
+    passes = 0.0 if circuits is None else search.evaluations * problem.share
+    return Fitted(search.best, search.values[-1], search.values[0], search.converged, passes)
+
+
+class _Problem:
+    """The metric's mean over the prompts as a function of the constants."""
+
+    def __init__(self, data: Pairs, metric: Metric, how: Optimal, circuits: Circuits | None, input_node: str) -> None:
+        self.adapter, self.metric, self.circuits = data.adapter, metric, circuits
+        self.batches = [(batch, kept_positions(data.adapter, batch, input_node)) for batch in _drawn(data, how)]
+        self.count = sum(len(batch.rows) for batch, _ in self.batches)
+        self.share = self.count / len(data)
+
+    def parts(self, constants: Written) -> "list[Callable[[], Tensor]]":
+        """Each batch's part of the mean, to be computed (and differentiated) one at a time."""
+        return [lambda batch=batch, at=at: self._part(constants, batch, at) for batch, at in self.batches]
+
+    def _part(self, constants: Written, batch: Batch, positions: Tensor | None) -> Float[Tensor, ""]:
+        adapter = self.adapter
+        values = constants.map(lambda part: part.expand(*batch.clean.shape, *part.shape[2:]))
+        if positions is not None:
+            values = replace(values, input=values.input + positions)
+        cut = from_values(adapter, values)
+        logits = cut.logits
+        if self.circuits is not None:
+            logits = run_circuits(adapter, batch.clean, batch.mask, self.circuits, cut, gradients=True)[0]
+        value = self.metric(logits, batch.rows)
+        if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+            raise InputError(
+                "`metric` has no derivative, so optimal constants can't be fitted by it: give another for the fit, "
+                "ablation=evaluate.Optimal(metric=...), or use ablation='mean'"
+            )
+        return value.reshape(()) / self.count
+
+
+def _drawn(data: Pairs, how: Optimal) -> list[Batch]:
+    if how.prompts is None or how.prompts >= len(data):
+        return list(data)
+    rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(how.seed))[: how.prompts].sort().values
+    some = replace(data, clean=data.clean[rows], corrupted=data.corrupted[rows], mask=data.mask[rows])
+    return [replace(batch, rows=rows[batch.rows]) for batch in some]
+
+
+class _Search:
+    """L-BFGS with a strong Wolfe line search that remembers the best point it has seen."""
+
+    def __init__(self, problem: _Problem, start: Written) -> None:
+        self.problem, self.evaluations, self.converged = problem, 0, False
+        self.point = start.map(lambda part: part.detach().clone().requires_grad_())
+        self.best = start
+        self.values: list[float] = []  # the best value so far, at the start and at each look
+        self.highest = -float("inf")
+
+    def run(self, steps: int, tolerance: float) -> None:
+        """At most so many steps from the start, some at a time."""
+        leaves = list(self.point.in_order)
+        with torch.enable_grad():
+            self._evaluate()
+            if not self.values:
+                raise InputError("`metric` is NaN or infinite with mean ablation: check the prompts and the metric")
+            optimiser = torch.optim.LBFGS(leaves, history_size=20, line_search_fn="strong_wolfe", tolerance_change=0)
+            for first in range(0, steps, TOGETHER):
+                optimiser.param_groups[0]["max_iter"] = min(TOGETHER, steps - first)
+                optimiser.step(self._evaluate)  # type: ignore[arg-type]
+                self.values.append(self.highest)
+                if self.values[-1] - self.values[-2] <= tolerance * (self.highest - self.values[0]):
+                    self.converged = True
+                    return
+
+    def _evaluate(self) -> Tensor:
+        """Minus the metric's mean, its gradient left at the leaves."""
+        self.evaluations += 1
+        total = 0.0
+        for leaf in self.point.in_order:
+            leaf.grad = torch.zeros_like(leaf)
+        for part in self.problem.parts(self.point):
+            value = part()
+            (-value).backward()
+            total += float(value.detach())
+        if total > self.highest:
+            self.highest, self.best = total, self.point.map(lambda leaf: leaf.detach().clone())
+        if not self.values and total == total and abs(total) != float("inf"):
+            self.values.append(total)
+        return torch.tensor(-total, dtype=self.point.input.dtype)

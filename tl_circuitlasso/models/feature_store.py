@@ -1,0 +1,125 @@
+"""Chunks of codes, kept in memory while there's room and on disk from then on; a checkpoint keeps them all on disk.
+
+Files are safetensors with JSON, written under another name and renamed, so a killed run leaves whole chunks only, and
+the next one goes on behind the last of them.
+"""
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from tl_circuitlasso import storage
+from tl_circuitlasso.errors import InputError
+from tl_circuitlasso.models.feature_codes import Chunk, Codes, joined
+
+KIND, VERSION = "feature codes", 1
+CHUNK_SAMPLES = 1 << 16  # samples that are put into one chunk
+_DENSE = ("target", "target_rows", "prompt", "position", "tokens", "ends")
+
+
+class CodeStore:
+    """The chunks of one data set, in order.
+
+    folder: where every chunk is written, and looked for when a run resumes; None: memory, and a temporary folder for
+    what exceeds `limit` bytes. identity: what must agree before chunks of an earlier run are used.
+
+    Raises
+    ------
+    InputError: the folder holds chunks of another collection.
+    """
+
+    def __init__(self, folder: Path | None, limit: int, identity: Mapping[str, Any]) -> None:
+        self._folder, self._limit, self._identity = folder, limit, dict(identity)
+        self._places: list[Chunk | Path] = []
+        self._held = 0
+        self._pending: list[Chunk] = []
+        self._spill: tempfile.TemporaryDirectory[str] | None = None
+        self.origin = ""
+        self.batches = self.samples = 0
+        if folder is not None:
+            self._find(folder)
+
+    def add(self, chunk: Chunk, origin: str) -> None:
+        """Take in the next batch; `origin` is the hash of the data up to it."""
+        self._pending.append(chunk)
+        self.origin, self.batches = origin, chunk.batches
+        if sum(part.samples for part in self._pending) >= CHUNK_SAMPLES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Put what is pending into a chunk of its own."""
+        if not self._pending:
+            return
+        chunk, self._pending = joined(self._pending), []
+        number = len(self._places)
+        fits = self._held + chunk.bytes <= self._limit
+        if self._folder is not None or not fits:
+            path = self._home() / f"codes-{number:05d}.safetensors"
+            _write(path, chunk, {"identity": self._identity, "origin": self.origin})
+            self._places.append(chunk if fits else path)
+        else:
+            self._places.append(chunk)
+        self._held += chunk.bytes if fits else 0
+        self.samples += chunk.samples
+
+    def __iter__(self) -> Iterator[Chunk]:
+        for place in self._places:
+            yield place if isinstance(place, Chunk) else _read(place)[0]
+
+    @property
+    def on_disk(self) -> int:
+        """How many chunks are read from disk each time."""
+        return sum(isinstance(place, Path) for place in self._places)
+
+    def _home(self) -> Path:
+        if self._folder is not None:
+            return self._folder
+        if self._spill is None:
+            self._spill = tempfile.TemporaryDirectory(prefix="circuitlasso-codes-")
+        return Path(self._spill.name)
+
+    def _find(self, folder: Path) -> None:
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"`checkpoint` {folder} is a file: SAE circuits keep theirs in a folder; name a new one")
+        for number, path in enumerate(sorted(folder.glob("codes-*.safetensors"))):
+            if path.name != f"codes-{number:05d}.safetensors":
+                raise InputError(f"`checkpoint` {folder} lacks chunk {number}: delete the folder, or name another one")
+            chunk, data = _read(path)
+            differ = sorted(key for key, value in self._identity.items() if data["identity"].get(key) != value)
+            if differ:
+                raise InputError(
+                    f"`checkpoint` {folder} belongs to another collection (it differs in {', '.join(differ)}): delete "
+                    "it, or name another folder"
+                )
+            fits = self._held + chunk.bytes <= self._limit
+            self._places.append(chunk if fits else path)
+            self._held += chunk.bytes if fits else 0
+            self.batches, self.origin = chunk.batches, data["origin"]
+            self.samples += chunk.samples
+
+
+def _write(path: Path, chunk: Chunk, data: Mapping[str, Any]) -> None:
+    tensors: dict[str, Tensor] = {name: getattr(chunk, name) for name in _DENSE}
+    tensors |= {f"error/{hook}": value for hook, value in chunk.errors.items()}
+    for key, codes in chunk.codes.items():
+        parts = {"starts": codes.starts, "columns": codes.columns, "values": codes.values}
+        tensors |= {f"codes/{key}/{name}": part for name, part in parts.items()}
+    widths = {key: codes.width for key, codes in chunk.codes.items()}
+    plain = {"first": chunk.first, "batches": chunk.batches, "widths": widths}
+    storage.write_tensors(path, tensors, {"kind": KIND, "version": VERSION, **plain, **data})
+
+
+def _read(path: Path) -> tuple[Chunk, dict[str, Any]]:
+    tensors, data = storage.read_tensors(path, KIND)
+    codes = {
+        key: Codes(
+            tensors[f"codes/{key}/starts"], tensors[f"codes/{key}/columns"], tensors[f"codes/{key}/values"], width
+        )
+        for key, width in data["widths"].items()
+    }
+    errors = {name.removeprefix("error/"): value for name, value in tensors.items() if name.startswith("error/")}
+    dense = {name: tensors[name] for name in _DENSE}
+    return Chunk(codes=codes, errors=errors, first=data["first"], batches=data["batches"], **dense), data
