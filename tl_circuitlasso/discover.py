@@ -9,34 +9,38 @@ statistics   Statistics   float64 second moments: all that the regressions see  
 graph        AttributionGraph
 """
 
-import platform
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from tl_circuitlasso.confirming import Confirmation, Metric, check_method, prepare
 from tl_circuitlasso.errors import InputError
+from tl_circuitlasso.feature_learning import FeatureSetup, learn_features
+from tl_circuitlasso.feature_regression import Rule
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.learning import RESAMPLED, learn
 from tl_circuitlasso.models.adapter import Adapter, adapt
 from tl_circuitlasso.models.bases import Basis, as_basis
-from tl_circuitlasso.models.collect import Collected, Plan, collect
+from tl_circuitlasso.models.collect import Plan, collect
 from tl_circuitlasso.models.designs import Activation, Design, Routed
 from tl_circuitlasso.models.device import on_device
 from tl_circuitlasso.models.read import ReadDesign, affordable_draws
+from tl_circuitlasso.models.sae import SAEFeatures
 from tl_circuitlasso.models.tokens import Positions, Prompts
 from tl_circuitlasso.probing import fit_probe
+from tl_circuitlasso.provenance import passes_per_prompt, provenance
 from tl_circuitlasso.refining import refine
+from tl_circuitlasso.schema import FOLDS
+from tl_circuitlasso.sharing import Ranks, as_ranks
 from tl_circuitlasso.statistics import Statistics
 from tl_circuitlasso.targets import Labels, Target, Values, check_length, take
 
 DESIGNS = {"activation": Activation, "read": ReadDesign, "routed": Routed}
-FOLDS = 10
 
 
 def circuit_lasso(
@@ -44,7 +48,7 @@ def circuit_lasso(
     tokens: Tensor | list[str] | Mapping[str, Tensor] | Iterable[Any],
     *,
     target: Target = None,
-    basis: str | Basis = "component",
+    basis: str | Basis | SAEFeatures = "component",
     design: str = "read",
     strength: str | int | float = "auto",
     positions: Positions = "all",
@@ -56,6 +60,10 @@ def circuit_lasso(
     checkpoint: str | Path | None = None,
     max_prompts: int | None = 256,
     refined: bool = True,
+    method: str = "lasso",
+    corrupted: Tensor | list[str] | None = None,
+    metric: Metric | None = None,
+    process_group: Any = None,
 ) -> AttributionGraph:
     """The sparse circuit behind a model's behaviour on ordinary prompts, from forward passes only.
 
@@ -69,7 +77,8 @@ def circuit_lasso(
     tokens: int tensor (batch, pos), a list of prompts, or an iterable of batches (tensors, or (tokens, mask) pairs).
     target: None = the model's own logits at `positions`; LogitDiff, Labels or Values, one entry per prompt, read at the
         last real position unless `positions` says otherwise.
-    basis: "component" (heads and MLPs), "neuron", "residual", or a basis object.
+    basis: "component" (heads and MLPs), "neuron", "residual", a basis object, or `SAEFeatures` for circuits among SAE
+        features (scores are then local, in standard deviations; `checkpoint` is a folder; see models/sae.py).
     design: "read" (what a child reads of a parent through its own weights), "routed" or "activation" (the paper's).
     strength: sparsity as a fraction of lambda_max in [0, 1], or "auto", "cv", "ebic", "stability".
     positions: "all" (without BOS and pads), "last", an index, a slice or a bool mask.
@@ -79,6 +88,13 @@ def circuit_lasso(
     max_prompts: design "read" compares pairs of prompts, and is done after a few hundred: of more, so many are drawn at
         random (None: all). Raise it for a behaviour that is rare among the prompts. Streams are read whole.
     refined: give kept edges of design "read" a second, exact look on a small sample of the prompts (refining.py).
+    method: "lasso", or "lasso+confirm": each kept edge is then measured by intervention, and dropped where it has no
+        effect; `graph.provenance["confirm"]` says how many forward passes that took, and what all edges would have.
+    corrupted: for "lasso+confirm", a partner of the same length for each prompt: what cut edges carry.
+    metric: for "lasso+confirm", `metric(logits, rows)` as in `evaluate.faithfulness`. The default is the behaviour that
+        was asked for: minus the KL divergence from the model's prediction, or a LogitDiff target's logit difference.
+    process_group: "world" shares the work among the processes that torchrun started, a torch.distributed group among
+        its members: each calls with the same arguments and a model of its own, and each gets the same graph.
 
     Returns
     -------
@@ -92,41 +108,115 @@ def circuit_lasso(
     >>> graph.kept_edges()                            # doctest: +SKIP
     {('input', 'a0.h1'), ('a0.h1', 'm1'), ('m1', 'logits')}
     """
-    began = time.perf_counter()
+    began, ranks = time.perf_counter(), as_ranks(process_group)
     checked = as_strength(strength)
-    chosen = as_design(design, as_basis(basis))
-    with on_device(model, device):
+    if isinstance(basis, SAEFeatures):
+        _check_features(design, method, ranks)
+        chosen = None
+    else:
+        chosen = as_design(design, as_basis(basis))
+        check_method(method, corrupted, metric, chosen.basis.name, target)
+    with ranks.together(), on_device(model, device):
         adapter = adapt(model)
-        given = Prompts(adapter, tokens, attention_mask=attention_mask, positions=positions, batch_size=batch_size)
-        prompts, asked = given, target
-        if isinstance(chosen, ReadDesign) and max_prompts is not None:
-            prompts, asked = _some(given, target, max_prompts, seed)
-        plan = _plan(adapter, prompts, chosen, asked, positions, checked, seed, progress)
-        collected = collect(adapter, prompts, plan, progress=progress, checkpoint=checkpoint)
-        solving = time.perf_counter()
-        graph = learn(collected.statistics, strength=checked, seed=seed)
-        refining, looks = time.perf_counter(), 0
-        if refined and isinstance(plan.design, ReadDesign):
-            graph, looks = refine(adapter, collected.sample, plan, graph, prompts=collected.prompts)
-    seconds = {
-        "forward and statistics": collected.seconds,
-        "solve": refining - solving,
-        "second look": time.perf_counter() - refining,
-    }
-    arguments = {"basis": plan.design.basis.name, "design": design, "strength": strength, "seed": seed}
+        prompts = Prompts(adapter, tokens, attention_mask=attention_mask, positions=positions, batch_size=batch_size)
+        job = Job(adapter, prompts, target, positions, checked, batch_size, progress, seed, checkpoint, ranks)
+        if chosen is None:
+            assert isinstance(basis, SAEFeatures)
+            graph = _features(job, basis)
+        else:
+            causal = None
+            if method == "lasso+confirm":
+                causal = prepare(adapter, prompts, corrupted, target, metric, count=max_prompts, seed=seed)
+            graph = _components(job, chosen, causal, max_prompts=max_prompts, refined=refined)
+    record, total = dict(graph.provenance), time.perf_counter() - began
+    asked = {"strength": strength, "method": method, "seed": seed} | ({"design": design} if chosen else {})
+    record["arguments"] = {**asked, **record["arguments"]}
+    return replace(graph, provenance=record | {"seconds": {**record["seconds"], "total": total}})
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """What both ways of making a graph are asked for, checked."""
+
+    adapter: Adapter
+    prompts: Prompts
+    target: Target
+    positions: Positions
+    strength: str | float
+    batch_size: int
+    progress: bool
+    seed: int
+    checkpoint: str | Path | None
+    ranks: Ranks
+
+    @property
+    def last(self) -> bool:
+        """Whether the target is read at the last position, as it is where it's one entry per prompt."""
+        return self.target is not None and isinstance(self.positions, str) and self.positions == "all"
+
+
+def _components(
+    job: Job, design: Design, causal: Confirmation | None, *, max_prompts: int | None, refined: bool
+) -> AttributionGraph:
+    """Components, neurons or residual dimensions: statistics, regressions, a second look, and confirmation if asked."""
+    prompts, target = job.prompts, job.target
+    if isinstance(design, ReadDesign) and max_prompts is not None:
+        prompts, target = _some(prompts, target, max_prompts, job.seed)
+    drawn = replace(job, prompts=prompts, target=target)
+    plan = _plan(drawn, design)
+    collected = collect(job.adapter, prompts, plan, progress=job.progress, checkpoint=job.checkpoint, ranks=job.ranks)
+    clock = [time.perf_counter()]
+    graph = learn(collected.statistics, strength=job.strength, seed=job.seed, process_group=job.ranks)
+    clock.append(time.perf_counter())
+    looks = 0
+    if refined and isinstance(plan.design, ReadDesign):
+        graph, looks = refine(job.adapter, collected.sample, plan, graph, prompts=collected.prompts, ranks=job.ranks)
+    clock.append(time.perf_counter())
+    if causal is not None:
+        graph = causal.apply(graph, job.adapter, batch_size=job.batch_size, seed=job.seed)
+    clock.append(time.perf_counter())
+    solve, second, confirmed = (after - before for before, after in pairwise(clock))
+    seconds = {"forward and statistics": collected.seconds, "solve": solve, "second look": second}
+    arguments: dict[str, Any] = {"basis": plan.design.basis.name}
     if isinstance(plan.design, ReadDesign):
         arguments |= {"max_prompts": max_prompts, "refined": refined}
-    record = provenance(adapter, prompts, collected, arguments)
-    record |= {"prompts_given": given.n_prompts, "forward_passes": collected.forward_passes + looks}
-    return replace(graph, provenance=record | {"seconds": seconds | {"total": time.perf_counter() - began}})
+    record = provenance(job.adapter, prompts, collected, arguments) | {
+        "processes": job.ranks.size,
+        "prompts_given": job.prompts.n_prompts,
+        "forward_passes": collected.forward_passes + looks,
+    }
+    if causal is not None:
+        seconds["confirm"] = confirmed
+        record |= {name: graph.provenance[name] for name in ("confirm",) if name in graph.provenance}
+    record |= passes_per_prompt(record, job.batch_size)
+    return replace(graph, provenance=record | {"seconds": seconds})
+
+
+def _features(job: Job, basis: SAEFeatures) -> AttributionGraph:
+    """Features of SAEs: one regression per pair of hooks."""
+    rule = Rule(job.strength, basis.penalty, basis.draws, seed=job.seed)
+    folder = None if job.checkpoint is None else Path(job.checkpoint)
+    setup = FeatureSetup(job.target, job.last, rule, job.adapter.device, folder, job.progress)
+    graph, codes = learn_features(job.adapter, job.prompts, basis, setup)
+    record = provenance(job.adapter, job.prompts, codes, basis.arguments())
+    return replace(graph, provenance=record | dict(graph.provenance))
+
+
+def _check_features(design: str, method: str, ranks: Ranks) -> None:
+    if design not in ("read", "activation"):
+        raise InputError(f"`design` {design!r} is for components: SAEFeatures(mixing=...) says where parents are seen")
+    if method != "lasso":
+        raise InputError(f"`method` {method!r} cuts edges between components; check features with `evaluate.edges`")
+    if ranks.size > 1:
+        raise InputError("`process_group`: SAEFeatures runs in one process; share out the pairs by hand")
 
 
 def _some(prompts: Prompts, target: Target, count: int, seed: int) -> tuple[Prompts, Target]:
     """At most `count` of the prompts, drawn at random, with their part of the target."""
-    if prompts.n_prompts is None or prompts.n_prompts <= count:
+    rows = prompts.draw(count, seed)
+    if rows is None or prompts.n_prompts is None:
         return prompts, target
     check_length(target, prompts.n_prompts)
-    rows = torch.randperm(prompts.n_prompts, generator=torch.Generator().manual_seed(seed))[:count].sort().values
     return prompts.take(rows), take(target, rows)
 
 
@@ -145,38 +235,35 @@ def collect_statistics(
     seed: int = 0,
     checkpoint: str | Path | None = None,
     start: Statistics | None = None,
+    process_group: Any = None,
 ) -> Statistics:
     """The first half of `circuit_lasso`: everything that needs the model. `tcl.learn(statistics)` is the second.
 
     Statistics of disjoint prompts add up, so workers can share the data: the first collects, the others `start` from
-    `first.fresh()`, and `learn` takes the sum. `folds` > 1 keeps what the strengths "cv" and "stability" need.
+    `first.fresh()`, and `learn` takes the sum. `folds` > 1 keeps what the strengths "cv" and "stability" need. With a
+    `process_group`, as in `circuit_lasso`, torch.distributed does this: every process gets the statistics of all.
 
     >>> parts = [collect_statistics(model, half) for half in tokens.chunk(2)]       # doctest: +SKIP
     >>> graph = tcl.learn(parts[0] + parts[1])                                       # doctest: +SKIP
     """
-    chosen = as_design(design, as_basis(basis))
-    adapter = adapt(model)
-    prompts = Prompts(adapter, tokens, attention_mask=attention_mask, positions=positions, batch_size=batch_size)
-    plan = replace(_plan(adapter, prompts, chosen, target, positions, "auto", seed, progress), folds=folds)
-    return collect(adapter, prompts, plan, progress=progress, checkpoint=checkpoint, start=start).statistics
+    chosen, ranks = as_design(design, as_basis(basis)), as_ranks(process_group)
+    with ranks.together():
+        adapter = adapt(model)
+        prompts = Prompts(adapter, tokens, attention_mask=attention_mask, positions=positions, batch_size=batch_size)
+        job = Job(adapter, prompts, target, positions, "auto", batch_size, progress, seed, checkpoint, ranks)
+        plan = replace(_plan(job, chosen), folds=folds)
+        options = {"progress": progress, "checkpoint": checkpoint, "start": start, "ranks": ranks}
+        return collect(adapter, prompts, plan, **options).statistics
 
 
-def _plan(
-    adapter: Adapter,
-    prompts: Prompts,
-    design: Design,
-    target: Target,
-    positions: Positions,
-    strength: str | float,
-    seed: int,
-    progress: bool,
-) -> Plan:
-    last = target is not None and isinstance(positions, str) and positions == "all"
+def _plan(job: Job, design: Design) -> Plan:
+    adapter, prompts, target = job.adapter, job.prompts, job.target
     if isinstance(design, ReadDesign) and prompts.n_prompts is not None:
         design = replace(design, draws=affordable_draws(adapter, prompts.n_prompts, prompts.width))
     if isinstance(design, ReadDesign) and isinstance(target, (Labels, Values)):
-        design = replace(design, probe=fit_probe(adapter, prompts, target, last=last, progress=progress))
-    return Plan(design, target, last=last, folds=FOLDS if strength in RESAMPLED else 1, seed=seed)
+        probe = fit_probe(adapter, prompts, target, last=job.last, progress=job.progress, ranks=job.ranks)
+        design = replace(design, probe=probe)
+    return Plan(design, target, last=job.last, folds=FOLDS if job.strength in RESAMPLED else 1, seed=job.seed)
 
 
 def as_design(design: str, basis: Basis) -> Design:
@@ -210,31 +297,3 @@ def as_strength(strength: str | int | float) -> str | float:
     if isinstance(strength, bool) or not 0 <= strength <= 1:
         raise InputError(f"`strength` is {strength!r}: give a fraction of lambda_max from 0 (dense) to 1 (empty)")
     return float(strength)
-
-
-def provenance(
-    adapter: Adapter, prompts: Prompts, collected: Collected, arguments: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Where a graph came from, as plain data: enough to make it again and to tell two graphs apart."""
-    return {
-        "method": "CircuitLasso",
-        "model": adapter.name,
-        "architecture": adapter.architecture,
-        "d_model": adapter.shape.d_model,
-        "config_hash": adapter.config_hash(),
-        "data_hash": prompts.data_hash(),
-        "prompts": collected.prompts,
-        "arguments": dict(arguments),
-        "forward_passes": collected.forward_passes,
-        "backward_passes": 0,
-        "closure_error": collected.closure,
-        "versions": {name: _version(name) for name in ("tl-circuitlasso", "torch", "transformer-lens")}
-        | {"python": platform.python_version()},
-    }
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"

@@ -4,12 +4,12 @@ This is the step that needs no model: a statistics file is all it takes, so a gr
 strength in the time of a solve.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_circuitlasso import solve
@@ -18,10 +18,11 @@ from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.learning_read import learn_read
 from tl_circuitlasso.nodes import NodeIndex
 from tl_circuitlasso.relevance import propagate
+from tl_circuitlasso.schema import NODES, TARGET
+from tl_circuitlasso.sharing import Ranks, as_ranks
 from tl_circuitlasso.statistics import Statistics
 from tl_circuitlasso.stopping import widest_gap
 
-NODES, TARGET = "nodes", "target"
 LEAST_VARIANCE = 1e-10  # of the largest column: below, a column counts as constant
 ROUNDING = 1e-12  # of the largest squared mean: variance that float32 activations have when nothing varies
 RESAMPLED = ("cv", "stability")  # strengths that need the statistics in folds
@@ -45,27 +46,64 @@ class Regression:
 
 
 def learn(
-    statistics: Statistics, *, strength: float | str = "auto", tol: float = 1e-4, seed: int = 0
+    statistics: Statistics,
+    *,
+    strength: float | str = "auto",
+    tol: float = 1e-4,
+    seed: int = 0,
+    process_group: Any = None,
 ) -> AttributionGraph:
     """The attribution graph of `statistics` at a `strength`, a fraction of each regression's lambda_max.
 
     Design `read` is learned as learning_read.py says. In the others component sites are groups (one Frobenius norm per
     parent and child) and other nodes columns of their own (L1). score = share of the child's variance that the parent
     explains, times the child's relevance for the target. Kept: weight != 0 and a score above the widest gap near 1 % of
-    the largest; then pruned to paths that reach the target.
+    the largest; then pruned to paths that reach the target. The processes of a `process_group` ("world", or a group of
+    torch.distributed), which all hold the same statistics, deal the children out among themselves.
 
     Raises
     ------
     InputError: fewer than two samples, or a strength that needs folds the statistics don't have.
     """
+    ranks = as_ranks(process_group)
     if statistics.meta["design"] == "read":
-        return learn_read(statistics, strength=strength, tol=tol, seed=seed)
+        return learn_read(statistics, strength=strength, tol=tol, seed=seed, ranks=ranks)
     count = statistics.whole(TARGET).count
     if count < 2:
         raise InputError(f"`tokens` give {count} sample(s): a regression needs at least two, and hundreds to be of use")
     index = NodeIndex.from_json(statistics.meta["index"])
-    found = [_solve(each, index, statistics, strength, tol, seed) for each in regressions(statistics, index)]
-    return assemble(index, found)
+    own: dict[int, Learned] = {}
+    work = regressions(statistics, index)
+    with ranks.together():
+        for number, mine in _dealt(work, ranks):
+            own[number] = _solve(work[number], mine, statistics, strength, tol, seed)
+    return assemble(index, _everyones(own, len(work), ranks))
+
+
+def _dealt(work: Sequence[Regression], ranks: Ranks) -> Iterator[tuple[int, Int[Tensor, " mine"]]]:
+    """The regressions by number with the child nodes that fall to this process; children are dealt out in turn."""
+    before = 0
+    for number, regression in enumerate(work):
+        children = regression.child_nodes.unique()
+        mine = children[(before + torch.arange(len(children))) % ranks.size == ranks.rank]
+        before += len(children)
+        if len(mine):
+            yield number, mine
+
+
+def _everyones(own: Mapping[int, "Learned"], count: int, ranks: Ranks) -> list["Learned"]:
+    """All regressions' results, from the parts that the processes have solved."""
+    if ranks.size == 1:
+        return [own[number] for number in range(count)]
+    named = {f"{number}/{name}": x for number, one in own.items() for name, x in vars(one).items() if x is not None}
+    parts = ranks.gather(named)
+    return [
+        Learned.joined([under for part in parts if (under := _under(f"{number}/", part))]) for number in range(count)
+    ]
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
 
 
 def regressions(statistics: Statistics, index: NodeIndex) -> list[Regression]:
@@ -99,10 +137,11 @@ def column_nodes(statistics: Statistics, index: NodeIndex) -> Int[Tensor, " colu
 
 @dataclass(frozen=True, eq=False)
 class Learned:
-    """A solved regression: weights and explained shares of one child by node, and the proof of each column.
+    """A solved regression: weights and explained shares of its children by node, and the proof of each child.
 
     source, target: positions in the index; weight: coefficient, or Frobenius norm of the block; share: the part of the
     child's variance that the parent's fitted contribution carries; stability: share of half-samples with the edge.
+    child: the children's positions, with each one's gap, iterations and whether it converged.
     """
 
     source: Int[Tensor, " edge"]
@@ -110,17 +149,46 @@ class Learned:
     weight: Float[Tensor, " edge"]
     share: Float[Tensor, " edge"]
     stability: Float[Tensor, " edge"] | None
-    certificates: tuple[dict[str, Any], ...]
+    child: Int[Tensor, " child"]
+    gap: Float[Tensor, " child"]
+    iterations: Int[Tensor, " child"]
+    converged: Bool[Tensor, " child"]
+
+    @classmethod
+    def joined(cls, parts: Sequence[Mapping[str, Tensor]]) -> "Learned":
+        """One regression from parts with different children, in the order in which one process solves it."""
+        whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        edges = (whole["source"] * (int(whole["child"].max()) + 1) + whole["target"]).argsort()
+        children = whole["child"].argsort()
+        order = {name: children if name in ("child", "gap", "iterations", "converged") else edges for name in whole}
+        return cls(**{"stability": None, **{name: x[order[name]] for name, x in whole.items()}})
+
+    def certificates(self, index: NodeIndex) -> list[dict[str, Any]]:
+        """The proof of each child as plain data."""
+        proofs = zip(self.child.tolist(), self.gap.tolist(), self.iterations.tolist(), self.converged.tolist())
+        return [
+            {"target": index.names[child], "gap": gap, "iterations": iterations, "converged": converged}
+            for child, gap, iterations, converged in proofs
+        ]
 
 
 def _solve(
-    regression: Regression, index: NodeIndex, statistics: Statistics, strength: float | str, tol: float, seed: int
+    regression: Regression,
+    mine: Int[Tensor, " mine"],
+    statistics: Statistics,
+    strength: float | str,
+    tol: float,
+    seed: int,
 ) -> Learned:
+    """The regression of the child nodes in `mine`."""
     whole = statistics.whole(regression.key)
     gram, mean = whole.gram().cpu(), whole.mean()
     noise = ROUNDING * float(mean.square().max())
     by_source = _scale(gram, regression.parents, regression.parent_nodes, noise)
     by_target = _scale(gram, regression.child, regression.child_nodes, noise)
+    chosen = torch.isin(regression.child_nodes, mine)
+    by_target = by_target[chosen]
+    regression = replace(regression, child=regression.child[chosen], child_nodes=regression.child_nodes[chosen])
 
     def data(folds: Sequence[int]) -> solve.Moments:
         part = statistics.part(regression.key, folds)
@@ -141,7 +209,7 @@ def _solve(
     else:
         parts = [data([fold]) for fold in range(statistics.folds)] if strength in RESAMPLED else []
         solution, stability = _choose(everything, parts, penalty, strength, tol, seed)
-    return _by_node(regression, index, everything, solution, stability, rows, columns)
+    return _by_node(regression, everything, solution, stability, rows, columns)
 
 
 def _choose(
@@ -198,7 +266,6 @@ def _scale(
 
 def _by_node(
     regression: Regression,
-    index: NodeIndex,
     data: solve.Moments,
     solution: solve.Solution,
     stability: Float[Tensor, "source target"] | None,
@@ -224,15 +291,10 @@ def _by_node(
         stability=None
         if stability is None
         else squares.new_zeros(len(squares)).scatter_reduce(0, entries, stability.flatten(), "amax"),
-        certificates=tuple(
-            {
-                "target": index.names[node],
-                "gap": float(solution.gap[columns == j].max()),
-                "iterations": int(torch.as_tensor(solution.stats["iterations"]).max()),
-                "converged": bool(solution.converged[columns == j].all()),
-            }
-            for j, node in enumerate(target.tolist())
-        ),
+        child=target,
+        gap=torch.stack([solution.gap[columns == j].max() for j in range(shape[1])]).double(),
+        iterations=torch.as_tensor(solution.stats["iterations"]).max().expand(shape[1]),
+        converged=torch.stack([solution.converged[columns == j].all() for j in range(shape[1])]),
     )
 
 
@@ -281,6 +343,6 @@ def assemble(index: NodeIndex, found: Sequence[Learned]) -> AttributionGraph:
         weight=weight,
         kept=(weight != 0) & (score > widest_gap(score)),
         extras=stable,
-        certificates=tuple(row for one in found for row in one.certificates),
+        certificates=tuple(row for one in found for row in one.certificates(index)),
     )
     return graph.prune()

@@ -7,12 +7,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_circuitlasso import solve
+from tl_circuitlasso import schema, solve
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.nodes import NodeIndex
 from tl_circuitlasso.relevance import bound, narrowest
+from tl_circuitlasso.sharing import ALONE, Ranks
 from tl_circuitlasso.sites import PORTS
+from tl_circuitlasso.solve.distributed import gather_solutions
 from tl_circuitlasso.statistics import Statistics
 from tl_circuitlasso.stopping import widest_gap
 
@@ -40,7 +42,12 @@ class Child:
 
 
 def learn_read(
-    statistics: Statistics, *, strength: float | str = "auto", tol: float = 1e-4, seed: int = 0
+    statistics: Statistics,
+    *,
+    strength: float | str = "auto",
+    tol: float = 1e-4,
+    seed: int = 0,
+    ranks: Ranks = ALONE,
 ) -> AttributionGraph:
     """The attribution graph of a sweep's statistics.
 
@@ -56,15 +63,17 @@ def learn_read(
     InputError: no prompt had a partner to be paired with.
     """
     index = NodeIndex.from_json(statistics.meta["index"])
-    pairs = statistics.sums["pairs"].cpu()
+    pairs = statistics.sums[schema.PAIRS].cpu()
     if not float(pairs.sum()):
         raise InputError("`tokens` gave no pairs of prompts: design 'read' needs two or more prompts in each batch")
     found = children(statistics, index)
     if strength == "cv" and statistics.folds < 2:
         raise InputError("`strength` 'cv' needs statistics in folds: collect them with that strength")
-    solutions = [_garrote(child, float(pairs.sum()), strength, tol) for child in found]
+    with ranks.together():
+        own = {n: _garrote(child, float(pairs.sum()), strength, tol) for n, child in enumerate(found) if ranks.mine(n)}
+    solutions = gather_solutions(own, ranks)
     edges = _Edges.of(index, found, solutions)
-    node_cost = statistics.sums["node"].cpu()
+    node_cost = statistics.sums[schema.NODE_COSTS].cpu()
     kept, bar = edges.choose(_mean(edges.cost, pairs), _mean(node_cost, pairs))
     generator = torch.Generator().manual_seed(seed)
     score = edges.port_scores(edges.bounded(_mean(edges.cost, pairs))[0], _mean(edges.port_cost, pairs))
@@ -90,12 +99,12 @@ def children(statistics: Statistics, index: NodeIndex) -> list[Child]:
     found = []
     for block, where in zip(index.blocks[1:], index.slices[1:]):
         site = block.site
-        key = f"a{site.layer}" if site.kind == "head" else f"m{site.layer}" if site.kind == "mlp" else "target"
+        key = schema.group(site)
         number = numbers[key] = numbers.get(key, -1) + 1
-        merged = statistics.sums[f"cost/{key}/"].cpu()[:, number]
+        merged = statistics.sums[schema.cost(key)].cpu()[:, number]
         ports = (1, 2, 3) if site.kind == "head" else (0,)
-        columns = [statistics.sums[f"cost/{key}/{PORTS[port]}"].cpu()[:, number] for port in ports]
-        gram = statistics.sums[f"gram/{key}"].cpu()[:, number]
+        columns = [statistics.sums[schema.cost(key, PORTS[port])].cpu()[:, number] for port in ports]
+        gram = statistics.sums[schema.gram(key)].cpu()[:, number]
         found.append(Child(where.start, ports, torch.arange(merged.shape[1]), gram, torch.cat(columns, dim=1), merged))
     return found
 

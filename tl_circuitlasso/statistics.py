@@ -26,8 +26,10 @@ from torch import Tensor
 
 from tl_circuitlasso import storage
 from tl_circuitlasso.errors import FormatError, InputError
+from tl_circuitlasso.sharing import ALONE, Ranks
 
 _KIND, _VERSION = "statistics", 1
+_TENSORS = ("sums", "rows", "fixed")  # the groups of tensors beside the moments
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,11 +80,26 @@ class Moments:
             return other
         if not other.count:
             return self
-        step = other.shift - self.shift
-        cross = other.total.T @ step
-        moved = other.scatter + cross + cross.T + other.count * step.T @ step
-        total = self.total + other.total + other.count * step
-        return Moments(self.count + other.count, self.shift, total, self.scatter + moved)
+        moved = other.about(self.shift)
+        return Moments(self.count + other.count, self.shift, self.total + moved.total, self.scatter + moved.scatter)
+
+    def about(self, shift: Float[Tensor, "coord node"]) -> "Moments":
+        """The same samples with their sums taken about another point."""
+        step = self.shift - shift
+        cross = self.total.T @ step
+        scatter = self.scatter + cross + cross.T + self.count * step.T @ step
+        return Moments(self.count, shift, self.total + self.count * step, scatter)
+
+    def shared(self, ranks: Ranks) -> "Moments":
+        """The moments of the samples of all processes, on each: one all-reduce of sums about a common pilot mean."""
+        count = int(ranks.sum(torch.tensor(self.count)))
+        pilot = ranks.sum(self.shift * self.count) / max(count, 1)
+        own = self.about(pilot) if self.count else replace(self, shift=pilot)
+        return Moments(count, pilot, ranks.sum(own.total), ranks.sum(own.scatter))
+
+    def to(self, device: torch.device | str) -> "Moments":
+        """The same moments elsewhere."""
+        return Moments(self.count, self.shift.to(device), self.total.to(device), self.scatter.to(device))
 
     def mean(self) -> Float[Tensor, "coord node"]:
         """The mean of every column."""
@@ -163,13 +180,41 @@ class Statistics:
             origin="",
         )
 
+    def shared(self, ranks: Ranks = ALONE) -> "Statistics":
+        """The statistics of all processes' data together, on each of them.
+
+        Raises
+        ------
+        InputError: the processes have collected different things.
+        """
+        if ranks.size == 1:
+            return self
+        kinds = ranks.gather_data({**self.meta, "data": self.origin})
+        differ = sorted(key for key in kinds[0] if any(kind.get(key) != kinds[0][key] for kind in kinds))
+        if differ:
+            raise InputError(
+                f"the processes differ in {', '.join(differ)}: give each the same model, `tokens` and arguments"
+            )
+        rows: dict[str, Tensor] = {}
+        for part in ranks.gather(self.rows):
+            rows = merge_rows(rows, part, int(self.meta.get("capacity", 0)))
+        return replace(
+            self,
+            moments={key: value.shared(ranks) for key, value in self.moments.items()},
+            sums={key: ranks.sum(value) for key, value in self.sums.items()},
+            rows=rows,
+        )
+
+    def to(self, device: torch.device | str) -> "Statistics":
+        """The same statistics elsewhere: a file is read onto the CPU, and a collection goes on where its model is."""
+        groups = {name: {key: x.to(device) for key, x in getattr(self, name).items()} for name in _TENSORS}
+        return replace(self, moments={key: value.to(device) for key, value in self.moments.items()}, **groups)
+
     def fresh(self) -> "Statistics":
         """Statistics of the same kind, with the same pilot directions, without data: where a parallel worker starts."""
         return replace(
             self,
-            moments={
-                key: Moments.empty(coords=m.shift.shape[0], nodes=m.shift.shape[1]) for key, m in self.moments.items()
-            },
+            moments={key: value.fresh() for key, value in self.moments.items()},
             sums={key: torch.zeros_like(value) for key, value in self.sums.items()},
             rows={},
             done=0,
@@ -178,9 +223,7 @@ class Statistics:
 
     def save(self, path: str | Path) -> None:
         """Write everything to one safetensors file, atomically."""
-        tensors = {
-            f"{name}/{key}": value for name in ("sums", "rows", "fixed") for key, value in getattr(self, name).items()
-        }
+        tensors = {f"{name}/{key}": value for name in _TENSORS for key, value in getattr(self, name).items()}
         for key, moments in self.moments.items():
             parts = {"shift": moments.shift, "total": moments.total, "scatter": moments.scatter}
             tensors |= {f"moments/{key}/{part}": value for part, value in parts.items()}
@@ -205,7 +248,7 @@ class Statistics:
                 key: Moments(count, *(tensors[f"moments/{key}/{part}"] for part in ("shift", "total", "scatter")))
                 for key, count in data["counts"].items()
             }
-            sums, rows, fixed = (_group(tensors, name) for name in ("sums", "rows", "fixed"))
+            sums, rows, fixed = (_group(tensors, name) for name in _TENSORS)
             return cls(moments, sums, rows, fixed, data["done"], data["meta"], data.get("origin", ""))
         except (KeyError, TypeError, AttributeError) as error:
             raise FormatError(f"{path}: statistics with missing or wrong entries ({error!r})") from error

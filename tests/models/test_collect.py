@@ -52,6 +52,7 @@ def test_a_killed_run_resumes_to_the_same_graph(design: str, tmp_path: Path, mon
     assert Statistics.load(path).done == 2
     resumed = run(model, tokens, design, checkpoint=path)
     assert straight.forward_passes == 5 and resumed.forward_passes == 3
+    assert 0 < straight.closure == resumed.closure < 1e-4
     one, other = (learn(each.statistics, strength=0.1) for each in (straight, resumed))
     assert one.edge_table().equals(other.edge_table())
     assert resumed.statistics.origin == straight.statistics.origin

@@ -59,6 +59,29 @@ def test_prompts_of_one_length_are_each_others_partner_once(size: int, seed: int
     assert set(Counter(pairs.partner.tolist()).values()) == {1} and len(pairs.own) == size
 
 
+@given(lengths=LENGTHS, seed=st.integers(0, 1000), hidden=st.integers(0, 6), draws=st.integers(1, 3))
+def test_pairs_are_those_of_the_definition_one_by_one(lengths: list[int], seed: int, hidden: int, draws: int) -> None:
+    """A shuffle by length; each takes the next of its length, the last the first; without an equal, the next longer."""
+    mask = masks(lengths, left=False)
+    keep, generator = mask & (torch.arange(6) >= hidden), torch.Generator().manual_seed(seed)
+    expected = []
+    for _ in range(draws):
+        shuffled = torch.randperm(len(lengths), generator=generator).tolist()
+        order = sorted(shuffled, key=lambda row: lengths[row])
+        partner = {}
+        for place, row in enumerate(order):
+            same = [other for other in order if lengths[other] == lengths[row]]
+            following = same[(same.index(row) + 1) % len(same)] if len(same) > 1 else (order[place + 1 :] or [None])[0]
+            partner[row] = following
+        for row in range(len(lengths)):
+            places = keep[row].nonzero().flatten().tolist()
+            if partner[row] is not None and places:
+                drawn = int(torch.randint(len(places), (1,), generator=generator))
+                expected.append((row, partner[row], places[drawn]))
+    pairs = make_pairs(mask, keep, torch.Generator().manual_seed(seed), draws=draws)
+    assert list(zip(pairs.own.tolist(), pairs.partner.tolist(), pairs.position.tolist())) == expected
+
+
 def test_another_seed_draws_other_pairs_and_positions() -> None:
     mask = torch.ones(30, 8, dtype=torch.bool)
     one, same, other = (make_pairs(mask, mask, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
@@ -94,7 +117,7 @@ def assert_same_sums(one: Statistics, other: Statistics, tolerance: float = 1e-9
 def test_the_size_of_parts_does_not_matter(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens = architectures.hooked(family, dtype=torch.float64), architectures.prompts(batch=16)
     whole = collected(model, tokens)
-    monkeypatch.setattr(read, "MEMORY", 1)
+    monkeypatch.setattr(read, "ON_CPU", 1)
     assert_same_sums(whole, collected(model, tokens))
 
 

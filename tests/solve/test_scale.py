@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from safetensors.torch import load_file, save_file
 
 from tests.solve.problems import planted
-from tl_circuitlasso.errors import FormatError, InputError
+from tl_circuitlasso.errors import CircuitLassoError, FormatError, InputError, SolveError
 from tl_circuitlasso.solve import (
+    L1,
+    ElasticNet,
     Group,
     Layout,
     all_reduce_moments,
@@ -24,7 +28,9 @@ from tl_circuitlasso.solve import (
     lasso,
     lasso_sharded,
     moments_of,
+    row_group,
 )
+from tl_circuitlasso.solve.base import Status
 
 LAYOUT = Layout([5, 10, 5, 10], [0, 1, 1, 2])
 
@@ -127,6 +133,25 @@ def test_gram_of_sparse_codes_equals_the_dense_one(compiled: bool, monkeypatch) 
         code_sums(torch.full((2, 2), torch.nan))
 
 
+PER_TARGET = ("strength", "strength_max", "iterations", "dead_targets")
+SHARDED: dict[str, Callable[[], dict]] = {
+    "weights": lambda: {"penalty": L1(_weights())},
+    "box": lambda: {"penalty": L1(non_negative=True, upper=0.2)},
+    "elastic net": lambda: {"penalty": ElasticNet(0.5)},
+    "strengths": lambda: {"strength": torch.linspace(0.0, 1.0, 9)},
+    "absolute": lambda: {"strength": 0.05, "strength_is": "absolute", "standardise": True},
+    "rows": lambda: {"penalty": row_group(30, 9), "strength": 0.3},
+    "uneven groups": lambda: {"penalty": Group(torch.arange(30) // 5, torch.tensor([0, 1, 0, 0, 2, 2, 1, 0, 2]))},
+    "warm": lambda: {"init": torch.full((30, 9), 0.1), "solver": "fista"},
+}
+
+
+def _weights() -> torch.Tensor:
+    weights = torch.rand(30, 9, generator=torch.Generator().manual_seed(0)) + 0.5
+    weights[::7, 4] = torch.inf
+    return weights
+
+
 def _worker(rank: int, store: str, results: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
@@ -137,9 +162,21 @@ def _worker(rank: int, store: str, results: str) -> None:
     penalty = Group(torch.arange(30) // 3, torch.arange(9) // 3)
     level = torch.full((9,), 0.2)
     blocks = lasso_sharded(data.gram, data.cross, target_sq_norm=data.target_sq_norm, strength=level, penalty=penalty)
-    torch.save(
-        {"plain": plain.value, "blocks": blocks.value, "gap": plain.gap, "ok": plain.converged}, f"{results}{rank}"
-    )
+    stored = {"plain": plain.value, "blocks": blocks.value, "gap": plain.gap, "ok": plain.converged}
+    for name, options in SHARDED.items():
+        solution = lasso_sharded(**problem.matrices, **{"strength": 0.1, "tol": 1e-8, **options()})
+        stored |= {f"{name}/value": solution.value, f"{name}/gap": solution.gap}
+        stored |= {f"{name}/{key}": solution.stats[key] for key in PER_TARGET}
+        stored[f"{name}/solved"] = torch.tensor(solution.status is Status.SOLVED)
+    few = lasso_sharded(problem.gram, problem.cross[:, :1], target_sq_norm=problem.square[:1], strength=0.1)
+    stored["few"] = few.value  # the second process has no target
+    with warnings.catch_warnings(record=True), pytest.raises(CircuitLassoError) as missed:
+        warnings.simplefilter("always")  # one target only is out of reach, so only its process knows at first
+        level = torch.ones(9)
+        level[1] = 0.001
+        lasso_sharded(**problem.matrices, strength=level, tol=1e-12, max_iter=1, solver="fista", strict=True)
+    stored["strict"] = torch.tensor([isinstance(missed.value, SolveError), "rank 1 of 2 failed" in str(missed.value)])
+    save_file(stored, f"{results}{rank}")
     dist.destroy_process_group()
 
 
@@ -153,7 +190,16 @@ def test_two_processes_give_the_answer_of_one(tmp_path: Path) -> None:
     penalty = Group(torch.arange(30) // 3, torch.arange(9) // 3)
     blocks = lasso(**problem.matrices, strength=0.2, penalty=penalty)
     for rank in range(2):
-        stored = torch.load(tmp_path / f"r{rank}", weights_only=True)
+        stored = load_file(tmp_path / f"r{rank}")
         torch.testing.assert_close(stored["plain"], alone.value, atol=1e-6, rtol=0)
         torch.testing.assert_close(stored["blocks"], blocks.value, atol=1e-6, rtol=0)
         assert bool(stored["ok"].all()) and float(stored["gap"].max()) <= 1e-4
+        for name, options in SHARDED.items():
+            expected = lasso(**problem.matrices, **{"strength": 0.1, "tol": 1e-8, **options()})
+            torch.testing.assert_close(stored[f"{name}/value"], expected.value, atol=1e-6, rtol=0)
+            assert float(stored[f"{name}/gap"].max()) <= 1e-8 and bool(stored[f"{name}/solved"])
+            for key in PER_TARGET:
+                assert stored[f"{name}/{key}"].shape == expected.stats[key].shape
+            torch.testing.assert_close(stored[f"{name}/strength"], expected.stats["strength"])
+        torch.testing.assert_close(stored["few"], alone.value[:, :1], atol=1e-6, rtol=0)
+        assert stored["strict"].tolist() == [rank == 1, rank == 0]

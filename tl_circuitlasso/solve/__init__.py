@@ -7,7 +7,7 @@ to stop belongs to none of them.
 Three combinations as examples:
 
 - the Lasso of every node on its ancestors: `QuadraticGram` x `L1` x `WorkingSet`, which is `lasso(...)`;
-- which component feeds which: `QuadraticGram` x `Group` x `RowSet(Fista())`, which is `lasso(..., penalty=Group(...))`;
+- which component feeds which: `QuadraticGram` x `Group` x `GroupSet`, which is `lasso(..., penalty=Group(...))`;
 - which contributions make a prediction: `Softmax` x `L1(non_negative=True)` x `ProxNewton`, which is
   `cross_entropy_garrote(...)`.
 
@@ -31,6 +31,7 @@ from tl_circuitlasso.solve.classify import multinomial_lasso as multinomial_lass
 from tl_circuitlasso.solve.distributed import all_reduce_moments as all_reduce_moments
 from tl_circuitlasso.solve.distributed import lasso_sharded as lasso_sharded
 from tl_circuitlasso.solve.fista import Fista as Fista
+from tl_circuitlasso.solve.group_set import GroupSet as GroupSet
 from tl_circuitlasso.solve.groups import Group as Group
 from tl_circuitlasso.solve.groups import row_group as row_group
 from tl_circuitlasso.solve.lasso import lasso as lasso
@@ -42,6 +43,8 @@ from tl_circuitlasso.solve.losses import QuadraticResidual as QuadraticResidual
 from tl_circuitlasso.solve.newton import ProxNewton as ProxNewton
 from tl_circuitlasso.solve.nonlinear import Dictionary as Dictionary
 from tl_circuitlasso.solve.nonlinear import fit_dictionary as fit_dictionary
+from tl_circuitlasso.solve.pairs import PairSums as PairSums
+from tl_circuitlasso.solve.pairs import refit_entries as refit_entries
 from tl_circuitlasso.solve.path import Moments as Moments
 from tl_circuitlasso.solve.path import geometric_strengths as geometric_strengths
 from tl_circuitlasso.solve.path import moments_of as moments_of

@@ -78,6 +78,11 @@ class AbstractLoss(ABC):
     def shape(self) -> tuple[int, int]:
         """(sources, targets)."""
 
+    @property
+    def intercepted(self) -> bool:
+        """Whether an unpenalised intercept has to be moved along with the coefficients."""
+        return False
+
     @abstractmethod
     def negative_gradient(self, value: Float[Tensor, "source target"]) -> Float[Tensor, "source target"]:
         """-df/dA; for a quadratic loss the covariance of each source with the residual."""

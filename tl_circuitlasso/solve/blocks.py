@@ -9,7 +9,6 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,11 @@ from tqdm import tqdm
 
 from tl_circuitlasso.errors import FormatError, InputError
 from tl_circuitlasso.solve.base import AbstractPenalty, Solution, Status
+from tl_circuitlasso.solve.checkpoint import fingerprint
 from tl_circuitlasso.solve.groups import Group
 from tl_circuitlasso.solve.lasso import lasso
 from tl_circuitlasso.solve.penalties import L1
+from tl_circuitlasso.solve.problem import check_finite
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,10 @@ def block_lasso(
             f" `gram` has {len(gram)} nodes"
         )
     nodes, blocks = layout.node_ranks(), layout.members()
-    state = _State.open(checkpoint, _fingerprint(gram, layout, strength, grouped, options), len(gram))
+    labels = options.pop("names", None) or [f"block {block}" for block in blocks.tolist()]
+    check_finite("gram", gram, labels)
+    key = fingerprint(gram, layout, strength, grouped, penalty, options) if checkpoint is not None else ""
+    state = _State.open(checkpoint, key, len(gram))
     for rank in tqdm(sorted(set(nodes.tolist())), disable=not progress, desc="solve"):
         if rank in state.done:
             continue
@@ -84,6 +88,7 @@ def block_lasso(
                 target_sq_norm=gram.diagonal()[targets],
                 strength=strength,
                 penalty=shape,
+                names=[labels[source] for source in sources.tolist()],
                 **options,
             )
             state.put(part, sources, targets)
@@ -160,12 +165,3 @@ class _State:
         gap, converged = self.figures["gap"], self.figures["converged"]
         stats = {name: self.figures[name] for name in ("iterations", "strength", "strength_max")}
         return Solution(self.value, gap, converged, self.status, stats)
-
-
-def _fingerprint(
-    gram: Float[Tensor, "node node"], layout: Layout, strength: int | float, grouped: bool, options: dict[str, Any]
-) -> str:
-    digest = sha256(gram.detach().double().cpu().contiguous().numpy().tobytes())
-    words = (list(layout.sizes), list(layout.ranks), strength, grouped, sorted((k, str(v)) for k, v in options.items()))
-    digest.update(repr(words).encode())
-    return digest.hexdigest()

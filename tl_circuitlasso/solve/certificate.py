@@ -45,7 +45,8 @@ def _signed_gap(
     sizes = penalty.value(value, strength) - 0.5 * energy
     bound = penalty.dual_scale(pull, strength)
     best = torch.full_like(strength, torch.inf)
-    for candidate in (loss.natural_scale(value, negative_gradient), torch.ones_like(strength)):
+    natural, one = loss.natural_scale(value, negative_gradient), torch.ones_like(strength)
+    for candidate in (one,) if torch.equal(natural, one) else (natural, one):
         scale = torch.minimum(candidate, bound).clamp(min=0)
         share = loss.fenchel(value, negative_gradient, scale) + 0.5 * (1 + scale.square()) * energy
         share = _per_problem(share, penalty.coupled())

@@ -5,14 +5,16 @@ solve shares nothing but the Gram: each rank takes every world-th target and the
 and nccl under torchrun; without an initialised process group everything is local.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_circuitlasso.sharing import ALONE, Ranks, as_ranks
 from tl_circuitlasso.solve.base import Solution, Status
 from tl_circuitlasso.solve.groups import Group
 from tl_circuitlasso.solve.lasso import Strength, lasso
@@ -22,14 +24,13 @@ from tl_circuitlasso.solve.penalties import L1
 
 def all_reduce_moments(data: Moments) -> Moments:
     """The moments of the samples of all ranks, on every rank (each rank's must be centred by one common mean)."""
-    if not _distributed():
+    ranks = _ranks()
+    if ranks.size == 1:
         return data
-    count = torch.tensor([float(data.count)], dtype=torch.float64, device=data.gram.device)
-    sums = [matrix.double() * count for matrix in (data.gram, data.cross, data.target_sq_norm)]
-    for tensor in (*sums, count):
-        dist.all_reduce(tensor)
-    gram, cross, square = (tensor / count for tensor in sums)
-    return Moments(gram, cross, square, float(count))
+    count = float(ranks.sum(torch.tensor(float(data.count), dtype=torch.float64)))
+    parts = (data.gram, data.cross, data.target_sq_norm)
+    gram, cross, square = (ranks.sum(matrix.double() * data.count) / count for matrix in parts)
+    return Moments(gram, cross, square, count)
 
 
 def lasso_sharded(
@@ -45,58 +46,86 @@ def lasso_sharded(
     """`lasso` with its targets split over the ranks of the default process group; every rank gets the whole answer.
 
     Target groups of a group penalty stay together. All ranks must call it with the same matrices.
+
+    Raises
+    ------
+    InputError, SolveError: as `lasso` does. CircuitLassoError: another rank failed.
     """
-    if not _distributed():
+    ranks = _ranks()
+    if ranks.size == 1:
         return lasso(
             gram, cross, target_sq_norm=target_sq_norm, strength=strength, penalty=penalty, init=init, **options
         )
     columns = my_targets(cross.shape[1], penalty)
     level = torch.as_tensor(strength)
-    mine = lasso(
-        gram,
-        cross[:, columns],
-        target_sq_norm=target_sq_norm[columns],
-        strength=level if level.ndim == 0 else level[columns],
-        penalty=None if penalty is None else penalty.restrict(None, columns),
-        init=None if init is None else init[:, columns],
-        **options,
-    )
-    return _gathered(mine, columns, cross.shape[1])
+    with ranks.together():
+        if penalty is not None:
+            penalty.check(*cross.shape)  # before it is taken apart
+        mine = lasso(
+            gram,
+            cross[:, columns],
+            target_sq_norm=target_sq_norm[columns],
+            strength=level if level.ndim == 0 else level[columns],
+            penalty=None if penalty is None else penalty.restrict(None, columns),
+            init=None if init is None else init[:, columns],
+            **options,
+        )
+    return _side_by_side(mine, columns, ranks)
 
 
-def my_targets(targets: int, penalty: L1 | Group | None = None) -> Tensor:
+def my_targets(targets: int, penalty: L1 | Group | None = None) -> Int[Tensor, " mine"]:
     """The targets of this rank: every world-th target, or target group."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if _distributed() else (0, 1)
+    ranks = _ranks()
     groups = penalty.target_groups if isinstance(penalty, Group) else torch.arange(targets)
-    return (groups % world == rank).nonzero()[:, 0]
+    return (groups % ranks.size == ranks.rank).nonzero()[:, 0]
 
 
-def _gathered(mine: Solution, columns: Tensor, targets: int) -> Solution:
-    """Sum of zero-padded parts: every column is written by exactly one rank."""
-    per_target = {name: mine.stats[name] for name in ("strength", "strength_max", "iterations", "dead_targets")}
-    parts = {"gap": mine.gap, "converged": mine.converged, **per_target}
-    value = mine.value.new_zeros(mine.value.shape[0], targets)
-    value[:, columns] = mine.value
-    dist.all_reduce(value)
-    whole: dict[str, Tensor] = {}
-    for name, part in parts.items():
-        spread = torch.zeros(targets, dtype=torch.float64, device=part.device)
-        spread[columns] = part.double()
-        dist.all_reduce(spread)
-        whole[name] = spread.to(part.dtype)
-    codes = list(Status)
-    worst = torch.tensor([codes.index(mine.status)], device=value.device)
-    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-    stats = {**mine.stats, **{name: whole[name] for name in per_target}}
+def gather_solutions(own: Mapping[int, Solution], ranks: Ranks) -> list[Solution]:
+    """The solutions of all processes, each of which has solved some of a numbered list of problems, on every process.
+
+    Of the stats, tensors only are handed on.
+    """
+    if ranks.size == 1:
+        return [own[number] for number in sorted(own)]
+    packed = {f"{number}/{name}": x for number, one in own.items() for name, x in _packed(one).items()}
+    found: dict[int, dict[str, Tensor]] = {}
+    for part in ranks.gather(packed):
+        for key, tensor in part.items():
+            number, _, name = key.partition("/")
+            found.setdefault(int(number), {})[name] = tensor
+    return [_unpacked(found[number]) for number in sorted(found)]
+
+
+def _packed(solution: Solution) -> dict[str, Tensor]:
+    status = torch.tensor(list(Status).index(solution.status))
+    plain = {"value": solution.value, "gap": solution.gap, "converged": solution.converged, "status": status}
+    return plain | {f"stats.{name}": x for name, x in solution.stats.items() if isinstance(x, Tensor)}
+
+
+def _unpacked(tensors: Mapping[str, Tensor]) -> Solution:
+    stats = {name.removeprefix("stats."): x for name, x in tensors.items() if name.startswith("stats.")}
+    status = list(Status)[int(tensors["status"])]
+    return Solution(tensors["value"], tensors["gap"], tensors["converged"], status, stats)
+
+
+def _side_by_side(mine: Solution, columns: Int[Tensor, " mine"], ranks: Ranks) -> Solution:
+    """One solution from the columns that every process has solved."""
+    parts = [(part.pop("columns"), _unpacked(part)) for part in ranks.gather(_packed(mine) | {"columns": columns})]
+    order = torch.cat([own for own, _ in parts]).argsort()
+    solutions = [solution for _, solution in parts]
+    per_target = ("strength", "strength_max", "iterations", "dead_targets")
+    device = mine.value.device
+    whole = {name: torch.cat([one.stats[name] for one in solutions])[order].to(device) for name in per_target}
     return replace(
         mine,
-        value=value,
-        gap=whole["gap"],
-        converged=whole["converged"],
-        status=codes[int(worst)],
-        stats=stats,
+        value=torch.cat([one.value for one in solutions], dim=1)[:, order].to(device),
+        gap=torch.cat([one.gap for one in solutions])[order].to(device),
+        converged=torch.cat([one.converged for one in solutions])[order].to(device),
+        status=max((one.status for one in solutions), key=list(Status).index),
+        stats={**mine.stats, **whole},
     )
 
 
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+def _ranks() -> Ranks:
+    """The default process group where there is one."""
+    return as_ranks("world") if dist.is_available() and dist.is_initialized() else ALONE

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.solve.base import AbstractLoss, AbstractPenalty, AbstractSolver, Answer
 from tl_circuitlasso.solve.certificate import relative_gap
 
@@ -31,6 +32,8 @@ class Fista(AbstractSolver):
         tol: float,
         init: Float[Tensor, "source target"] | None = None,
     ) -> Answer:
+        if loss.intercepted:
+            raise InputError("`solver` Fista doesn't move an intercept: use `ProxNewton`, or pass intercept=False")
         value = torch.zeros(loss.shape, dtype=strength.dtype, device=strength.device) if init is None else init.clone()
         gap = relative_gap(loss, penalty, value, strength)
         iterations = torch.zeros(loss.shape[1], dtype=torch.long, device=strength.device)

@@ -39,21 +39,25 @@ class Group(AbstractPenalty):
             return
         if self.weights.shape != self._shape:
             raise InputError(f"`weights` must be {self._shape} (row group, target group), got {self.weights.shape}")
-        if bool((torch.isnan(self.weights) | (self.weights <= 0)).any()):
-            raise InputError("`weights` must be > 0; inf forbids a block")
+        bad = torch.isnan(self.weights) | (self.weights <= 0)
+        if bool(bad.any()):
+            where = bad.nonzero()[0].tolist()
+            raise InputError(
+                f"`weights` must be > 0 (inf forbids a block); block {where} is {float(self.weights[tuple(where)])}"
+            )
 
     def value(
         self, coef: Float[Tensor, "source target"], strength: Float[Tensor, " target"]
     ) -> Float[Tensor, " target"]:
         norm = self._norms(coef)
-        weighted = torch.where(norm == 0, 0, norm * self._weight(coef))
+        weighted = torch.where(norm == 0, 0, norm * self.table(coef))
         return strength * weighted.sum(0)[self.target_groups]
 
     def prox(
         self, coef: Float[Tensor, "source target"], step: float, strength: Float[Tensor, " target"]
     ) -> Float[Tensor, "source target"]:
         coef = coef.clamp(min=0) if self.non_negative else coef
-        weight = self._weight(coef)
+        weight = self.table(coef)
         threshold = torch.where(torch.isinf(weight), torch.inf, step * self._by_group(strength) * weight)
         return group_shrink(coef, threshold, self.row_groups, self.target_groups)
 
@@ -61,7 +65,7 @@ class Group(AbstractPenalty):
         if not negative_gradient.shape[0]:
             return negative_gradient.new_zeros(negative_gradient.shape[1])
         norm = self._norms(self._pull(negative_gradient))
-        return (norm / self._weight(norm)).amax(0)[self.target_groups]
+        return (norm / self.table(norm)).amax(0)[self.target_groups]
 
     def dual_scale(
         self, negative_gradient: Float[Tensor, "source target"], strength: Float[Tensor, " target"]
@@ -81,7 +85,7 @@ class Group(AbstractPenalty):
         negative_gradient: Float[Tensor, "source target"],
         strength: Float[Tensor, " target"],
     ) -> Float[Tensor, " target"]:
-        weight = self._weight(coef)
+        weight = self.table(coef)
         threshold = torch.where(torch.isinf(weight), torch.inf, self._by_group(strength) * weight)
         norm = self._norms(coef)
         at_zero = torch.clamp(self._norms(self._pull(negative_gradient)) - threshold, min=0)
@@ -101,14 +105,14 @@ class Group(AbstractPenalty):
         """Scales must be equal within a group: a Frobenius norm has no other rescaling."""
         del target_scale
         by_group = source_scale.new_ones(self._shape[0]).scatter_(0, self.row_groups, source_scale)
-        return replace(self, weights=self._weight(source_scale) / by_group[:, None])
+        return replace(self, weights=self.table(source_scale) / by_group[:, None])
 
     def restrict(
         self, sources: Int[Tensor, " kept_source"] | None, targets: Int[Tensor, " kept_target"] | None
     ) -> "Group":
         rows = self.row_groups if sources is None else self.row_groups[sources]
         columns = self.target_groups if targets is None else self.target_groups[targets]
-        weights = self._weight(torch.ones((), dtype=torch.float64, device=rows.device))
+        weights = self.table(torch.ones((), dtype=torch.float64, device=rows.device))
         kept_rows, rows = torch.unique(rows, return_inverse=True)
         kept_columns, columns = torch.unique(columns, return_inverse=True)
         return replace(
@@ -131,7 +135,8 @@ class Group(AbstractPenalty):
         rows = int(self.row_groups.max()) + 1 if self.row_groups.numel() else 0
         return rows, int(self.target_groups.max()) + 1 if self.target_groups.numel() else 0
 
-    def _weight(self, like: Tensor) -> Float[Tensor, "row_group target_group"]:
+    def table(self, like: Tensor) -> Float[Tensor, "row_group target_group"]:
+        """w_gh of every block, in the type of `like`."""
         if self.weights is None:
             return torch.ones(self._shape, dtype=like.dtype, device=like.device)
         return self.weights.to(dtype=like.dtype, device=like.device)

@@ -3,22 +3,22 @@
 Everything here works in scaled units: the Gram has a unit diagonal, so a coordinate step needs no division by
 curvature. Arrays are target-major: a row of `cross`, `coef`, `pull` belongs to one target. Each target is computed by
 itself in a fixed order, so results don't depend on the number of threads or on how targets are split into chunks.
-`no_type_check` keeps a run-time type checker from wrapping what numba has to see.
 """
 
 from typing import no_type_check
 
 import numpy as np
-from numba import njit
 
-FAST = {"reassoc", "contract", "nsz", "arcp"}  # not nnan or ninf: infinite weights forbid entries
+from tl_circuitlasso.solve.jit import inner, kernel
+
 LEAP_UP_TO = 256  # nonzeros up to which a factorisation is cheaper than the sweeps it replaces
 LEAPS = 3
 NEGATIVE = 1e-4  # relative; rounding in float32 stays far below
+PACK_FROM = 8  # nonzeros per row of the Gram from which its tiles are copied for sparse products
 FULL_EVERY = 5  # sweeps over the nonzeros between two sweeps over the whole working set
 
 
-@njit(cache=True, nogil=True, fastmath=FAST, error_model="numpy")
+@inner
 @no_type_check
 def gap_of(cross, coef, pull, weight, ridge, upper, square, strength, one_sided, forbid):
     """Duality gap of one target (see `certificate`); forbidden, dead and zero-bounded sources are masked out."""
@@ -57,12 +57,13 @@ def gap_of(cross, coef, pull, weight, ridge, upper, square, strength, one_sided,
     return max(best, 0.0)
 
 
-@njit(cache=True, nogil=True, fastmath=FAST, error_model="numpy")
+@kernel
 @no_type_check
 def sparse_products(gram, cross, coef, todo, pull, tile):
     """pull = cross - coef @ gram for the rows in `todo`, through the nonzeros of `coef` and one tile of G at a time."""
     sources = gram.shape[0]
-    starts = np.zeros(todo.shape[0] + 1, np.int64)
+    starts = np.empty(todo.shape[0] + 1, np.int64)
+    starts[0] = 0
     for n in range(todo.shape[0]):
         count = 0
         for i in range(sources):
@@ -75,49 +76,60 @@ def sparse_products(gram, cross, coef, todo, pull, tile):
             if coef[todo[n], i] != 0:
                 where[at], what[at] = i, coef[todo[n], i]
                 at += 1
+    if starts[-1] <= PACK_FROM * sources:  # too few to pay for a copy of the Gram: whole rows, four at a time
+        for n in range(todo.shape[0]):
+            row, own = pull[todo[n]], cross[todo[n]]
+            for k in range(sources):
+                row[k] = own[k]
+            at, stop = starts[n], starts[n + 1]
+            while at < stop:
+                # a row that isn't there is the last one, taken zero times
+                i0, i1 = where[at], where[min(at + 1, stop - 1)]
+                i2, i3 = where[min(at + 2, stop - 1)], where[min(at + 3, stop - 1)]
+                v0, v1 = what[at], what[at + 1] if at + 1 < stop else 0.0 * what[at]
+                v2 = what[at + 2] if at + 2 < stop else 0.0 * what[at]
+                v3 = what[at + 3] if at + 3 < stop else 0.0 * what[at]
+                r0, r1, r2, r3 = gram[i0], gram[i1], gram[i2], gram[i3]
+                for k in range(sources):
+                    row[k] -= v0 * r0[k] + v1 * r1[k] + v2 * r2[k] + v3 * r3[k]
+                at += 4
+        return
     packed = np.empty((sources, tile), gram.dtype)
     total = np.empty(tile, gram.dtype)
     for left in range(0, sources, tile):
         width = min(tile, sources - left)
-        pack = starts[-1] > sources  # worth a contiguous copy that stays in cache over all targets
-        if pack:
-            for i in range(sources):
-                for k in range(width):
-                    packed[i, k] = gram[i, left + k]
+        for i in range(sources):  # a contiguous copy that stays in cache over all targets
+            for k in range(width):
+                packed[i, k] = gram[i, left + k]
         for n in range(todo.shape[0]):
             row = pull[todo[n]]
             for k in range(width):
                 total[k] = cross[todo[n], left + k]
             at, stop = starts[n], starts[n + 1]
-            if pack:
-                while at + 4 <= stop:
-                    r0, r1, r2, r3 = (
-                        packed[where[at]],
-                        packed[where[at + 1]],
-                        packed[where[at + 2]],
-                        packed[where[at + 3]],
-                    )
-                    v0, v1, v2, v3 = what[at], what[at + 1], what[at + 2], what[at + 3]
-                    for k in range(width):
-                        total[k] -= v0 * r0[k] + v1 * r1[k] + v2 * r2[k] + v3 * r3[k]
-                    at += 4
+            while at + 4 <= stop:
+                r0, r1, r2, r3 = packed[where[at]], packed[where[at + 1]], packed[where[at + 2]], packed[where[at + 3]]
+                v0, v1, v2, v3 = what[at], what[at + 1], what[at + 2], what[at + 3]
+                for k in range(width):
+                    total[k] -= v0 * r0[k] + v1 * r1[k] + v2 * r2[k] + v3 * r3[k]
+                at += 4
             while at < stop:
                 i, v = where[at], what[at]
                 for k in range(width):
-                    total[k] -= v * gram[i, left + k]
+                    total[k] -= v * packed[i, k]
                 at += 1
             for k in range(width):
                 row[left + k] = total[k]
 
 
-@njit(cache=True, nogil=True, fastmath=FAST, error_model="numpy")
+@inner
 @no_type_check
-def choose(coef, pull, weight, upper, strength, one_sided, forbid, least):
-    """The next working set: the support and the worst violators, max(least, 4 nonzeros + 16) at most."""
+def choose(coef, pull, weight, upper, strength, one_sided, forbid, least, work):
+    """Writes the next working set into `work`: support and worst violators, max(least, 4 nonzeros + 16) at most."""
     sources = coef.shape[0]
-    support, excess = 0, np.zeros(sources, np.float64)
-    violators = 0
+    support, violators, cut = 0, 0, 0.0
+    excess = np.empty(sources, np.float64)
     for i in range(sources):
+        excess[i] = 0.0
         if forbid[i] or upper[i] == 0:
             continue
         if coef[i] != 0:
@@ -126,9 +138,10 @@ def choose(coef, pull, weight, upper, strength, one_sided, forbid, least):
         over = (pull[i] if one_sided else abs(pull[i])) - strength * weight[i]
         if over > 0:
             excess[i] = over / weight[i]
+            cut = max(cut, excess[i])
             violators += 1
     room = max(least, 4 * support + 16) - support
-    low, cut = 0.0, 0.0 if violators <= room else excess.max()
+    low, cut = 0.0, 0.0 if violators <= room else cut
     while violators > room and cut - low > 1e-3 * cut:  # bisection: compiles and runs faster than a partial sort
         middle, above = 0.5 * (low + cut), 0
         for i in range(sources):
@@ -137,16 +150,15 @@ def choose(coef, pull, weight, upper, strength, one_sided, forbid, least):
             low = middle
         else:
             cut = middle
-    work = np.empty(support + min(violators, room), np.int64)
-    at = 0
+    size, at = support + min(violators, room), 0
     for i in range(sources):
-        if (coef[i] != 0 or (excess[i] > 0 and excess[i] >= cut and at < work.shape[0])) and at < work.shape[0]:
+        if at < size and (coef[i] != 0 or (excess[i] > 0 and excess[i] >= cut)):
             work[at] = i
             at += 1
-    return work[:at]
+    return at
 
 
-@njit(cache=True, nogil=True)
+@inner
 @no_type_check
 def nonzeros(a, active):
     """Writes the places of the nonzeros of `a` into `active`; their number."""
@@ -158,7 +170,7 @@ def nonzeros(a, active):
     return count
 
 
-@njit(cache=True, nogil=True, fastmath=FAST, error_model="numpy")
+@inner
 @no_type_check
 def leap(a, g, w, r, u, strength, active, count, slot, rows):
     """A Newton step on the nonzeros, as far as no sign changes: exact where the support is right.
@@ -222,22 +234,23 @@ def leap(a, g, w, r, u, strength, active, count, slot, rows):
     return share == 1.0
 
 
-@njit(cache=True, nogil=True, fastmath=FAST, error_model="numpy")
+@kernel
 @no_type_check
-def descend(gram, work, cross, coef, pull, weight, ridge, upper, square, strength, one_sided, goal, max_sweeps):
+def descend(gram, work, width, cross, coef, pull, weight, ridge, upper, square, strength, one_sided, goal, max_sweeps):
     """Cyclic coordinate descent on the working set until the gap restricted to it is at most `goal`.
 
     A row of the small Gram is gathered only when its coordinate first moves: most of a generous working set never
     does. Returns the number of sweeps, 0 if the very first one moved nothing.
     """
-    width = work.shape[0]
-    c, a, g = cross[work], coef[work], pull[work]
-    w, r, u = weight[work], ridge[work], upper[work]
-    slot, used = np.full(width, -1, np.int64), 0
+    c, a, g = np.empty(width, gram.dtype), np.empty(width, gram.dtype), np.empty(width, gram.dtype)
+    w, r, u = np.empty(width, gram.dtype), np.empty(width, gram.dtype), np.empty(width, gram.dtype)
+    forbid, slot, active = np.empty(width, np.bool_), np.empty(width, np.int64), np.empty(width, np.int64)
+    for k in range(width):
+        i = work[k]
+        c[k], a[k], g[k], w[k], r[k], u[k] = cross[i], coef[i], pull[i], weight[i], ridge[i], upper[i]
+        forbid[k], slot[k] = False, -1
+    used, count, until_full = 0, width, 0
     rows = np.empty((min(width, 32), width), gram.dtype)
-    forbid = np.zeros(width, np.bool_)
-    active, count = np.arange(width), width
-    until_full = 0
     for sweep in range(max_sweeps):
         full = until_full <= 0
         if full:
@@ -263,7 +276,9 @@ def descend(gram, work, cross, coef, pull, weight, ridge, upper, square, strengt
                 if slot[k] < 0:
                     if used == rows.shape[0]:
                         larger = np.empty((min(2 * used, width), width), gram.dtype)
-                        larger[:used] = rows
+                        for old_row in range(used):
+                            for m in range(width):
+                                larger[old_row, m] = rows[old_row, m]
                         rows = larger
                     source, row = gram[work[k]], rows[used]
                     for m in range(width):
@@ -279,7 +294,7 @@ def descend(gram, work, cross, coef, pull, weight, ridge, upper, square, strengt
                 max_sweeps = sweep
                 break
             count = nonzeros(a, active)
-            if sweep > 0 and count <= LEAP_UP_TO:
+            if sweep > FULL_EVERY + 1 and count <= LEAP_UP_TO:  # where sweeps do it soon it is not worth its cost
                 for _ in range(LEAPS):
                     if leap(a, g, w, r, u, strength, active, count, slot, rows):
                         until_full = 0
@@ -292,24 +307,23 @@ def descend(gram, work, cross, coef, pull, weight, ridge, upper, square, strengt
     return min(sweep + 1, max_sweeps)
 
 
-@njit(cache=True, nogil=True, fastmath=FAST, error_model="numpy")
+@kernel
 @no_type_check
 def one_round(
     gram, cross, coef, pull, weight, squared, upper, forbid, square, strength, one_sided,
     todo, gap, sweeps, tol, least, max_sweeps,
 ):  # fmt: skip
     """Certify every target in `todo` and improve those above the tolerance; sweeps < 0 marks one that can't move."""
+    work = np.empty(gram.shape[0], np.int64)
     for n in range(todo.shape[0]):
         t = todo[n]
         w, u = weight[t % weight.shape[0]], upper[t % upper.shape[0]]
         r, f = strength[t] * squared[t % squared.shape[0]], forbid[t % forbid.shape[0]]
-        gap[t] = gap_of(cross[t], coef[t], pull[t], w, r, u, square[t], strength[t], one_sided, f)
-        null = 0.5 * square[t]
-        if gap[t] <= tol * null or sweeps[t] < 0:
+        c, a, g, yy, level = cross[t], coef[t], pull[t], square[t], strength[t]
+        gap[t] = gap_of(c, a, g, w, r, u, yy, level, one_sided, f)
+        if gap[t] <= 0.5 * tol * yy or sweeps[t] < 0:
             continue
-        work = choose(coef[t], pull[t], w, u, strength[t], one_sided, f, least)
-        goal = 0.3 * tol * null
-        spent = descend(
-            gram, work, cross[t], coef[t], pull[t], w, r, u, square[t], strength[t], one_sided, goal, max_sweeps
-        )  # fmt: skip
+        width = choose(a, g, w, u, level, one_sided, f, least, work)
+        goal = 0.15 * tol * yy
+        spent = descend(gram, work, width, c, a, g, w, r, u, yy, level, one_sided, goal, max_sweeps)
         sweeps[t] = sweeps[t] + spent if spent > 0 else -1 - sweeps[t]

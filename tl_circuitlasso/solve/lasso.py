@@ -4,15 +4,19 @@ import logging
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_circuitlasso.errors import InputError, SolveError
 from tl_circuitlasso.solve.base import AbstractPenalty, AbstractSolver, Answer, Solution, Status
+from tl_circuitlasso.solve.checkpoint import Checkpoint, fingerprint, parts_of
 from tl_circuitlasso.solve.fista import Fista
+from tl_circuitlasso.solve.group_set import GroupSet
 from tl_circuitlasso.solve.groups import Group
 from tl_circuitlasso.solve.penalties import L1
 from tl_circuitlasso.solve.problem import Scaled, check_matrices, explain_failure, scale
@@ -25,8 +29,8 @@ log = logging.getLogger(__name__)
 
 Strength = int | float | Tensor
 StrengthIs = str  # "relative" or "absolute"; checked where it is used
+GROUP_SET_FROM = 1 << 13  # entries of the answer from which compiled block descent pays for its compilation
 ROW_SET_FROM = 512  # sources from which a working set of rows beats plain FISTA
-SINGLE_FROM = 1 << 20  # entries of the answer from which rounds in float32 pay for their copy of the Gram
 
 
 def lasso(
@@ -46,6 +50,7 @@ def lasso(
     standardise: bool = False,
     names: Sequence[str] | None = None,
     check: bool = True,
+    checkpoint: str | Path | None = None,
 ) -> Solution:
     """Many regressions on one design, each with a proof of optimality:
 
@@ -57,6 +62,8 @@ def lasso(
     objective of the empty solution. `standardise` penalises every source as if it had unit variance; `names` are used
     in error messages; `dtype=torch.float32` accepts single precision throughout; `check=False` skips the validation.
     `solver` is "auto", "working_set", "fista", "torch" or a solver object. The value is float64 in the caller's units.
+    `checkpoint` names a folder for long solves: every thousand finished targets are stored there, and the same call,
+    killed and made again, goes on behind them.
 
     Raises InputError for matrices that are not what they should be, SolveError with `strict` if a target missed `tol`.
     Tibshirani 1996; the solver is described in `working_set`, the certificate in `certificate`.
@@ -79,8 +86,10 @@ def lasso(
     absolute = absolute_strength(strength, limit, scaled.target_scale, strength_is)
     start = None if init is None else scaled.enter(_check_init(init, cross))
     chosen = choose_solver(solver, scaled.penalty, cross.shape, max_iter, dtype, tol, gram.device)
-    answer = _solve_scaled(scaled, absolute, limit, chosen, tol, start)
+    answer = _solve_scaled(scaled, absolute, limit, chosen, tol, start, checkpoint)
     value = scaled.leave(answer.value)
+    if isinstance(penalty, L1) and penalty.upper is not None:
+        value = penalty.prox(value, 0.0, absolute)  # back into bounds that rescaling may have rounded over
     converged = answer.gap <= tol
     if check and not bool(converged.all()):
         explain_failure(scaled.loss, answer.value, precision)
@@ -176,11 +185,13 @@ def choose_solver(
         raise InputError(f"`solver` must be 'auto', 'working_set', 'fista' or 'torch', got {solver!r}")
     if isinstance(penalty, Group):
         # blocks of few columns are too small for a loop over them: all at once, the last ones compacted
+        compiled = solver == "working_set" and device.type == "cpu" and numba_available()
+        if compiled and not penalty.non_negative and shape[0] * shape[1] >= GROUP_SET_FROM:
+            return GroupSet(**limit)
         wide = shape[0] >= ROW_SET_FROM and shape[1] >= 8 * (int(penalty.target_groups.max()) + 1)
         return RowSet(Fista(**limit)) if wide else Fista(**limit)
-    single = dtype == torch.float32 or (dtype is None and tol >= 1e-6 and shape[0] * shape[1] >= SINGLE_FROM)
     if solver == "working_set" and device.type == "cpu" and numba_available():
-        return WorkingSet(**limit, single=single)
+        return WorkingSet(**limit, single=dtype == torch.float32)
     return TorchSet(**limit)
 
 
@@ -205,8 +216,21 @@ def _solve_scaled(
     solver: AbstractSolver,
     tol: float,
     init: Float[Tensor, "source target"] | None,
+    checkpoint: str | Path | None = None,
 ) -> Answer:
-    """Targets with lambda = 0 < lambda_max go to least squares, the others to the solver."""
+    """Targets with lambda = 0 < lambda_max go to least squares, the others to the solver; part by part if stored."""
+    if checkpoint is not None:
+        key = fingerprint(scaled, strength, solver, tol)
+
+        def solve_part(columns: Int[Tensor, " some"]) -> Answer:
+            some = replace(
+                scaled, loss=scaled.loss.restrict(None, columns), penalty=scaled.penalty.restrict(None, columns)
+            )
+            start = None if init is None else init[:, columns]
+            return _solve_scaled(some, strength[columns], limit[columns], solver, tol, start)
+
+        parts = parts_of(len(strength), scaled.penalty.coupled())
+        return Checkpoint(Path(checkpoint), key).answer(solve_part, parts, strength.device)
     free = (strength == 0) & (limit > 0)
     if not bool(free.any()):
         return solver.solve(scaled.loss, scaled.penalty, strength, tol=tol, init=init)

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.solve.base import AbstractLoss
 from tl_circuitlasso.solve.losses import largest_singular_sq
 
@@ -24,6 +25,11 @@ class AbstractLikelihood(AbstractLoss):
     """A loss of one target that is smooth enough for Newton steps."""
 
     observed: Tensor
+    intercept: bool
+
+    @property
+    def intercepted(self) -> bool:
+        return self.intercept
 
     @abstractmethod
     def margins(self, value: Float[Tensor, "source 1"]) -> Float[Tensor, "sample outcome"]:
@@ -228,7 +234,7 @@ class Softmax(AbstractLikelihood):
         if sources is None:
             return self
         if not self._direct:
-            raise NotImplementedError("rows of a multinomial regression can't be taken apart")
+            raise InputError("`RowSet` can't take the rows of a multinomial regression apart: use `Fista`")
         return replace(self, features=self.features.index_select(2, sources))
 
 

@@ -98,7 +98,8 @@ def _newton_point(
     upper = entries_like(torch.inf if mine.upper is None else mine.upper, like) * size[:, None]
     coef, residual = like * size[:, None], pull[rows] / size[:, None]
     fit = _descend(hessian, coef, residual, weight, ridge, upper.expand_as(like), strength, penalty.non_negative, goal)
-    return value.index_copy(0, rows, torch.where(flat[:, None], like, fit / size[:, None]))
+    moved = mine.prox(fit / size[:, None], 0.0, strength)  # back into bounds that rescaling may have rounded over
+    return value.index_copy(0, rows, torch.where(flat[:, None], like, moved))
 
 
 def _descend(
@@ -122,7 +123,9 @@ def _descend(
     arrays = [np.ascontiguousarray(entry[:, 0].numpy()) for entry in (cross, coef, pull, weight, ridge, upper)]
     arrays[1] = arrays[1].copy()
     # a square of 0 turns the gap into the complementarity gap: the model has no data of its own
-    compiled().descend(gram.contiguous().numpy(), work, *arrays, 0.0, float(strength), non_negative, goal, SWEEPS)
+    compiled().descend(
+        gram.contiguous().numpy(), work, len(work), *arrays, 0.0, float(strength), non_negative, goal, SWEEPS
+    )
     return torch.from_numpy(arrays[1])[:, None]
 
 

@@ -67,6 +67,9 @@ class L1(AbstractPenalty):
     def strength_max(self, negative_gradient: Float[Tensor, "source target"]) -> Float[Tensor, " target"]:
         if not negative_gradient.shape[0]:
             return negative_gradient.new_zeros(negative_gradient.shape[1])
+        if self.weights is None and self.upper is None:  # one pass, no copy
+            low, high = torch.aminmax(negative_gradient, dim=0)
+            return high.clamp(min=0) if self.non_negative else torch.maximum(-low, high)
         pull = self._pull(negative_gradient)
         if self.upper is not None:  # an entry that may not leave 0 pulls at nothing
             pull = torch.where(entries_like(self.upper, pull) > 0, pull, 0)
@@ -117,13 +120,15 @@ class L1(AbstractPenalty):
         return None
 
     def rescale(self, source_scale: Float[Tensor, " source"], target_scale: Float[Tensor, " target"]) -> "L1":
-        like = source_scale[:, None] * target_scale
+        like = source_scale[:, None].expand(len(source_scale), len(target_scale))
         upper, squared = self.upper, self.squared
         if upper is not None:
             upper = entries_like(upper, like) * source_scale[:, None] / target_scale
         if squared is not None:
             squared = entries_like(squared, like) * target_scale / source_scale.square()[:, None]
-        return L1(self.weight(like) / source_scale[:, None], self.non_negative, upper, squared)
+        plain = self.weights is None and bool((source_scale == 1).all())
+        weights = None if plain else self.weight(like) / source_scale[:, None]
+        return L1(weights, self.non_negative, upper, squared)
 
     def restrict(
         self, sources: Int[Tensor, " kept_source"] | None, targets: Int[Tensor, " kept_target"] | None

@@ -19,6 +19,7 @@ from tl_circuitlasso.solve.losses import QuadraticGram
 
 DEAD = 1e-30  # relative to the largest diagonal entry: a column scaled by 1e-6 beside one scaled by 1e6 is alive
 ASYMMETRY = 1e-6  # relative to the standard deviations; the solution moves by no more than this
+NEGATIVE = 1e-9  # of the largest variance: what rounding can leave of a source that doesn't vary
 STRIP = 128
 CHOLESKY_UP_TO = 1024  # above this the proof of definiteness would cost as much as the solve
 
@@ -64,6 +65,13 @@ def check_matrices(
     check_finite("target_sq_norm", target_sq_norm[:, None])
     if bool((target_sq_norm < 0).any()):
         raise InputError("`target_sq_norm` must be >= 0: pass the diagonal of Y'Y / M")
+    diagonal = gram.diagonal()
+    if len(diagonal) and float(diagonal.min()) < -NEGATIVE * float(diagonal.abs().max()):
+        row = int(diagonal.argmin())
+        given = f"source {_name(row, names)} has the variance {float(diagonal[row]):.3g}"
+        raise InputError(
+            f"`gram` isn't positive semidefinite ({given}): pass X'X / M of the centred samples, accumulated in float64"
+        )
     _check_symmetric(gram, names)
 
 
@@ -82,6 +90,19 @@ def check_finite(name: str, matrix: Float[Tensor, "row column"], names: Sequence
     )
 
 
+def check_finite_codes(name: str, codes: Tensor) -> None:
+    """InputError naming the first row and column of a CSR matrix that is NaN or infinite."""
+    bad = (~torch.isfinite(codes.values())).nonzero()[:, 0]
+    if not len(bad):
+        return
+    place = int(bad[0])
+    row = int(torch.searchsorted(codes.crow_indices(), place, right=True)) - 1
+    raise InputError(
+        f"`{name}` holds {float(codes.values()[place])} at row {row}, column {int(codes.col_indices()[place])}"
+        f" ({len(bad)} bad entries in all): find the activation that overflowed, or drop that source"
+    )
+
+
 def scale(
     gram: Float[Tensor, "source source"],
     cross: Float[Tensor, "source target"],
@@ -96,14 +117,14 @@ def scale(
     diagonal = gram.diagonal()
     top = float(diagonal.max()) if diagonal.numel() else 0.0
     dead_sources, dead_targets = diagonal <= DEAD * top, target_sq_norm <= 0
-    source_scale = torch.where(dead_sources, 1.0, diagonal.clamp(min=torch.finfo(gram.dtype).tiny).sqrt())
-    target_scale = torch.where(dead_targets, 1.0, target_sq_norm.clamp(min=torch.finfo(gram.dtype).tiny).sqrt())
+    source_scale, target_scale = _size(diagonal, dead_sources), _size(target_sq_norm, dead_targets)
     if isinstance(penalty, Group) and not standardise:
         source_scale = _even(source_scale, penalty.row_groups)
     if (coupled := penalty.coupled()) is not None:
         target_scale = _even(target_scale, coupled)
     if not bool((source_scale == 1).all()):
-        gram, cross = gram / source_scale[:, None] / source_scale, cross / source_scale[:, None]
+        gram = (gram / source_scale[:, None]).div_(source_scale)
+        cross = cross / source_scale[:, None]
     if not bool((target_scale == 1).all()):
         cross = cross / target_scale
     if bool(dead_sources.any()):
@@ -178,6 +199,12 @@ def _check_definite(
         raise InputError(
             "`cross` exceeds what `gram` and `target_sq_norm` allow: compute all three from the same samples"
         )
+
+
+def _size(square: Float[Tensor, " row"], dead: Bool[Tensor, " row"]) -> Float[Tensor, " row"]:
+    """Standard deviations; those of 1 but for rounding are 1, which spares standardised data two copies."""
+    size = square.clamp(min=torch.finfo(square.dtype).tiny).sqrt()
+    return torch.where(dead | ((size - 1).abs() < 1e-12), 1.0, size)
 
 
 def _even(scale: Float[Tensor, " row"], groups: Tensor) -> Float[Tensor, " row"]:

@@ -15,7 +15,7 @@ from tl_circuitlasso.solve.certificate import relative_gap
 from tl_circuitlasso.solve.lasso import Strength, StrengthIs, absolute_strength, lasso, report
 from tl_circuitlasso.solve.losses import QuadraticGram
 from tl_circuitlasso.solve.penalties import L1, entries_like
-from tl_circuitlasso.solve.problem import check_finite
+from tl_circuitlasso.solve.problem import check_finite, check_finite_codes
 from tl_circuitlasso.solve.sparse import csr_matrix, gram_of_codes
 
 Design = Tensor | scipy.sparse.csr_matrix
@@ -50,7 +50,10 @@ def regress(
             f"`features` has {samples} samples and `targets` {len(targets)}; both need the same, at least 1"
         )
     sparse = features.layout == torch.sparse_csr
-    check_finite("features", features.values()[:, None] if sparse else features)
+    if sparse:
+        check_finite_codes("features", features)
+    else:
+        check_finite("features", features)
     check_finite("targets", targets)
     y = targets.double()
     form = form or ("gram" if sources <= 2 * samples else "residual")

@@ -2,10 +2,10 @@
 
 from typing import no_type_check
 
-from numba import njit
+from tl_circuitlasso.solve.jit import kernel
 
 
-@njit(cache=True, nogil=True)
+@kernel
 @no_type_check
 def gather_gram(col_starts, col_rows, col_order, row_starts, row_columns, values, out):
     """out = X'X from X in CSC (`col_*`) and CSR (`row_*`); `col_order` is the place of a CSC entry in the CSR arrays.

@@ -5,10 +5,11 @@
 | fixed     | 0.2 lambda_max                                                     | a first look                    |
 | ebic      | extended BIC of least-squares refits along a path                  | edges, one path                 |
 | adaptive  | ebic, then a second path weighted by the refit of the first        | edges, the default ("auto")     |
+| mcp       | ebic over a path re-weighed by the minimax concave penalty         | edges, a little more of them    |
 | cv        | least held-out error over folds                                    | prediction; never for edges     |
 | stability | edges kept in most half-samples                                    | edges with a measure of doubt   |
 
-Benchmarks: the `--strength` section of benchmarks/solvers.py.
+Measured by benchmarks/strength.py: what each finds on planted problems, and in what time.
 """
 
 from collections.abc import Sequence
@@ -23,12 +24,17 @@ from torch import Tensor
 
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.solve.base import AbstractPenalty, Solution
+from tl_circuitlasso.solve.group_set import GroupSet
+from tl_circuitlasso.solve.groups import Group
 from tl_circuitlasso.solve.lasso import lasso
 from tl_circuitlasso.solve.path import Moments, geometric_strengths, path, total
 from tl_circuitlasso.solve.penalties import L1, adaptive_weights
+from tl_circuitlasso.solve.working_set import numba_available
 
 WORKSPACE = 1 << 25  # entries of the small Grams refitted at once
 FIXED = 0.2
+CONCAVITY = 3.0  # gamma of the minimax concave penalty: coefficients beyond gamma * lambda aren't shrunk
+REWEIGHTED = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +60,7 @@ def select(
     folds: Sequence[Moments] | None = None,
     **options: Any,
 ) -> Choice:
-    """A strength for every target by `rule`: "auto", "fixed", "ebic", "adaptive", "cv" or "cv-1se" (needs `folds`).
+    """A strength for every target by `rule`: "auto", "fixed", "ebic", "adaptive", "mcp"; with `folds` "cv", "cv-1se".
 
     `options` go to `lasso`. InputError for an unknown rule, or for "cv" without folds.
 
@@ -70,11 +76,13 @@ def select(
     if rule in ("ebic", "adaptive"):
         first = ebic(data, strengths=strengths, penalty=penalty, **options)
         return first if rule == "ebic" else _adaptive(data, first, strengths, penalty, options)
+    if rule == "mcp":
+        return _concave(data, strengths, penalty, options)
     if rule in ("cv", "cv-1se"):
         if not folds:
             raise InputError("`folds` are needed for cross-validation: pass the Moments of each fold")
         return cross_validate(folds, strengths=strengths, penalty=penalty, one_se=rule == "cv-1se", **options)
-    raise InputError(f"`rule` must be 'auto', 'fixed', 'ebic', 'adaptive', 'cv' or 'cv-1se', got {rule!r}")
+    raise InputError(f"`rule` must be 'auto', 'fixed', 'ebic', 'adaptive', 'mcp', 'cv' or 'cv-1se', got {rule!r}")
 
 
 def ebic(
@@ -112,6 +120,8 @@ def cross_validate(
     """
     if len(folds) < 2:
         raise InputError(f"`folds` must hold at least 2 parts, got {len(folds)}")
+    if isinstance(penalty, Group) and not penalty.non_negative and numba_available() and not folds[0].gram.is_cuda:
+        options.setdefault("solver", GroupSet())  # hundreds of solves, however small, pay for its compilation
     levels = list(strengths) if strengths is not None else geometric_strengths()
     whole, errors = total(folds), []
     for fold in folds:
@@ -235,6 +245,32 @@ def _fixed(data: Moments, penalty: AbstractPenalty | None, options: dict[str, An
     scores = torch.zeros(1, len(data.target_sq_norm), dtype=torch.float64, device=data.gram.device)
     level = torch.full_like(scores[0], FIXED)
     return Choice(level, solution, refit_support(data, solution.value), scores, "fixed")
+
+
+def _concave(
+    data: Moments, strengths: Sequence[float] | None, penalty: AbstractPenalty | None, options: dict[str, Any]
+) -> Choice:
+    """The minimax concave penalty (Zhang 2010) by weighted Lassos (Zou & Li 2008), its strength by `ebic`'s criterion.
+
+    w_ij = max(1 - G_ii |a_ij| / (gamma lambda_j), 0) from the round before: the penalty in standard units. Each round
+    is convex and its certificate is the one reported; it says nothing about the concave problem's other optima.
+    """
+    if penalty is not None and not isinstance(penalty, L1):
+        raise InputError("`rule='mcp'` weighs entries and needs an elementwise penalty: use 'ebic' for groups")
+    base, spread = L1() if penalty is None else penalty, data.gram.diagonal().double()[:, None]
+    spread = spread.clamp(min=0).sqrt() if options.get("standardise") else spread
+    verb = partial(lasso, data.gram, data.cross, target_sq_norm=data.target_sq_norm, **options)
+    levels, solutions = list(strengths) if strengths is not None else geometric_strengths(), []
+    for fit in path(partial(verb, penalty=base), levels):
+        limit, level = fit.stats["strength_max"], fit.stats["strength"]
+        weight = base.weight(fit.value)
+        for _ in range(REWEIGHTED):
+            flatter = (1 - spread * fit.value.abs() / (CONCAVITY * level * weight).clamp(min=1e-300)).clamp(min=1e-3)
+            shape = replace(base, weights=weight * flatter)
+            fit = verb(strength=level, strength_is="absolute", penalty=shape, init=fit.value)
+        solutions.append(replace(fit, stats={**fit.stats, "strength_max": limit}))
+    scores = torch.stack([_criterion(data, solution.value, 0.5) for solution in solutions])
+    return _pick(data, levels, solutions, scores, scores.argmin(0), "mcp")
 
 
 def _adaptive(

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from tl_circuitlasso.errors import InputError
@@ -29,8 +29,9 @@ from tl_circuitlasso.solve.penalties import L1, entries_like
 
 log = logging.getLogger(__name__)
 
-CHUNK = 1024  # targets whose coefficients and gradients are in flight at once
+CHUNK = 2048  # targets whose coefficients and gradients are in flight at once
 DENSE_ABOVE = 0.2  # share of nonzeros from which a dense product is quicker than a sparse one
+DENSE_UP_TO = 1 << 16  # entries of the Gram up to which the difference isn't worth compiling the sparse product
 TILE = 64  # columns of the Gram that stay in cache over a chunk of targets
 SLICE_SECONDS = 0.2  # a compiled call can't be interrupted: keep each one short
 SWEEPS_AT_ONCE = 500
@@ -59,7 +60,7 @@ class WorkingSet(AbstractSolver):
     ) -> Answer:
         if not isinstance(loss, QuadraticGram) or not isinstance(penalty, L1):
             raise InputError("`working_set` needs a Gram and an elementwise penalty: use solver='auto' or 'fista'")
-        value = torch.zeros(loss.cross.shape, dtype=loss.cross.dtype) if init is None else init.clone()
+        value = torch.empty(loss.cross.shape, dtype=loss.cross.dtype)
         gap = np.full(loss.shape[1], np.inf)
         rounds, stalled = np.zeros(loss.shape[1], np.int64), False
         grams = {np.dtype(np.float64): np.ascontiguousarray(loss.gram.numpy())}
@@ -67,9 +68,10 @@ class WorkingSet(AbstractSolver):
             grams = {np.dtype(np.float32): grams[np.dtype(np.float64)].astype(np.float32), **grams}
         for start in range(0, loss.shape[1], CHUNK):
             part = slice(start, start + CHUNK)
-            coef = np.ascontiguousarray(value[:, part].numpy().T)
             chunk = _chunk(loss, penalty, strength, part)
+            coef = np.zeros_like(chunk["cross"]) if init is None else _target_major(init[:, part])
             for dtype, gram in grams.items():
+                coef = np.minimum(coef, chunk["upper"])  # float32 can round a bound up
                 goal = tol if dtype == np.float64 else max(0.5 * tol, 2e-6)
                 coef, gap[part], spent, stuck = self._rounds(gram, chunk, coef.astype(dtype), goal, init is None)
                 rounds[part] += spent
@@ -93,7 +95,7 @@ class WorkingSet(AbstractSolver):
         best, stale = gap.copy(), np.zeros(len(cross), np.int64)
         pull = cross.copy()
         if not fresh or coef.any():
-            _products(kernels, gram, cross, coef, todo, pull)
+            products(kernels, gram, cross, coef, todo, pull)
 
         def improve(some: np.ndarray) -> None:
             kernels.one_round(
@@ -102,7 +104,7 @@ class WorkingSet(AbstractSolver):
             )  # fmt: skip
 
         for _ in range(self.max_iter):
-            _in_slices(improve, todo)
+            in_slices(improve, todo)
             todo = todo[(gap[todo] > tol * 0.5 * square[todo]) & (sweeps[todo] >= 0)]
             if not len(todo):
                 break
@@ -110,7 +112,7 @@ class WorkingSet(AbstractSolver):
             better = gap[todo] < 0.9 * best[todo]
             best[todo], stale[todo] = np.minimum(best[todo], gap[todo]), np.where(better, 0, stale[todo] + 1)
             todo = todo[stale[todo] < STALE]
-            _products(kernels, gram, cross, coef, todo, pull)
+            products(kernels, gram, cross, coef, todo, pull)
         relative = np.divide(gap, 0.5 * square, out=np.zeros_like(gap), where=square > 0)
         return coef, relative, rounds, bool((sweeps < 0).any() or (stale >= STALE).any())
 
@@ -143,29 +145,35 @@ def _chunk(loss: QuadraticGram, penalty: L1, strength: Float[Tensor, " target"],
     upper = entries_like(torch.inf if entries.upper is None else entries.upper, like)
     squared = entries_like(0.0 if entries.squared is None else entries.squared, like)
     return {
-        "cross": np.ascontiguousarray(cross.numpy().T),
-        "weight": np.ascontiguousarray(torch.where(torch.isinf(weight), 1.0, weight).numpy().T),
-        "upper": np.ascontiguousarray(upper.numpy().T),
-        "squared": np.ascontiguousarray(squared.numpy().T),
-        "forbid": np.ascontiguousarray((torch.isinf(weight) | (upper == 0)).numpy().T),
+        "cross": _target_major(cross),
+        "weight": _target_major(torch.where(torch.isinf(weight), 1.0, weight)),
+        "upper": _target_major(upper),
+        "squared": _target_major(squared),
+        "forbid": _target_major(torch.isinf(weight) | (upper == 0)),
         "square": loss.target_sq_norm[part].double().numpy(),
         "strength": strength[part].double().numpy(),
         "one_sided": penalty.non_negative,
     }
 
 
-def _products(
+def _target_major(matrix: Shaped[Tensor, "source any"]) -> np.ndarray:
+    """A transposed copy, by torch: it goes through tiles where numpy would stride."""
+    return matrix.T.clone(memory_format=torch.contiguous_format).numpy()
+
+
+def products(
     kernels: ModuleType, gram: np.ndarray, cross: np.ndarray, coef: np.ndarray, todo: np.ndarray, pull: np.ndarray
 ) -> None:
     """pull = cross - coef @ gram on the rows in `todo`, sparse or dense by the share of nonzeros."""
-    if np.count_nonzero(coef[todo]) > DENSE_ABOVE * len(todo) * coef.shape[1]:
-        dense = torch.from_numpy(coef[todo]) @ torch.from_numpy(gram)
-        pull[todo] = cross[todo] - dense.numpy()
+    sample = coef[todo[:: max(1, len(todo) // 64)]]
+    if gram.size <= DENSE_UP_TO or np.count_nonzero(sample) > DENSE_ABOVE * sample.size:
+        fitted = torch.from_numpy(coef[todo]) @ torch.from_numpy(gram)
+        pull[todo] = cross[todo] - fitted.numpy()
     else:
         _threaded(lambda some: kernels.sparse_products(gram, cross, coef, some, pull, TILE), todo)
 
 
-def _in_slices(work: Callable[[np.ndarray], None], todo: np.ndarray) -> None:
+def in_slices(work: Callable[[np.ndarray], None], todo: np.ndarray) -> None:
     """Do `work` on slices of `todo` short enough that Ctrl-C is answered at once."""
     size, start = 1, 0
     while start < len(todo):

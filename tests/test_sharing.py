@@ -1,0 +1,198 @@
+"""Two processes under gloo find the graph of one: every design and target, checkpoints, and errors that reach all."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import tl_circuitlasso as tcl
+from tests import architectures
+from tl_circuitlasso.discover import collect_statistics
+from tl_circuitlasso.errors import CircuitLassoError
+from tl_circuitlasso.models import collect as collection
+from tl_circuitlasso.sharing import ALONE, as_ranks, under_torchrun
+from tl_circuitlasso.statistics import Moments, Statistics
+
+PROMPTS, BATCH = 40, 6  # seven batches, the last one smaller, so that the two processes get unequal parts
+CASES = {
+    "read": {"design": "read"},
+    "read-labels": {"design": "read", "target": "labels"},
+    "routed-difference": {"design": "routed", "target": "difference", "strength": 0.2},
+    "activation-values": {"design": "activation", "target": "values", "strength": 0.2},
+    "activation-labels": {"design": "activation", "target": "labels", "strength": 0.2},
+    "neuron-stability": {"design": "activation", "basis": "neuron", "strength": "stability"},
+}
+
+
+def goal(name: str | None) -> Any:
+    rows = range(PROMPTS)
+    return {
+        None: None,
+        "difference": tcl.LogitDiff([3] * PROMPTS, [4] * PROMPTS),
+        "labels": tcl.Labels([row % 2 for row in rows]),
+        "values": tcl.Values([row / PROMPTS for row in rows]),
+    }[name]
+
+
+@cache
+def found(case: str, process_group: Any = None) -> tcl.AttributionGraph:
+    options: dict[str, Any] = {**CASES[case], "target": goal(CASES[case].get("target"))}
+    if options.get("basis") == "neuron":
+        options["basis"] = tcl.Neuron(max_nodes=12)
+    tokens = architectures.prompts(batch=PROMPTS)
+    tokens[:, -1] = torch.arange(PROMPTS) % 2 + 3  # so that the labels are something that the model can say
+    return tcl.circuit_lasso(
+        architectures.small(), tokens, batch_size=BATCH, progress=False, process_group=process_group, **options
+    )
+
+
+def of_demo(process_group: Any = None) -> tcl.AttributionGraph:
+    demo = tcl.load_demo(prompts=64)
+    return tcl.circuit_lasso(
+        demo.model, demo.tokens, positions="last", batch_size=16, progress=False, process_group=process_group
+    )
+
+
+@contextmanager
+def message_of(folder: Path, name: str, rank: int) -> Iterator[None]:
+    """Write down what was raised, for the parent to look at."""
+    try:
+        yield
+    except CircuitLassoError as error:
+        (folder / f"{name}-{rank}.txt").write_text(f"{type(error).__name__}: {error}")
+
+
+def interrupted_and_resumed(folder: Path, rank: int) -> None:
+    """A collection that is killed in its fifth batch, and goes on from the two files that were written."""
+    model, tokens = architectures.small(), architectures.prompts(batch=PROMPTS)
+    options = {"design": "activation", "batch_size": BATCH, "progress": False, "process_group": "world"}
+    options["checkpoint"] = folder / "part.safetensors"
+    collection.CHECKPOINT_SECONDS, ordinary = -1.0, collection._add
+
+    def killed(*arguments: Any) -> Statistics:
+        if arguments[-1] == 4:
+            raise tcl.ModelError("killed")
+        return ordinary(*arguments)
+
+    collection._add = killed
+    with message_of(folder, "killed", rank):
+        collect_statistics(model, tokens, **options)
+    collection._add = ordinary
+    whole = collect_statistics(model, tokens, **options)
+    whole.save(folder / f"resumed-{rank}.safetensors")
+
+
+def worker(rank: int, folder: Path) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    for case in CASES:
+        found(case, "world").save(folder / f"{case}-{rank}.safetensors")
+    of_demo(dist.group.WORLD).save(folder / f"demo-{rank}.safetensors")
+    interrupted_and_resumed(folder, rank)
+    model = architectures.small()
+    if rank == 1:
+        model.blocks[0].mlp.W_out.data[:] = torch.nan
+    with message_of(folder, "broken", rank):
+        tcl.circuit_lasso(model, architectures.prompts(batch=12), progress=False, process_group="world")
+    with message_of(folder, "other-data", rank):
+        tcl.circuit_lasso(
+            architectures.small(), architectures.prompts(batch=12, seed=rank), progress=False, process_group="world"
+        )
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes left behind."""
+    path = tmp_path_factory.mktemp("shared")
+    mp.start_processes(worker, (path,), nprocs=2, start_method="spawn")
+    return path
+
+
+@pytest.mark.parametrize("case", [*CASES, "demo"])
+def test_two_processes_find_the_graph_of_one(folder: Path, case: str) -> None:
+    alone = of_demo() if case == "demo" else found(case)
+    first, second = (tcl.AttributionGraph.load(folder / f"{case}-{rank}.safetensors") for rank in range(2))
+    assert first.edge_table().equals(second.edge_table())
+    assert first.kept_edges() == alone.kept_edges() and alone.n_kept > 0
+    scale = float(alone.score.abs().max())
+    for name in ("source", "target", "port", "kept"):
+        assert torch.equal(getattr(first, name), getattr(alone, name))
+    torch.testing.assert_close(first.score, alone.score, rtol=0, atol=1e-6 * scale)
+    torch.testing.assert_close(first.weight, alone.weight, rtol=0, atol=1e-6)
+    assert list(first.certificate.index) == list(alone.certificate.index)
+    assert bool(first.certificate.converged.all())
+    assert first.provenance["processes"] == 2 and first.provenance["data_hash"] == alone.provenance["data_hash"]
+
+
+def test_forward_passes_are_shared_not_repeated(folder: Path) -> None:
+    graph, alone = tcl.AttributionGraph.load(folder / "read-0.safetensors"), found("read")
+    assert graph.provenance["forward_passes"] == alone.provenance["forward_passes"]
+
+
+def test_a_killed_collection_goes_on_from_the_files_of_both_processes(folder: Path) -> None:
+    messages = [(folder / f"killed-{rank}.txt").read_text() for rank in range(2)]
+    assert messages[0] == "ModelError: killed" and "rank 0 of 2 failed: ModelError: killed" in messages[1]
+    assert {file.name for file in folder.glob("part*")} == {"part-0-of-2.safetensors", "part-1-of-2.safetensors"}
+    alone = collect_statistics(
+        architectures.small(),
+        architectures.prompts(batch=PROMPTS),
+        design="activation",
+        batch_size=BATCH,
+        progress=False,
+    )
+    for rank in range(2):
+        resumed = Statistics.load(folder / f"resumed-{rank}.safetensors")
+        assert resumed.done == alone.done and resumed.origin == alone.origin
+        for key, moments in alone.moments.items():
+            assert resumed.moments[key].count == moments.count
+            torch.testing.assert_close(resumed.moments[key].gram(), moments.gram(), rtol=1e-9, atol=1e-12)
+
+
+def test_an_error_in_one_process_is_raised_in_all(folder: Path) -> None:
+    messages = [(folder / f"broken-{rank}.txt").read_text() for rank in range(2)]
+    assert messages[1].startswith("ModelError") and "rank 1 of 2 failed: ModelError" in messages[0]
+
+
+def test_processes_with_different_prompts_are_refused(folder: Path) -> None:
+    for rank in range(2):
+        assert "the processes differ in data" in (folder / f"other-data-{rank}.txt").read_text()
+
+
+def test_without_torch_distributed_there_is_one_process() -> None:
+    assert as_ranks(None) is ALONE and as_ranks(ALONE) is ALONE
+    with under_torchrun() as ranks:
+        assert ranks is ALONE
+    with pytest.raises(tcl.InputError, match=r"`process_group` needs torch\.distributed"):
+        as_ranks("world")
+    with pytest.raises(tcl.InputError, match="`process_group` is 'all'"):
+        tcl.circuit_lasso(architectures.small(), architectures.prompts(batch=4), process_group="all")
+
+
+def test_alone_an_error_passes_through_unchanged() -> None:
+    error = ValueError("mine")
+    with pytest.raises(ValueError, match="mine") as caught, ALONE.together():
+        raise error
+    assert caught.value is error
+    moments = Moments.empty(coords=1, nodes=2).add(torch.randn(5, 1, 2))
+    assert ALONE.sum(moments.scatter) is moments.scatter and ALONE.gather({"a": moments.total})[0]["a"] is moments.total
+
+
+def test_statistics_move_between_devices_whole() -> None:
+    rows = {"samples": torch.ones(2, 3), "priority": torch.ones(2, dtype=torch.float64)}
+    some = Statistics(
+        {"nodes@0": Moments.empty(coords=1, nodes=2)}, {"pairs": torch.ones(3)}, rows, {"pilot": torch.eye(2)}
+    )
+    moved = some.to("meta")
+    tensors = [*moved.sums.values(), *moved.rows.values(), *moved.fixed.values()]
+    tensors += [part for moments in moved.moments.values() for part in (moments.shift, moments.total, moments.scatter)]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert moved.fresh().moments["nodes@0"].scatter.device.type == "meta"

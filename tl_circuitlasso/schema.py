@@ -1,0 +1,57 @@
+"""The names under which designs leave their statistics and the learner finds them: one home for both sides.
+
+| name                   | holds                                                                             |
+|------------------------|-----------------------------------------------------------------------------------|
+| moments `nodes`        | design `activation`: all feature columns; a head's own name: what it saw (`routed`) |
+| moments `target`       | all feature columns, then the target's                                             |
+| sums `pairs`, `node`   | design `read`: pairs of prompts, and what each node costs the target, by fold       |
+| sums `cost/<child>/`   | what each parent of a group of children costs, all ports together, by fold          |
+| sums `cost/<child>/q`  | the same through one port                                                          |
+| sums `gram/<child>`    | second moments of the parents' contributions, by part                              |
+
+Children come in groups: `a3` are the heads of layer 3, `m3` its MLP, `target` what is explained.
+"""
+
+from tl_circuitlasso.sites import PORTS, Site
+
+NODES, TARGET = "nodes", "target"
+PAIRS, NODE_COSTS = "pairs", "node"
+FOLDS = 10  # parts of the data that are kept apart where intervals, stability or cross-validation compare parts
+
+
+def heads(layer: int) -> str:
+    """The group of a layer's heads."""
+    return f"a{layer}"
+
+
+def mlp(layer: int) -> str:
+    """The group of a layer's MLP, which is alone in it."""
+    return f"m{layer}"
+
+
+def group(site: Site) -> str:
+    """The group that a child belongs to.
+
+    >>> group(Site("head", 3, 1)), group(Site("mlp", 0)), group(Site("logits"))
+    ('a3', 'm0', 'target')
+    """
+    return heads(site.layer) if site.kind == "head" else mlp(site.layer) if site.kind == "mlp" else TARGET
+
+
+def ports(children: str) -> tuple[str, ...]:
+    """The inputs that a group's children have.
+
+    >>> ports("a3"), ports("m3")
+    (('q', 'k', 'v'), ('',))
+    """
+    return PORTS[1:] if children.startswith("a") else PORTS[:1]
+
+
+def cost(children: str, port: str = "") -> str:
+    """Where a group's costs are: through one port, or through all together."""
+    return f"cost/{children}/{port}"
+
+
+def gram(children: str) -> str:
+    """Where a group's second moments are."""
+    return f"gram/{children}"

@@ -1,0 +1,157 @@
+"""One job shared among processes: who takes which part, and how the parts come together.
+
+A `Ranks` is handed down to whoever can share work; `ALONE`, the default everywhere, is one process that shares with
+nobody, so the code reads the same either way. Batches and regressions are dealt out in turn, sums are all-reduced,
+and what doesn't add up is gathered as safetensors bytes (nothing is ever unpickled). Works under gloo and nccl.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import safetensors.torch
+import torch
+import torch.distributed as dist
+from jaxtyping import UInt8
+from torch import Tensor
+
+from tl_circuitlasso.errors import CircuitLassoError, InputError
+
+
+@dataclass(frozen=True, eq=False)
+class Ranks:
+    """The processes that share a job, and which of them this one is.
+
+    >>> [number for number in range(4) if ALONE.mine(number)]
+    [0, 1, 2, 3]
+    """
+
+    rank: int = 0
+    size: int = 1
+    group: Any = None
+
+    def mine(self, number: int) -> bool:
+        """Whether the part of this number falls to this process."""
+        return number % self.size == self.rank
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes, the same on each; `tensor` itself where there is one only."""
+        if self.size == 1:
+            return tensor
+        total = tensor.detach().to(self._device).clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=self.group)
+        return total.to(tensor.device)
+
+    def first(self, tensor: Tensor) -> Tensor:
+        """The tensor of process 0, whose shape and type all must share."""
+        if self.size == 1:
+            return tensor
+        common = tensor.detach().to(self._device).clone(memory_format=torch.contiguous_format)
+        dist.broadcast(common, 0 if self.group is None else dist.get_global_rank(self.group, 0), group=self.group)
+        return common.to(tensor.device)
+
+    def gather(self, tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+        """What every process passed, in the order of the processes; names, shapes and types may differ."""
+        if self.size == 1:
+            return [dict(tensors)]
+        packed = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+        return [safetensors.torch.load(part) for part in self._gather_bytes(packed)]
+
+    def gather_data(self, data: Any) -> list[Any]:
+        """Plain data (anything that JSON can hold) of every process."""
+        if self.size == 1:
+            return [data]
+        return [json.loads(part) for part in self._gather_bytes(json.dumps(data).encode())]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Waits for all processes at its end; an error in one of them is raised in every one, so that none hangs.
+
+        Raises
+        ------
+        CircuitLassoError: another process failed; the message says which, and why.
+        """
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        if failure is not None and getattr(failure, _ANNOUNCED, False):
+            raise failure
+        reasons = self.gather_data(None if failure is None else f"{type(failure).__name__}: {failure}")
+        if failure is None:
+            failed = [(rank, reason) for rank, reason in enumerate(reasons) if reason]
+            if not failed:
+                return
+            failure = CircuitLassoError(f"rank {failed[0][0]} of {self.size} failed: {failed[0][1]}")
+        setattr(failure, _ANNOUNCED, True)
+        raise failure
+
+    def _gather_bytes(self, packed: bytes) -> list[bytes]:
+        own = _as_tensor(packed).to(self._device)
+        sizes = [torch.zeros(1, dtype=torch.long, device=own.device) for _ in range(self.size)]
+        dist.all_gather(sizes, torch.tensor([len(own)], device=own.device), group=self.group)
+        widest = max(int(size) for size in sizes)
+        padded = torch.nn.functional.pad(own, (0, widest - len(own)))
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(parts, padded, group=self.group)
+        return [part[: int(size)].cpu().numpy().tobytes() for part, size in zip(parts, sizes)]
+
+    @property
+    def _device(self) -> torch.device:
+        """Where the backend wants tensors to be."""
+        if dist.get_backend(self.group) == "nccl":
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("cpu")
+
+
+_ANNOUNCED = "announced_to_all_ranks"
+ALONE = Ranks()
+
+
+def as_ranks(process_group: Any) -> Ranks:
+    """The processes behind `process_group`: None is this one alone, "world" all that torchrun started, or a group.
+
+    Raises
+    ------
+    InputError: torch.distributed isn't initialised, or this process isn't in the group.
+    """
+    if process_group is None:
+        return ALONE
+    if isinstance(process_group, Ranks):
+        return process_group
+    if isinstance(process_group, str) and process_group != "world":
+        raise InputError(f"`process_group` is {process_group!r}; it must be None, 'world' or a torch.distributed group")
+    if not (dist.is_available() and dist.is_initialized()):
+        raise InputError(
+            "`process_group` needs torch.distributed: start the script with torchrun and call "
+            "torch.distributed.init_process_group() first"
+        )
+    group = None if isinstance(process_group, str) else process_group
+    rank = dist.get_rank(group)
+    if rank < 0:
+        raise InputError("`process_group` doesn't hold this process: call only on its members")
+    return Ranks(rank, dist.get_world_size(group), group)
+
+
+@contextmanager
+def under_torchrun() -> Iterator[Ranks]:
+    """The processes that torchrun started, with their process group made and left again; `ALONE` without torchrun."""
+    if not (dist.is_available() and dist.is_torchelastic_launched()):
+        yield ALONE
+        return
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if cuda else "gloo")
+    try:
+        yield as_ranks("world")
+    finally:
+        dist.destroy_process_group()
+
+
+def _as_tensor(packed: bytes) -> UInt8[Tensor, " byte"]:
+    return torch.frombuffer(bytearray(packed), dtype=torch.uint8)
