@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,53 @@ def test_circuit_lasso_runs_on_a_case(folder):
     assert report.rows[0].chooses and report.rows[0].forward_passes >= 1
 
 
+def test_seeds_are_rows_of_their_own_and_one_case_in_the_means(folder):
+    report = run(folder, "random", "eap", seeds=3)
+    assert len(report.rows) == 12 and sorted(report.cases.seed.unique()) == [0, 1, 2]
+    assert report.summary.loc["random", "cases"] == 2 and report.summary.loc["random", "certified"] == 1
+    mine = report.cases[(report.cases.method == "random") & report.cases.certified]
+    assert mine.auroc.nunique() == 3
+    interval = report.interval("random", "auroc")  # one certified case: nothing to resample
+    assert interval.low == interval.mean == interval.high == pytest.approx(mine.auroc.mean())
+    assert "mean SHD of each" not in str(report)
+
+
+def choosing(monkeypatch, stability):
+    """A method that keeps the truth with seed 0 and nothing otherwise; `stability` by truth of an edge."""
+
+    def run(case, prompts, seed):
+        made = bench.METHODS["random"].run(case, prompts, seed)
+        pairs = [(made.index.names[s], made.index.names[t]) for s, t in zip(made.source.tolist(), made.target.tolist())]
+        true = torch.tensor([pair in case.truth for pair in pairs])
+        extras = {"stability": torch.where(true, *(torch.tensor(value) for value in stability)).double()}
+        return replace(made.keep(true if seed == 0 else torch.zeros_like(true)), extras=extras)
+
+    monkeypatch.setitem(bench.METHODS, "choosing", bench.methods.Method("choosing", run, chooses=True))
+
+
+def test_a_choice_that_hangs_on_the_seed_is_told(folder, monkeypatch):
+    choosing(monkeypatch, (1.0, 0.0))
+    report = run(folder, "choosing", seeds=2)
+    assert "mean SHD of each of 2 seeds 0.00 to 3.00; cases whose seeds differ: case_1 0 to 3" in str(report)
+    assert report.summary.loc["choosing", "shd_default"] == 1.5
+
+
+def test_stability_is_held_against_the_truth(folder, monkeypatch, tmp_path):
+    choosing(monkeypatch, (0.95, 0.2))
+    report = run(folder, "choosing", json_path=tmp_path / "bench.json")
+    edges = len(load_case(folder / "case_1").candidates)
+    assert report.calibration("choosing").values.tolist() == [[0.1, edges - 3, 0, 0.0], [0.9, 3, 3, 1.0]]
+    assert "of 3 edges with stability >= 0.9, 100.0% are true" in str(report)
+    assert json.loads((tmp_path / "bench.json").read_text())["calibration"]["choosing"][1]["share true"] == 1.0
+    assert "stability" not in str(run(folder, "random"))
+
+
+def test_the_papers_figures_stand_beside_its_own_truth_only(folder):
+    assert "3.16" in str(run(folder, "eap", truth="gt")) and "3.16" not in str(run(folder, "eap"))
+    line = str(run(folder, "eap", truth="gt")).splitlines()[-1]
+    assert "empty graph 3.00" in line and "not the published weights" in line
+
+
 def test_json_has_everything_and_no_nan(folder, tmp_path):
     path = tmp_path / "out" / "bench.json"
     run(folder, "eap", "correlation", json_path=path)
@@ -238,6 +286,7 @@ def test_a_report_of_nothing_but_failures_prints(folder, tmp_path):
         ({"methods": []}, "`methods`"),
         ({"truth": "certain"}, "`truth`"),
         ({"prompts": 0}, "`prompts`"),
+        ({"seeds": 0}, "`seeds`"),
         ({"folder": "no-such-folder"}, "`folder`"),
     ],
 )
@@ -292,6 +341,7 @@ def test_the_published_layout_runs(published):
     report = run(published, "exact", prompts=20)
     assert not report.failures and [row.case for row in report.rows] == ["1", "2"]
     assert report.rows[0].structure.empty_shd == len(TRUTH)
+    assert "The models here are the published weights" in str(report)
 
 
 def test_published_prompts_begin_with_bos_and_hold_words_only(published):

@@ -4,6 +4,8 @@ The design `read` follows contributions down from directions of the final stream
 their own; for `Labels` and `Values` they are regressed first, with the library's own certified solver.
 """
 
+import logging
+
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
@@ -15,16 +17,24 @@ from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.outcome import Probe
 from tl_circuitlasso.models.readout import last_only
 from tl_circuitlasso.models.tokens import Prompts
+from tl_circuitlasso.sharing import ALONE, Ranks
 from tl_circuitlasso.targets import Labels, Values, check_length
 
-STRENGTH = 0.01  # of lambda_max, in standardised columns: keeps a probe on few prompts from fitting noise
+logger = logging.getLogger(__name__)
+
+STRENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01)  # of lambda_max, in standardised columns: from no probe to a free one
+FEWEST = 20  # samples below which none can be held out to choose a strength
 CAPACITY = 16_384  # samples that a probe is fitted on
 
 
-def fit_probe(adapter: Adapter, prompts: Prompts, target: Labels | Values, *, last: bool, progress: bool) -> Probe:
+def fit_probe(
+    adapter: Adapter, prompts: Prompts, target: Labels | Values, *, last: bool, progress: bool, ranks: Ranks = ALONE
+) -> Probe:
     """A sparse linear probe of `target` on the normalised final residual stream; one forward pass over the prompts.
 
-    Labels: multinomial logistic regression; Values: least squares; both with an L1 penalty of 1 % of lambda_max.
+    Labels: multinomial logistic regression; Values: least squares; both with the L1 penalty that predicts the second
+    half of the samples best from the first: a probe that fits noise would read what every component happens to write.
+    Where none predicts better than the mean, the stream doesn't say `target`: that's logged, and no edge has a cost.
 
     Raises
     ------
@@ -36,33 +46,64 @@ def fit_probe(adapter: Adapter, prompts: Prompts, target: Labels | Values, *, la
             "give a list or a tensor, or use design='activation'"
         )
     check_length(target, prompts.n_prompts)
-    x, y = _samples(adapter, prompts, target, last, progress)
+    x, y = _samples(adapter, prompts, target, last, progress, ranks)
     mean, spread = x.mean(0), x.std(0, correction=0)
     scale = torch.where(spread > 1e-8 * spread.max().clamp_min(1e-300), 1 / spread.clamp_min(1e-300), 0.0)
     columns = (x - mean) * scale
     if isinstance(target, Labels):
-        solution = solve.multinomial_lasso(columns, y, strength=STRENGTH)
-        bias = solution.stats["intercept"]
-    else:
-        data = solve.moments_of(columns, (y - y.mean())[:, None])
-        solution = solve.lasso(data.gram, data.cross, target_sq_norm=data.target_sq_norm, strength=STRENGTH)
-        bias = y.mean()[None]
-    weight = scale[:, None] * solution.value.to(x)
-    return Probe(weight, bias.to(x) - mean @ weight)
+        y = torch.nn.functional.one_hot(y.long()).double()
+    weight, bias = _fit(columns, y, _best_strength(columns, y))
+    if not bool(weight.any()):
+        logger.warning("`target`: no linear probe of the final residual stream predicts it on prompts held out")
+    weight = scale[:, None] * weight
+    return Probe(weight, bias - mean @ weight)
+
+
+def _fit(
+    columns: Float[Tensor, "sample d_model"], y: Float[Tensor, "sample *outcome"], strength: float
+) -> tuple[Float[Tensor, "d_model column"], Float[Tensor, " column"]]:
+    """Weights and bias: of classes where `y` holds their probabilities, of the mean where it holds numbers."""
+    if y.ndim == 2:
+        solution = solve.multinomial_lasso(columns, y, strength=strength)
+        return solution.value.to(columns), solution.stats["intercept"].to(columns)
+    mean, centred = y.mean(), columns - columns.mean(0)
+    data = solve.moments_of(centred, (y - mean)[:, None])
+    solution = solve.lasso(data.gram, data.cross, target_sq_norm=data.target_sq_norm, strength=strength)
+    weight = solution.value.to(columns)
+    return weight, (mean - columns.mean(0) @ weight).to(columns)
+
+
+def _best_strength(columns: Float[Tensor, "sample d_model"], y: Float[Tensor, "sample *outcome"]) -> float:
+    """The strength whose probe of the first half of the samples predicts the second best."""
+    half = len(y) // 2
+    if half < FEWEST / 2:
+        return STRENGTHS[-1]
+    losses = []
+    for strength in STRENGTHS:
+        weight, bias = _fit(columns[:half], y[:half], strength)
+        found, wanted = columns[half:] @ weight + bias, y[half:]
+        wrong = -(wanted * found.log_softmax(1)).sum(1) if y.ndim == 2 else (wanted - found[:, 0]).square()
+        losses.append(float(wrong.mean()))
+    return STRENGTHS[losses.index(min(losses))]
 
 
 def _samples(
-    adapter: Adapter, prompts: Prompts, target: Labels | Values, last: bool, progress: bool
+    adapter: Adapter, prompts: Prompts, target: Labels | Values, last: bool, progress: bool, ranks: Ranks
 ) -> tuple[Float[Tensor, "sample d_model"], Shaped[Tensor, " sample"]]:
+    """The final stream where it is sampled and what it is to say there; batches are dealt out among processes."""
     final = f"blocks.{adapter.shape.n_layers - 1}.hook_resid_post"
-    streams, values, count = [], [], 0
-    for batch in tqdm(prompts, desc="probe", unit="batch", disable=None if progress else True):
-        keep = last_only(batch.keep) if last else batch.keep
-        acts = adapter.run(batch.tokens, batch.mask, [final, "scale.final"])
-        streams.append((acts[final] / acts["scale.final"])[keep].double().cpu())
-        rows = torch.arange(batch.start, batch.start + len(batch.tokens))
-        values.append(target.y[rows][:, None].expand(keep.shape)[keep.cpu()])
-        count += len(values[-1])
-        if count >= CAPACITY:
-            break
-    return torch.cat(streams), torch.cat(values)
+    streams: dict[str, Tensor] = {}
+    values, count = [], 0
+    with ranks.together():
+        for number, batch in enumerate(tqdm(prompts, desc="probe", unit="batch", disable=None if progress else True)):
+            keep = last_only(batch.keep) if last else batch.keep
+            if ranks.mine(number):
+                acts = adapter.run(batch.tokens, batch.mask, [final, "scale.final"])
+                streams[str(number)] = (acts[final] / acts["scale.final"])[keep].double().cpu()
+            rows = torch.arange(batch.start, batch.start + len(batch.tokens))
+            values.append(target.y[rows][:, None].expand(keep.shape)[keep.cpu()])
+            count += len(values[-1])
+            if count >= CAPACITY:
+                break
+    everyones = {number: stream for part in ranks.gather(streams) for number, stream in part.items()}
+    return torch.cat([everyones[str(number)] for number in range(len(values))]), torch.cat(values)

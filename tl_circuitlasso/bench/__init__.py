@@ -4,6 +4,7 @@
 >>> print(bench.interpbench("interpbench", ["circuit-lasso", "eap-ig", "random"]))      # doctest: +SKIP
 """
 
+import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +35,7 @@ def interpbench(
     truth: str = "effective",
     prompts: int | None = None,
     seed: int = 0,
+    seeds: int = 1,
     progress: bool = True,
     json_path: str | Path | None = None,
 ) -> Report:
@@ -47,54 +49,59 @@ def interpbench(
     truth: "effective" (edges whose resampling changes the output), "flow" (the whole data flow) or "gt" (the circuit
         as circuits-benchmark counts it).
     prompts: how many prompts of each case to use; None takes all.
-    seed: of everything drawn at random.
+    seed: of everything drawn at random; seeds: how many, from `seed` up. Figures are means over them.
     json_path: where to write every figure.
 
     A case that can't be read, or a method that fails on one, is listed in `failures`; the others' results stay.
 
     Raises
     ------
-    InputError: no such folder, no cases in it, an unknown method or truth, or `prompts` < 1.
+    InputError: no such folder, no cases in it, an unknown method or truth, `prompts` < 1 or `seeds` < 1.
     """
     wanted = chosen(methods)
     if truth not in TRUTHS:
         raise InputError(f"`truth` is {truth!r}: write 'effective', 'flow' or 'gt'")
     if prompts is not None and prompts < 1:
         raise InputError(f"`prompts` is {prompts}: give the number of prompts per case, 1 or more, or None for all")
+    if seeds < 1:
+        raise InputError(f"`seeds` is {seeds}: give how often every method runs, 1 or more")
     rows: list[Row] = []
     failures: list[Failure] = []
-    loaders = _loaders(folder, truth, seed)
-    with tqdm(total=len(loaders) * len(wanted), disable=not progress, unit="run") as bar:
+    loaders, published = _loaders(folder, truth, seed)
+    drawn = range(seed, seed + seeds)
+    with tqdm(total=len(loaders) * len(wanted) * seeds, disable=not progress, unit="run") as bar:
         for name, load in loaders:
-            for found in _one_case(name, load, wanted, prompts, seed):
+            for found in _one_case(name, load, wanted, prompts, drawn):
                 (rows if isinstance(found, Row) else failures).append(found)  # type: ignore[arg-type]
-                bar.update(len(wanted) if isinstance(found, Failure) and not found.method else 1)
-    settings = {"folder": Path(folder).name, "truth": truth, "prompts": prompts, "seed": seed}
-    report = Report(tuple(rows), tuple(failures), settings | {"methods": [method.name for method in wanted]})
+                bar.update(len(wanted) * seeds if isinstance(found, Failure) and not found.method else 1)
+    settings = {"folder": Path(folder).name, "truth": truth, "prompts": prompts, "seed": seed, "seeds": seeds}
+    settings |= {"published": published, "methods": [method.name for method in wanted]}
+    report = Report(tuple(rows), tuple(failures), settings)
     if json_path is not None:
         report.save(json_path)
     return report
 
 
-def _loaders(folder: str | Path, truth: str, seed: int) -> list[tuple[str, Callable[[], Case]]]:
+def _loaders(folder: str | Path, truth: str, seed: int) -> tuple[list[tuple[str, Callable[[], Case]]], bool]:
+    """What loads each case, by name; and whether they're the published models."""
     path = Path(folder)
     if not path.exists() and str(folder).count("/") == 1:
         path = download(str(folder))
     if (path / METADATA).is_file():
         entries = case_entries(path)
-        return [(str(e["case_id"]), lambda e=e: load_published(path, e, seed=seed)) for e in entries]
-    return [(case.name, lambda case=case: load_case(case, truth)) for case in case_folders(path)]
+        return [(str(e["case_id"]), lambda e=e: load_published(path, e, seed=seed)) for e in entries], True
+    return [(case.name, lambda case=case: load_case(case, truth)) for case in case_folders(path)], False
 
 
 def _one_case(
-    name: str, load: Callable[[], Case], methods: list[Method], prompts: int | None, seed: int
+    name: str, load: Callable[[], Case], methods: list[Method], prompts: int | None, seeds: range
 ) -> Iterator[Row | Failure]:
     try:
         case = load()
     except Exception as error:  # whatever is wrong with one case must not lose the others' results
         yield _failure(name, "", error)
         return
-    for method in methods:
+    for method, seed in itertools.product(methods, seeds):
         try:
             yield _run(case, method, prompts, seed)
         except Exception as error:
@@ -112,6 +119,7 @@ def _run(case: Case, method: Method, prompts: int | None, seed: int) -> Row:
     return Row(
         case=case.name,
         method=method.name,
+        seed=seed,
         certified=case.certified,
         chooses=method.chooses,
         structure=structure(graph, case.truth, case.candidates, true_nodes=case.true_nodes),
@@ -122,7 +130,18 @@ def _run(case: Case, method: Method, prompts: int | None, seed: int) -> Row:
         forward_passes=float(passes.get("forward_passes", math.nan)),
         backward_passes=float(passes.get("backward_passes", math.nan)),
         kept=tuple(sorted(graph.kept_edges() & case.candidates)) if method.chooses else (),
+        stability=_stability(graph, case),
     )
+
+
+def _stability(graph: AttributionGraph, case: Case) -> tuple[tuple[float, bool], ...]:
+    """Stability and truth of every candidate edge, where the method says how stable its edges are."""
+    if "stability" not in graph.extras:
+        return ()
+    names = graph.index.names
+    pairs = [(names[s], names[t]) for s, t in zip(graph.source.tolist(), graph.target.tolist())]
+    found = dict(zip(pairs, graph.extras["stability"].tolist()))  # an edge's ports share its stability
+    return tuple((value, pair in case.truth) for pair, value in found.items() if pair in case.candidates)
 
 
 def _port_auroc(graph: AttributionGraph, case: Case) -> float:

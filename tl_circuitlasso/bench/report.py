@@ -12,12 +12,14 @@ import numpy as np
 import pandas as pd
 
 from tl_circuitlasso import storage
+from tl_circuitlasso.bench.calibration import STABLE, calibration, share_of_stable
 from tl_circuitlasso.bench.cases import Case
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.structure import Interval, PairedTest, Structure, bootstrap, paired_test
 from tl_circuitlasso.graph import AttributionGraph
 
 EMPTY = "(empty graph)"
+PAPER = {"EAP": 3.61, "CircuitLasso": 3.16, "EAP-IG": 2.98, "nonlinear CircuitLasso": 2.84}  # mean SHD, 17 models
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +70,7 @@ class Row:
 
     case: str
     method: str
+    seed: int
     certified: bool
     chooses: bool
     structure: Structure
@@ -78,6 +81,7 @@ class Row:
     forward_passes: float
     backward_passes: float
     kept: tuple[tuple[str, str], ...]
+    stability: tuple[tuple[float, bool], ...] = ()  # of every candidate edge, with whether it's true
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,10 @@ class Failure:
 
 @dataclass(frozen=True, eq=False)
 class Report:
-    """Every method on every case. `print(report)` shows the table; `summary` and `cases` are data frames."""
+    """Every method on every case, with one seed or more.
+
+    `print(report)` shows the table; `summary` and `cases` are data frames.
+    """
 
     rows: tuple[Row, ...]
     failures: tuple[Failure, ...]
@@ -127,7 +134,7 @@ class Report:
 
     @cached_property
     def cases(self) -> pd.DataFrame:
-        """One line per method and case."""
+        """One line per method, case and seed."""
         return pd.DataFrame([self._line(row) for row in self.rows])
 
     def _line(self, row: Row) -> dict[str, Any]:
@@ -135,6 +142,7 @@ class Report:
         return {
             "case": row.case,
             "method": row.method,
+            "seed": row.seed,
             "certified": row.certified,
             "empty_shd": found.empty_shd,
             "shd_default": found.shd if row.chooses else math.nan,
@@ -156,7 +164,7 @@ class Report:
 
     @cached_property
     def summary(self) -> pd.DataFrame:
-        """Means per method: edge figures over certified cases, node figures and costs over all."""
+        """Means per method: edge figures over certified cases, node figures and costs over all cases and seeds."""
         lines = [self._empty_line(), *(self._mean_line(method) for method in self.methods)]
         return pd.DataFrame(lines).set_index("method")
 
@@ -170,13 +178,15 @@ class Report:
         mine = self.cases[self.cases.method == method]
         edges = mine[mine.certified]
         return (
-            {"method": method, "cases": len(mine), "certified": len(edges)}
+            {"method": method, "cases": len(set(mine["case"])), "certified": len(set(edges["case"]))}
             | {name: edges[name].mean() for name in (*_SHD, "auroc", "auprc", "port_auroc")}
             | {name: mine[name].mean() for name in (*_NODE_SHD, "node_auroc", *_COST)}
         )
 
     def interval(self, method: str, figure: str, *, certified: bool = True) -> Interval:
         """The mean of a column of `cases` for a method, with its bootstrap interval over cases; NaN is left out.
+
+        A case's seeds count as one: their mean.
 
         Raises
         ------
@@ -188,13 +198,20 @@ class Report:
         if figure not in self.cases:
             raise InputError(f"`figure` {figure!r} is not a column: {', '.join(self.cases.columns)}")
         lines = self.cases[(self.cases.method == method) & (self.cases.certified | (not certified))]
-        return lines.set_index("case")[figure].astype(float).dropna()
+        return lines.astype({figure: float}).groupby("case", sort=False)[figure].mean().dropna()
 
     def test(self, first: tuple[str, str], second: tuple[str, str], *, certified: bool = True) -> PairedTest:
         """Paired test of (method, figure) against (method, figure) on the cases that both have."""
         a, b = self._values(*first, certified), self._values(*second, certified)
         both = [case for case in a.index if case in b.index]
         return paired_test(a[both].tolist(), b[both].tolist())
+
+    def calibration(self, method: str) -> pd.DataFrame:
+        """The share of true edges by stability, over the certified cases; without lines where there is none."""
+        return calibration(self._stabilities(method))
+
+    def _stabilities(self, method: str) -> list[tuple[float, bool]]:
+        return [pair for row in self.rows if row.method == method and row.certified for pair in row.stability]
 
     def save(self, path: Path | str) -> None:
         """Write settings, summary, every case's figures and the failures as JSON."""
@@ -203,12 +220,15 @@ class Report:
             "summary": _plain(self.summary.reset_index()) if self.rows else [],
             "thresholds": {m: {k: _number(v) for k, v in t.items()} for m, t in self.thresholds.items()},
             "cases": _plain(self.cases) if self.rows else [],
+            "calibration": {m: _plain(self.calibration(m)) for m in self.methods if self._stabilities(m)},
             "failures": [asdict(failure) for failure in self.failures],
         }
         storage.write_text(Path(path), json.dumps(data, indent=1, allow_nan=False))
 
     def __str__(self) -> str:
-        parts = [*self._tables(), *self._tests()] if self.rows else ["no results"]
+        parts = ["no results"]
+        if self.rows:
+            parts = [*self._tables(), *self._tests(), *self._seeds(), *self._calibrated(), *self._paper()]
         parts += [f"failed: {f.case}, {f.method or 'loading'}: {f.reason}" for f in self.failures]
         return "\n".join(parts)
 
@@ -246,6 +266,52 @@ class Report:
             f"SHD, {mine} (default) - {other} (global): {found.difference:+.2f} [{found.low:+.2f} {found.high:+.2f}], "
             f"p = {found.p_value:.3g}"
         )
+
+    def _seeds(self) -> list[str]:
+        """How far the seeds of a method that chooses are apart."""
+        lines = []
+        for method, mine in self.cases.dropna(subset="shd_default").groupby("method", sort=False):
+            edges = mine[mine.certified]
+            by_seed = edges.groupby("seed").shd_default.mean()
+            if len(by_seed) < 2 or edges.empty:
+                continue
+            spread = edges.groupby("case").shd_default.agg(["min", "max"])
+            apart = [f"{case} {low:.0f} to {high:.0f}" for case, low, high in spread.itertuples() if low != high]
+            lines.append(
+                f"{method}: mean SHD of each of {len(by_seed)} seeds {by_seed.min():.2f} to {by_seed.max():.2f}; "
+                f"cases whose seeds differ: {', '.join(apart) or 'none'}"
+            )
+        return lines
+
+    def _calibrated(self) -> list[str]:
+        lines = []
+        for method in self.methods:
+            count, share = share_of_stable(self._stabilities(method))
+            if count:
+                lines.append(
+                    f"{method}: of {count} edges with stability >= {STABLE}, {share:.1%} are true; by stability:"
+                )
+                lines.append(self.calibration(method).to_string(index=False))
+        return lines
+
+    def _paper(self) -> list[str]:
+        """The paper's figures beside ours, where the truth is the paper's."""
+        if self.settings.get("truth") != "gt" and not self.settings.get("published"):
+            return []
+        once = self.cases.drop_duplicates("case")
+        ours = [f"empty graph {once.empty_shd.mean():.2f}"]
+        for method in self.methods:
+            for figure, how in (("shd_default", "default"), ("shd_global", "best threshold")):
+                values = self._values(method, figure, False)
+                ours += [f"{method} ({how}) {values.mean():.2f}"] if len(values) else []
+        theirs = ", ".join(f"{method} {shd}" for method, shd in PAPER.items())
+        models = "the published weights; the paper took 16 of them and IOI"
+        if not self.settings.get("published"):
+            models = "not the published weights but others, so the figures can't be compared one to one"
+        return [
+            f"On the paper's terms, mean SHD against circuits-benchmark's own circuits, all {len(once)} cases: "
+            f"{', '.join(ours)}. In the paper (arXiv 2606.16939): {theirs}. The models here are {models}."
+        ]
 
 
 _SHD = ("shd_default", "shd_global", "shd_oracle")
