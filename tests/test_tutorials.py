@@ -6,6 +6,9 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from tests.helpers import shared_folder
+
+NEEDS = {"3_sae_features": "sae_lens"}  # and the reference data
 TUTORIALS = sorted((Path(__file__).parents[1] / "tutorials").glob("*.ipynb"))
 
 
@@ -15,6 +18,15 @@ def test_there_are_tutorials() -> None:
 
 @pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
 def test_tutorial_runs(path: Path) -> None:
+    if path.stem in NEEDS:
+        pytest.importorskip(NEEDS[path.stem], reason=f"{NEEDS[path.stem]} is not installed")
+        shared_folder("models", "stories260K")
     notebook = nbformat.read(path, as_version=4)
     resources = {"metadata": {"path": str(path.parent)}}
     NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
+
+
+def test_the_code_of_the_page_on_other_tools_runs() -> None:
+    page = TUTORIALS[0].parent / "coming_from_other_tools.md"
+    code = "\n".join(part.split("```", 1)[0] for part in page.read_text(encoding="utf-8").split("```python\n")[1:])
+    exec(compile(code, str(page), "exec"), {"__name__": page.stem})

@@ -20,8 +20,7 @@ from torch import Tensor
 
 from tl_circuitlasso.confirming import Confirmation, Metric, check_method, prepare
 from tl_circuitlasso.errors import InputError
-from tl_circuitlasso.feature_learning import FeatureSetup, learn_features
-from tl_circuitlasso.feature_regression import Rule
+from tl_circuitlasso.features import FeatureSetup, Rule, learn_features
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.learning import RESAMPLED, learn
 from tl_circuitlasso.models.adapter import Adapter, adapt

@@ -43,7 +43,7 @@ class SAEFeatures:
     error: whether what an SAE misses is a node too, "<hook>.hook_sae_error", seen in `error_directions` principal
         directions.
     penalty: "read": parents are the dearer, the less the child's encoder reads of what they write, and can't act
-        against it (see `feature_read`; as "l1" where the residual stream doesn't lead from the one to the other, for
+        against it (see `features.read`; as "l1" where the residual stream doesn't lead from the one to the other, for
         the target, and where samples are fewer than half the columns).
         "l1": all alike. "adaptive": a second solve whose weights come from the first.
     draws: half-samples from which to tell each edge's stability (a column of the graph); 0 for none.

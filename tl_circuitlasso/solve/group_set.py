@@ -142,7 +142,7 @@ class _Turned:
         """The columns of some target groups."""
         if not len(groups):
             return groups
-        return np.concatenate([np.arange(self.column_starts[h], self.column_starts[h + 1]) for h in groups])
+        return np.concatenate([np.arange(*self.column_starts[h : h + 2].tolist()) for h in groups.tolist()])
 
     def value(self) -> Float[Tensor, "source target"]:
         """The coefficients in the caller's order and coordinates."""

@@ -1,0 +1,91 @@
+"""One prompt through a graph: A_ij z_i where the source is active, and the active part of the graph."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import tl_circuitlasso as tcl
+from tl_circuitlasso.apps import contributions
+from tl_circuitlasso.errors import InputError
+from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.models import adapt
+from tl_circuitlasso.nodes import Block, NodeIndex
+from tl_circuitlasso.sites import Site, parse_site
+
+FIRST, LAST = "blocks.0.hook_resid_post", "blocks.1.hook_resid_post"
+
+
+def graph_of(edges: dict) -> AttributionGraph:
+    blocks = [Block(parse_site(hook), rank, tuple(range(48))) for rank, hook in enumerate((FIRST, LAST))]
+    return AttributionGraph.from_edges(NodeIndex((*blocks, Block(Site("target"), 2))), edges)
+
+
+@pytest.fixture(scope="module")
+def some_saes(demo_saes) -> dict[str, Any]:
+    return {hook: demo_saes[hook] for hook in (FIRST, LAST)}
+
+
+@pytest.fixture(scope="module")
+def codes(demo, some_saes) -> dict[str, torch.Tensor]:
+    acts = adapt(demo.model).run(demo.tokens[:1], None, [FIRST, LAST])
+    return {hook: sae.encode(acts[hook][0]) for hook, sae in some_saes.items()}
+
+
+def active(codes: dict[str, torch.Tensor], hook: str, wanted: bool = True) -> int:
+    """A feature that fires on the prompt, or one that doesn't."""
+    return int(((codes[hook] > 0).any(0) == wanted).nonzero()[0])
+
+
+def test_contributions_are_weight_times_code(demo, some_saes, codes) -> None:
+    source, target = active(codes, FIRST), active(codes, LAST)
+    graph = graph_of({(f"{FIRST}#{source}", f"{LAST}#{target}"): -2.0, (f"{LAST}#{target}", "target"): 0.5})
+    found = contributions(graph, demo.model, some_saes, demo.tokens[0])
+    z, y = codes[FIRST][:, source].double(), codes[LAST][:, target].double()
+    rows = found.table[found.table["target"] != "target"].sort_values("position")
+    where = [p for p in range(len(z)) if z[p] > 0]
+    assert rows["position"].tolist() == where
+    assert rows["contribution"].tolist() == pytest.approx((-2 * z[where]).tolist(), rel=1e-5)
+    assert rows["source_code"].tolist() == pytest.approx(z[where].tolist(), rel=1e-5)
+    assert rows["target_code"].tolist() == pytest.approx(y[where].tolist(), rel=1e-5)
+    last = found.table[found.table["target"] == "target"]
+    assert last["target_code"].isna().all() and last["contribution"].sum() == pytest.approx(0.5 * float(y.sum()))
+    assert found.at(where[0])["position"].eq(where[0]).all()
+    assert found.table["contribution"].abs().is_monotonic_decreasing
+
+
+def test_the_graph_of_a_prompt_is_its_active_part(demo, some_saes, codes) -> None:
+    on, off, target = active(codes, FIRST), active(codes, FIRST, False), active(codes, LAST)
+    both = (codes[FIRST][:, on] > 0) & (codes[LAST][:, target] > 0)
+    graph = graph_of({(f"{FIRST}#{on}", f"{LAST}#{target}"): 1.0, (f"{FIRST}#{off}", f"{LAST}#{target}"): 1.0})
+    found = contributions(graph, demo.model, some_saes, demo.tokens[0]).graph
+    expected = float(codes[FIRST][:, on][both].sum())
+    assert found.score.tolist() == pytest.approx([expected, 0.0], rel=1e-5)
+    assert found.kept.tolist() == [expected != 0, False]
+    assert found.weight.tolist() == [1.0, 1.0]
+
+
+def test_edges_through_attention_mix_positions(demo, some_saes, codes) -> None:
+    source, target = active(codes, FIRST), active(codes, LAST)
+    graph = graph_of({(f"{FIRST}#{source}", f"{LAST}#{target}", "v"): 1.0})
+    found = contributions(graph, demo.model, some_saes, demo.tokens[0]).table.sort_values("position")
+    pattern = adapt(demo.model).run(demo.tokens[:1], None, ["pattern.1"])["pattern.1"][0].double().mean(0)
+    mixed = pattern @ codes[FIRST][:, source].double()
+    assert found["contribution"].tolist() == pytest.approx(mixed[mixed != 0].tolist(), rel=1e-4)
+
+
+def test_a_learned_graph_takes_text(stories, saes, story_graph) -> None:
+    found = contributions(story_graph, stories, tcl.SAEFeatures(saes), "Once upon a time, there was a dog.")
+    assert "".join(found.tokens).endswith("dog.")
+    assert len(found.table) and 0 < found.graph.n_kept <= story_graph.n_kept
+    assert set(found.table["source"]) | set(found.table["target"]) <= set(story_graph.index.names)
+
+
+def test_bad_input(demo, some_saes, codes) -> None:
+    graph = graph_of({(f"{FIRST}#0", f"{LAST}#0"): 1.0})
+    with pytest.raises(InputError, match="one prompt"):
+        contributions(graph, demo.model, some_saes, demo.tokens[:2])
+    with pytest.raises(InputError, match="`basis`"):
+        contributions(graph, demo.model, {LAST: some_saes[LAST]}, demo.tokens[0])
+    with pytest.raises(InputError, match="`position`"):
+        contributions(graph, demo.model, some_saes, demo.tokens[0]).at(99)

@@ -1,0 +1,147 @@
+"""The Lasso that knows what the child reads: signs, weights, and where the residual stream doesn't lead."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import tl_circuitlasso as tcl
+from tl_circuitlasso import solve
+from tl_circuitlasso.features.fit import Entries
+from tl_circuitlasso.features.read import FLOOR, direct_reads, floored, in_standard_units, keeping_signs, read_lasso
+from tl_circuitlasso.models.encoder import Encoder
+
+FIRST, LAST = "blocks.0.hook_resid_post", "blocks.1.hook_resid_post"
+
+
+def problem(seed: int, sources: int = 12, targets: int = 4, samples: int = 400) -> tuple[solve.Moments, Tensor]:
+    """Moments of standardised samples, and reads."""
+    random = torch.Generator().manual_seed(seed)
+    x = torch.randn(samples, sources, generator=random, dtype=torch.float64)
+    x = x + x[:, :1]  # correlated parents
+    reads = torch.randn(sources, targets, generator=random, dtype=torch.float64)
+    y = x @ (reads * (torch.rand(sources, targets, generator=random) < 0.3)) + torch.randn(
+        samples, targets, generator=random
+    )
+    x, y = ((part - part.mean(0)) / part.std(0, correction=0) for part in (x, y))
+    return solve.Moments(x.T @ x / samples, x.T @ y / samples, torch.ones(targets, dtype=torch.float64), samples), reads
+
+
+def objective(data: solve.Moments, value: Tensor, weights: Any, level: Tensor) -> Tensor:
+    fit = 0.5 * (value * (data.gram @ value)).sum(0) - (value * data.cross).sum(0)
+    return fit + level * torch.where(value == 0, 0.0, weights * value.abs()).sum(0)
+
+
+@given(st.integers(0, 2**30))
+def test_close_to_the_non_negative_garrote(seed: int) -> None:
+    """min over a >= 0 of 1/2M ||y - sum_i a_i z_i D_ij||^2 + lambda sum a_i, solved target by target."""
+    data, reads = problem(seed)
+    found, _ = read_lasso(data, reads, strength=0.1, tol=1e-10)
+    assert bool((found.value * reads >= 0).all())
+    for j in range(reads.shape[1]):
+        d = reads[:, j]
+        gram, cross = data.gram * d[:, None] * d, data.cross[:, [j]] * d[:, None]
+        level = found.stats["strength"][j] * float(d.abs().max())  # a = A / D, weights are relative to the largest D
+        exact = solve.lasso(
+            gram, cross, target_sq_norm=data.target_sq_norm[[j]], strength=float(level), strength_is="absolute",
+            penalty=solve.L1(non_negative=True), tol=1e-10,
+        ).value[:, 0] * d  # fmt: skip
+        one = solve.Moments(data.gram, data.cross[:, [j]], data.target_sq_norm[[j]], data.count)
+        ours, best = (
+            float(objective(one, some[:, None], 1 / d.abs()[:, None], level)) for some in (found.value[:, j], exact)
+        )
+        assert best - 1e-7 <= ours <= best + 0.02 * abs(best)
+
+
+def test_a_parent_that_is_hardly_read_is_dear() -> None:
+    gram, cross = torch.eye(2).double(), torch.tensor([[0.5], [0.6]]).double()
+    data = solve.Moments(gram, cross, torch.ones(1).double(), 100)
+    even = solve.lasso(gram, cross, target_sq_norm=torch.ones(1).double(), strength=0.5).value
+    assert bool((even > 0).all())
+    found, penalty = read_lasso(data, torch.tensor([[1.0], [0.2]]).double(), strength=0.5, tol=1e-8)
+    assert float(found.value[0]) > 0 and float(found.value[1]) == 0
+    assert isinstance(penalty.weights, Tensor) and penalty.weights.flatten().tolist() == pytest.approx([1, 5])
+
+
+def test_sources_of_which_nothing_is_known_are_free_in_sign() -> None:
+    data = solve.Moments(torch.eye(2).double(), torch.tensor([[0.5], [-0.6]]).double(), torch.ones(1).double(), 100)
+    nothing = torch.tensor([[1.0], [torch.nan]]).double()
+    found, _ = read_lasso(data, nothing, strength=0.1, tol=1e-8)
+    assert float(found.value[1]) < 0 < float(found.value[0])
+
+
+def test_units_and_floor() -> None:
+    reads = floored(torch.tensor([[1.0, -2.0], [0.001, -0.001]]).double())
+    assert reads.tolist() == [[1.0, -2.0], [FLOOR, -2 * FLOOR]]
+    spread = torch.tensor([2.0, torch.inf, 1.0]).double(), torch.tensor([4.0, torch.inf]).double()
+    ready = in_standard_units(reads, *spread)
+    assert ready[:2].tolist() == [[0.5, 0.0], [0.0, 0.0]] and bool(ready[2].isnan().all())
+
+
+def sae(**changes: Any) -> Any:
+    torch.manual_seed(0)
+    parts = {"W_enc": torch.randn(4, 3), "W_dec": torch.randn(3, 4), "encode": None, "decode": None, "cfg": None}
+    return SimpleNamespace(**{**parts, "encode": lambda x: x, "decode": lambda z: z, **changes})
+
+
+def test_unshrinking_never_turns_a_sign() -> None:
+    lasso, refit = torch.tensor([[0.1, -0.2, 0.3], [0.2, 0.1, 0.0]], dtype=torch.float64)
+    found = keeping_signs(Entries(torch.arange(3), torch.zeros(3, dtype=torch.long), lasso, refit))
+    assert found.refit.tolist() == [0.2, -0.2, 0.0] and found.lasso.tolist() == lasso.tolist()
+
+
+def test_direct_reads_are_decoder_times_encoder() -> None:
+    parent, child = Encoder(sae(), FIRST, FIRST), Encoder(sae(), LAST, LAST)
+    features, others = torch.tensor([0, 2]), torch.tensor([1])
+    found = direct_reads(parent, child, features, others)
+    assert found is not None
+    raw = parent.sae.W_dec[features] @ child.sae.W_enc[:, others]
+    torch.testing.assert_close(found, floored(raw.double()))
+    longer = sae(cfg=SimpleNamespace(rescale_acts_by_decoder_norm=True))
+    scaled = direct_reads(Encoder(longer, FIRST, FIRST), child, features, others)
+    torch.testing.assert_close(scaled, floored((raw / longer.W_dec[features].norm(dim=1, keepdim=True)).double()))
+
+
+@pytest.mark.parametrize(
+    ("parent", "child"),
+    [
+        (("blocks.0.attn.hook_z", None), (LAST, None)),  # not in the stream's coordinates
+        ((FIRST, None), ("blocks.1.hook_mlp_out", None)),  # what the MLP makes of it, not the stream
+        ((FIRST, None), (LAST, {"W_enc": None})),
+        ((FIRST, None), (LAST, {"W_enc": torch.zeros(3, 4)})),
+    ],
+)
+def test_no_direct_reads(parent: tuple, child: tuple) -> None:
+    ends = [Encoder(sae(**(changes or {})), hook, hook) for hook, changes in (parent, child)]
+    assert direct_reads(*ends, torch.arange(3), torch.arange(3)) is None
+
+
+def test_a_graph_says_so_with_its_signs(stories, saes, story_graph) -> None:
+    """Lasso coefficients of the default graph never act against the direct read."""
+    encoders = tcl.SAEFeatures(saes).encoders()
+    table = story_graph.edge_table()
+    table = table[table["source"].str.contains("#") & table["target"].str.contains("#")]
+    for row in table.head(200).itertuples():
+        (first, _, i), (last, _, j) = row.source.rpartition("#"), row.target.rpartition("#")
+        direct = encoders[first].decoder[int(i)] @ encoders[last].sae.W_enc[:, int(j)]
+        assert row.lasso * float(direct.detach()) >= 0
+
+
+def test_without_a_stream_read_is_l1(demo, demo_saes) -> None:
+    """Encoders that hide their matrix."""
+
+    class Hidden:
+        def __init__(self, inner: Any) -> None:
+            self.encode, self.decode, self.W_dec = inner.encode, inner.decode, inner.W_dec
+
+    hidden = {hook: Hidden(inner) for hook, inner in demo_saes.items()}
+    graphs = [
+        tcl.circuit_lasso(demo.model, demo.tokens, basis=tcl.SAEFeatures(hidden, penalty=penalty), progress=False)
+        for penalty in ("read", "l1")
+    ]
+    assert graphs[0].kept_edges() == graphs[1].kept_edges()
+    torch.testing.assert_close(graphs[0].weight, graphs[1].weight)

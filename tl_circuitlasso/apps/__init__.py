@@ -1,0 +1,8 @@
+"""What circuits are good for: following concepts through the layers, reading one prompt, naming features."""
+
+from tl_circuitlasso.apps.concepts import Concepts as Concepts
+from tl_circuitlasso.apps.concepts import concepts as concepts
+from tl_circuitlasso.apps.contributions import Contributions as Contributions
+from tl_circuitlasso.apps.contributions import contributions as contributions
+from tl_circuitlasso.apps.labels import neuronpedia_labels as neuronpedia_labels
+from tl_circuitlasso.apps.labels import with_labels as with_labels

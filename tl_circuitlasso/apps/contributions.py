@@ -1,0 +1,182 @@
+"""One prompt seen through a graph of SAE features: which edges of the skeleton fire on it, where, and how strongly.
+
+The graph's coefficients A_ij hold for the data it was learned from; on one prompt, edge i -> j brings A_ij z_i(p) to
+feature j at position p (through attention: A_ij times the mean over positions of z_i by the observed pattern).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_circuitlasso.errors import InputError
+from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.models import Adapter, adapt
+from tl_circuitlasso.models.hook_order import attention_between
+from tl_circuitlasso.models.sae import SAEFeatures
+from tl_circuitlasso.models.tokens import Batch, Prompts
+from tl_circuitlasso.sites import PORTS
+
+
+@dataclass(frozen=True, eq=False)
+class Contributions:
+    """What the kept edges do on one prompt.
+
+    Attributes
+    ----------
+    tokens: the prompt's tokens as text (token ids without a tokenizer).
+    table: one row per edge and position where its source is active: position, token, source, target, port, weight
+        (A_ij), source_code (z_i there), contribution (A_ij z_i), target_code (z_j there; NaN for the target node).
+        Largest |contribution| first.
+    graph: the active part. Kept are the edges that bring something to an active child (or to the target node); score is
+        the sum of their contributions at those positions.
+    """
+
+    tokens: tuple[str, ...]
+    table: pd.DataFrame
+    graph: AttributionGraph
+
+    def at(self, position: int) -> pd.DataFrame:
+        """The rows of one position."""
+        if not 0 <= position < len(self.tokens):
+            raise InputError(f"`position` is {position}: the prompt has the positions 0 to {len(self.tokens) - 1}")
+        rows: Any = self.table[self.table["position"] == position]
+        return rows.reset_index(drop=True)
+
+
+def contributions(
+    graph: AttributionGraph,
+    model: Any,
+    basis: SAEFeatures | Mapping[str, Any],
+    prompt: str | Sequence[int] | Tensor,
+    *,
+    positions: Any = "all",
+) -> Contributions:
+    """A_ij z_i(p) of every kept edge on one prompt. One forward pass.
+
+    Edges from an SAE's error and edges of single heads are left out: they have no coefficient per code.
+
+    Raises
+    ------
+    InputError: more than one prompt, a prompt without samples, or a graph of other SAEs.
+    """
+    adapter = model if isinstance(model, Adapter) else adapt(model)
+    encoders = (basis if isinstance(basis, SAEFeatures) else SAEFeatures(basis)).encoders()
+    rows = _rows(graph, set(encoders))
+    (batch,) = Prompts(adapter, _one(prompt), positions=positions)
+    routes = _routes(graph, rows, adapter.shape.n_layers)
+    acts = adapter.run(batch.tokens, batch.mask, [*encoders, *(f"pattern.{layer}" for layer in _layers(routes))])
+    codes = {hook: encoder.encode(acts[hook][0]).double().cpu() for hook, encoder in encoders.items()}
+    where = batch.keep[0].nonzero().flatten().cpu()
+    brought = _brought(graph, rows, codes, routes, acts)[:, where]
+    reached = _columns(graph, graph.target[rows], codes)[:, where]
+    table = _table(graph, rows, where, _texts(adapter, batch), brought, reached)
+    return Contributions(tuple(_texts(adapter, batch)), table, _active(graph, rows, brought, reached))
+
+
+def _one(prompt: Any) -> Any:
+    if isinstance(prompt, str):
+        return [prompt]
+    tokens = torch.as_tensor(prompt)
+    tokens = tokens[None] if tokens.ndim == 1 else tokens
+    if tokens.ndim != 2 or len(tokens) != 1:
+        raise InputError(f"`prompt` has shape {tuple(tokens.shape)}: give one prompt, as text or token ids")
+    return tokens
+
+
+def _rows(graph: AttributionGraph, hooks: set[str]) -> Int[Tensor, " row"]:
+    """Kept edges whose source is a feature of `hooks`, at the same position or through the mean pattern."""
+    feature = torch.tensor(["#" in name and name.rpartition("#")[0] in hooks for name in graph.index.names])
+    end = torch.tensor([name.rpartition("#")[0] in hooks or "#" not in name for name in graph.index.names])
+    by_head = graph.extras.get("head", torch.full_like(graph.score, -1.0)) >= 0
+    rows = (graph.kept & feature[graph.source] & end[graph.target] & ~by_head).nonzero().flatten()
+    if not len(rows):
+        raise InputError("`graph` keeps no edge from a feature of `basis`: give the SAEs that it was learned from")
+    return rows
+
+
+def _routes(graph: AttributionGraph, rows: Int[Tensor, " row"], n_layers: int) -> dict[int, tuple[int, ...]]:
+    """For every row that goes through attention, the layers between its ends."""
+    names = graph.index.names
+    through = [row for row in rows.tolist() if PORTS[int(graph.port[row])] == "v"]
+    hooks = {row: [names[int(end[row])].rpartition("#")[0] for end in (graph.source, graph.target)] for row in through}
+    return {row: tuple(attention_between(first, last, n_layers)) for row, (first, last) in hooks.items()}
+
+
+def _layers(routes: Mapping[int, tuple[int, ...]]) -> list[int]:
+    return sorted({layer for layers in routes.values() for layer in layers})
+
+
+def _brought(
+    graph: AttributionGraph,
+    rows: Int[Tensor, " row"],
+    codes: Mapping[str, Float[Tensor, "pos feature"]],
+    routes: Mapping[int, tuple[int, ...]],
+    acts: Mapping[str, Tensor],
+) -> Float[Tensor, "row pos"]:
+    source = _columns(graph, graph.source[rows], codes)
+    for number, row in enumerate(rows.tolist()):
+        if layers := routes.get(row):
+            pattern = torch.stack([acts[f"pattern.{layer}"][0].double().cpu() for layer in layers]).mean((0, 1))
+            source[number] = pattern @ source[number]
+    return graph.weight[rows][:, None] * source
+
+
+def _columns(
+    graph: AttributionGraph, nodes: Int[Tensor, " row"], codes: Mapping[str, Float[Tensor, "pos feature"]]
+) -> Float[Tensor, "row pos"]:
+    """Each node's code at every position; NaN for nodes that aren't features."""
+    length = len(next(iter(codes.values())))
+    names = [graph.index.names[node] for node in nodes.tolist()]
+    nothing = torch.full((length,), float("nan"), dtype=torch.float64)
+    parts = [name.rpartition("#") for name in names]
+    return torch.stack([codes[hook][:, int(number)].clone() if mark else nothing for hook, mark, number in parts])
+
+
+def _table(
+    graph: AttributionGraph,
+    rows: Int[Tensor, " row"],
+    where: Int[Tensor, " sample"],
+    texts: Sequence[str],
+    brought: Float[Tensor, "row sample"],
+    reached: Float[Tensor, "row sample"],
+) -> pd.DataFrame:
+    row, sample = brought.nonzero(as_tuple=True)
+    order = brought[row, sample].abs().argsort(descending=True, stable=True)
+    row, sample = row[order], sample[order]
+    names, edge, position = np.array(graph.index.names, dtype=object), rows[row], where[sample].numpy()
+    contribution, weight = brought[row, sample], graph.weight[edge]
+    columns = {
+        "position": position,
+        "token": np.array(texts, dtype=object)[position],
+        "source": names[graph.source[edge].numpy()],
+        "target": names[graph.target[edge].numpy()],
+        "port": np.array(PORTS, dtype=object)[graph.port[edge].numpy()],
+        "weight": weight.numpy(),
+        "source_code": (contribution / weight).numpy(),
+        "contribution": contribution.numpy(),
+        "target_code": reached[row, sample].numpy(),
+    }
+    return pd.DataFrame(columns)
+
+
+def _active(
+    graph: AttributionGraph,
+    rows: Int[Tensor, " row"],
+    brought: Float[Tensor, "row sample"],
+    reached: Float[Tensor, "row sample"],
+) -> AttributionGraph:
+    total = torch.where(reached != 0, brought, 0.0).sum(1)
+    score = torch.zeros_like(graph.score).index_put((rows,), total)
+    return replace(graph, score=score, kept=score != 0, provenance={**graph.provenance, "view": "one prompt"})
+
+
+def _texts(adapter: Adapter, batch: Batch) -> list[str]:
+    ids = batch.tokens[0].tolist()
+    tokenizer = getattr(adapter.model, "tokenizer", None)
+    return [str(i) for i in ids] if tokenizer is None else [tokenizer.decode([i]) for i in ids]

@@ -1,0 +1,149 @@
+"""Regressions on the samples themselves: where samples are too few for a Gram to pay, and for class labels."""
+
+import time
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_circuitlasso import solve
+from tl_circuitlasso.errors import InputError
+from tl_circuitlasso.features.fit import (
+    Entries,
+    Regressed,
+    Units,
+    dense_samples,
+    deviation,
+    held_out_deviance,
+    held_out_r2,
+    nonzeros,
+    regressed,
+)
+from tl_circuitlasso.features.regression import FIXED, Rule, default_strength, sound
+from tl_circuitlasso.features.samples import PairData
+from tl_circuitlasso.models.memory import free_bytes, in_words
+from tl_circuitlasso.targets import Labels
+
+CLASS_STRENGTH = 0.05  # of lambda_max, for class labels where a rule is asked for
+BLOCK = 512  # children regressed at once
+
+
+def regress_samples(pair: PairData, rule: Rule, *, memory: int | None = None) -> Regressed:
+    """`regress_pair` by residuals: memory grows with samples times columns, not with columns squared.
+
+    Raises
+    ------
+    InputError: a strength that needs the Gram, or more than fits in memory.
+    """
+    clock = time.perf_counter()
+    if rule.folds or rule.chosen is not None:
+        raise InputError(
+            f"`strength` {rule.strength!r} (penalty {rule.penalty!r}, {rule.draws} `draws`) needs more than half as "
+            f"many samples ({pair.count(held=False)}) as columns ({pair.sources}): give more tokens or a lower "
+            "`max_features`, or let `strength` be a number"
+        )
+    x, y, units = _standardised(pair, memory)
+    counted = time.perf_counter()
+    entries = x.shape[1] * y.shape[1]
+    found = [_solve(x, y[:, start : start + BLOCK], rule, entries) for start in range(0, y.shape[1], BLOCK)]
+    solution = _joined([one for one, _ in found])
+    refit = torch.cat([fitted for _, fitted in found], 1)
+    source, target = nonzeros(solution.value)
+    lasso = solution.value[source, target]
+    coefficients = Entries(source, target, lasso, sound(refit[source, target], lasso, target))
+    solved = time.perf_counter()
+    held_out = held_out_r2(pair, coefficients.matrix(units), units)
+    seconds = {"statistics": counted - clock, "solve": solved - counted, "held out": time.perf_counter() - solved}
+    return regressed(coefficients, units, solution, held_out, stability=None, samples=len(x), seconds=seconds)
+
+
+def classify_pair(pair: PairData, rule: Rule, target: Labels, *, memory: int | None = None) -> Regressed:
+    """Class labels on the parent's features by sparse (multinomial) logistic regression with a certificate.
+
+    One column of coefficients for two classes (of class 1), one per class for more. In place of R^2 stands the share of
+    the held-out cross-entropy of guessing that the features remove.
+
+    Raises
+    ------
+    InputError: one class only among the samples, or more than fits in memory.
+    """
+    clock = time.perf_counter()
+    x, y, units = _standardised(pair, memory)
+    labels = (y[:, 0] * units.target[0].nan_to_num(posinf=0.0) + units.target_mean[0]).round().long()
+    if len(labels.unique()) < 2:
+        raise InputError(f"`target`: all {len(labels)} samples have one class: labels need at least two classes")
+    counted = time.perf_counter()
+    level = rule.strength if isinstance(rule.strength, float) else CLASS_STRENGTH
+    classes = int(torch.as_tensor(target.y).max()) + 1
+    if classes == 2:
+        solution = solve.logistic_lasso(x, labels, strength=level, tol=rule.tol)
+    else:
+        outcome = torch.nn.functional.one_hot(labels, classes).double()
+        solution = solve.multinomial_lasso(x, outcome, strength=level, tol=rule.tol)
+    solved = time.perf_counter()
+    columns = solution.value.shape[1]
+    ones = torch.ones(columns, dtype=torch.float64)
+    units = Units(units.source, ones, units.source_mean, torch.zeros_like(ones))
+    value = solution.value / units.source[:, None]
+    overall = held_out_deviance(pair, value, units.source_mean, solution.stats["intercept"], labels)
+    source, place = nonzeros(solution.value)
+    entries = Entries(source, place, solution.value[source, place], solution.value[source, place])
+    held_out = (torch.full((columns,), overall, dtype=torch.float64), overall)
+    seconds = {"statistics": counted - clock, "solve": solved - counted, "held out": time.perf_counter() - solved}
+    return regressed(entries, units, solution, held_out, stability=None, samples=len(x), seconds=seconds)
+
+
+def _standardised(
+    pair: PairData, memory: int | None
+) -> tuple[Float[Tensor, "sample source"], Float[Tensor, "sample target"], Units]:
+    """All samples that are regressed on, dense and in standard units."""
+    samples, columns = pair.count(held=False), pair.sources + len(pair.child_features)
+    need, room = 4 * 8 * samples * columns, memory if memory is not None else free_bytes()
+    if room is not None and need > room:
+        raise InputError(
+            f"{pair.parent} -> {pair.child or 'the target'}: {samples} samples of {columns} columns need about "
+            f"{in_words(need)}, {in_words(room)} are free: use fewer prompts, or a lower `max_features`"
+        )
+    x, y = dense_samples(list(pair.parts(held=False)))
+    units = Units(deviation(x.var(0, correction=0)), deviation(y.var(0, correction=0)), x.mean(0), y.mean(0))
+    return x.sub_(units.source_mean).div_(units.source), y.sub_(units.target_mean).div_(units.target), units
+
+
+def _solve(
+    x: Float[Tensor, "sample source"], y: Float[Tensor, "sample target"], rule: Rule, entries: int
+) -> tuple[solve.Solution, Float[Tensor, "source target"]]:
+    limit = (x.T @ y / len(x)).abs().amax(0)
+    level = rule.strength if isinstance(rule.strength, float) else default_strength(limit, entries, len(x))
+    solution = solve.regress(x, y, strength=level, tol=rule.tol, form="residual")
+    refit = _least_squares(x, y, solution.value)
+    if rule.penalty == "adaptive":
+        penalty = solve.L1(solve.adaptive_weights(refit))
+        level = level if isinstance(rule.strength, float) else FIXED**2  # see regression.py
+        solution = solve.regress(x, y, strength=level, penalty=penalty, tol=rule.tol, form="residual")
+        refit = _least_squares(x, y, solution.value)
+    return solution, refit
+
+
+def _least_squares(
+    x: Float[Tensor, "sample source"], y: Float[Tensor, "sample target"], value: Float[Tensor, "source target"]
+) -> Float[Tensor, "source target"]:
+    fitted = torch.zeros_like(value)
+    for j in range(value.shape[1]):
+        rows = value[:, j].nonzero().flatten()
+        if len(rows):
+            fitted[rows, j] = torch.linalg.lstsq(x[:, rows], y[:, j : j + 1], driver="gelsd").solution[:, 0]
+    return fitted
+
+
+def _joined(solutions: Sequence[solve.Solution]) -> solve.Solution:
+    """Solutions of blocks of targets side by side."""
+    worst = next((one for one in solutions if not bool(one.converged.all())), solutions[-1])
+    names = ("iterations", "strength", "strength_max")
+    return solve.Solution(
+        torch.cat([one.value for one in solutions], 1),
+        torch.cat([one.gap for one in solutions]),
+        torch.cat([one.converged for one in solutions]),
+        worst.status,
+        {name: torch.cat([torch.as_tensor(one.stats[name]) for one in solutions]) for name in names},
+    )

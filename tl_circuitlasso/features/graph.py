@@ -1,0 +1,302 @@
+"""The graph of regressed pairs, and what is known of every feature: how often and where it fires, what it writes."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_circuitlasso.features.fit import Regressed
+from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.models import readout
+from tl_circuitlasso.models.adapter import Adapter
+from tl_circuitlasso.models.encoder import Encoder
+from tl_circuitlasso.models.feature_collect import TARGET, CollectedCodes
+from tl_circuitlasso.models.feature_survey import BEFORE, Alive, Examples, Firing
+from tl_circuitlasso.models.hook_order import writes_to_stream
+from tl_circuitlasso.models.sae import SAEFeatures, error_block, error_name, hook_block
+from tl_circuitlasso.nodes import Block, NodeIndex
+from tl_circuitlasso.sites import PORTS
+from tl_circuitlasso.targets import Target
+
+CONTEXTS = 5  # texts shown of each feature
+TOP_TOKENS = 5
+TOP_LOGITS = 5
+LOGIT_ROWS = 1024  # features unembedded at once
+
+
+@dataclass(frozen=True, eq=False)
+class _Edges:
+    """One pair's edges as positions in the index."""
+
+    source: Int[Tensor, " edge"]
+    target: Int[Tensor, " edge"]
+    port: Int[Tensor, " edge"]
+    head: Float[Tensor, " edge"]
+    columns: dict[str, Float[Tensor, " edge"]]  # weight, lasso, score, stability
+
+
+def feature_graph(
+    adapter: Adapter,
+    collected: CollectedCodes,
+    basis: SAEFeatures,
+    target: Target,
+    firing: Mapping[str, Firing],
+    alive: Mapping[str, Alive],
+    examples: Mapping[str, Examples],
+    found: Mapping[tuple[str, str], Regressed],
+) -> AttributionGraph:
+    """The graph: one row per nonzero coefficient, kept features and error terms as nodes, the target last."""
+    index = feature_index(collected, target, alive, has_errors=basis.error)
+    parts = [_edges(index, pair, one, collected, adapter, alive, basis) for pair, one in found.items()]
+    source, target_end, port, head = (
+        torch.cat([getattr(part, name) for part in parts]) for name in ("source", "target", "port", "head")
+    )
+    columns = {name: torch.cat([part.columns[name] for part in parts]) for name in parts[0].columns}
+    extras = {"lasso": columns["lasso"], "persistence": _persistence(index, collected, source, target_end)}
+    if bool(columns["stability"].isfinite().any()):
+        extras["stability"] = columns["stability"].nan_to_num(0.0)
+    if basis.mixing == "heads":
+        extras["head"] = head
+    return AttributionGraph(
+        index=index,
+        source=source,
+        target=target_end,
+        port=port,
+        score=columns["score"],
+        weight=columns["weight"],
+        kept=columns["weight"] != 0,
+        extras=extras,
+        certificates=tuple(row for pair, one in found.items() for row in _certificates(index, pair, one, alive)),
+        node_info=node_info(adapter, collected, basis, firing, alive, examples),
+    )
+
+
+def feature_index(
+    collected: CollectedCodes, target: Target, alive: Mapping[str, Alive], *, has_errors: bool
+) -> NodeIndex:
+    """Hooks in the order of computation, each with its features and (as a parent) its error; the target last."""
+    parents = {parent for parent, _ in collected.pairs}
+    blocks: list[Block] = []
+    for hook in collected.encoders:
+        rank = collected.order[hook]
+        blocks.append(hook_block(hook, rank, alive[hook].features.tolist()))
+        if has_errors and hook in parents:
+            blocks.append(error_block(hook, rank))
+    if any(child == TARGET for _, child in collected.pairs):
+        blocks.append(Block(readout.target_site(target), max(collected.order.values()) + 1))
+    return NodeIndex(tuple(blocks))
+
+
+def _edges(
+    index: NodeIndex,
+    pair: tuple[str, str],
+    one: Regressed,
+    collected: CollectedCodes,
+    adapter: Adapter,
+    alive: Mapping[str, Alive],
+    basis: SAEFeatures,
+) -> _Edges:
+    """Columns of the regression as nodes: copies of a feature by port, error directions as one node."""
+    parent, child = pair
+    features = len(alive[parent].features)
+    copies = 1
+    if collected.routes[pair] is not None:
+        copies += adapter.shape.n_heads if basis.mixing == "heads" else 1
+    copy = one.source // features
+    is_error = copy >= copies
+    start = _start(index, parent)
+    source = torch.where(is_error, start, start + one.source % features)
+    if bool(is_error.any()):
+        source = torch.where(is_error, index.position(error_name(parent)), source)
+    single = child == TARGET
+    target = torch.full_like(one.target, len(index) - 1) if single else _start(index, child) + one.target
+    port = torch.where(~is_error & (copy > 0), PORTS.index("v"), 0)
+    head = torch.where(~is_error & (copy > 0) & (basis.mixing == "heads"), copy - 1, -1).double()
+    score = one.score * _share(one.spread)[one.target] if single else one.score
+    columns = {"weight": one.weight, "lasso": one.lasso, "score": score, "stability": one.stability}
+    summed = is_error | (single & (len(one.gap) > 1))
+    return _merged(_Edges(source, target, port, head, columns), summed, len(index))
+
+
+def _share(spread: Float[Tensor, " target"]) -> Float[Tensor, " target"]:
+    """Each target column's part of the target as a whole, in standard deviations: 1 for a single column."""
+    return spread / spread.square().sum().sqrt().clamp(min=1e-300)
+
+
+def _merged(edges: _Edges, summed: Tensor, nodes: int) -> _Edges:
+    """One row per (source, target, port): error directions and several target columns by their norm, heads by the
+    strongest of them."""
+    key = (edges.source * nodes + edges.target) * len(PORTS) + edges.port
+    unique, place = torch.unique(key, return_inverse=True)
+    count = torch.bincount(place, minlength=len(unique))
+    if not len(unique) or int(count.max()) == 1:
+        return edges
+    size = edges.columns["score"].abs()
+    best = torch.full((len(unique),), -1.0, dtype=size.dtype).scatter_reduce(0, place, size, "amax")
+    rows = (size == best[place]).nonzero().flatten()
+    row = torch.zeros(len(unique), dtype=torch.int64).scatter_(0, place[rows], rows)
+    columns = {}
+    for name, values in edges.columns.items():
+        norm = torch.zeros(len(unique), dtype=values.dtype).index_add(0, place, values.square()).sqrt()
+        strongest = values[row]
+        columns[name] = torch.where(summed[row] & (count > 1) & (name != "stability"), norm, strongest)
+    source, target, port, head = (getattr(edges, name)[row] for name in ("source", "target", "port", "head"))
+    return _Edges(source, target, port, head, columns)
+
+
+def _start(index: NodeIndex, hook: str) -> int:
+    """Where a hook's features begin on the node axis."""
+    return next(where.start for block, where in zip(index.blocks, index.slices) if str(block.site) == hook)
+
+
+def _persistence(
+    index: NodeIndex, collected: CollectedCodes, source: Int[Tensor, " edge"], target: Int[Tensor, " edge"]
+) -> Float[Tensor, " edge"]:
+    """The cosine of what the two features write; 0 where they don't write to one space."""
+    cosine = torch.zeros(len(source), dtype=torch.float64)
+    directions = {hook: _unit(encoder.decoder).cpu() for hook, encoder in collected.encoders.items()}
+    stream = {hook: writes_to_stream(encoder.hook_out) for hook, encoder in collected.encoders.items()}
+    block_of = index.block_of
+    ends = block_of[source] * len(index.blocks) + block_of[target]
+    for key in ends.unique().tolist():
+        one, other = (index.blocks[number] for number in divmod(key, len(index.blocks)))
+        hooks = (str(one.site), str(other.site))
+        if one.features is None or other.features is None or not (stream[hooks[0]] and stream[hooks[1]]):
+            continue
+        rows = (ends == key).nonzero().flatten()
+        starts = [_start(index, hook) for hook in hooks]
+        a = directions[hooks[0]][torch.tensor(one.features)[source[rows] - starts[0]]]
+        b = directions[hooks[1]][torch.tensor(other.features)[target[rows] - starts[1]]]
+        cosine[rows] = (a * b).sum(1).double()
+    return cosine
+
+
+def _unit(decoder: Float[Tensor, "feature width"]) -> Float[Tensor, "feature width"]:
+    return torch.nn.functional.normalize(decoder, dim=1)
+
+
+def _certificates(
+    index: NodeIndex, pair: tuple[str, str], one: Regressed, alive: Mapping[str, Alive]
+) -> Iterator[dict[str, Any]]:
+    parent, child = pair
+    names = [index.names[-1]] * len(one.gap)
+    if child != TARGET:
+        start = _start(index, child)
+        names = list(index.names[start : start + len(alive[child].features)])
+    figures = (one.gap, one.iterations, one.converged, one.strength, one.r2)
+    for name, gap, iterations, converged, strength, r2 in zip(names, *(figure.tolist() for figure in figures)):
+        yield {
+            "target": name,
+            "source": parent,
+            "gap": gap,
+            "iterations": iterations,
+            "converged": converged,
+            "strength": strength,
+            "held_out_r2": None if math.isnan(r2) else r2,
+        }
+
+
+# ---- what is known of a feature -------------------------------------------------------------------------------------
+
+
+def node_info(
+    adapter: Adapter,
+    collected: CollectedCodes,
+    basis: SAEFeatures,
+    firing: Mapping[str, Firing],
+    alive: Mapping[str, Alive],
+    examples: Mapping[str, Examples],
+) -> dict[str, dict[str, Any]]:
+    """Per feature: frequency, mean, std and max of its code, tokens and contexts of its strongest samples, the tokens
+    whose logits its decoder direction raises most, and the user's label.
+
+    `mean` is over the samples where it fires, `std` over all. Contexts come from different prompts.
+    """
+    text = _Text(adapter)
+    found: dict[str, dict[str, Any]] = {}
+    for hook, encoder in collected.encoders.items():
+        kept, one = alive[hook].features, firing[hook]
+        columns = [
+            (one.count / one.samples)[kept].tolist(),
+            (one.total / one.count.clamp(min=1))[kept].tolist(),
+            one.variance.sqrt()[kept].tolist(),
+            one.largest[kept].tolist(),
+        ]
+        logits = _top_logits(adapter, encoder, kept)
+        for row, feature in enumerate(kept.tolist()):
+            frequency, mean, std, largest = (column[row] for column in columns)
+            info: dict[str, Any] = {"frequency": frequency, "mean": mean, "std": std, "max": largest}
+            info |= {"top_tokens": _top_tokens(examples[hook], row, text), "contexts": []}
+            info["contexts"] = list(_contexts(examples[hook], row, text))
+            if logits is not None:
+                info["top_logits"] = [text.of(token) for token in logits[row].tolist()]
+            label = basis.label(f"{hook}#{feature}")
+            found[f"{hook}#{feature}"] = info if label is None else info | {"label": label}
+    return found
+
+
+class _Text:
+    """Tokens as text: by the model's tokenizer, or as numbers where it has none."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self._tokenizer = getattr(adapter.model, "tokenizer", None)
+        self._known: dict[int, str] = {}
+
+    def of(self, token: int) -> str:
+        """One token, spaces and all."""
+        if token not in self._known:
+            self._known[token] = str(token) if self._tokenizer is None else self._decoded([token])
+        return self._known[token]
+
+    def together(self, tokens: list[int]) -> str:
+        """Tokens in a row."""
+        return " ".join(map(str, tokens)) if self._tokenizer is None else self._decoded(tokens)
+
+    def _decoded(self, tokens: list[int]) -> str:
+        assert self._tokenizer is not None
+        return str(self._tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
+
+
+def _top_tokens(examples: Examples, row: int, text: _Text) -> list[str]:
+    """The tokens at the feature's strongest samples, by the sum of their codes."""
+    weight: dict[int, float] = {}
+    for token, value in zip(examples.tokens[row, :, BEFORE].tolist(), examples.value[row].tolist()):
+        if value > 0:
+            weight[token] = weight.get(token, 0.0) + value
+    best = sorted(weight, key=lambda token: -weight[token])[:TOP_TOKENS]
+    return [text.of(token) for token in best]
+
+
+def _contexts(examples: Examples, row: int, text: _Text) -> Iterator[dict[str, Any]]:
+    seen: set[int] = set()
+    rows = zip(*(getattr(examples, name)[row].tolist() for name in ("value", "prompt", "position", "tokens")))
+    for value, prompt, position, window in rows:
+        if value <= 0 or prompt in seen:
+            continue
+        seen.add(prompt)
+        real = [token for token in window if token >= 0]
+        at = sum(token >= 0 for token in window[:BEFORE])
+        yield {
+            "text": text.together(real),
+            "tokens": [text.of(token) for token in real],
+            "at": at,
+            "value": value,
+            "prompt": prompt,
+            "position": position,
+        }
+        if len(seen) == CONTEXTS:
+            return
+
+
+def _top_logits(adapter: Adapter, encoder: Encoder, kept: Int[Tensor, " kept"]) -> Int[Tensor, "kept top"] | None:
+    """The tokens whose logits each decoder direction raises most; None where it isn't one of the residual stream."""
+    weight, _ = adapter.unembed()
+    if not writes_to_stream(encoder.hook_out) or encoder.width != weight.shape[0]:
+        return None
+    directions = encoder.decoder.to(weight)[kept.to(weight.device)]
+    count = min(TOP_LOGITS, weight.shape[1])
+    return torch.cat([(some @ weight).topk(count, 1).indices.cpu() for some in directions.split(LOGIT_ROWS)])

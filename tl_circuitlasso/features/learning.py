@@ -1,0 +1,255 @@
+"""Circuits among SAE features: codes -> which features live -> one regression per pair of hooks -> graph.
+
+prompts      Prompts       batches of tokens, masks and the positions that are samples      models/tokens.py
+  | collect_codes           one forward pass a batch; SAEs encode what the model makes      models/feature_collect.py
+codes        CodeStore      CSR by hook, in memory or on disk                               models/feature_store.py
+  | survey, choose_alive    which features fire often enough to be explained                models/feature_survey.py
+  | regress_pair            sums, a certified sparse solve, held-out R^2; then the next pair features/regression.py
+graph        AttributionGraph  with what is known of every feature                          features/graph.py
+
+With a checkpoint folder codes and finished pairs are files of their own: a killed run loses one pair at most.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tl_circuitlasso import storage
+from tl_circuitlasso.errors import InputError
+from tl_circuitlasso.features.few import classify_pair, regress_samples
+from tl_circuitlasso.features.fit import Regressed
+from tl_circuitlasso.features.graph import feature_graph
+from tl_circuitlasso.features.read import direct_reads
+from tl_circuitlasso.features.regression import Rule, regress_pair
+from tl_circuitlasso.features.samples import PairData, columns_of
+from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.models.adapter import Adapter
+from tl_circuitlasso.models.feature_collect import TARGET, CollectedCodes, collect_codes
+from tl_circuitlasso.models.feature_survey import Alive, Firing, choose_alive, strongest, survey
+from tl_circuitlasso.models.sae import SAEFeatures
+from tl_circuitlasso.models.tokens import Prompts
+from tl_circuitlasso.targets import Labels, Target
+
+log = logging.getLogger(__name__)
+
+PAIR_KIND, PAIR_VERSION = "feature pair", 1
+LEAST_PROMPTS = 20  # with fewer, none is held out
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureSetup:
+    """What to look for, beside the basis: the behaviour, how sparse, and where to run the regressions."""
+
+    target: Target
+    last: bool
+    rule: Rule
+    device: torch.device | str = "cpu"
+    checkpoint: Path | None = None
+    progress: bool = True
+
+
+def learn_features(
+    adapter: Adapter, prompts: Prompts, basis: SAEFeatures, setup: FeatureSetup
+) -> tuple[AttributionGraph, CollectedCodes]:
+    """The sparse circuit among the features of `basis`, pair by pair, and what it was made from.
+
+    Raises
+    ------
+    InputError: an SAE, pair, target or checkpoint that doesn't fit, no feature left, or too little memory (estimated
+        before anything is allocated). ModelError: NaN or infinite activations or codes.
+    """
+    collected = collect_codes(
+        adapter,
+        prompts,
+        basis,
+        setup.target,
+        last=setup.last,
+        checkpoint=setup.checkpoint,
+        progress=setup.progress,
+    )
+    clock = time.perf_counter()
+    firing = survey(collected.store, {hook: encoder.features for hook, encoder in collected.encoders.items()})
+    alive = {
+        hook: choose_alive(hook, firing[hook], encoder.decoder, basis) for hook, encoder in collected.encoders.items()
+    }
+    surveyed = time.perf_counter()
+    found = _regress_all(adapter, collected, basis, setup, alive)
+    regressed = time.perf_counter()
+    examples = strongest(collected.store, {hook: some.features for hook, some in alive.items()})
+    graph = feature_graph(adapter, collected, basis, setup.target, firing, alive, examples, found)
+    seconds = {
+        "forward and encoding": collected.seconds,
+        "survey": surveyed - clock,
+        "statistics": sum(one.seconds["statistics"] for one in found.values()),
+        "solve": sum(one.seconds["solve"] for one in found.values()),
+        "held out": sum(one.seconds["held out"] for one in found.values()),
+        "pairs": regressed - surveyed,
+        "node info": time.perf_counter() - regressed,
+    }
+    return _with_record(graph, seconds, collected, firing, alive, found), collected
+
+
+def _regress_all(
+    adapter: Adapter, collected: CollectedCodes, basis: SAEFeatures, setup: FeatureSetup, alive: Mapping[str, Alive]
+) -> dict[tuple[str, str], Regressed]:
+    """Every pair's regression: from the checkpoint where it is done, else solved and written there."""
+    found: dict[tuple[str, str], Regressed] = {}
+    off = None if setup.progress else True
+    with tqdm(collected.pairs, desc="regress", unit="pair", disable=off) as bar:
+        for number, pair in enumerate(bar):
+            bar.set_postfix_str(" -> ".join(pair), refresh=False)
+            data = _pair_data(adapter, collected, basis, setup, alive, pair)
+            path = None if setup.checkpoint is None else setup.checkpoint / f"pair-{number:04d}.safetensors"
+            identity = _pair_identity(collected, data, setup)
+            done = None if path is None else _read_pair(path, identity)
+            if done is None:
+                done = _regress(data, basis, setup, pair)
+                if path is not None:
+                    _write_pair(path, done, identity)
+            found[pair] = done
+    return found
+
+
+def _regress(data: PairData, basis: SAEFeatures, setup: FeatureSetup, pair: tuple[str, str]) -> Regressed:
+    samples = data.count(held=False)
+    if samples < 2:
+        raise InputError(
+            f"`tokens` give {samples} sample(s) for {' -> '.join(pair)}: a regression needs at least two, and "
+            "thousands to be of use"
+        )
+    if pair[1] == TARGET and isinstance(setup.target, Labels):
+        return classify_pair(data, setup.rule, setup.target, memory=basis.memory)
+    if data.sources > 2 * samples:
+        return regress_samples(data, setup.rule, memory=basis.memory)
+    return regress_pair(data, setup.rule, device=setup.device, memory=basis.memory)
+
+
+def _pair_data(
+    adapter: Adapter,
+    collected: CollectedCodes,
+    basis: SAEFeatures,
+    setup: FeatureSetup,
+    alive: Mapping[str, Alive],
+    pair: tuple[str, str],
+) -> PairData:
+    parent, child = pair
+    heads = adapter.shape.n_heads if basis.mixing == "heads" else None
+    columns = 0
+    if child == TARGET:
+        columns = next(iter(collected.store)).target.shape[1]
+    errors = next(iter(collected.store)).errors
+    reads = None
+    if basis.penalty == "read" and child != TARGET:
+        ends = (collected.encoders[parent], collected.encoders[child])
+        reads = direct_reads(*ends, alive[parent].features, alive[child].features)
+    return PairData(
+        store=collected.store,
+        parent=parent,
+        child=None if child == TARGET else child,
+        columns=columns_of(parent, collected.routes[pair], heads),
+        features=alive[parent].features,
+        child_features=torch.arange(columns) if child == TARGET else alive[child].features,
+        errors=errors[parent].shape[1] if parent in errors else 0,
+        pooled=basis.mixing == "pooled",
+        held_out=basis.held_out if collected.prompts >= LEAST_PROMPTS else 0.0,
+        reads=reads,
+    )
+
+
+# ---- checkpoint -----------------------------------------------------------------------------------------------------
+
+
+def _pair_identity(collected: CollectedCodes, data: PairData, setup: FeatureSetup) -> dict[str, Any]:
+    """What must agree before a finished pair is used again."""
+    digest = hashlib.sha256()
+    for part in (data.features, data.child_features):
+        digest.update(part.numpy().tobytes())
+    return {
+        "origin": collected.store.origin,
+        "pair": [data.parent, data.child or TARGET],
+        "features": digest.hexdigest(),
+        "rule": json.loads(json.dumps(vars(setup.rule))),
+        "held_out": data.held_out,
+        "pooled": data.pooled,
+        "columns": [column.key for column in data.columns],
+    }
+
+
+def _write_pair(path: Path, done: Regressed, identity: Mapping[str, Any]) -> None:
+    values = {field.name: getattr(done, field.name) for field in fields(done)}
+    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    plain = {"overall": done.overall if done.overall == done.overall else None, "samples": done.samples}
+    data = {
+        "kind": PAIR_KIND,
+        "version": PAIR_VERSION,
+        "identity": dict(identity),
+        "seconds": dict(done.seconds),
+        **plain,
+    }
+    storage.write_tensors(path, tensors, data)
+
+
+def _read_pair(path: Path, identity: Mapping[str, Any]) -> Regressed | None:
+    """A finished pair of this very regression, or None."""
+    if not path.exists():
+        return None
+    tensors, data = storage.read_tensors(path, PAIR_KIND)
+    if data.get("identity") != identity or data.get("version") != PAIR_VERSION:
+        log.info("%s belongs to another regression and is made again", path)
+        return None
+    overall = float("nan") if data["overall"] is None else data["overall"]
+    return Regressed(**tensors, overall=overall, samples=data["samples"], seconds=data["seconds"])
+
+
+# ---- what happened --------------------------------------------------------------------------------------------------
+
+
+def _with_record(
+    graph: AttributionGraph,
+    seconds: Mapping[str, float],
+    collected: CollectedCodes,
+    firing: Mapping[str, Firing],
+    alive: Mapping[str, Alive],
+    found: Mapping[tuple[str, str], Regressed],
+) -> AttributionGraph:
+    """The graph with the figures of every pair: edges, held-out R^2, strength, seconds."""
+    record = {
+        "samples": collected.store.samples,
+        "chunks_on_disk": collected.store.on_disk,
+        "seconds": dict(seconds),
+        "left_out": {hook: dict(some.left_out) for hook, some in alive.items()},
+        "alive": {hook: len(some.features) for hook, some in alive.items()},
+        "active_per_sample": {hook: float(one.count.sum() / max(one.samples, 1)) for hook, one in firing.items()},
+        "pairs": [_figures(pair, one) for pair, one in found.items()],
+        "candidates": {
+            f"{parent}->{child}": len(alive[parent].features) * (len(alive[child].features) if child in alive else 1)
+            for parent, child in found
+        },
+    }
+    return replace(graph, provenance=record)
+
+
+def _figures(pair: tuple[str, str], one: Regressed) -> dict[str, Any]:
+    explained = one.r2[~one.r2.isnan()]
+    return {
+        "source": pair[0],
+        "target": pair[1],
+        "samples": one.samples,
+        "edges": len(one.source),
+        "edges_per_target": len(one.source) / max(len(one.gap), 1),
+        "held_out_r2": None if math.isnan(one.overall) else one.overall,
+        "median_held_out_r2": float(explained.median()) if len(explained) else None,
+        "strength": float(one.strength.median()),
+        "largest_gap": float(one.gap.max()) if len(one.gap) else 0.0,
+        "seconds": dict(one.seconds),
+    }
