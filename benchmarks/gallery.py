@@ -2,6 +2,7 @@
 
     python -m benchmarks.gallery --out tutorials/images
     python -m benchmarks.gallery --out pictures --only circuit page
+    python -m benchmarks.gallery --out tutorials/images --only concepts --saes DIR      # of benchmarks.train_saes
 
 The page's picture is a screenshot in headless Chromium; it's left out where there is none.
 """
@@ -27,7 +28,8 @@ LARGEST = 150_000  # bytes of a picture
 class Subject:
     """The bundled model with its graphs, each made when a picture first asks for it."""
 
-    def __init__(self, prompts: int) -> None:
+    def __init__(self, prompts: int, saes: Path | None = None) -> None:
+        self.saes = saes
         self.demo = tcl.load_demo(prompts=prompts)
         self.metric = evaluate.logit_diff(self.demo.correct, self.demo.incorrect)
 
@@ -112,6 +114,22 @@ def page(subject: Subject, out: Path) -> Path | None:
     return _smaller(out / "page.png")
 
 
+def concepts(subject: Subject, out: Path) -> Path | None:
+    """Concepts of CoLA sentences through the layers of stories260K."""
+    if subject.saes is None:
+        print("concepts: left out, name the SAEs of benchmarks.train_saes with --saes")
+        return None
+    from benchmarks import train_saes
+
+    table = train_saes.data_folder("datasets", "cola", "in_domain_dev.tsv").read_text(encoding="utf-8")
+    prompts = [row.split("\t")[3] for row in table.splitlines()]
+    basis = tcl.SAEFeatures(train_saes.load_saes(subject.saes), min_count=30)
+    graph = tcl.circuit_lasso(train_saes.story_model(), prompts, basis=basis, progress=False)
+    found = tcl.apps.concepts(graph)
+    plot.flow(found, out / "concepts.svg", chains=10, merges=4, drops=4, title="Concepts in CoLA sentences")
+    return out / "concepts.svg"
+
+
 def _smaller(path: Path) -> Path:
     """A PNG of at most 1360 pixels across, packed as tightly as it goes."""
     from PIL import Image
@@ -127,7 +145,7 @@ def _smaller(path: Path) -> Path:
 
 
 PICTURES: dict[str, Callable[[Subject, Path], Path | None]] = {
-    made.__name__: made for made in (circuit, heatmap, strength, scatter, comparison, page)
+    made.__name__: made for made in (circuit, heatmap, strength, scatter, comparison, page, concepts)
 }
 
 
@@ -136,10 +154,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("pictures"), help="folder to write to")
     parser.add_argument("--only", nargs="+", choices=list(PICTURES), default=list(PICTURES))
     parser.add_argument("--prompts", type=int, default=256)
+    parser.add_argument("--saes", type=Path, help="folder of SAEs for the picture of concepts")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    subject = Subject(arguments.prompts)
+    subject = Subject(arguments.prompts, arguments.saes)
     for name in arguments.only:
         path = PICTURES[name](subject, arguments.out)
         if path is not None:

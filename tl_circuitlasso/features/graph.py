@@ -249,8 +249,13 @@ class _Text:
     def of(self, token: int) -> str:
         """One token, spaces and all."""
         if token not in self._known:
-            self._known[token] = str(token) if self._tokenizer is None else self._decoded([token])
+            self._known[token] = str(token) if self._tokenizer is None else self._inside(token)
         return self._known[token]
+
+    def _inside(self, token: int) -> str:
+        """A token as it reads in the middle of a text: many tokenizers drop the space of the first."""
+        first, both = self._decoded([token]), self._decoded([token, token])
+        return both[len(first) :] if both.startswith(first) and len(both) > len(first) else first
 
     def together(self, tokens: list[int]) -> str:
         """Tokens in a row."""
