@@ -93,9 +93,9 @@ PARTS = {
     "ebic": Part("edges must have a weight, too: strength ebic", options={"strength": "ebic"}),
     "pairs": Part("256 pairs", [(read, "PAIRS", 256)]),
     "prompts": Part("64 prompts", options={"max_prompts": 64}),
-    "prompts, pairs": Part("64 prompts, 64 pairs", [(read, "PAIRS", 64)], {"max_prompts": 64}),
+    "prompts and pairs": Part("64 prompts, 64 pairs", [(read, "PAIRS", 64)], {"max_prompts": 64}),
     "read design": Part("design routed", options={"design": "routed"}),
-    "read, routed": Part("design activation", options={"design": "activation"}),
+    "read and routed": Part("design activation", options={"design": "activation"}),
 }
 
 
