@@ -219,7 +219,7 @@ def _best(costs: list[Cost]) -> Cost:
 GROWTH = {
     "layers": [{"layers": n} for n in (2, 4, 8, 12)],
     "heads": [{"heads": n} for n in (4, 6, 12, 24)],
-    "prompts": [{"prompts": n} for n in (8, 16, 32, 64)],
+    "prompts": [{"prompts": n} for n in (8, 32, 128, 512)],
     "length": [{"length": n} for n in (8, 16, 32, 64)],
 }
 
