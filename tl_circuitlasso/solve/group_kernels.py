@@ -10,6 +10,7 @@ from typing import no_type_check
 import numpy as np
 
 from tl_circuitlasso.solve.jit import inner, kernel
+from tl_circuitlasso.solve.kernels import cutoff
 
 NEGATIVE = 1e-4  # relative; rounding stays far below
 FULL_EVERY = 5  # sweeps over the support between two sweeps over the whole working set
@@ -72,15 +73,7 @@ def choose_groups(coef, pull, first, count, starts, weight, strength, least, wor
             cut = max(cut, over)
             violators += 1
     room = max(least, 2 * support + 4) - support
-    low, cut = 0.0, 0.0 if violators <= room else cut
-    while violators > room and cut - low > 1e-3 * cut:
-        middle, above = 0.5 * (low + cut), 0
-        for b in range(groups):
-            above += excess[b] >= middle
-        if above > room:
-            low = middle
-        else:
-            cut = middle
+    cut = cutoff(excess, violators, room, cut)
     size, at = support + min(violators, room), 0
     for b in range(groups):
         if at < size and (excess[b] < 0 or (excess[b] > 0 and excess[b] >= cut)):

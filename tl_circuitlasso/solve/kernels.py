@@ -123,6 +123,25 @@ def sparse_products(gram, cross, coef, todo, pull, tile):
 
 @inner
 @no_type_check
+def cutoff(excess, violators, room, largest):
+    """The excess from which on about `room` of the violators, and no more, are let in; 0 where all fit.
+
+    A bisection: it compiles and runs faster than a partial sort.
+    """
+    low, cut = 0.0, 0.0 if violators <= room else largest
+    while violators > room and cut - low > 1e-3 * cut:
+        middle, above = 0.5 * (low + cut), 0
+        for i in range(excess.shape[0]):
+            above += excess[i] >= middle
+        if above > room:
+            low = middle
+        else:
+            cut = middle
+    return cut
+
+
+@inner
+@no_type_check
 def choose(coef, pull, weight, upper, strength, one_sided, forbid, least, work):
     """Writes the next working set into `work`: support and worst violators, max(least, 4 nonzeros + 16) at most."""
     sources = coef.shape[0]
@@ -141,15 +160,7 @@ def choose(coef, pull, weight, upper, strength, one_sided, forbid, least, work):
             cut = max(cut, excess[i])
             violators += 1
     room = max(least, 4 * support + 16) - support
-    low, cut = 0.0, 0.0 if violators <= room else cut
-    while violators > room and cut - low > 1e-3 * cut:  # bisection: compiles and runs faster than a partial sort
-        middle, above = 0.5 * (low + cut), 0
-        for i in range(sources):
-            above += excess[i] >= middle
-        if above > room:
-            low = middle
-        else:
-            cut = middle
+    cut = cutoff(excess, violators, room, cut)
     size, at = support + min(violators, room), 0
     for i in range(sources):
         if at < size and (coef[i] != 0 or (excess[i] > 0 and excess[i] >= cut)):
