@@ -1,5 +1,7 @@
 """Tensors and plain data in one file: safetensors whose header carries JSON; never pickle, never half-written."""
 
+import csv
+import io
 import json
 import os
 import tempfile
@@ -97,3 +99,28 @@ def parse_json(text: str, path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise FormatError(f"{path}: holds a {type(data).__name__} where an object is expected")
     return data
+
+
+TABLES = (".csv", ".tsv", ".jsonl")
+
+
+def parse_table(text: str, path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of one of the kinds in `TABLES`, which the suffix of `path` tells.
+
+    Raises
+    ------
+    FormatError: a line that isn't a JSON object.
+    """
+    if path.suffix != ".jsonl":
+        return list(csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix == ".tsv" else ","))
+    return [_json_row(line, number, path) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+
+
+def _json_row(line: str, number: int, path: Path) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise FormatError(f"{path}, line {number}: not JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise FormatError(f"{path}, line {number}: a {type(row).__name__} where an object is expected")
+    return row

@@ -1,13 +1,11 @@
 """Models and prompts for the command line."""
 
 import argparse
-import csv
-import io
-import json
 from pathlib import Path
 from typing import Any
 
-from tl_circuitlasso.errors import FormatError, InputError
+from tl_circuitlasso import storage
+from tl_circuitlasso.errors import InputError
 
 
 def model_and_prompts(arguments: argparse.Namespace) -> tuple[Any, Any, Any]:
@@ -61,13 +59,9 @@ def read_prompts(path: Path, column: str | None, limit: int | None) -> list[str]
         raise InputError(
             f"`--prompts` {path} can't be read ({error}): give a .txt, .csv, .tsv or .jsonl file"
         ) from None
-    if path.suffix in (".csv", ".tsv"):
-        delimiter = "\t" if path.suffix == ".tsv" else ","
-        rows: list[dict[str, Any]] = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter))
-    elif path.suffix == ".jsonl":
-        rows = [_json_row(line, number, path) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-    else:
+    if path.suffix not in storage.TABLES:
         return _some([line for line in text.splitlines() if line.strip()], path, limit)
+    rows = storage.parse_table(text, path)
     names = list(rows[0]) if rows else []
     column = column or (names[0] if names else "")
     if rows and column not in names:
@@ -79,13 +73,3 @@ def _some(prompts: list[str], path: Path, limit: int | None) -> list[str]:
     if not prompts:
         raise InputError(f"`--prompts` {path} holds no prompts: put one on each line")
     return prompts[:limit]
-
-
-def _json_row(line: str, number: int, path: Path) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise FormatError(f"{path}, line {number}: not JSON ({error})") from None
-    if not isinstance(row, dict):
-        raise FormatError(f"{path}, line {number}: a {type(row).__name__} where an object is expected")
-    return row

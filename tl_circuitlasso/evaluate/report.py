@@ -4,8 +4,6 @@ A file of prompt pairs is .csv, .tsv or .jsonl with the columns `clean`, `corrup
 "mean" or "zero"), `correct` and `incorrect` (answers of one token each, as the metric needs them).
 """
 
-import csv
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 import pandas as pd
 import torch
 
+from tl_circuitlasso import storage
 from tl_circuitlasso.baselines.data import Prompts
 from tl_circuitlasso.baselines.observational import random_edges
 from tl_circuitlasso.errors import FormatError, InputError
@@ -150,21 +149,9 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} can't be read ({error}): give a .csv, .tsv or .jsonl file") from None
-    if path.suffix in (".csv", ".tsv"):
-        return list(csv.DictReader(text.splitlines(), delimiter="\t" if path.suffix == ".tsv" else ","))
-    if path.suffix != ".jsonl":
+    if path.suffix not in storage.TABLES:
         raise InputError(f"{path} is a {path.suffix or 'nameless'} file: give a .csv, .tsv or .jsonl file")
-    return [_object(line, number, path) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-
-
-def _object(line: str, number: int, path: Path) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise FormatError(f"{path}, line {number}: not JSON ({error})") from None
-    if not isinstance(row, dict):
-        raise FormatError(f"{path}, line {number}: a {type(row).__name__} where an object is expected")
-    return row
+    return storage.parse_table(text, path)
 
 
 def _column(rows: Sequence[Mapping[str, Any]], name: str, path: Path) -> list[str] | None:
