@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.solve.path import Moments
-from tl_circuitlasso.solve.sparse import csr_matrix
+from tl_circuitlasso.solve.sparse import add_product, csr_matrix
 from tl_circuitlasso.solve.strength import refit_support
 from tl_circuitlasso.solve.working_set import numba_available
 
@@ -84,7 +84,7 @@ class PairSums:
                 f"`codes` with `extra` and `targets` have {codes.shape[1] + dense.shape[1]} and {targets.shape[1]}"
                 f" columns, these sums {tuple(self.cross.shape)}"
             )
-        add = _add_cuda if self.cross.device.type == "cuda" else _add_cpu
+        add = _add_cpu if self.cross.device.type == "cpu" else _add_dense
         add(self, codes, targets, dense.to(self.cross))
         return replace(self, count=self.count + codes.shape[0])
 
@@ -193,7 +193,7 @@ def _threaded(sources: int, work: Callable[[int, int], None]) -> None:
         list(pool.map(lambda edge: work(*edge), edges))
 
 
-def _add_cuda(sums: PairSums, codes: Tensor, targets: Tensor, extra: Float[Tensor, "sample column"]) -> None:
+def _add_dense(sums: PairSums, codes: Tensor, targets: Tensor, extra: Float[Tensor, "sample column"]) -> None:
     for start in range(0, codes.shape[0], SLAB):
         rows = slice(start, start + SLAB)
         x = torch.cat([_dense(codes, rows, sums), extra[rows].float()], 1)
@@ -201,9 +201,9 @@ def _add_cuda(sums: PairSums, codes: Tensor, targets: Tensor, extra: Float[Tenso
         sums.sums.add_(x.sum(0, dtype=torch.float64))
         sums.target_sums.add_(y.sum(0, dtype=torch.float64))
         sums.target_squares.add_(y.double().square().sum(0))
-        _accumulate(sums.cross, x, y)
+        add_product(sums.cross, x, y)
         if sums.owner:
-            _accumulate(sums.upper, x, x)
+            add_product(sums.upper, x, x)
 
 
 def _dense(matrix: Tensor, rows: slice, sums: PairSums) -> Float[Tensor, "sample column"]:
@@ -216,17 +216,3 @@ def _dense(matrix: Tensor, rows: slice, sums: PairSums) -> Float[Tensor, "sample
     dense = torch.zeros(len(ends) - 1, matrix.shape[1], device=sums.cross.device)
     places = (at.to(dense.device), matrix.col_indices()[inside].long().to(dense.device))
     return dense.index_put_(places, matrix.values()[inside].float().to(dense.device))
-
-
-def _accumulate(out: Float[Tensor, "source target"], x: Tensor, y: Tensor) -> None:
-    """out += x'y by bfloat16 tensor-core products of x = high + low, float32 inside a slab, float64 across slabs."""
-    parts = [_halves(x), _halves(y)]
-    for number, one in enumerate(parts[0]):
-        for other in parts[1][: len(parts[1]) if number == 0 else 1]:  # low times low is beyond float32
-            out += torch.mm(one.T, other, out_dtype=torch.float32)
-
-
-def _halves(x: Tensor) -> tuple[Tensor, ...]:
-    high = x.to(torch.bfloat16)
-    low = (x - high.float()).to(torch.bfloat16)
-    return (high, low) if bool((low != 0).any()) else (high,)

@@ -72,7 +72,7 @@ def code_sums(codes: Tensor, targets: Float[Tensor, "sample target"] | None = No
     y = torch.zeros(samples, 0, dtype=torch.float64, device=codes.device) if targets is None else targets.double()
     if len(y) != samples:
         raise InputError(f"`targets` must have {samples} rows like `codes`, got {len(y)}")
-    sums, scatter, cross = _sums_cuda(codes, y) if codes.device.type == "cuda" else _sums_cpu(codes, y)
+    sums, scatter, cross = _sums_cpu(codes, y) if codes.device.type == "cpu" else _sums_dense(codes, y)
     return CodeSums(samples, sums, scatter, y.sum(0), cross, y.square().sum(0))
 
 
@@ -106,14 +106,14 @@ def gram_of_codes(matrix: scipy.sparse.csr_matrix) -> Float[Tensor, "source sour
     return torch.from_numpy(out)
 
 
-def _sums_cuda(codes: Tensor, targets: Float[Tensor, "sample target"]) -> tuple[Tensor, Tensor, Tensor]:
+def _sums_dense(codes: Tensor, targets: Float[Tensor, "sample target"]) -> tuple[Tensor, Tensor, Tensor]:
     dense = codes.to_dense() if codes.layout == torch.sparse_csr else codes
     double = dense.double()
-    return double.sum(0), _scatter_cuda(codes), double.T @ targets
+    return double.sum(0), _scatter(codes), double.T @ targets
 
 
-def _scatter_cuda(codes: Tensor) -> Float[Tensor, "source source"]:
-    """X'X on CUDA: float64 scatter of sparse rows, or bfloat16 products accumulated outside in float64."""
+def _scatter(codes: Tensor) -> Float[Tensor, "source source"]:
+    """X'X on an accelerator: float64 scatter of sparse rows, or bfloat16 products accumulated outside in float64."""
     samples, sources = codes.shape
     if codes.layout == torch.sparse_csr and codes.values().numel() <= SCATTER_BELOW * samples * sources:
         out = torch.zeros(sources, sources, dtype=torch.float64, device=codes.device)
@@ -137,20 +137,33 @@ def _pairs(out: Tensor, rows: Tensor, columns: Tensor, values: Tensor, starts: T
 
 
 def dense_scatter(batch: Float[Tensor, "sample source"], step: int = 4096) -> Float[Tensor, "source source"]:
-    """X'X by bfloat16 tensor-core products of x = high + low, float32 inside a slab, float64 across slabs.
-
-    Codes that came out of a bfloat16 encoder have no low part, and one product is exact up to its accumulation. Off
-    CUDA, where a product can't keep a wider result than its input, it is a plain float64 product.
-    """
+    """X'X of a dense batch by `add_product`, slab by slab."""
     out = torch.zeros(batch.shape[1], batch.shape[1], dtype=torch.float64, device=batch.device)
     for slab in batch.split(step):
-        if batch.device.type != "cuda":
-            out += slab.double().T @ slab.double()
-            continue
-        high = slab.to(torch.bfloat16)
-        low = (slab - high.to(slab.dtype)).to(torch.bfloat16)
-        out += torch.mm(high.T, high, out_dtype=torch.float32)
-        if bool((low != 0).any()):
-            mixed = torch.mm(high.T, low, out_dtype=torch.float32)
-            out += mixed + mixed.T + torch.mm(low.T, low, out_dtype=torch.float32)
+        add_product(out, slab, slab)
     return out
+
+
+def add_product(
+    out: Float[Tensor, "source target"], x: Float[Tensor, "sample source"], y: Float[Tensor, "sample target"]
+) -> None:
+    """out += x'y by bfloat16 tensor-core products of x = high + low, float32 inside a slab, float64 across slabs.
+
+    Codes that came out of a bfloat16 encoder have no low part, and one product is exact up to its accumulation; low
+    times low is beyond float32. Off CUDA, where a product can't keep a wider result than its input, it is a plain
+    float64 product.
+    """
+    if out.device.type != "cuda":
+        out += x.double().T @ y.double()
+        return
+    left, right = _halves(x), _halves(y)
+    for number, one in enumerate(left):
+        for other in right if number == 0 else right[:1]:
+            out += torch.mm(one.T, other, out_dtype=torch.float32)
+
+
+def _halves(x: Tensor) -> tuple[Tensor, ...]:
+    """x as one or two bfloat16 terms."""
+    high = x.to(torch.bfloat16)
+    low = (x - high.to(x.dtype)).to(torch.bfloat16)
+    return (high, low) if bool((low != 0).any()) else (high,)
