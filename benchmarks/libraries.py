@@ -14,6 +14,7 @@ from benchmarks.families import Family
 
 Fit = Callable[[Family, np.ndarray, float], np.ndarray]
 LOOSE_TO_TIGHT = tuple(10.0**-k for k in range(2, 13))
+FINER = tuple(10.0 ** (-k / 2) for k in range(4, 25))
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Library:
 
     name: str
     fit: Fit
-    tolerances: tuple[float, ...] = LOOSE_TO_TIGHT
+    tolerances: tuple[float, ...] = FINER
     targets: int = 64
 
 
@@ -144,7 +145,7 @@ def sparse_libraries(sample: int) -> list[Library]:
     return [
         Library("scikit-learn, Gram", scikit_learn, targets=sample),
         Library("celer, CSC samples", celer, targets=sample),
-        Library("skglm AndersonCD, Gram", skglm_gram, targets=min(sample, 8)),
+        Library("skglm AndersonCD, Gram", skglm_gram, targets=sample),
         Library("skglm AndersonCD, CSC samples", skglm_samples, targets=min(sample, 8)),
         Library("adelie, Gram", adelie, targets=min(sample, 4)),
     ]

@@ -6,9 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.solve.judge import Data, Terms, conic_optimum
 from tests.solve.problems import Planted, numpy_gap, planted
 from tl_circuitlasso.errors import SolveError
-from tl_circuitlasso.solve import L1, Fista, Group, QuadraticGram, Status, lasso, relative_gap
+from tl_circuitlasso.solve import L1, ElasticNet, Fista, Group, QuadraticGram, Status, lasso, relative_gap
 
 BUSY = st.tuples(st.integers(3, 40), st.integers(1, 25), st.integers(1, 4), st.integers(0, 10_000))
 SHAPES = st.tuples(st.integers(1, 40), st.integers(1, 25), st.integers(1, 4), st.integers(0, 10_000))
@@ -87,6 +88,30 @@ def test_the_gap_bounds_the_suboptimality_of_any_point(shape, penalty) -> None:
     assert bool((gap.nan_to_num(0) >= excess - 1e-7).all())
 
 
+@pytest.mark.parametrize("l1_ratio", [0.9, 0.3])
+@pytest.mark.parametrize("non_negative", [False, True])
+def test_the_gap_of_an_elastic_net_shrinks_with_the_suboptimality(l1_ratio: float, non_negative: bool) -> None:
+    problem = planted(samples=100, targets=3)
+    loss, penalty = (
+        QuadraticGram(problem.gram, problem.cross, problem.square),
+        ElasticNet(l1_ratio, non_negative=non_negative),
+    )
+    strength = 0.1 * penalty.strength_max(problem.cross)
+    terms = Terms(np.full((30, 3), l1_ratio), non_negative, squared=1 - l1_ratio)
+    data = Data("quadratic", problem.features.numpy(), problem.targets.numpy())
+    best = conic_optimum(data, terms, strength.numpy())
+    answer = Fista().solve(loss, penalty, strength, tol=1e-10).value
+    shares = []
+    for size in (1e-1, 1e-2, 1e-3):
+        near = answer * (1 + size * torch.linspace(-1, 1, 30, dtype=torch.float64)[:, None])
+        gap = (relative_gap(loss, penalty, near, strength) * loss.null_objective()).sum()
+        excess = data.objective(near.numpy(), terms, strength.numpy()) - best
+        assert float(gap) >= excess - 1e-9
+        shares.append(float(gap) / excess)
+    # both fall with the square of the distance; scaled into the dual ball alone, the gap fell with the distance
+    assert shares[2] <= 3 * shares[1]
+
+
 @settings(max_examples=12)
 @given(BUSY, st.booleans())
 def test_group_gap_bounds_the_suboptimality_of_any_point(shape, non_negative) -> None:
@@ -111,6 +136,17 @@ def test_group_gap_bounds_the_suboptimality_of_any_point(shape, non_negative) ->
         for g in penalty.target_groups.unique()
     )
     assert float(total) >= float(objective(point) - objective(best)) - 1e-7
+
+
+@pytest.mark.parametrize("apart", [0.0, 1e-6, 1e-3, 1e-2])
+def test_without_a_compiler_near_copies_are_solved(apart: float) -> None:
+    problem = planted(samples=200, sources=20, targets=3, correlation=0.9)
+    noise = torch.randn(200, 20, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x = torch.cat([problem.features, problem.features + apart * noise], 1)
+    twice = Planted(x - x.mean(0), problem.targets, torch.cat([problem.truth] * 2))
+    solution = lasso(**twice.matrices, strength=0.02, tol=1e-6, solver="torch")
+    assert solution.status is Status.SOLVED and int(solution.stats["iterations"].max()) < 30
+    assert numpy_gap(twice, solution.value, solution.stats["strength"], 1.0).max() <= 1.05e-6
 
 
 def test_rescaling_one_column_a_millionfold_keeps_solution_and_certificate() -> None:

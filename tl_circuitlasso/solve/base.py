@@ -162,6 +162,12 @@ class AbstractPenalty(ABC):
         """The convex conjugate inside the dual ball: 0 unless coefficients are bounded above."""
 
     @abstractmethod
+    def whole_conjugate(
+        self, negative_gradient: Float[Tensor, "source target"], strength: Float[Tensor, " target"]
+    ) -> Float[Tensor, " target"]:
+        """The convex conjugate of lambda * penalty with its squared part, which makes it finite everywhere."""
+
+    @abstractmethod
     def violation(
         self,
         coef: Float[Tensor, "source target"],

@@ -8,6 +8,7 @@ block, exactly, in coordinates in which the Gram of every row group is diagonal:
 (Qin, Scheinberg & Goldfarb 2013, section 4). A whitened group has D = 1 and the step is a plain shrinkage.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -49,20 +50,22 @@ class GroupSet(AbstractSolver):
         turned = _Turned.of(loss, penalty, strength, init)
         gap = np.full(len(turned.square), np.inf)
         rounds, stuck = np.zeros(len(gap), np.int64), False
+        pull = turned.cross.copy()
+        if init is not None:
+            products(compiled(), turned.gram, turned.cross, turned.coef, np.arange(len(pull)), pull)
         for part in turned.parts():
-            stuck = self._rounds(turned, part, tol, gap, rounds) or stuck
+            stuck = self._rounds(turned, pull, part, tol, gap, rounds) or stuck
         null = 0.5 * turned.square
         relative = torch.from_numpy(np.divide(gap, null, out=np.zeros_like(gap), where=null > 0))
         group = penalty.target_groups
         return Answer(turned.value(), relative[group], torch.from_numpy(rounds)[group], stuck)
 
-    def _rounds(self, turned: "_Turned", part: np.ndarray, tol: float, gap: np.ndarray, rounds: np.ndarray) -> bool:
+    def _rounds(
+        self, turned: "_Turned", pull: np.ndarray, part: np.ndarray, tol: float, gap: np.ndarray, rounds: np.ndarray
+    ) -> bool:
         """Rounds of certify, choose, descend on the target groups in `part`."""
         kernels, loops, todo, sweeps = compiled(), _compiled_groups(), part, np.zeros(len(gap), np.int64)
         best, stale = np.full(len(gap), np.inf), np.zeros(len(gap), np.int64)
-        columns = turned.columns(todo)
-        pull = np.empty_like(turned.cross)
-        products(kernels, turned.gram, turned.cross, turned.coef, columns, pull)
 
         def improve(some: np.ndarray) -> None:
             loops.group_round(
@@ -115,15 +118,15 @@ class _Turned:
         column_order = columns.argsort(stable=True)
         weight = penalty.table(loss.cross)
         row_starts, column_starts = _starts(rows, weight.shape[0]), _starts(columns, weight.shape[1])
-        rotation = _Rotation.of(loss.gram, rows.argsort(stable=True), row_starts)
-        coef = torch.zeros_like(loss.cross) if init is None else init
+        rotation = _Rotation.of(loss.gram, rows, row_starts)
+        coef = torch.zeros_like(loss.cross.T) if init is None else rotation.forward(init[:, column_order]).T
         level = strength.new_zeros(weight.shape[1]).scatter_(0, columns, strength)
         square = strength.new_zeros(weight.shape[1]).index_add_(0, columns, loss.target_sq_norm)
         return cls(
             gram=rotation.gram(loss.gram).numpy(),
             eigen=rotation.eigen.numpy(),
             cross=rotation.forward(loss.cross[:, column_order]).T.contiguous().numpy(),
-            coef=rotation.forward(coef[:, column_order]).T.clone(memory_format=torch.contiguous_format).numpy(),
+            coef=coef.clone(memory_format=torch.contiguous_format).numpy(),
             weight=weight.T.contiguous().numpy(),
             row_starts=row_starts,
             column_starts=column_starts,
@@ -140,9 +143,9 @@ class _Turned:
 
     def columns(self, groups: np.ndarray) -> np.ndarray:
         """The columns of some target groups."""
-        if not len(groups):
-            return groups
-        return np.concatenate([np.arange(*self.column_starts[h : h + 2].tolist()) for h in groups.tolist()])
+        inside = np.zeros(len(self.column_starts) - 1, np.bool_)
+        inside[groups] = True
+        return np.flatnonzero(np.repeat(inside, np.diff(self.column_starts)))
 
     def value(self) -> Float[Tensor, "source target"]:
         """The coefficients in the caller's order and coordinates."""
@@ -155,46 +158,53 @@ class _Turned:
 class _Rotation:
     """Rows sorted by group, then each group turned into the eigenvectors of its own Gram.
 
-    Groups of one size are turned together: `members` holds their (group, row) places, `vectors` their eigenvectors.
+    `order` is None where rows are sorted as they come. Groups of one size are turned together: `members` holds their
+    (group, row) places, `vectors` their eigenvectors.
     """
 
-    order: Int[Tensor, " source"]
+    order: Int[Tensor, " source"] | None
     eigen: Float[Tensor, " source"]
     members: tuple[Int[Tensor, "_group _own"], ...]
     vectors: tuple[Float[Tensor, "_group _own _own"], ...]
 
     @classmethod
-    def of(cls, gram: Float[Tensor, "source source"], order: Int[Tensor, " source"], starts: np.ndarray) -> "_Rotation":
+    def of(cls, gram: Float[Tensor, "source source"], rows: Int[Tensor, " source"], starts: np.ndarray) -> "_Rotation":
+        order = None if bool((rows.diff() >= 0).all()) else rows.argsort(stable=True)
         first, size = torch.from_numpy(starts[:-1]), torch.from_numpy(np.diff(starts))
-        eigen, members, vectors = gram.diagonal()[order].clone(), [], []
+        eigen, members, vectors = gram.diagonal().clone() if order is None else gram.diagonal()[order], [], []
         for own in torch.unique(size[size > 1]).tolist():
             at = first[size == own][:, None] + torch.arange(own)
-            rows = order[at]
-            eigen[at], basis = torch.linalg.eigh(gram[rows[:, :, None], rows[:, None, :]])
+            inside = at if order is None else order[at]
+            eigen[at], basis = torch.linalg.eigh(gram[inside[:, :, None], inside[:, None, :]])
             members.append(at)
             vectors.append(basis)
         return cls(order, eigen.clamp(min=0), tuple(members), tuple(vectors))
 
     def forward(self, matrix: Float[Tensor, "source any"]) -> Float[Tensor, "source any"]:
-        """Rows into sorted, rotated coordinates."""
-        matrix = matrix[self.order]
-        for at, basis in zip(self.members, self.vectors):
-            matrix[at] = basis.mT @ matrix[at]
-        return matrix
+        """Rows into sorted, rotated coordinates, a new matrix."""
+        matrix = matrix.clone(memory_format=torch.contiguous_format) if self.order is None else matrix[self.order]
+        return self._turned(matrix, [basis.mT for basis in self.vectors])
 
     def backward(self, matrix: Float[Tensor, "source any"]) -> Float[Tensor, "source any"]:
-        """The way back."""
-        out = torch.empty_like(matrix).index_copy_(0, self.order, matrix)
-        for at, basis in zip(self.members, self.vectors):
-            out[self.order[at]] = basis @ matrix[at]
-        return out
+        """The way back; overwrites `matrix`."""
+        matrix = self._turned(matrix, self.vectors)
+        return matrix if self.order is None else torch.empty_like(matrix).index_copy_(0, self.order, matrix)
 
     def gram(self, gram: Float[Tensor, "source source"]) -> Float[Tensor, "source source"]:
         """Rows and columns turned; the Gram of a group is then `eigen` exactly."""
-        turned = self.forward(self.forward(gram).T.contiguous())
+        turned = self.forward(self.forward(gram).T)
         for at in self.members:
             turned[at[:, :, None], at[:, None, :]] = torch.diag_embed(self.eigen[at])
-        return turned.contiguous()
+        return turned
+
+    def _turned(
+        self, matrix: Float[Tensor, "source any"], bases: Sequence[Float[Tensor, "_group _own _own"]]
+    ) -> Float[Tensor, "source any"]:
+        for at, basis in zip(self.members, bases):
+            if at.numel() == len(matrix):  # all groups are of this size
+                return (basis @ matrix.view(*at.shape, -1)).flatten(0, 1)
+            matrix[at] = basis @ matrix[at]
+        return matrix
 
 
 def _compiled_groups() -> ModuleType:

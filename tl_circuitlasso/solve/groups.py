@@ -79,6 +79,11 @@ class Group(AbstractPenalty):
         del negative_gradient
         return torch.zeros_like(strength)
 
+    def whole_conjugate(
+        self, negative_gradient: Float[Tensor, "source target"], strength: Float[Tensor, " target"]
+    ) -> Float[Tensor, " target"]:
+        return torch.where(self.dual_scale(negative_gradient, strength) >= 1, 0.0, torch.inf).to(strength)
+
     def violation(
         self,
         coef: Float[Tensor, "source target"],

@@ -3,6 +3,8 @@
 Everything here works in scaled units: the Gram has a unit diagonal, so a coordinate step needs no division by
 curvature. Arrays are target-major: a row of `cross`, `coef`, `pull` belongs to one target. Each target is computed by
 itself in a fixed order, so results don't depend on the number of threads or on how targets are split into chunks.
+
+Unsigned indices (`np.uint64`) let loops be vectorised: a signed sum could count from the end of an array.
 """
 
 from typing import no_type_check
@@ -11,34 +13,63 @@ import numpy as np
 
 from tl_circuitlasso.solve.jit import inner, kernel
 
-LEAP_UP_TO = 256  # nonzeros up to which a factorisation is cheaper than the sweeps it replaces
+LEAP_UP_TO = 256  # nonzeros up to which a factorisation may be cheaper than the sweeps it replaces
 LEAPS = 3
 NEGATIVE = 1e-4  # relative; rounding in float32 stays far below
-PACK_FROM = 8  # nonzeros per row of the Gram from which its tiles are copied for sparse products
+LANES = 128  # maxima that are kept side by side
 FULL_EVERY = 5  # sweeps over the nonzeros between two sweeps over the whole working set
 
 
 @inner
 @no_type_check
-def gap_of(cross, coef, pull, weight, ridge, upper, square, strength, one_sided, forbid):
-    """Duality gap of one target (see `certificate`); forbidden, dead and zero-bounded sources are masked out."""
-    fit, energy, size, bound, ag = 0.0, 0.0, 0.0, np.inf, 0.0
-    boxed = False
+def steepest(coef, pull, ridge, reach, one_sided):
+    """The largest reach * |pull - ridge * coef|: as many maxima at once as a register holds, then theirs."""
+    size, best = coef.shape[0], 0.0
+    lanes = np.empty(LANES, np.float64)
+    for k in range(LANES):
+        lanes[k] = 0.0
+    for left in range(0, size, LANES):
+        for k in range(min(LANES, size - left)):
+            i = np.uint64(left + k)
+            g = pull[i] - ridge[i] * coef[i]
+            g = (g if one_sided else abs(g)) * reach[i]
+            lanes[k] = g if g > lanes[k] else lanes[k]
+    for k in range(LANES):
+        best = max(best, lanes[k])
+    return best
+
+
+@inner
+@no_type_check
+def bent(pull, weight, ridge, upper, strength, one_sided):
+    """The conjugate of a penalty with a squared part at the pull as it is (`L1.whole_conjugate`)."""
+    total = 0.0
+    for i in range(pull.shape[0]):
+        over = (pull[i] if one_sided else abs(pull[i])) - strength * weight[i]
+        if over > 0 and upper[i] > 0:
+            best = upper[i] if over >= ridge[i] * upper[i] else over / ridge[i]
+            total += best * (over - 0.5 * ridge[i] * best) if best < np.inf else np.inf
+    return total
+
+
+@inner
+@no_type_check
+def gap_of(cross, coef, pull, weight, ridge, upper, reach, square, strength, one_sided, boxed):
+    """Duality gap of one target (see `certificate`).
+
+    `reach` is 1 / weight, or 0 where a bound on the coefficient takes the place of that on its pull; `upper` is 0
+    where a source is forbidden or dead; `boxed` says that some bounds are neither 0 nor infinite.
+    """
+    fit, energy, size, ag = 0.0, 0.0, 0.0, 0.0
     for i in range(coef.shape[0]):
-        if forbid[i]:
-            continue
-        a, g, w = np.float64(coef[i]), np.float64(pull[i]), np.float64(weight[i])
-        if a != 0.0:
+        if coef[i] != 0.0:
+            a, g = np.float64(coef[i]), np.float64(pull[i])
             fit += a * (np.float64(cross[i]) + g)
             ag += a * g
             energy += ridge[i] * a * a
-            size += w * abs(a)
-            g -= ridge[i] * a
-        boxed = boxed or upper[i] < np.inf
-        if upper[i] == np.inf:
-            size_of_pull = g if one_sided else abs(g)
-            if size_of_pull > 0 and strength * w < bound * size_of_pull:
-                bound = strength * w / size_of_pull
+            size += np.float64(weight[i]) * abs(a)
+    worst = steepest(coef, pull, ridge, reach, one_sided)
+    bound = strength / worst if worst > 0 else np.inf
     residual = max(square - fit, 0.0)
     natural = (residual + ag) / residual if residual > 0 else 1.0
     best = np.inf
@@ -47,11 +78,13 @@ def gap_of(cross, coef, pull, weight, ridge, upper, square, strength, one_sided,
         gap = 0.5 * (1 - s) ** 2 * residual - s * ag + 0.5 * (1 + s * s) * energy + strength * size
         if boxed:
             for i in range(coef.shape[0]):
-                if not forbid[i] and upper[i] < np.inf:
+                if 0 < upper[i] < np.inf:
                     excess = s * (pull[i] - ridge[i] * coef[i]) - strength * weight[i]
                     if excess > 0:
                         gap += excess * upper[i]
         best = min(best, gap)
+    if energy > 0:
+        best = min(best, 0.5 * energy + strength * size - ag + bent(pull, weight, ridge, upper, strength, one_sided))
     if square > 0 and not best > -NEGATIVE * square:
         return np.inf  # no convex problem has a negative gap: the Gram is indefinite, or a coefficient has overflowed
     return max(best, 0.0)
@@ -59,24 +92,26 @@ def gap_of(cross, coef, pull, weight, ridge, upper, square, strength, one_sided,
 
 @kernel
 @no_type_check
-def sparse_products(gram, cross, coef, todo, pull, tile):
-    """pull = cross - coef @ gram for the rows in `todo`, through the nonzeros of `coef` and one tile of G at a time."""
-    sources = gram.shape[0]
+def sparse_products(gram, tiles, left, cross, coef, pull, todo):
+    """pull = cross - coef @ gram for the rows in `todo`, through the nonzeros of `coef`.
+
+    By whole rows of the Gram, or where it is given without rows by `tiles`, which have its columns from `left` on.
+    """
+    sources = coef.shape[1]
     starts = np.empty(todo.shape[0] + 1, np.int64)
     starts[0] = 0
     for n in range(todo.shape[0]):
-        count = 0
+        count, row = 0, coef[todo[n]]
         for i in range(sources):
-            count += coef[todo[n], i] != 0
+            count += row[i] != 0
         starts[n + 1] = starts[n] + count
-    where, what = np.empty(starts[-1], np.int64), np.empty(starts[-1], coef.dtype)
+    where, what = np.empty(starts[-1] + 1, np.int64), np.empty(starts[-1] + 1, coef.dtype)
     for n in range(todo.shape[0]):
-        at = starts[n]
+        at, row = starts[n], coef[todo[n]]
         for i in range(sources):
-            if coef[todo[n], i] != 0:
-                where[at], what[at] = i, coef[todo[n], i]
-                at += 1
-    if starts[-1] <= PACK_FROM * sources:  # too few to pay for a copy of the Gram: whole rows, four at a time
+            where[at], what[at] = i, row[i]  # overwritten by the next where this is a zero
+            at += row[i] != 0
+    if gram.shape[0] > 0:
         for n in range(todo.shape[0]):
             row, own = pull[todo[n]], cross[todo[n]]
             for k in range(sources):
@@ -89,36 +124,32 @@ def sparse_products(gram, cross, coef, todo, pull, tile):
                 v0, v1 = what[at], what[at + 1] if at + 1 < stop else 0.0 * what[at]
                 v2 = what[at + 2] if at + 2 < stop else 0.0 * what[at]
                 v3 = what[at + 3] if at + 3 < stop else 0.0 * what[at]
-                r0, r1, r2, r3 = gram[i0], gram[i1], gram[i2], gram[i3]
                 for k in range(sources):
-                    row[k] -= v0 * r0[k] + v1 * r1[k] + v2 * r2[k] + v3 * r3[k]
+                    row[k] -= v0 * gram[i0, k] + v1 * gram[i1, k] + v2 * gram[i2, k] + v3 * gram[i3, k]
                 at += 4
         return
-    packed = np.empty((sources, tile), gram.dtype)
-    total = np.empty(tile, gram.dtype)
-    for left in range(0, sources, tile):
-        width = min(tile, sources - left)
-        for i in range(sources):  # a contiguous copy that stays in cache over all targets
-            for k in range(width):
-                packed[i, k] = gram[i, left + k]
+    total = np.empty(tiles.shape[2], tiles.dtype)
+    for b in range(tiles.shape[0]):
+        width = min(tiles.shape[2], sources - left)
         for n in range(todo.shape[0]):
-            row = pull[todo[n]]
+            t, at, stop = todo[n], starts[n], starts[n + 1]
             for k in range(width):
-                total[k] = cross[todo[n], left + k]
-            at, stop = starts[n], starts[n + 1]
+                total[k] = cross[t, np.uint64(left + k)]
             while at + 4 <= stop:
-                r0, r1, r2, r3 = packed[where[at]], packed[where[at + 1]], packed[where[at + 2]], packed[where[at + 3]]
+                i0, i1, i2, i3 = where[at], where[at + 1], where[at + 2], where[at + 3]
                 v0, v1, v2, v3 = what[at], what[at + 1], what[at + 2], what[at + 3]
                 for k in range(width):
-                    total[k] -= v0 * r0[k] + v1 * r1[k] + v2 * r2[k] + v3 * r3[k]
+                    two = v2 * tiles[b, i2, k] + v3 * tiles[b, i3, k]
+                    total[k] -= v0 * tiles[b, i0, k] + v1 * tiles[b, i1, k] + two
                 at += 4
             while at < stop:
                 i, v = where[at], what[at]
                 for k in range(width):
-                    total[k] -= v * packed[i, k]
+                    total[k] -= v * tiles[b, i, k]
                 at += 1
             for k in range(width):
-                row[left + k] = total[k]
+                pull[t, np.uint64(left + k)] = total[k]
+        left += width
 
 
 @inner
@@ -142,28 +173,32 @@ def cutoff(excess, violators, room, largest):
 
 @inner
 @no_type_check
-def choose(coef, pull, weight, upper, strength, one_sided, forbid, least, work):
-    """Writes the next working set into `work`: support and worst violators, max(least, 4 nonzeros + 16) at most."""
-    sources = coef.shape[0]
-    support, violators, cut = 0, 0, 0.0
-    excess = np.empty(sources, np.float64)
-    for i in range(sources):
-        excess[i] = 0.0
-        if forbid[i] or upper[i] == 0:
-            continue
-        if coef[i] != 0:
-            support += 1
-            continue
+def choose(coef, pull, weight, upper, strength, one_sided, least, work):
+    """Writes the next working set into `work`: support and worst violators.
+
+    It has max(least, 4 nonzeros + 16) sources at most, and room for 3 `least` once a first fit has shown which pulls
+    are those of others.
+    """
+    count, support, cut = 0, 0, 0.0
+    for i in range(coef.shape[0]):
         over = (pull[i] if one_sided else abs(pull[i])) - strength * weight[i]
-        if over > 0:
-            excess[i] = over / weight[i]
-            cut = max(cut, excess[i])
-            violators += 1
-    room = max(least, 4 * support + 16) - support
+        work[count] = i  # overwritten by the next unless it counts
+        count += (over > 0 or coef[i] != 0) and upper[i] > 0
+    excess = np.empty(count, np.float64)
+    for n in range(count):
+        i = work[n]
+        if coef[i] != 0:
+            excess[n] = 0.0
+            support += 1
+        else:
+            excess[n] = ((pull[i] if one_sided else abs(pull[i])) - strength * weight[i]) / weight[i]
+            cut = max(cut, excess[n])
+    violators, room = count - support, max(least if support == 0 else 3 * least, 4 * support + 16) - support
     cut = cutoff(excess, violators, room, cut)
     size, at = support + min(violators, room), 0
-    for i in range(sources):
-        if at < size and (coef[i] != 0 or (excess[i] > 0 and excess[i] >= cut)):
+    for n in range(count):
+        i = work[n]
+        if at < size and (coef[i] != 0 or excess[n] >= cut):
             work[at] = i
             at += 1
     return at
@@ -200,18 +235,19 @@ def leap(a, g, w, r, u, strength, active, count, slot, rows):
             size += 1
     if size == 0:
         return False
+    singular = 1e-11 if rows.itemsize == 8 else 1e-6
     factor, step = np.empty((size, size), np.float64), np.empty(size, np.float64)
     for m in range(size):
         k = free[m]
-        row = rows[slot[k]]
+        base = slot[k] * g.shape[0]
         step[m] = g[k] - r[k] * a[k] - strength * w[k] * (1.0 if a[k] > 0 else -1.0)
         for n in range(m + 1):
-            total = row[free[n]] + (r[k] if n == m else 0.0)
+            total = rows[base + free[n]] + (r[k] if n == m else 0.0)
             for i in range(n):
                 total -= factor[m, i] * factor[n, i]
             if n < m:
                 factor[m, n] = total / factor[n, n]
-            elif total > 1e-6:
+            elif total > singular:
                 factor[m, m] = np.sqrt(total)
             else:
                 return False  # copies of one source: leave them to coordinate descent
@@ -239,33 +275,36 @@ def leap(a, g, w, r, u, strength, active, count, slot, rows):
         a[k] = old + share * step[m]
         if m == stop:
             a[k] = 0.0 if old * step[m] < 0 else u[k]
-        change, row = a[k] - old, rows[slot[k]]
+        change, base = a[k] - old, np.uint64(slot[k] * g.shape[0])
         for n in range(g.shape[0]):
-            g[n] -= change * row[n]
+            g[n] -= change * rows[base + np.uint64(n)]
     return share == 1.0
 
 
-@kernel
+@inner
 @no_type_check
-def descend(gram, work, width, cross, coef, pull, weight, ridge, upper, square, strength, one_sided, goal, max_sweeps):
+def descent(
+    gram, work, width, cross, coef, pull, weight, ridge, upper, square, strength, one_sided, goal, max_sweeps, rows
+):  # fmt: skip
     """Cyclic coordinate descent on the working set until the gap restricted to it is at most `goal`.
 
-    A row of the small Gram is gathered only when its coordinate first moves: most of a generous working set never
-    does. Returns the number of sweeps, 0 if the very first one moved nothing.
+    A row of the small Gram is gathered into `rows` only when its coordinate first moves: most of a generous working
+    set never does. Returns the number of sweeps, 0 if the very first one moved nothing.
     """
     c, a, g = np.empty(width, gram.dtype), np.empty(width, gram.dtype), np.empty(width, gram.dtype)
     w, r, u = np.empty(width, gram.dtype), np.empty(width, gram.dtype), np.empty(width, gram.dtype)
-    forbid, slot, active = np.empty(width, np.bool_), np.empty(width, np.int64), np.empty(width, np.int64)
+    q, slot, active = np.empty(width, gram.dtype), np.empty(width, np.int64), np.empty(width, np.int64)
+    boxed = False
     for k in range(width):
         i = work[k]
         c[k], a[k], g[k], w[k], r[k], u[k] = cross[i], coef[i], pull[i], weight[i], ridge[i], upper[i]
-        forbid[k], slot[k] = False, -1
-    used, count, until_full = 0, width, 0
-    rows = np.empty((min(width, 32), width), gram.dtype)
+        q[k] = 1 / w[k] if u[k] == np.inf else 0.0
+        slot[k], boxed = -1, boxed or u[k] < np.inf
+    used, count, until_full, rested = 0, width, 0, FULL_EVERY + 1
     for sweep in range(max_sweeps):
         full = until_full <= 0
         if full:
-            if sweep > 0 and gap_of(c, a, g, w, r, u, square, strength, one_sided, forbid) <= goal:
+            if sweep > 0 and gap_of(c, a, g, w, r, u, q, square, strength, one_sided, boxed) <= goal:
                 break
             until_full, count = FULL_EVERY, width
             for k in range(width):
@@ -285,27 +324,21 @@ def descend(gram, work, width, cross, coef, pull, weight, ridge, upper, square, 
             if step != 0:
                 moved = True
                 if slot[k] < 0:
-                    if used == rows.shape[0]:
-                        larger = np.empty((min(2 * used, width), width), gram.dtype)
-                        for old_row in range(used):
-                            for m in range(width):
-                                larger[old_row, m] = rows[old_row, m]
-                        rows = larger
-                    source, row = gram[work[k]], rows[used]
+                    i, base, slot[k] = work[k], np.uint64(used * width), used
                     for m in range(width):
-                        row[m] = source[work[m]]
-                    slot[k] = used
+                        rows[base + np.uint64(m)] = gram[i, np.uint64(work[m])]
                     used += 1
-                row = rows[slot[k]]
+                base = np.uint64(slot[k] * width)
                 for m in range(width):
-                    g[m] -= step * row[m]
+                    g[m] -= step * rows[base + np.uint64(m)]
         until_full -= 1
         if full:
             if not moved:
                 max_sweeps = sweep
                 break
             count = nonzeros(a, active)
-            if sweep > FULL_EVERY + 1 and count <= LEAP_UP_TO:  # where sweeps do it soon it is not worth its cost
+            if sweep - rested > count // 2 and count <= LEAP_UP_TO:  # it costs no less than the sweeps before it
+                rested = sweep
                 for _ in range(LEAPS):
                     if leap(a, g, w, r, u, strength, active, count, slot, rows):
                         until_full = 0
@@ -320,21 +353,39 @@ def descend(gram, work, width, cross, coef, pull, weight, ridge, upper, square, 
 
 @kernel
 @no_type_check
+def descend(gram, work, width, cross, coef, pull, weight, ridge, upper, square, strength, one_sided, goal, max_sweeps):
+    """`descent` with memory of its own."""
+    rows = np.empty(width * width, gram.dtype)
+    return descent(
+        gram, work, width, cross, coef, pull, weight, ridge, upper, square, strength, one_sided, goal, max_sweeps, rows
+    )
+
+
+@kernel
+@no_type_check
 def one_round(
-    gram, cross, coef, pull, weight, squared, upper, forbid, square, strength, one_sided,
+    gram, cross, coef, pull, weight, squared, upper, reach, square, strength, one_sided, ridged, boxed,
     todo, gap, sweeps, tol, least, max_sweeps,
 ):  # fmt: skip
     """Certify every target in `todo` and improve those above the tolerance; sweeps < 0 marks one that can't move."""
-    work = np.empty(gram.shape[0], np.int64)
+    work, r = np.empty(gram.shape[0] + 1, np.int64), np.empty(gram.shape[0], gram.dtype)
+    rows = np.empty(0, gram.dtype)  # kept from target to target: fresh memory costs more than what is done in it
+    for i in range(gram.shape[0]):
+        r[i] = 0.0
     for n in range(todo.shape[0]):
         t = todo[n]
-        w, u = weight[t % weight.shape[0]], upper[t % upper.shape[0]]
-        r, f = strength[t] * squared[t % squared.shape[0]], forbid[t % forbid.shape[0]]
+        w, u, q = weight[t % weight.shape[0]], upper[t % upper.shape[0]], reach[t % reach.shape[0]]
         c, a, g, yy, level = cross[t], coef[t], pull[t], square[t], strength[t]
-        gap[t] = gap_of(c, a, g, w, r, u, yy, level, one_sided, f)
+        if ridged:
+            own = squared[t % squared.shape[0]]
+            for i in range(gram.shape[0]):
+                r[i] = level * own[i]
+        gap[t] = gap_of(c, a, g, w, r, u, q, yy, level, one_sided, boxed)
         if gap[t] <= 0.5 * tol * yy or sweeps[t] < 0:
             continue
-        width = choose(a, g, w, u, level, one_sided, f, least, work)
+        width = choose(a, g, w, u, level, one_sided, least, work)
         goal = 0.15 * tol * yy
-        spent = descend(gram, work, width, c, a, g, w, r, u, yy, level, one_sided, goal, max_sweeps)
+        if width * width > rows.shape[0]:
+            rows = np.empty(max(width * width, 2 * rows.shape[0]), gram.dtype)
+        spent = descent(gram, work, width, c, a, g, w, r, u, yy, level, one_sided, goal, max_sweeps, rows)
         sweeps[t] = sweeps[t] + spent if spent > 0 else -1 - sweeps[t]

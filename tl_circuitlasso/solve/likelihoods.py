@@ -20,20 +20,32 @@ from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.solve.base import AbstractLoss
 from tl_circuitlasso.solve.losses import largest_singular_sq
 
+STRIP = 64  # columns of a Hessian that are computed together
+
 
 class AbstractLikelihood(AbstractLoss):
     """A loss of one target that is smooth enough for Newton steps."""
 
     observed: Tensor
     intercept: bool
+    known: tuple[Tensor, Tensor] | None
 
     @property
     def intercepted(self) -> bool:
         return self.intercept
 
-    @abstractmethod
     def margins(self, value: Float[Tensor, "source 1"]) -> Float[Tensor, "sample outcome"]:
         """The linear predictor without the offset."""
+        return self.known[1] if self.known is not None and self.known[0] is value else self._margins(value)
+
+    @abstractmethod
+    def knowing(
+        self, value: Float[Tensor, "source 1"], margins: Float[Tensor, "sample outcome"]
+    ) -> "AbstractLikelihood":
+        """The same loss, which need not compute the margins of this very `value`: a pass over the samples each time."""
+
+    @abstractmethod
+    def _margins(self, value: Float[Tensor, "source 1"]) -> Float[Tensor, "sample outcome"]: ...
 
     @abstractmethod
     def at(self, margins: Float[Tensor, "sample outcome"]) -> Float[Tensor, ""]:
@@ -58,12 +70,16 @@ class Logistic(AbstractLikelihood):
     observed: Float[Tensor, "sample 1"]
     bias: Float[Tensor, "1 1"]
     intercept: bool = True
+    known: tuple[Tensor, Tensor] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
         return int(self.features.shape[1]), 1
 
-    def margins(self, value: Float[Tensor, "source 1"]) -> Float[Tensor, "sample 1"]:
+    def knowing(self, value: Float[Tensor, "source 1"], margins: Float[Tensor, "sample 1"]) -> "Logistic":
+        return replace(self, known=(value, margins))
+
+    def _margins(self, value: Float[Tensor, "source 1"]) -> Float[Tensor, "sample 1"]:
         return self.features @ value
 
     def at(self, margins: Float[Tensor, "sample 1"]) -> Float[Tensor, ""]:
@@ -108,8 +124,8 @@ class Logistic(AbstractLikelihood):
         weight = predicted * (1 - predicted)
         features = self.features.index_select(1, rows)
         if self.intercept:
-            features = features - (weight * features).sum(0) / weight.sum().clamp(min=torch.finfo(weight.dtype).tiny)
-        return features.T @ (weight * features) / len(weight)
+            features = features - weight.T @ features / weight.sum().clamp(min=torch.finfo(weight.dtype).tiny)
+        return _gram(features.mul_((weight / len(weight)).sqrt()))
 
     def centre(self, margins: Float[Tensor, "sample 1"]) -> "Logistic":
         if not self.intercept:
@@ -128,10 +144,10 @@ class Logistic(AbstractLikelihood):
         self, sources: Int[Tensor, " kept_source"] | None, targets: Int[Tensor, " kept_target"] | None
     ) -> "Logistic":
         del targets
-        return self if sources is None else replace(self, features=self.features.index_select(1, sources))
+        return self if sources is None else replace(self, features=self.features.index_select(1, sources), known=None)
 
     def _predict(self, value: Float[Tensor, "source 1"]) -> Float[Tensor, "sample 1"]:
-        return torch.sigmoid(self.features @ value + self.bias)
+        return torch.sigmoid(self.margins(value) + self.bias)
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,6 +162,7 @@ class Softmax(AbstractLikelihood):
     observed: Float[Tensor, "sample outcome"]
     offset: Float[Tensor, "#sample outcome"]
     intercept: bool = False
+    known: tuple[Tensor, Tensor] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -156,7 +173,10 @@ class Softmax(AbstractLikelihood):
     def _direct(self) -> bool:
         return self.features.ndim == 3
 
-    def margins(self, value: Float[Tensor, "source 1"]) -> Float[Tensor, "sample outcome"]:
+    def knowing(self, value: Float[Tensor, "source 1"], margins: Float[Tensor, "sample outcome"]) -> "Softmax":
+        return replace(self, known=(value, margins))
+
+    def _margins(self, value: Float[Tensor, "source 1"]) -> Float[Tensor, "sample outcome"]:
         if self._direct:
             return self.features @ value[:, 0]
         return self.features @ value.view(-1, self.observed.shape[1])
@@ -210,8 +230,7 @@ class Softmax(AbstractLikelihood):
             kept = self.features.index_select(2, rows)
             mean = torch.einsum("mcu,mc->mu", kept, predicted)
             spread = (kept - mean[:, None]) * predicted.sqrt()[:, :, None]
-            spread = spread.reshape(-1, len(rows))
-            return spread.T @ spread / len(predicted)
+            return _gram(spread.reshape(-1, len(rows))) / len(predicted)
         return _multinomial_hessian(self.features, predicted, rows, self.intercept)
 
     def centre(self, margins: Float[Tensor, "sample outcome"]) -> "Softmax":
@@ -235,7 +254,18 @@ class Softmax(AbstractLikelihood):
             return self
         if not self._direct:
             raise InputError("`RowSet` can't take the rows of a multinomial regression apart: use `Fista`")
-        return replace(self, features=self.features.index_select(2, sources))
+        return replace(self, features=self.features.index_select(2, sources), known=None)
+
+
+def _gram(matrix: Float[Tensor, "row kept"]) -> Float[Tensor, "kept kept"]:
+    """X'X by strips on and right of the diagonal, the rest mirrored: little more than half the products."""
+    count = matrix.shape[1]
+    total = matrix.new_empty(count, count)
+    for left in range(0, count, STRIP):
+        strip = slice(left, left + STRIP)
+        torch.mm(matrix[:, strip].T, matrix[:, left:], out=total[strip, left:])
+        total[left + STRIP :, strip] = total[strip, left + STRIP :].T
+    return total
 
 
 def _multinomial_hessian(

@@ -29,7 +29,7 @@ class ProxNewton(AbstractSolver):
     """Second-order steps on a working set, for likelihoods with an elementwise penalty; `max_iter` bounds the steps."""
 
     max_iter: int = 100
-    least: int = 64
+    least: int = 32
 
     def solve(
         self,
@@ -46,7 +46,7 @@ class ProxNewton(AbstractSolver):
         margins, null = loss.margins(value), float(loss.null_objective())
         step, stalled = 0, False
         for step in range(self.max_iter + 1):
-            loss = loss.centre(margins)
+            loss = loss.centre(margins).knowing(value, margins)
             pull = loss.negative_gradient(value)
             gap = float(duality_gap(loss, penalty, value, strength, pull))
             if gap <= tol * null or step == self.max_iter or stalled:

@@ -20,7 +20,7 @@ from tl_circuitlasso.solve.losses import QuadraticGram
 DEAD = 1e-30  # relative to the largest diagonal entry: a column scaled by 1e-6 beside one scaled by 1e6 is alive
 ASYMMETRY = 1e-6  # relative to the standard deviations; the solution moves by no more than this
 NEGATIVE = 1e-9  # of the largest variance: what rounding can leave of a source that doesn't vary
-STRIP = 128
+BLOCK = 256
 CHOLESKY_UP_TO = 1024  # above this the proof of definiteness would cost as much as the solve
 
 
@@ -157,16 +157,24 @@ def explain_failure(loss: QuadraticGram, value: Float[Tensor, "source target"], 
 
 def _check_symmetric(gram: Float[Tensor, "source source"], names: Sequence[str] | None) -> None:
     size = gram.diagonal().clamp(min=0).sqrt() + torch.finfo(gram.dtype).tiny
-    for start in range(0, len(size), STRIP):  # strips: no second matrix of full size, and the mirror stays in cache
-        strip = slice(start, start + STRIP)
-        off = (gram[strip, start:] - gram[start:, strip].T).div_(size[strip, None]).div_(size[start:]).abs_()
-        if float(off.max()) > ASYMMETRY:
-            row, column = (int(i) + start for i in (off > ASYMMETRY).nonzero()[0])
-            raise InputError(
-                f"`gram` isn't symmetric: entries ({_name(row, names)}, {column}) and its mirror differ by"
-                f" {float((gram[row, column] - gram[column, row]).abs()):.3g}; pass X'X / M, or (G + G') / 2 if the"
-                " difference is rounding"
-            )
+    wide = BLOCK if gram.device.type == "cpu" else 16 * BLOCK
+    blocks = [slice(start, start + wide) for start in range(0, len(size), wide)]
+    least = [float(size[block].min()) for block in blocks]
+    for number, rows in enumerate(blocks):
+        for other, columns in enumerate(blocks[number:], number):  # a block and its mirror stay in cache
+            off = gram[rows, columns] - gram[columns, rows].T
+            low, high = torch.aminmax(off)
+            if max(-float(low), float(high)) <= ASYMMETRY * least[number] * least[other]:
+                continue  # no need to look at each entry's own scale
+            off = off.div_(size[rows, None]).div_(size[columns]).abs_()
+            if float(off.max()) > ASYMMETRY:
+                row, column = (int(i) for i in (off > ASYMMETRY).nonzero()[0])
+                row, column = row + rows.start, column + columns.start
+                raise InputError(
+                    f"`gram` isn't symmetric: entries ({_name(row, names)}, {column}) and its mirror differ by"
+                    f" {float((gram[row, column] - gram[column, row]).abs()):.3g}; pass X'X / M, or (G + G') / 2 if the"
+                    " difference is rounding"
+                )
 
 
 def _buried(
@@ -194,7 +202,7 @@ def _check_definite(
         shifted = unit + slack * torch.eye(len(unit), dtype=unit.dtype, device=unit.device)
         if int(torch.linalg.cholesky_ex(shifted).info) != 0:
             raise InputError(message.format(f"smallest eigenvalue {float(torch.linalg.eigvalsh(unit)[0]):.3g}"))
-    low, high = torch.aminmax(cross, dim=0)
+    low, high = cross.amin(0), cross.amax(0)  # several times as quick as both in one along this dimension
     if bool((torch.maximum(-low, high).square() > (square * unit.diagonal().max()) * (1 + slack) + slack).any()):
         raise InputError(
             "`cross` exceeds what `gram` and `target_sq_norm` allow: compute all three from the same samples"

@@ -1,8 +1,9 @@
 """Working sets without a compiler: the same rounds as `working_set` in batched torch, for machines without numba.
 
 All targets of a batch sweep together over a padded working set, so a coordinate step costs a few small kernels for
-the whole batch and can't skip zeros. Equal to the compiled solver up to ten nonzeros a target, several times slower
-at a hundred (the `--fallback` section of benchmarks/solvers.py).
+the whole batch and can't skip zeros. Targets that sweeps don't finish, as beside near-copies of a column, get Newton
+steps on their nonzeros; those that nothing moves any more are given up as stalled. Equal to the compiled solver up to
+ten nonzeros a target, several times slower at a hundred (the `--fallback` section of benchmarks/solvers.py).
 """
 
 from collections.abc import Callable
@@ -20,6 +21,10 @@ from tl_circuitlasso.solve.penalties import L1, entries_like
 
 WORKSPACE = 1 << 26  # entries of all small Grams of a batch (512 MB in float64)
 SWEEPS = 20  # between two certificates
+SWEPT = 3  # rounds of sweeps alone
+LEAPS = 8  # Newton steps in a round; each but the last takes a coefficient to 0 or to its bound
+RIDGE = 1e-12  # keeps the Gram of exact copies factorisable; they share what is theirs alike
+STALE = 20  # rounds without a gap a tenth smaller after which rounding is all that is left
 
 
 @dataclass(frozen=True)
@@ -44,18 +49,21 @@ class TorchSet(AbstractSolver):
         gap = torch.full_like(strength, torch.inf)
         rounds = torch.zeros(len(strength), dtype=torch.long, device=strength.device)
         todo = torch.arange(len(strength), device=strength.device)
+        best, stale = gap.clone(), torch.zeros_like(rounds)
         sweep = sweeper(loss.gram.device)
         for _ in range(self.max_iter):
             part, shape = loss.restrict(None, todo), penalty.restrict(None, todo)
             pull = part.negative_gradient(value[:, todo])
             gap[todo] = relative_gap(part, shape, value[:, todo], strength[todo], pull)
-            open_ = gap[todo] > tol
+            stale[todo] = torch.where(gap[todo] < 0.9 * best[todo], 0, stale[todo] + 1)
+            best[todo] = torch.minimum(best[todo], gap[todo])
+            open_ = (gap[todo] > tol) & (stale[todo] < STALE)
             if not bool(open_.any()):
                 break
             todo, pull = todo[open_], pull[:, open_]
             rounds[todo] += 1
-            value[:, todo] = self._round(loss, penalty, strength, value, pull, todo, sweep)
-        return Answer(value, gap, rounds)
+            value[:, todo] = self._round(loss, penalty, strength, value, pull, todo, sweep, rounds[todo] > SWEPT)
+        return Answer(value, gap, rounds, bool((stale >= STALE).any()))
 
     def _round(
         self,
@@ -66,8 +74,9 @@ class TorchSet(AbstractSolver):
         pull: Float[Tensor, "source open"],
         todo: Int[Tensor, " open"],
         sweep: Callable[..., Tensor],
+        slow: Bool[Tensor, " open"],
     ) -> Float[Tensor, "source open"]:
-        """One round on the open targets, in batches whose small Grams fit the workspace."""
+        """One round on the open targets, in batches whose small Grams fit the workspace; Newton steps for slow ones."""
         current, shape = value[:, todo], penalty.restrict(None, todo)
         work, valid = self._choose(shape, current, pull, strength[todo])
         batch = max(1, WORKSPACE // max(1, work.shape[1] ** 2))
@@ -84,6 +93,10 @@ class TorchSet(AbstractSolver):
             new = sweep(
                 small, like[at, column], pull[:, some][at, column], cut, added, upper, penalty.non_negative, SWEEPS
             )
+            if bool((hard := slow[some]).any()):
+                moved = pull[:, some][at, column] - (small @ (new - like[at, column])[:, :, None])[:, :, 0]
+                parts = (entry[hard] for entry in (small, new, moved, cut, added, upper))
+                new[hard] = leap_torch(*parts)
             # padding repeats row 0 of a target: it is written first and overwritten by nothing but real entries
             like = torch.zeros_like(like).index_put_(
                 (at, column.expand_as(at)), torch.where(valid[some], new, 0.0), True
@@ -147,5 +160,37 @@ def sweep_torch(
             coef[:, k] = new
             pull -= step[:, None] * gram[:, k]
         if torch.equal(before, coef):
+            break
+    return coef
+
+
+def leap_torch(
+    gram: Float[Tensor, "open work work"],
+    coef: Float[Tensor, "open work"],
+    pull: Float[Tensor, "open work"],
+    cut: Float[Tensor, "open work"],
+    ridge: Float[Tensor, "open work"],
+    upper: Float[Tensor, "open work"],
+) -> Float[Tensor, "open work"]:
+    """Newton steps on the nonzeros, each as far as no sign changes and no bound is met.
+
+    Inside one orthant the objective is a convex quadratic: a step goes down, and is exact where the support is right.
+    """
+    for _ in range(LEAPS):
+        free = (coef != 0) & (coef < upper)
+        slope = torch.where(free, pull - ridge * coef - cut * coef.sign(), 0)
+        system = torch.where(free[:, :, None] & free[:, None], gram, 0)
+        system = system + torch.diag_embed(torch.where(free, ridge + RIDGE, 1))
+        factor, failed = torch.linalg.cholesky_ex(system)
+        step = torch.cholesky_solve(slope[:, :, None], factor)[:, :, 0]
+        step = torch.where(free & (failed == 0)[:, None], step, 0)
+        shrinks = coef * step < 0
+        reach = torch.where(shrinks, -coef / step, torch.where(step > 0, (upper - coef) / step, torch.inf))
+        share = reach.amin(1, keepdim=True).clamp(max=1)
+        stopped = (reach <= share) & (step != 0)
+        new = torch.where(stopped, torch.where(shrinks, 0, upper), coef + share * step)
+        pull = pull - (gram @ (new - coef)[:, :, None])[:, :, 0]
+        coef = new
+        if not bool(stopped.any()):
             break
     return coef

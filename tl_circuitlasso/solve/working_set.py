@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -30,9 +31,12 @@ from tl_circuitlasso.solve.penalties import L1, entries_like
 log = logging.getLogger(__name__)
 
 CHUNK = 2048  # targets whose coefficients and gradients are in flight at once
-DENSE_ABOVE = 0.2  # share of nonzeros from which a dense product is quicker than a sparse one
+DENSE_ABOVE = 0.3  # share of nonzeros from which a dense product is quicker than a sparse one
 DENSE_UP_TO = 1 << 16  # entries of the Gram up to which the difference isn't worth compiling the sparse product
-TILE = 64  # columns of the Gram that stay in cache over a chunk of targets
+TILE = 256  # columns of the Gram that stay in cache over a chunk of targets
+TILE_FROM = 12  # nonzeros per row of the Gram from which its tiles are worth a copy
+KEEP_UP_TO = 1 << 28  # entries of the Gram up to which its tiles are kept; beyond, they are made anew in every round
+ROWS = 64  # copied into tiles at once
 SLICE_SECONDS = 0.2  # a compiled call can't be interrupted: keep each one short
 SWEEPS_AT_ONCE = 500
 STALE = 20  # rounds without a gap a tenth smaller after which rounding is all that is left
@@ -60,32 +64,35 @@ class WorkingSet(AbstractSolver):
     ) -> Answer:
         if not isinstance(loss, QuadraticGram) or not isinstance(penalty, L1):
             raise InputError("`working_set` needs a Gram and an elementwise penalty: use solver='auto' or 'fista'")
-        value = torch.empty(loss.cross.shape, dtype=loss.cross.dtype)
-        gap = np.full(loss.shape[1], np.inf)
-        rounds, stalled = np.zeros(loss.shape[1], np.int64), False
-        grams = {np.dtype(np.float64): np.ascontiguousarray(loss.gram.numpy())}
-        if self.single:
-            grams = {np.dtype(np.float32): grams[np.dtype(np.float64)].astype(np.float32), **grams}
+        # numpy asks for large pages: a torch tensor of this size takes several times as long to touch
+        coef = np.empty(loss.shape[::-1])
+        gap, rounds, stalled = np.full(loss.shape[1], np.inf), np.zeros(loss.shape[1], np.int64), False
+        double = loss.gram.contiguous().numpy()
+        grams = [Tiled(double.astype(np.float32))] if self.single else []
+        grams.append(Tiled(double))
+        room = [np.empty((min(CHUNK, loss.shape[1]), loss.shape[0])) for _ in range(2)]
         for start in range(0, loss.shape[1], CHUNK):
             part = slice(start, start + CHUNK)
-            chunk = _chunk(loss, penalty, strength, part)
-            coef = np.zeros_like(chunk["cross"]) if init is None else _target_major(init[:, part])
-            for dtype, gram in grams.items():
-                coef = np.minimum(coef, chunk["upper"])  # float32 can round a bound up
-                goal = tol if dtype == np.float64 else max(0.5 * tol, 2e-6)
-                coef, gap[part], spent, stuck = self._rounds(gram, chunk, coef.astype(dtype), goal, init is None)
+            chunk = _chunk(loss, penalty, strength, part, room)
+            if init is None:
+                coef[part] = 0.0
+            else:
+                coef[part] = np.where(chunk["upper"] > 0, _target_major(init[:, part]), 0.0)
+            for gram in grams:
+                goal = tol if gram.dtype == np.float64 else max(0.5 * tol, 2e-6)
+                coef[part] = np.minimum(coef[part], chunk["upper"])  # float32 can round a bound up
+                gap[part], spent, stuck = self._rounds(gram, chunk, coef[part], room[1], goal, init is None)
                 rounds[part] += spent
             stalled = stalled or stuck
-            value[:, part] = torch.from_numpy(coef).T
-        return Answer(value, torch.from_numpy(gap), torch.from_numpy(rounds), stalled)
+        return Answer(torch.from_numpy(coef).T, torch.from_numpy(gap), torch.from_numpy(rounds), stalled)
 
     def _rounds(
-        self, gram: np.ndarray, chunk: dict[str, Any], coef: np.ndarray, tol: float, fresh: bool
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
-        """Rounds of certify, choose, descend on one chunk of targets at one precision."""
+        self, gram: "Tiled", chunk: dict[str, Any], answer: np.ndarray, room: np.ndarray, tol: float, fresh: bool
+    ) -> tuple[np.ndarray, np.ndarray, bool]:
+        """Rounds of certify, choose, descend on one chunk of targets at one precision; `answer` is improved."""
         kernels = compiled()
         data = {name: entry.astype(gram.dtype, copy=False) for name, entry in chunk.items() if name in _FLOATS}
-        cross, square = data["cross"], chunk["square"]
+        coef, cross, square = answer.astype(gram.dtype, copy=False), data["cross"], chunk["square"]
         todo = np.arange(len(cross))
         gap, sweeps, rounds = (
             np.full(len(cross), np.inf),
@@ -93,14 +100,17 @@ class WorkingSet(AbstractSolver):
             np.zeros(len(cross), np.int64),
         )
         best, stale = gap.copy(), np.zeros(len(cross), np.int64)
-        pull = cross.copy()
+        room = room[: len(cross)].astype(gram.dtype, copy=False)
+        pull = cross
         if not fresh or coef.any():
+            pull = room
             products(kernels, gram, cross, coef, todo, pull)
 
         def improve(some: np.ndarray) -> None:
             kernels.one_round(
-                gram, cross, coef, pull, data["weight"], data["squared"], data["upper"], chunk["forbid"], square,
-                chunk["strength"], chunk["one_sided"], some, gap, sweeps, tol, self.least, SWEEPS_AT_ONCE,
+                gram.whole, cross, coef, pull, data["weight"], data["squared"], data["upper"], data["reach"], square,
+                chunk["strength"], chunk["one_sided"], chunk["ridged"], chunk["boxed"], some, gap, sweeps, tol,
+                self.least, SWEEPS_AT_ONCE,
             )  # fmt: skip
 
         for _ in range(self.max_iter):
@@ -112,12 +122,15 @@ class WorkingSet(AbstractSolver):
             better = gap[todo] < 0.9 * best[todo]
             best[todo], stale[todo] = np.minimum(best[todo], gap[todo]), np.where(better, 0, stale[todo] + 1)
             todo = todo[stale[todo] < STALE]
+            pull = room
             products(kernels, gram, cross, coef, todo, pull)
+        if coef is not answer:
+            answer[:] = coef
         relative = np.divide(gap, 0.5 * square, out=np.zeros_like(gap), where=square > 0)
-        return coef, relative, rounds, bool((sweeps < 0).any() or (stale >= STALE).any())
+        return relative, rounds, bool((sweeps < 0).any() or (stale >= STALE).any())
 
 
-_FLOATS = ("cross", "weight", "squared", "upper")
+_FLOATS = ("cross", "weight", "squared", "upper", "reach")
 
 
 def compiled() -> ModuleType:
@@ -136,20 +149,26 @@ def numba_available() -> bool:
     return True
 
 
-def _chunk(loss: QuadraticGram, penalty: L1, strength: Float[Tensor, " target"], part: slice) -> dict[str, Any]:
+def _chunk(
+    loss: QuadraticGram, penalty: L1, strength: Float[Tensor, " target"], part: slice, room: list[np.ndarray]
+) -> dict[str, Any]:
     """Target-major numpy views of one chunk; rows shared by all targets stay a single row."""
     cross = loss.cross[:, part]
     like = cross[:, :1]
     entries = penalty.restrict(None, torch.arange(loss.shape[1])[part])
     weight = entries.weight(like)
     upper = entries_like(torch.inf if entries.upper is None else entries.upper, like)
+    upper = torch.where(torch.isinf(weight), 0.0, upper)  # forbidden
+    weight = torch.where(torch.isinf(weight), 1.0, weight)
     squared = entries_like(0.0 if entries.squared is None else entries.squared, like)
     return {
-        "cross": _target_major(cross),
-        "weight": _target_major(torch.where(torch.isinf(weight), 1.0, weight)),
+        "cross": _whole(cross, *room),
+        "weight": _target_major(weight),
         "upper": _target_major(upper),
+        "reach": _target_major(torch.where(torch.isinf(upper), 1 / weight, 0.0)),
         "squared": _target_major(squared),
-        "forbid": _target_major(torch.isinf(weight) | (upper == 0)),
+        "ridged": entries.squared is not None,
+        "boxed": entries.upper is not None,
         "square": loss.target_sq_norm[part].double().numpy(),
         "strength": strength[part].double().numpy(),
         "one_sided": penalty.non_negative,
@@ -161,16 +180,68 @@ def _target_major(matrix: Shaped[Tensor, "source any"]) -> np.ndarray:
     return matrix.T.clone(memory_format=torch.contiguous_format).numpy()
 
 
+def _whole(matrix: Shaped[Tensor, "source any"], out: np.ndarray, between: np.ndarray) -> np.ndarray:
+    """The same into memory that is there already; tiles are for whole matrices, so some columns are copied first."""
+    sources, targets = matrix.shape
+    if not matrix.is_contiguous():
+        matrix = torch.from_numpy(between).view(-1)[: matrix.numel()].view(sources, targets).copy_(matrix)
+    torch.from_numpy(out[:targets]).copy_(matrix.T)
+    return out[:targets]
+
+
+class Tiled:
+    """A Gram and, where asked for, the same numbers tile by tile, which products with many nonzeros go through."""
+
+    def __init__(self, whole: np.ndarray) -> None:
+        self.whole, self.dtype = whole, whole.dtype
+        self._kept: np.ndarray | None = None
+
+    def strips(self) -> Iterator[tuple[int, np.ndarray]]:
+        """First column and (tile, row, column) of groups of tiles: one group, kept, if that is little memory."""
+        size = len(self.whole)
+        wide = max(TILE, KEEP_UP_TO // size // TILE * TILE)
+        for left in range(0, size, wide):
+            tiles = _tiles(self.whole, left, min(left + wide, size)) if self._kept is None else self._kept
+            if wide >= size:
+                self._kept = tiles
+            yield left, tiles
+
+
+def _tiles(whole: np.ndarray, left: int, right: int) -> np.ndarray:
+    """Some columns of a matrix as (tile, row, column): what is read together lies together."""
+    full, rest = divmod(right - left, TILE)
+    tiles = np.empty((full + (rest > 0), len(whole), TILE), whole.dtype)
+
+    def copy(starts: np.ndarray) -> None:
+        for start in starts:
+            rows = slice(start, start + ROWS)
+            block = whole[rows, left : right - rest]
+            tiles[:full, rows] = block.reshape(len(block), full, TILE).swapaxes(0, 1)
+            if rest:
+                tiles[full, rows, :rest] = whole[rows, right - rest : right]
+
+    _threaded(copy, np.arange(0, len(whole), ROWS))
+    return tiles
+
+
 def products(
-    kernels: ModuleType, gram: np.ndarray, cross: np.ndarray, coef: np.ndarray, todo: np.ndarray, pull: np.ndarray
-) -> None:
+    kernels: ModuleType, gram: "np.ndarray | Tiled", cross: np.ndarray, coef: np.ndarray, todo: np.ndarray,
+    pull: np.ndarray,
+) -> None:  # fmt: skip
     """pull = cross - coef @ gram on the rows in `todo`, sparse or dense by the share of nonzeros."""
+    gram = gram if isinstance(gram, Tiled) else Tiled(gram)
     sample = coef[todo[:: max(1, len(todo) // 64)]]
-    if gram.size <= DENSE_UP_TO or np.count_nonzero(sample) > DENSE_ABOVE * sample.size:
-        fitted = torch.from_numpy(coef[todo]) @ torch.from_numpy(gram)
+    share = np.count_nonzero(sample) / max(sample.size, 1)
+    if gram.whole.size <= DENSE_UP_TO or share > DENSE_ABOVE:
+        fitted = torch.from_numpy(coef[todo]) @ torch.from_numpy(gram.whole)
         pull[todo] = cross[todo] - fitted.numpy()
+    elif share * len(todo) <= TILE_FROM:
+        none = np.empty((0, 0, 0), gram.dtype)
+        _threaded(partial(kernels.sparse_products, gram.whole, none, 0, cross, coef, pull), todo)
     else:
-        _threaded(lambda some: kernels.sparse_products(gram, cross, coef, some, pull, TILE), todo)
+        none = np.empty((0, 0), gram.dtype)
+        for left, tiles in gram.strips():
+            _threaded(partial(kernels.sparse_products, none, tiles, left, cross, coef, pull), todo)
 
 
 def in_slices(work: Callable[[np.ndarray], None], todo: np.ndarray) -> None:
