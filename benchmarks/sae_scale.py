@@ -3,6 +3,11 @@
     python -m benchmarks.sae_scale --features 4096 --tokens 50000 --l0 50         the size that two CPU cores must do
     python -m benchmarks.sae_scale --planted --features 4096 --tokens 20000 --l0 40      F1 against a planted circuit
     python -m benchmarks.sae_scale --features 32768 --tokens 1000000 --l0 50 --device cuda   a whole SAE, on a GPU
+    python -m benchmarks.sae_scale --penalty read           as circuits are by default: weights say what reads what
+    python -m benchmarks.sae_scale ... --plan               what it will need, and no more
+
+What a run will need in memory and arithmetic is printed before it begins. With --penalty read the SAEs get decoder
+and encoder matrices of --width in which the planted edges can be read, among chance overlaps of 1 / sqrt(width).
 
 Without --planted the children are codes of their own besides a few planted edges each, so the solve has something to
 find and much to reject; codes of parent and child have the same size and number of active features. --quick is a size
@@ -14,6 +19,7 @@ import json
 import os
 import resource
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +35,13 @@ import torch  # noqa: E402
 
 from tl_circuitlasso.features.fit import Regressed  # noqa: E402
 from tl_circuitlasso.features.regression import Rule, needed_bytes, regress_pair  # noqa: E402
-from tl_circuitlasso.features.samples import Column, PairData  # noqa: E402
+from tl_circuitlasso.features.samples import Column, Gate, PairData  # noqa: E402
 from tl_circuitlasso.models.feature_codes import Chunk, Codes  # noqa: E402
 from tl_circuitlasso.models.feature_store import CHUNK_SAMPLES, CodeStore  # noqa: E402
-from tl_circuitlasso.models.memory import in_words  # noqa: E402
+from tl_circuitlasso.models.memory import free_bytes, in_words  # noqa: E402
 from tl_circuitlasso.synthetic_codes import PlantedCodes, planted_codes, sparse_codes  # noqa: E402
+
+TYPICAL = 10  # edges of a child
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -42,20 +50,61 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(given.threads)
     if given.quick:
         given.features, given.tokens, given.l0 = 256, 4000, 12
+    for name, value in plan(given.tokens, given.features, given.l0, given.device, given.penalty).items():
+        print(f"{name:34} {value}", flush=True)
+    if given.plan:
+        return 0
+    print()
     problem = planted_codes(given.tokens, given.features, active=given.l0, seed=given.seed)
     if not given.planted:
         problem = _with_own_codes(problem, given.l0, given.seed)
-    pair = pair_of(problem)
+    pair, reading = pair_of(problem), 0.0
+    if given.penalty == "read":
+        pair, reading = with_reads(problem, pair, given.width, given.seed, given.device)
     regress_pair(_small(pair), Rule(given.strength, given.penalty), device=given.device)  # compiles the kernels
     clock, busy = time.perf_counter(), time.process_time()
     found = regress_pair(pair, Rule(given.strength, given.penalty), device=given.device)
-    seconds = (time.perf_counter() - clock, time.process_time() - busy)
+    seconds = (time.perf_counter() - clock, time.process_time() - busy, reading)
     figures = _figures(given, problem, pair, found, seconds)
     for name, value in figures.items():
         print(f"{name:34} {value:.4g}" if isinstance(value, float) else f"{name:34} {value}")
     if given.json:
         given.json.write_text(json.dumps(figures, indent=1))
     return 0
+
+
+def plan(tokens: int, features: int, active: int, device: str, penalty: str) -> dict[str, str]:
+    """What a pair of this size needs: bytes, and multiply-adds of the statistics and of one certificate of the solve.
+
+    On a CPU rows of codes are multiplied entry by entry. On CUDA codes are made dense in slabs and multiplied as
+    bfloat16 high and low parts: three products for the Gram and three for the cross moments.
+    """
+    sparse = tokens * (active * (active + 1) // 2 + active**2)
+    dense = 3 * tokens * 2 * features**2
+    cuda = torch.device(device).type == "cuda"
+    free = free_bytes(device) if not cuda or torch.cuda.is_available() else None
+    return {
+        "plan: codes on the host": in_words(2 * 8 * tokens * active),
+        "plan: sums and solve": f"{in_words(needed_bytes(features, features, reads=penalty == 'read'))} on {device}",
+        "plan: free there now": "unknown" if free is None else in_words(free),
+        "plan: statistics, multiply-adds": f"{dense:.1e} (bfloat16)" if cuda else f"{sparse:.1e}",
+        "plan: one certificate, multiply-adds": f"{TYPICAL * features**2:.1e} at {TYPICAL} edges a child",
+    }
+
+
+def with_reads(problem: PlantedCodes, pair: PairData, width: int, seed: int, device: str) -> tuple[PairData, float]:
+    """The pair with what each child reads of each parent, and the seconds of the product that says it.
+
+    Parents write in random directions; a child's encoder is the sum of those of its planted parents, times their
+    coefficients, so that d_i . e_j is A_ij and chance.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    decoder = torch.randn(problem.truth.shape[0], width, generator=generator) / width**0.5
+    encoder = torch.from_numpy(np.asarray(problem.truth.T @ decoder.numpy(), dtype=np.float32)).T.to(device)
+    decoder, clock = decoder.to(device), time.perf_counter()
+    reads = (decoder[pair.features.to(device)] @ encoder[:, pair.child_features.to(device)]).double().cpu()
+    gate = Gate(torch.zeros(len(pair.child_features)))
+    return replace(pair, reads=reads, gate=gate), time.perf_counter() - clock
 
 
 def pair_of(problem: PlantedCodes, *, held_out: float = 0.1, min_count: int = 20) -> PairData:
@@ -108,7 +157,7 @@ def _chunk(sources: scipy.sparse.csr_matrix, children: scipy.sparse.csr_matrix, 
         position=torch.zeros(samples, dtype=torch.int32),
         tokens=torch.zeros(samples, dtype=torch.int32),
         ends=numbers + 1,
-        first=first,
+        numbers=numbers + first,
         batches=first // CHUNK_SAMPLES + 1,
     )
 
@@ -119,29 +168,40 @@ def _codes(matrix: scipy.sparse.csr_matrix) -> Codes:
 
 
 def _small(pair: PairData) -> PairData:
-    some = {"features": pair.features[:8], "child_features": pair.child_features[:8]}
-    return PairData(**{**vars(pair), **some})
+    some: dict[str, Any] = {"features": pair.features[:8], "child_features": pair.child_features[:8]}
+    if pair.reads is not None:
+        some |= {"reads": pair.reads[:8, :8], "gate": Gate(torch.zeros(8))}
+    return replace(pair, **some)
 
 
 def _figures(
-    given: argparse.Namespace, problem: PlantedCodes, pair: PairData, found: Regressed, seconds: tuple[float, float]
+    given: argparse.Namespace,
+    problem: PlantedCodes,
+    pair: PairData,
+    found: Regressed,
+    seconds: tuple[float, float, float],
 ) -> dict[str, Any]:
     return {
         "device": str(given.device),
         "threads": given.threads,
+        "penalty": given.penalty,
         "alive features": f"{len(pair.features)} -> {len(pair.child_features)}",
         "samples": given.tokens,
         "active per sample": f"{problem.sources.nnz / given.tokens:.1f} -> {problem.children.nnz / given.tokens:.1f}",
         "seconds, statistics": found.seconds["statistics"],
         "seconds, solve": found.seconds["solve"],
         "seconds, statistics + solve": found.seconds["statistics"] + found.seconds["solve"],
+        "seconds, effects": found.seconds["effects"],
         "seconds, held-out R^2": found.seconds["held out"],
+        "seconds, what reads what": seconds[2],
         "seconds, all": seconds[0],
         "processor seconds, all": seconds[1],
         "largest relative gap": float(found.gap.max()),
         "edges per child": len(found.source) / max(len(found.gap), 1),
         "held-out R^2": found.overall,
-        "estimated memory": in_words(needed_bytes(pair.sources, len(pair.child_features))),
+        "estimated memory": in_words(
+            needed_bytes(pair.sources, len(pair.child_features), reads=pair.reads is not None)
+        ),
         "peak memory of the process": in_words(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024),
     } | (planted_f1(problem, pair, found) if given.planted else {})
 
@@ -153,7 +213,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--l0", type=int, default=50)
     parser.add_argument("--planted", action="store_true", help="children are made by planted edges only; print F1")
     parser.add_argument("--strength", default="auto", type=lambda text: text if text.isalpha() else float(text))
-    parser.add_argument("--penalty", default="l1", choices=["l1", "adaptive"])
+    parser.add_argument("--penalty", default="l1", choices=["l1", "adaptive", "read"])
+    parser.add_argument("--width", type=int, default=1024, help="of the residual stream, for --penalty read")
+    parser.add_argument("--plan", action="store_true", help="print what the run would need, and leave")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=THREADS)
     parser.add_argument("--seed", type=int, default=0)

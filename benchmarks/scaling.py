@@ -1,7 +1,7 @@
 """How cost grows with samples, nodes and processes: the measured tables of tutorials/scaling.md.
 
-    python -m benchmarks.scaling                    all three tables, one thread
-    python -m benchmarks.scaling --only nodes       one of samples, nodes, processes
+    python -m benchmarks.scaling                    all four tables, one thread
+    python -m benchmarks.scaling --only nodes       one of samples, nodes, processes, saes
     python -m benchmarks.scaling --most 8192        up to so many nodes (a Gram of 8 n^2 bytes)
 
 Codes are those of a sparse autoencoder in miniature: 40 of the sources are active in a sample, some of them together.
@@ -11,10 +11,13 @@ busiest.
 
 import argparse
 import json
+import math
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from torch import Tensor
 from tl_circuitlasso import solve
 from tl_circuitlasso.solve import CodeSums, code_sums
 
+FEATURES = 512
 ACTIVE, BATCH, STRENGTH = 40, 2000, 0.4  # strong enough to leave out what only noise makes of 20,000 samples
 
 
@@ -102,39 +106,99 @@ def by_nodes(most: int) -> None:
 def by_processes(most: int) -> None:
     """More processes, the same prompts of the bundled model."""
     del most
-    print("\nbundled model, 512 prompts in batches of 32, all used\n")
-    print("| processes | busiest one, s | forward passes | largest difference of a score |\n|---|---|---|---|")
+    print("\nbundled model, 512 prompts in batches of 32, all used")
+    _by_processes(circuit_of_components, 512)
+
+
+def by_processes_of_saes(most: int) -> None:
+    """More processes, the same prompts and SAEs."""
+    del most
+    print(f"\nbundled model, 4096 prompts in batches of 32, SAEs of {FEATURES} features behind each of three layers")
+    _by_processes(circuit_of_features, 4096)
+
+
+def _by_processes(circuit: Callable[[Any, Any], Any], prompts: int) -> None:
+    print("\n| processes | busiest one, s | forward passes | largest difference of a score |\n|---|---|---|---|")
     alone: list[float] = []
     for size in (1, 2, 4):
         with tempfile.TemporaryDirectory() as folder:
-            mp.start_processes(_rank, (size, folder), nprocs=size, start_method="spawn")
+            mp.start_processes(_rank, (size, folder, circuit, prompts), nprocs=size, start_method="spawn")
             reports = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(size)]
         busiest = max(report["seconds"] for report in reports)
         scores = reports[0]["scores"]
         alone = alone or scores
         differ = max(abs(one - other) for report in reports for one, other in zip(report["scores"], alone))
+        differ = differ if all(len(report["scores"]) == len(alone) for report in reports) else math.inf
         print(f"| {size} | {busiest:.2f} | {reports[0]['passes']} | {differ:.1e} |", flush=True)
 
 
-def _rank(rank: int, size: int, folder: str) -> None:
+def _rank(rank: int, size: int, folder: str, circuit: Callable[[Any, Any], Any], prompts: int) -> None:
     from tl_circuitlasso.demo import load_demo
-    from tl_circuitlasso.discover import circuit_lasso
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
-    demo = load_demo(prompts=512)
-    options = {"positions": "last", "max_prompts": None, "progress": False, "process_group": "world"}
-    circuit_lasso(demo.model, demo.tokens[:64], **options)  # whatever is compiled or loaded once is by now
-    spent, graph = seconds(lambda: circuit_lasso(demo.model, demo.tokens, **options))
+    demo = load_demo(prompts=prompts)
+    circuit(load_demo(prompts=128), "world")  # whatever is compiled or loaded once is by now
+    spent, graph = seconds(lambda: circuit(demo, "world"))
     report = {"seconds": spent, "scores": graph.score.tolist(), "passes": graph.provenance["forward_passes"]}
     (Path(folder) / f"{rank}.json").write_text(json.dumps(report))
     dist.destroy_process_group()
 
 
+def circuit_of_components(demo: Any, group: Any) -> Any:
+    """The default circuit of the bundled model."""
+    from tl_circuitlasso.discover import circuit_lasso
+
+    options = {"positions": "last", "max_prompts": None, "progress": False, "process_group": group}
+    return circuit_lasso(demo.model, demo.tokens, **options)
+
+
+def circuit_of_features(demo: Any, group: Any) -> Any:
+    """The default circuit among the features of `random_saes`."""
+    from tl_circuitlasso.discover import circuit_lasso
+    from tl_circuitlasso.models.sae import SAEFeatures
+
+    options = {"basis": SAEFeatures(random_saes()), "progress": False, "process_group": group}
+    return circuit_lasso(demo.model, demo.tokens, **options)
+
+
+@cache
+def random_saes() -> "dict[str, PlainSAE]":
+    """Features with random directions that fire on a twentieth of the samples."""
+    from tl_circuitlasso.demo import load_demo
+    from tl_circuitlasso.models import adapt
+
+    demo, hooks = load_demo(prompts=128), [f"blocks.{layer}.hook_resid_post" for layer in range(3)]
+    acts = adapt(demo.model).run(demo.tokens, torch.ones_like(demo.tokens, dtype=torch.bool), hooks)
+    return {hook: PlainSAE.random(acts[hook][:, 1:].flatten(0, 1), seed) for seed, hook in enumerate(hooks)}
+
+
+@dataclass(frozen=True, eq=False)
+class PlainSAE:
+    """The least that an SAE is."""
+
+    W_enc: Tensor
+    W_dec: Tensor
+    bias: Tensor
+
+    @classmethod
+    def random(cls, x: Tensor, seed: int) -> "PlainSAE":
+        """Random directions in the space of the activations `x`."""
+        drawn = torch.randn(FEATURES, x.shape[1], generator=torch.Generator().manual_seed(seed))
+        unit = torch.nn.functional.normalize(drawn, dim=1)
+        return cls(unit.T.contiguous(), unit, -(x @ unit.T).quantile(0.95, dim=0))
+
+    def encode(self, x: Tensor) -> Tensor:
+        return torch.relu(x @ self.W_enc + self.bias)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        return codes @ self.W_dec
+
+
 def main() -> None:
     """Print the tables that were asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    tables = {"samples": by_samples, "nodes": by_nodes, "processes": by_processes}
+    tables = {"samples": by_samples, "nodes": by_nodes, "processes": by_processes, "saes": by_processes_of_saes}
     parser.add_argument("--only", choices=list(tables), help="print one table (default: all)")
     parser.add_argument("--most", type=int, default=4096, help="nodes of the largest problem (default: 4096)")
     arguments = parser.parse_args()

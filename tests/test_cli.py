@@ -81,7 +81,9 @@ def test_usage_errors_leave_with_two(words: list[str], capsys: pytest.CaptureFix
     assert leaving.value.code == 2 and "usage" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["demo", "discover", "plot", "info", "bench", "compare", "convert", "check"])
+@pytest.mark.parametrize(
+    "command", ["demo", "discover", "evaluate", "plot", "info", "bench", "compare", "convert", "check"]
+)
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as leaving:
         main([command, "--help"])
@@ -367,11 +369,15 @@ def test_sae_words(capsys: pytest.CaptureFixture[str]) -> None:
     assert "`--sae`" in refused(capsys, "discover", "demo", "--sae", "blocks.1.hook_resid_post")
 
 
-def test_discover_takes_saes(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+SAE_HOOKS = ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post")
+
+
+@pytest.fixture(scope="module")
+def sae_words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The options that name two SAEs, saved by SAELens."""
     sae_lens = pytest.importorskip("sae_lens", reason="sae-lens isn't installed: pip install 'tl-circuitlasso[sae]'")
-    hooks = ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post")
-    words = []
-    for seed, hook in enumerate(hooks):
+    words, folder = [], tmp_path_factory.mktemp("saes")
+    for seed, hook in enumerate(SAE_HOOKS):
         config = sae_lens.StandardSAEConfig(
             d_in=architectures.SIZES["d_model"], d_sae=32, dtype="float32", device="cpu"
         )
@@ -379,17 +385,55 @@ def test_discover_takes_saes(model_folder: Path, tmp_path: Path, capsys: pytest.
         sae, generator = sae_lens.StandardSAE(config), torch.Generator().manual_seed(seed)
         for weight in sae.parameters():
             weight.data.copy_(0.3 * torch.randn(weight.shape, generator=generator))
-        sae.save_model(tmp_path / hook)
-        words += ["--sae", f"{hook}={tmp_path / hook}"]
+        sae.save_model(folder / hook)
+        words += ["--sae", f"{hook}={folder / hook}"]
+    return words
+
+
+@pytest.fixture(scope="module")
+def feature_graph(model_folder: Path, sae_words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `discover --sae` writes."""
+    folder = tmp_path_factory.mktemp("features")
     rows = torch.randint(3, 31, (48, 8), generator=torch.Generator().manual_seed(0)).tolist()
-    (tmp_path / "p.txt").write_text("\n".join(" ".join(f"w{token}" for token in row) for row in rows))
-    out = ["--out", str(tmp_path / "out"), "--strength", "0.3"]
-    assert main(["--quiet", "discover", str(model_folder), str(tmp_path / "p.txt"), *words, *out]) == 0
-    names = tcl.AttributionGraph.load(tmp_path / "out").index.names
-    assert any(name.startswith(f"{hooks[0]}#") for name in names) and "Edges kept" in capsys.readouterr().out
-    assert (tmp_path / "out" / "graph.html").exists()
-    wrong = ["--sae", f"{hooks[0]}={tmp_path / 'nowhere'}"]
-    assert "`saes`" in refused(capsys, "discover", str(model_folder), str(tmp_path / "p.txt"), *wrong, *out)
+    (folder / "p.txt").write_text("\n".join(" ".join(f"w{token}" for token in row) for row in rows))
+    words = ["discover", str(model_folder), str(folder / "p.txt"), *sae_words, "--strength", "0.3"]
+    assert main(["--quiet", *words, "--out", str(folder / "out")]) == 0
+    return folder / "out"
+
+
+def test_discover_takes_saes(
+    feature_graph: Path, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = tcl.AttributionGraph.load(feature_graph).index.names
+    assert any(name.startswith(f"{SAE_HOOKS[0]}#") for name in names)
+    assert (feature_graph / "graph.html").exists()
+    words = ["discover", str(model_folder), str(feature_graph.parent / "p.txt"), "--out", str(tmp_path)]
+    assert "`saes`" in refused(capsys, *words, "--sae", f"{SAE_HOOKS[0]}={tmp_path / 'nowhere'}")
+    assert "penalty='l1'" in refused(capsys, *words, "--sae", f"{SAE_HOOKS[0]}={tmp_path}", "--strength", "mcp")
+
+
+def test_evaluate_takes_saes(
+    feature_graph: Path,
+    graph_folder: Path,
+    model_folder: Path,
+    sae_words: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = [
+        {"clean": f"w{n} w5 w6 w7", "corrupted": f"w{n} w8 w9 w4", "correct": "w9", "incorrect": "w10"}
+        for n in range(3, 9)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = ["evaluate", str(model_folder), str(tmp_path / "pairs.jsonl")]
+    features = [*words, f"features={feature_graph}", "--limit", "5", "--error", "keep"]
+    assert main([*features, *sae_words, "--out", str(tmp_path / "curves.png")]) == 0
+    printed = capsys.readouterr().out
+    assert "features" in printed and "random" in printed and "magnitude" not in printed
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+    assert "`saes` has no SAE" in refused(capsys, *features)
+    assert "`--sae`" in refused(capsys, *features, "--sae", "nothing")
+    assert "`saes` goes with" in refused(capsys, *words, str(graph_folder), *sae_words)
 
 
 def test_help_names_every_format(capsys: pytest.CaptureFixture[str]) -> None:

@@ -151,13 +151,21 @@ def test_strength_means_the_same_in_the_other_designs(model: Any, design: str) -
     assert counts == sorted(counts, reverse=True) and counts[-1] == 0 < counts[1]
 
 
-@pytest.mark.parametrize("strength", ["auto", "cv", "ebic", "stability"])
+@pytest.mark.parametrize("strength", ["auto", "cv", "ebic", "mcp", "stability"])
 def test_named_strengths_are_known_to_every_design(model: Any, strength: str) -> None:
     options = {"basis": tcl.Component(1), "design": "activation"}
     if strength != "cv":  # slow on groups; the tests of `learn` have it
         assert found(model, strength=strength, **options).score.isfinite().all()
     assert found(model, strength=strength).score.isfinite().all()
     assert as_strength(strength) == strength
+
+
+def test_concave_strengths_are_for_single_coefficients(model: Any) -> None:
+    for design in ("activation", "routed"):
+        with pytest.raises(tcl.InputError, match=r"`strength` 'mcp' weighs single.*Component\(1\)"):
+            found(model, strength="mcp", design=design)
+    weight = found(model, strength="mcp", design="routed", basis=tcl.Component(1)).weight
+    assert bool((weight != 0).any()) and bool((weight == 0).any())
 
 
 def test_the_same_seed_gives_the_same_graph_and_another_one_nearly(model: Any) -> None:

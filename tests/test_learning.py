@@ -43,7 +43,7 @@ def activation_statistics(*, samples: int = 400, folds: int = 1, seed: int = 0) 
 CIRCUIT = {("m0#1", "m1#1"), ("m0#2", "m1#1"), ("m1#1", "target")}
 
 
-@pytest.mark.parametrize("strength", ["auto", "ebic", "cv", "stability", 0.05, 0.5])
+@pytest.mark.parametrize("strength", ["auto", "ebic", "mcp", "cv", "stability", 0.05, 0.5])
 def test_every_rule_finds_a_clean_circuit(strength: Any) -> None:
     graph = learn(activation_statistics(folds=10), strength=strength)
     assert graph.kept_edges() >= CIRCUIT
@@ -63,7 +63,7 @@ def test_relevance_is_what_separates_fitting_from_mattering() -> None:
     assert weights["m1#1", "target"].score == pytest.approx(0.9, abs=0.1)
 
 
-@pytest.mark.parametrize("strength", ["auto", "ebic"])
+@pytest.mark.parametrize("strength", ["auto", "ebic", "mcp"])
 def test_rules_report_what_is_explained_without_shrinkage(strength: str) -> None:
     matrix = learn(activation_statistics(), strength=strength).adjacency(absolute=True)
     assert float(matrix[4, 6]) == pytest.approx(1.0, abs=0.01)

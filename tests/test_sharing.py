@@ -23,6 +23,7 @@ from tl_circuitlasso.statistics import Moments, Statistics
 PROMPTS, BATCH = 40, 6  # seven batches, the last one smaller, so that the two processes get unequal parts
 CASES = {
     "read": {"design": "read"},
+    "read-confirmed": {"design": "read", "method": "lasso+confirm"},
     "read-labels": {"design": "read", "target": "labels"},
     "routed-difference": {"design": "routed", "target": "difference", "strength": 0.2},
     "activation-values": {"design": "activation", "target": "values", "strength": 0.2},
@@ -46,6 +47,8 @@ def found(case: str, process_group: Any = None) -> tcl.AttributionGraph:
     options: dict[str, Any] = {**CASES[case], "target": goal(CASES[case].get("target"))}
     if options.get("basis") == "neuron":
         options["basis"] = tcl.Neuron(max_nodes=12)
+    if "method" in options:
+        options["corrupted"] = architectures.prompts(batch=PROMPTS, seed=5)
     tokens = architectures.prompts(batch=PROMPTS)
     tokens[:, -1] = torch.arange(PROMPTS) % 2 + 3  # so that the labels are something that the model can say
     return tcl.circuit_lasso(
@@ -131,6 +134,16 @@ def test_two_processes_find_the_graph_of_one(folder: Path, case: str) -> None:
     assert list(first.certificate.index) == list(alone.certificate.index)
     assert bool(first.certificate.converged.all())
     assert first.provenance["processes"] == 2 and first.provenance["data_hash"] == alone.provenance["data_hash"]
+
+
+def test_edges_to_confirm_are_shared(folder: Path) -> None:
+    graph, alone = tcl.AttributionGraph.load(folder / "read-confirmed-0.safetensors"), found("read-confirmed")
+    assert torch.equal(graph.extras["measured"], alone.extras["measured"]) and bool(alone.extras["measured"].any())
+    for name in ("effect", "effect_low", "effect_high"):
+        torch.testing.assert_close(graph.extras[name], alone.extras[name], rtol=1e-4, atol=1e-6)
+    ours, theirs = graph.provenance["confirm"], alone.provenance["confirm"]
+    assert ours["tested"] == theirs["tested"] > 1 and ours["refuted"] == theirs["refuted"]
+    assert ours["forward_passes"] == theirs["forward_passes"] + 2  # each runs the model and the ablated model
 
 
 def test_forward_passes_are_shared_not_repeated(folder: Path) -> None:

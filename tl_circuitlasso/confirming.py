@@ -18,6 +18,7 @@ from tl_circuitlasso.evaluate.metrics import PromptMetric
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.tokens import Batch, Prompts, kept_positions
+from tl_circuitlasso.sharing import ALONE, Ranks
 from tl_circuitlasso.targets import LogitDiff, Target, check_length
 
 METHODS = ("lasso", "lasso+confirm")
@@ -33,11 +34,14 @@ class Confirmation:
     corrupted: Int[Tensor, "batch pos"]
     metric: Metric
 
-    def apply(self, graph: AttributionGraph, adapter: Adapter, *, batch_size: int, seed: int) -> AttributionGraph:
-        """The graph with measured effects, less the refuted edges and what no longer lies on a path."""
+    def apply(
+        self, graph: AttributionGraph, adapter: Adapter, *, batch_size: int, seed: int, ranks: Ranks = ALONE
+    ) -> AttributionGraph:
+        """The graph with measured effects, less the refuted edges and what no longer lies on a path; `ranks` share the
+        edges."""
         if not bool(graph.prune().kept.any()):  # no path was found, so there's nothing to measure
             return graph
-        options = {"attention_mask": self.clean.mask, "batch_size": batch_size, "seed": seed}
+        options = {"attention_mask": self.clean.mask, "batch_size": batch_size, "seed": seed, "process_group": ranks}
         return confirm(graph, adapter, self.clean.tokens, self.corrupted, self.metric, **options).prune()
 
 

@@ -79,7 +79,8 @@ def circuit_lasso(
     basis: "component" (heads and MLPs), "neuron", "residual", a basis object, or `SAEFeatures` for circuits among SAE
         features (scores are then local, in standard deviations; `checkpoint` is a folder; see models/sae.py).
     design: "read" (what a child reads of a parent through its own weights), "routed" or "activation" (the paper's).
-    strength: sparsity as a fraction of lambda_max in [0, 1], or "auto", "cv", "ebic", "stability".
+    strength: sparsity as a fraction of lambda_max in [0, 1], or "auto", "cv", "ebic", "mcp" (the minimax concave
+        penalty, for single coefficients: not for components of several directions), "stability".
     positions: "all" (without BOS and pads), "last", an index, a slice or a bool mask.
     attention_mask: (batch, pos), 1 at real tokens, for padded token tensors.
     batch_size: prompts per forward pass; device: where to run (the model moves there and back).
@@ -110,11 +111,16 @@ def circuit_lasso(
     began, ranks = time.perf_counter(), as_ranks(process_group)
     checked = as_strength(strength)
     if isinstance(basis, SAEFeatures):
-        _check_features(design, method, ranks)
+        _check_features(basis, design, method, strength)
         chosen = None
     else:
         chosen = as_design(design, as_basis(basis))
         check_method(method, corrupted, metric, chosen.basis.name, target)
+        if checked == "mcp" and design != "read" and getattr(chosen.basis, "directions", 1) > 1:
+            raise InputError(
+                f"`strength` 'mcp' weighs single coefficients, and in design {design!r} components are groups of them: "
+                "use 'ebic', or basis=Component(1)"
+            )
     with ranks.together(), on_device(model, device):
         adapter = adapt(model)
         prompts = Prompts(adapter, tokens, attention_mask=attention_mask, positions=positions, batch_size=batch_size)
@@ -172,7 +178,7 @@ def _components(
         graph, looks = refine(job.adapter, collected.sample, plan, graph, prompts=collected.prompts, ranks=job.ranks)
     clock.append(time.perf_counter())
     if causal is not None:
-        graph = causal.apply(graph, job.adapter, batch_size=job.batch_size, seed=job.seed)
+        graph = causal.apply(graph, job.adapter, batch_size=job.batch_size, seed=job.seed, ranks=job.ranks)
     clock.append(time.perf_counter())
     solve, second, confirmed = (after - before for before, after in pairwise(clock))
     seconds = {"forward and statistics": collected.seconds, "solve": solve, "second look": second}
@@ -195,19 +201,22 @@ def _features(job: Job, basis: SAEFeatures) -> AttributionGraph:
     """Features of SAEs: one regression per pair of hooks."""
     rule = Rule(job.strength, basis.penalty, basis.draws, seed=job.seed)
     folder = None if job.checkpoint is None else Path(job.checkpoint)
-    setup = FeatureSetup(job.target, job.last, rule, job.adapter.device, folder, job.progress)
+    setup = FeatureSetup(job.target, job.last, rule, job.adapter.device, folder, job.progress, job.ranks)
     graph, codes = learn_features(job.adapter, job.prompts, basis, setup)
-    record = provenance(job.adapter, job.prompts, codes, basis.arguments())
+    record = provenance(job.adapter, job.prompts, codes, basis.arguments()) | {"processes": job.ranks.size}
     return replace(graph, provenance=record | dict(graph.provenance))
 
 
-def _check_features(design: str, method: str, ranks: Ranks) -> None:
+def _check_features(basis: SAEFeatures, design: str, method: str, strength: str | int | float) -> None:
     if design not in ("read", "activation"):
         raise InputError(f"`design` {design!r} is for components: SAEFeatures(mixing=...) says where parents are seen")
     if method != "lasso":
         raise InputError(f"`method` {method!r} cuts edges between components; check features with `evaluate.edges`")
-    if ranks.size > 1:
-        raise InputError("`process_group`: SAEFeatures runs in one process; share out the pairs by hand")
+    if strength == "mcp" and basis.penalty != "l1":
+        raise InputError(
+            f"`strength` 'mcp' is a penalty of its own and doesn't go with {basis.penalty!r}: use "
+            "SAEFeatures(..., penalty='l1')"
+        )
 
 
 def _some(prompts: Prompts, target: Target, count: int, seed: int) -> tuple[Prompts, Target]:
@@ -288,7 +297,7 @@ def as_strength(strength: str | int | float) -> str | float:
     ------
     InputError: unknown name, negative, above 1 or not finite.
     """
-    names = ("auto", "cv", "ebic", "stability")
+    names = ("auto", "cv", "ebic", "mcp", "stability")
     if isinstance(strength, str):
         if strength not in names:
             raise InputError(f"`strength` {strength!r} is unknown: use one of {names}, or a number from 0 to 1")

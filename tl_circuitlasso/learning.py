@@ -228,7 +228,8 @@ def _choose(
         solution = solve.select(data, rule="fixed", penalty=penalty, tol=tol).solution
         return replace(solution, value=solution.value * (stability >= STABLE)), stability
     if isinstance(strength, str):
-        choice = solve.select(data, rule=strength, folds=parts, penalty=penalty, tol=tol)
+        rule = "ebic" if strength == "mcp" and isinstance(penalty, solve.Group) else strength  # "mcp" weighs entries
+        choice = solve.select(data, rule=rule, folds=parts, penalty=penalty, tol=tol)
         return replace(choice.solution, value=_refitted(choice, penalty)), None
     verb = solve.lasso(
         data.gram, data.cross, target_sq_norm=data.target_sq_norm, strength=strength, penalty=penalty, tol=tol

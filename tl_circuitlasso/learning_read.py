@@ -54,9 +54,9 @@ def learn_read(
     Per child v the non-negative garrote min 1/2N sum (y - sum_u a_u g_u)^2 + lambda sum a_u, a >= 0, gives each edge's
     weight a_u; score = expected cost to the target of the edge's contribution (nats, or units of the target), negative
     where it works against the child's whole contribution. Kept: both ends matter, and the score lies above the widest
-    gap near 1 % of the largest, and never so high that no path is left. With a `strength` of your own, "ebic" or "cv"
-    also weight > 0, which makes the graph sparser where parents stand in for one another; with "stability" also a
-    stability of 0.8. Then pruned to paths from input to target.
+    gap near 1 % of the largest, and never so high that no path is left. With a `strength` of your own, "ebic", "mcp"
+    or "cv" also weight > 0, which makes the graph sparser where parents stand in for one another; with "stability" also
+    a stability of 0.8. Then pruned to paths from input to target.
 
     Raises
     ------
@@ -112,7 +112,7 @@ def children(statistics: Statistics, index: NodeIndex) -> list[Child]:
 def _garrote(child: Child, pairs: float, strength: float | str, tol: float) -> solve.Solution:
     parts = [_moments(gram, pairs / len(child.gram)) for gram in child.gram]
     data, penalty = solve.total(parts), solve.L1(non_negative=True)
-    if strength in ("cv", "ebic"):
+    if strength in ("cv", "ebic", "mcp"):
         return solve.select(data, rule=str(strength), folds=parts, penalty=penalty, tol=tol).solution
     return solve.lasso(
         data.gram,

@@ -45,6 +45,24 @@ class Ranks:
         dist.all_reduce(total, group=self.group)
         return total.to(tensor.device)
 
+    def add_up(self, tensor: Tensor) -> None:
+        """`sum`, in place and strip by strip: for matrices of which a second copy has no room."""
+        if self.size == 1 or not tensor.numel():
+            return
+        rows = STRIP * len(tensor) // tensor.nbytes if tensor.ndim else 1
+        for strip in tensor.split(max(rows, 1)) if tensor.ndim else (tensor,):
+            total = strip.contiguous().to(self._device)
+            dist.all_reduce(total, group=self.group)
+            strip.copy_(total)
+
+    def largest(self, tensor: Tensor) -> Tensor:
+        """The largest over all processes, entry by entry."""
+        if self.size == 1:
+            return tensor
+        most = tensor.detach().to(self._device).clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=self.group)
+        return most.to(tensor.device)
+
     def first(self, tensor: Tensor) -> Tensor:
         """The tensor of process 0, whose shape and type all must share."""
         if self.size == 1:
@@ -57,7 +75,9 @@ class Ranks:
         """What every process passed, in the order of the processes; names, shapes and types may differ."""
         if self.size == 1:
             return [dict(tensors)]
-        packed = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+        packed = safetensors.torch.save(
+            {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        )
         return [safetensors.torch.load(part) for part in self._gather_bytes(packed)]
 
     def gather_data(self, data: Any) -> list[Any]:
@@ -65,6 +85,15 @@ class Ranks:
         if self.size == 1:
             return [data]
         return [json.loads(part) for part in self._gather_bytes(json.dumps(data).encode())]
+
+    def agree(self, facts: Mapping[str, Any]) -> None:
+        """Raise an InputError, on every process, where they differ in any of some plain `facts`."""
+        known = self.gather_data(dict(facts))
+        differ = sorted(key for key in known[0] if any(one.get(key) != known[0][key] for one in known))
+        if differ:
+            raise InputError(
+                f"the processes differ in {', '.join(differ)}: give each the same model, `tokens` and arguments"
+            )
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -101,6 +130,11 @@ class Ranks:
         return [part[: int(size)].cpu().numpy().tobytes() for part, size in zip(parts, sizes)]
 
     @property
+    def beside(self) -> int:
+        """How many of the processes share this machine and its memory, as far as torchrun says."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self.size > 1 else 1
+
+    @property
     def _device(self) -> torch.device:
         """Where the backend wants tensors to be."""
         if dist.get_backend(self.group) == "nccl":
@@ -109,6 +143,7 @@ class Ranks:
 
 
 _ANNOUNCED = "announced_to_all_ranks"
+STRIP = 1 << 28  # bytes that `add_up` moves at once
 ALONE = Ranks()
 
 

@@ -189,12 +189,7 @@ class Statistics:
         """
         if ranks.size == 1:
             return self
-        kinds = ranks.gather_data({**self.meta, "data": self.origin})
-        differ = sorted(key for key in kinds[0] if any(kind.get(key) != kinds[0][key] for kind in kinds))
-        if differ:
-            raise InputError(
-                f"the processes differ in {', '.join(differ)}: give each the same model, `tokens` and arguments"
-            )
+        ranks.agree({**self.meta, "data": self.origin})
         rows: dict[str, Tensor] = {}
         for part in ranks.gather(self.rows):
             rows = merge_rows(rows, part, int(self.meta.get("capacity", 0)))

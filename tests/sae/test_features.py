@@ -112,7 +112,7 @@ def test_held_out_r2_is_that_of_prompts_that_were_not_used(demo: Demo, demo_saes
     rows = rows_into(held, child)
     at = [int(name.split("#")[1]) for name in rows.source]
     x, y = codes[FIRST][:, at], codes[SECOND][:, 3]
-    weight = torch.tensor(rows.weight.to_numpy())
+    weight = torch.tensor(rows.regression.to_numpy())
     fitted = (x - x[~out].mean(0)) @ weight + y[~out].mean()
     wrong, total = (y - fitted)[out].square().sum(), (y[out] - y[~out].mean()).square().sum()
     assert held.certificate.loc[child].held_out_r2 == pytest.approx(float(1 - wrong / total), abs=1e-6)
@@ -254,7 +254,7 @@ def test_mean_mixing_shows_parents_through_attention(demo: Demo, demo_saes: Any,
         1,
     )
     expected = least_squares(x, codes[SECOND][:, 9])
-    torch.testing.assert_close(torch.tensor(rows.weight.to_numpy()), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(torch.tensor(rows.regression.to_numpy()), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_head_mixing_names_the_head(demo: Demo, demo_saes: Any) -> None:
@@ -334,10 +334,11 @@ def test_a_logit_difference_is_read_at_the_last_position(demo: Demo, demo_saes: 
 # ---- strengths ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strength", ["ebic", "cv", "stability"])
+@pytest.mark.parametrize("strength", ["ebic", "mcp", "cv", "stability"])
 def test_named_strengths(demo: Demo, demo_saes: Any, strength: str) -> None:
     pair = {FIRST: demo_saes[FIRST], SECOND: demo_saes[SECOND]}
-    made = circuit(demo, pair, pairs=[(FIRST, SECOND)], strength=strength)
+    penalty = "l1" if strength == "mcp" else "read"
+    made = circuit(demo, pair, pairs=[(FIRST, SECOND)], strength=strength, penalty=penalty)
     assert made.n_kept and bool(made.certificate.converged.all())
     if strength == "stability":
         assert float(made.extras["stability"][made.port == 0].min()) >= 0.8

@@ -10,10 +10,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tl_circuitlasso as tcl
+from tests import architectures
 from tl_circuitlasso import solve
+from tl_circuitlasso.features.effects import LEAST
 from tl_circuitlasso.features.fit import Entries
-from tl_circuitlasso.features.read import FLOOR, direct_reads, floored, in_standard_units, keeping_signs, read_lasso
+from tl_circuitlasso.features.read import FLOOR, floored, in_standard_units, keeping_signs, pair_reads, read_lasso
+from tl_circuitlasso.models import adapt
 from tl_circuitlasso.models.encoder import Encoder
+from tl_circuitlasso.models.feature_reads import Reads
 
 FIRST, LAST = "blocks.0.hook_resid_post", "blocks.1.hook_resid_post"
 
@@ -94,16 +98,22 @@ def test_unshrinking_never_turns_a_sign() -> None:
     assert found.refit.tolist() == [0.2, -0.2, 0.0] and found.lasso.tolist() == lasso.tolist()
 
 
-def test_direct_reads_are_decoder_times_encoder() -> None:
-    parent, child = Encoder(sae(), FIRST, FIRST), Encoder(sae(), LAST, LAST)
+def without_layers(first: tuple[Any, str], last: tuple[Any, str]) -> Reads:
+    """Nothing is known of what stands between the two."""
+    return Reads(
+        adapt(architectures.hooked("attn_only")), {hook: Encoder(one, hook, hook) for one, hook in (first, last)}, {}
+    )
+
+
+def test_the_direct_read_is_decoder_times_encoder() -> None:
     features, others = torch.tensor([0, 2]), torch.tensor([1])
-    found = direct_reads(parent, child, features, others)
-    assert found is not None
-    raw = parent.sae.W_dec[features] @ child.sae.W_enc[:, others]
-    torch.testing.assert_close(found, floored(raw.double()))
+    plain = sae()
+    found = pair_reads(without_layers((plain, FIRST), (plain, LAST)), FIRST, LAST, features, others)
+    raw = plain.W_dec[features] @ plain.W_enc[:, others]
+    torch.testing.assert_close(found, raw.double())
     longer = sae(cfg=SimpleNamespace(rescale_acts_by_decoder_norm=True))
-    scaled = direct_reads(Encoder(longer, FIRST, FIRST), child, features, others)
-    torch.testing.assert_close(scaled, floored((raw / longer.W_dec[features].norm(dim=1, keepdim=True)).double()))
+    scaled = pair_reads(without_layers((longer, FIRST), (plain, LAST)), FIRST, LAST, features, others)
+    torch.testing.assert_close(scaled, (raw / longer.W_dec[features].norm(dim=1, keepdim=True)).double())
 
 
 @pytest.mark.parametrize(
@@ -115,20 +125,21 @@ def test_direct_reads_are_decoder_times_encoder() -> None:
         ((FIRST, None), (LAST, {"W_enc": torch.zeros(3, 4)})),
     ],
 )
-def test_no_direct_reads(parent: tuple, child: tuple) -> None:
-    ends = [Encoder(sae(**(changes or {})), hook, hook) for hook, changes in (parent, child)]
-    assert direct_reads(*ends, torch.arange(3), torch.arange(3)) is None
+def test_no_reads(parent: tuple, child: tuple) -> None:
+    reads = without_layers(*((sae(**(changes or {})), hook) for hook, changes in (parent, child)))
+    assert pair_reads(reads, parent[0], child[0], torch.arange(3), torch.arange(3)) is None
 
 
-def test_a_graph_says_so_with_its_signs(stories, saes, story_graph) -> None:
-    """Lasso coefficients of the default graph never act against the direct read."""
-    encoders = tcl.SAEFeatures(saes).encoders()
+def test_a_graph_says_so_with_its_signs(story_graph) -> None:
+    """Between features, coefficients and effects have one sign; kept edges have effects of some size."""
     table = story_graph.edge_table()
     table = table[table["source"].str.contains("#") & table["target"].str.contains("#")]
-    for row in table.head(200).itertuples():
-        (first, _, i), (last, _, j) = row.source.rpartition("#"), row.target.rpartition("#")
-        direct = encoders[first].decoder[int(i)] @ encoders[last].sae.W_enc[:, int(j)]
-        assert row.lasso * float(direct.detach()) >= 0
+    assert bool((table["lasso"] * table["weight"] >= 0).all()) and bool(
+        (table["regression"] * table["lasso"] >= 0).all()
+    )
+    kept = table[table["kept"]]
+    assert 0 < len(kept) < len(table) and bool((kept["score"].abs() >= LEAST).all())
+    assert bool((kept["weight"].abs() >= LEAST).all())  # these decoders have length 1
 
 
 def test_without_a_stream_read_is_l1(demo, demo_saes) -> None:

@@ -1,5 +1,6 @@
 """What the sizes of SAEs ask for: planted circuits, streaming sums, few samples, codes on disk, the benchmark."""
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -241,7 +242,7 @@ def chunk_of(values: torch.Tensor, first: int) -> Chunk:
         position=torch.zeros(len(values), dtype=torch.int32),
         tokens=(numbers + first).int(),
         ends=numbers + 1,
-        first=first,
+        numbers=numbers + first,
         batches=first + 1,
     )
 
@@ -303,6 +304,17 @@ def test_the_benchmark_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
     assert sae_scale.main(["--quick", "--planted", "--threads", "1", "--json", str(tmp_path / "out.json")]) == 0
     printed = capsys.readouterr().out
     assert "f1" in printed and "seconds, statistics + solve" in printed and (tmp_path / "out.json").exists()
+    assert printed.index("plan: sums and solve") < printed.index("seconds, solve")
+    assert sae_scale.main(["--quick", "--planted", "--penalty", "read", "--json", str(tmp_path / "read.json")]) == 0
+    read = json.loads((tmp_path / "read.json").read_text())
+    assert read["precision"] > 0.95 and read["f1"] > 0.7 and read["seconds, what reads what"] > 0
+
+
+def test_the_benchmark_plans_what_no_machine_here_could_run(capsys: pytest.CaptureFixture[str]) -> None:
+    huge = ["--features", "32768", "--tokens", "1000000", "--device", "cuda"]
+    assert sae_scale.main([*huge, "--plan"]) == 0
+    printed = capsys.readouterr().out
+    assert "94.5 GB on cuda" in printed and "6.4e+15 (bfloat16)" in printed and "seconds" not in printed
 
 
 def test_planted_codes_say_what_is_wrong() -> None:

@@ -27,7 +27,7 @@ def add(commands: Any) -> None:
         help="features of an SAE at a hook as nodes: a folder of SAELens, or release/sae_id; may be repeated",
     )  # fmt: skip
     added.add_argument("--design", choices=["read", "routed", "activation"], help="default: read")
-    added.add_argument("--strength", default="auto", help="auto, cv, ebic, stability or a fraction of lambda_max")
+    added.add_argument("--strength", default="auto", help="auto, cv, ebic, mcp, stability or a fraction of lambda_max")
     added.add_argument("--method", default="lasso", choices=["lasso", "lasso+confirm"])
     added.add_argument("--corrupted", type=Path, help="corrupted partners of the prompts, for lasso+confirm")
     added.add_argument("--positions", default="all", help="all, last or a position")

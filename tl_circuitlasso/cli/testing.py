@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from tl_circuitlasso.cli.options import GRAPH, command, interactive, load_graphs
+from tl_circuitlasso.cli.options import GRAPH, command, interactive, load_graphs, saes
 
 
 def add(commands: Any) -> None:
@@ -15,6 +15,18 @@ def add(commands: Any) -> None:
     added.add_argument("graphs", type=Path, nargs="+", metavar="GRAPH", help=f"{GRAPH}; NAME=PATH to name it")
     added.add_argument("--metric", default="logit-diff")
     added.add_argument("--ablation", default="patch", choices=["patch", "mean", "mean-all", "zero", "optimal"])
+    added.add_argument(
+        "--sae", action="append", metavar="HOOK=PATH", default=[],
+        help="the SAE behind a graph's features: a folder of SAELens, or release/sae_id; may be repeated",
+    )  # fmt: skip
+    added.add_argument(
+        "--error", default="graph", choices=["graph", "keep", "remove"],
+        help="what becomes of the part that SAEs miss (default: it's a node where the graph has one for it)",
+    )  # fmt: skip
+    added.add_argument(
+        "--rest", default="ablate", choices=["ablate", "keep"],
+        help="what becomes of features that a graph has no node for (default: they are outside of the circuit)",
+    )  # fmt: skip
     added.add_argument("--limit", type=int, help="use the first N prompts")
     added.add_argument("--out", type=Path, help="draw the curves to this .png or .svg")
 
@@ -37,13 +49,22 @@ def evaluate(arguments: argparse.Namespace) -> None:
     model = load_model(arguments.model)
     pairs = evaluation.read_pairs(arguments.prompts, arguments.limit)
     metric = evaluation.metric_by_name(arguments.metric, model, pairs)
-    report = evaluation.report(
-        model, load_graphs(arguments.graphs), pairs.clean, pairs.corrupted, metric, arguments.ablation
-    )
+    graphs, options = load_graphs(arguments.graphs), _features(arguments)
+    report = evaluation.report(model, graphs, pairs.clean, pairs.corrupted, metric, arguments.ablation, **options)
     print(report)
     if arguments.out:
         plots.curves(report.curves, arguments.out)
         print(f"wrote {arguments.out}")
+
+
+def _features(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What graphs of SAE features need beside the model."""
+    if not arguments.sae:
+        return {}
+    from tl_circuitlasso.models.sae import load_sae
+
+    loaded = {hook: load_sae(path) for hook, path in saes(arguments.sae).items()}
+    return {"saes": loaded, "error": arguments.error, "rest": arguments.rest}
 
 
 def bench(arguments: argparse.Namespace) -> None:

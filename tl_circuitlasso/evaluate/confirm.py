@@ -17,8 +17,9 @@ from tl_circuitlasso.evaluate.circuits import check_graph, kept_matrix
 from tl_circuitlasso.evaluate.faithfulness import mean_interval
 from tl_circuitlasso.evaluate.interventions import Ablation, intervention
 from tl_circuitlasso.evaluate.metrics import Metric
-from tl_circuitlasso.evaluate.minimal import live_rows, without_each
+from tl_circuitlasso.evaluate.minimal import Without, live_rows, without_each
 from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.sharing import Ranks, as_ranks
 
 
 def confirm(
@@ -31,6 +32,7 @@ def confirm(
     *,
     tolerance: int | float = 0.01,
     seed: int = 0,
+    process_group: Any = None,
     **options: Any,
 ) -> AttributionGraph:
     """The graph with each kept edge's measured effect, less the edges that have none.
@@ -48,7 +50,8 @@ def confirm(
 
     Parameters
     ----------
-    tolerance: a share of m(model) - m(ablated), 0 or more. Other arguments as in `faithfulness`.
+    tolerance: a share of m(model) - m(ablated), 0 or more. process_group: as in `circuit_lasso`; the processes share
+        the edges, and each gets the whole graph. Other arguments as in `faithfulness`.
 
     Raises
     ------
@@ -56,10 +59,13 @@ def confirm(
     """
     if not tolerance >= 0:
         raise InputError(f"`tolerance` is {tolerance!r}: give a share of the metric's range, 0 or more")
-    setup = intervention(model, clean, corrupted, metric, ablation, **options)
-    layout = check_graph(graph, setup.adapter)
-    rows = live_rows(graph, layout, kept_matrix(graph, layout))
-    found = without_each(setup, graph, layout, layout.mask()[None], rows)
+    ranks = as_ranks(process_group)
+    with ranks.together():
+        setup = intervention(model, clean, corrupted, metric, ablation, **options)
+        layout = check_graph(graph, setup.adapter)
+        rows = live_rows(graph, layout, kept_matrix(graph, layout))
+        own = without_each(setup, graph, layout, layout.mask()[None], rows[ranks.rank :: ranks.size])
+    found = _everyones(own, len(rows), ranks)
     effects = found.base - found.values
     intervals = torch.tensor(mean_interval(effects, seed), dtype=torch.float64)
     smallest = tolerance * abs(float((found.model - found.ablated).mean()))
@@ -81,6 +87,19 @@ def confirm(
         extras={**graph.extras, "measured": _column(graph, rows, torch.ones(len(rows), dtype=torch.float64)), **extras},
         provenance={**graph.provenance, "confirm": report},
     )
+
+
+def _everyones(own: Without, rows: int, ranks: Ranks) -> Without:
+    """The edges of all processes, dealt out in turn; each has run the model and the ablated model for itself."""
+    if ranks.size == 1:
+        return own
+    parts = ranks.gather({name: getattr(own, name) for name in ("model", "ablated", "base", "values")})
+    values = own.values.new_zeros(rows, own.values.shape[1])
+    for rank, part in enumerate(parts):
+        values[rank :: ranks.size] = part["values"]
+    passes = float(ranks.sum(torch.tensor(own.forward_passes, dtype=torch.float64)))
+    first = parts[0]
+    return Without(first["model"], first["ablated"], first["base"], values, passes)
 
 
 def _column(graph: AttributionGraph, rows: list[int], values: Float[Tensor, " row"]) -> Float[Tensor, " edge"]:

@@ -135,7 +135,7 @@ def without_each(
 ) -> Without:
     """The circuit `kept`, and the same without each edge of `rows`."""
     cells, parts = edge_cells(graph, layout), []
-    for first in range(0, len(rows), TOGETHER):
+    for first in range(0, max(len(rows), 1), TOGETHER):
         some = rows[first : first + TOGETHER]
         circuits = kept.repeat(1 + len(some), 1, 1)
         for number, row in enumerate(some, 1):

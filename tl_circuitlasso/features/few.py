@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -16,58 +17,81 @@ from tl_circuitlasso.features.fit import (
     dense_samples,
     deviation,
     held_out_deviance,
-    held_out_r2,
     nonzeros,
     regressed,
+    with_held_out,
 )
 from tl_circuitlasso.features.regression import FIXED, Rule, default_strength, sound
 from tl_circuitlasso.features.samples import PairData
+from tl_circuitlasso.features.shared import everyones, first_of, gathered, share_of
 from tl_circuitlasso.models.memory import free_bytes, in_words
+from tl_circuitlasso.sharing import ALONE, Ranks
 from tl_circuitlasso.targets import Labels
 
 CLASS_STRENGTH = 0.05  # of lambda_max, for class labels where a rule is asked for
 BLOCK = 512  # children regressed at once
 
 
-def regress_samples(pair: PairData, rule: Rule, *, memory: int | None = None) -> Regressed:
+def regress_samples(pair: PairData, rule: Rule, *, memory: int | None = None, ranks: Ranks = ALONE) -> Regressed:
     """`regress_pair` by residuals: memory grows with samples times columns, not with columns squared.
+
+    Of several processes each gets the samples of all, and solves its share of the children.
 
     Raises
     ------
     InputError: a strength that needs the Gram, or more than fits in memory.
     """
     clock = time.perf_counter()
-    if rule.folds or rule.chosen is not None:
-        raise InputError(
-            f"`strength` {rule.strength!r} (penalty {rule.penalty!r}, {rule.draws} `draws`) needs more than half as "
-            f"many samples ({pair.count(held=False)}) as columns ({pair.sources}): give more tokens or a lower "
-            "`max_features`, or let `strength` be a number"
-        )
-    x, y, units = _standardised(pair, memory)
-    counted = time.perf_counter()
-    entries = x.shape[1] * y.shape[1]
-    found = [_solve(x, y[:, start : start + BLOCK], rule, entries) for start in range(0, y.shape[1], BLOCK)]
+    pair = gathered(pair, ranks)
+    mine = share_of(len(pair.child_features), ranks)
+    with ranks.together():
+        if rule.folds or rule.chosen is not None:
+            raise InputError(
+                f"`strength` {rule.strength!r} (penalty {rule.penalty!r}, {rule.draws} `draws`) needs more than half "
+                f"as many samples ({pair.count(held=False)}) as columns ({pair.sources}): give more tokens or a lower "
+                "`max_features`, or let `strength` be a number"
+            )
+        x, y, units = _standardised(pair, memory)
+        counted = time.perf_counter()
+        found = _regressed(x, y[:, mine], units.of(mine), rule, x.shape[1] * y.shape[1])
+    found = everyones(found, mine, ranks)
+    seconds = {"statistics": counted - clock, "solve": time.perf_counter() - counted}
+    return with_held_out(replace(found, seconds=seconds), pair, units)
+
+
+def _regressed(
+    x: Float[Tensor, "sample source"], y: Float[Tensor, "sample target"], units: Units, rule: Rule, entries: int
+) -> Regressed:
+    """The targets in `y`, some at once; `entries` are the coefficients that the whole regression could have."""
+    found = [_solve(x, some, rule, entries) for some in y.split(BLOCK, 1)]
     solution = _joined([one for one, _ in found])
     refit = torch.cat([fitted for _, fitted in found], 1)
     source, target = nonzeros(solution.value)
     lasso = solution.value[source, target]
     coefficients = Entries(source, target, lasso, sound(refit[source, target], lasso, target))
-    solved = time.perf_counter()
-    held_out = held_out_r2(pair, coefficients.matrix(units), units)
-    seconds = {"statistics": counted - clock, "solve": solved - counted, "held out": time.perf_counter() - solved}
-    return regressed(coefficients, units, solution, held_out, stability=None, samples=len(x), seconds=seconds)
+    return regressed(coefficients, units, solution, stability=None, samples=len(x), seconds={})
 
 
-def classify_pair(pair: PairData, rule: Rule, target: Labels, *, memory: int | None = None) -> Regressed:
+def classify_pair(
+    pair: PairData, rule: Rule, target: Labels, *, memory: int | None = None, ranks: Ranks = ALONE
+) -> Regressed:
     """Class labels on the parent's features by sparse (multinomial) logistic regression with a certificate.
 
     One column of coefficients for two classes (of class 1), one per class for more. In place of R^2 stands the share of
-    the held-out cross-entropy of guessing that the features remove.
+    the held-out cross-entropy of guessing that the features remove. Of several processes each gets the samples of all
+    and solves the whole of it.
 
     Raises
     ------
     InputError: one class only among the samples, or more than fits in memory.
     """
+    pair = gathered(pair, ranks)
+    with ranks.together():
+        found = _classified(pair, rule, target, memory)
+    return replace(found, **(first_of(found, ranks) or found).tensors())
+
+
+def _classified(pair: PairData, rule: Rule, target: Labels, memory: int | None) -> Regressed:
     clock = time.perf_counter()
     x, y, units = _standardised(pair, memory)
     labels = (y[:, 0] * units.target[0].nan_to_num(posinf=0.0) + units.target_mean[0]).round().long()
@@ -89,9 +113,9 @@ def classify_pair(pair: PairData, rule: Rule, target: Labels, *, memory: int | N
     overall = held_out_deviance(pair, value, units.source_mean, solution.stats["intercept"], labels)
     source, place = nonzeros(solution.value)
     entries = Entries(source, place, solution.value[source, place], solution.value[source, place])
-    held_out = (torch.full((columns,), overall, dtype=torch.float64), overall)
     seconds = {"statistics": counted - clock, "solve": solved - counted, "held out": time.perf_counter() - solved}
-    return regressed(entries, units, solution, held_out, stability=None, samples=len(x), seconds=seconds)
+    found = regressed(entries, units, solution, stability=None, samples=len(x), seconds=seconds)
+    return replace(found, r2=torch.full_like(found.r2, overall), overall=overall)
 
 
 def _standardised(

@@ -1,8 +1,10 @@
 """What comes out of one pair's regression: nonzero coefficients in the caller's units, and R^2 on held-out prompts."""
 
 import math
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import scipy.sparse
@@ -12,7 +14,10 @@ from torch import Tensor
 
 from tl_circuitlasso import solve
 from tl_circuitlasso.features.samples import PairData, Part
+from tl_circuitlasso.sharing import ALONE, Ranks
 
+PER_EDGE = ("source", "target", "weight", "effect", "lasso", "score", "stability")
+PER_TARGET = ("strength", "gap", "iterations", "converged", "spread", "r2")
 LEAST = 1e-12  # of the largest: a column of less variance is constant
 
 
@@ -23,7 +28,8 @@ class Regressed:
     Attributes
     ----------
     source: the column of [copies x feature, error directions]; target: the child's kept feature (or target column).
-    weight: unshrunk, in units of child code per parent code; lasso: the certified value; score: weight in standard
+    weight: unshrunk, in units of child code per parent code; lasso: the certified value; effect: what the child's code
+        does per unit of the parent's, NaN where it isn't known; score: the effect (else the weight) in standard
         deviations of both; stability: the share of half-samples with the edge, NaN where nobody asked.
     strength, gap, iterations, converged: by child; strength as a fraction of lambda_max.
     spread: each child's standard deviation. r2: by child, on held-out prompts, NaN where none are held out or the child
@@ -33,6 +39,7 @@ class Regressed:
     source: Int[Tensor, " edge"]
     target: Int[Tensor, " edge"]
     weight: Float[Tensor, " edge"]
+    effect: Float[Tensor, " edge"]
     lasso: Float[Tensor, " edge"]
     score: Float[Tensor, " edge"]
     stability: Float[Tensor, " edge"]
@@ -46,6 +53,26 @@ class Regressed:
     samples: int
     seconds: Mapping[str, float]
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What is of edges and of children."""
+        return {name: getattr(self, name) for name in (*PER_EDGE, *PER_TARGET)}
+
+    def plain(self) -> dict[str, Any]:
+        """The rest, as plain data."""
+        overall = None if math.isnan(self.overall) else self.overall
+        return {"overall": overall, "samples": self.samples, "seconds": dict(self.seconds)}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> "Regressed":
+        """From `tensors()` and `plain()`."""
+        overall = math.nan if plain["overall"] is None else plain["overall"]
+        return cls(**tensors, overall=overall, samples=plain["samples"], seconds=plain["seconds"])
+
+    def matrix(self, units: "Units") -> scipy.sparse.csr_matrix:
+        """The weights (source, target)."""
+        places = (self.source.numpy(), self.target.numpy())
+        return scipy.sparse.csr_matrix((self.weight.numpy(), places), (len(units.source), len(units.target)))
+
 
 @dataclass(frozen=True, eq=False)
 class Units:
@@ -55,6 +82,10 @@ class Units:
     target: Float[Tensor, " target"]
     source_mean: Float[Tensor, " source"]
     target_mean: Float[Tensor, " target"]
+
+    def of(self, mine: Int[Tensor, " mine"]) -> "Units":
+        """Those of some targets."""
+        return Units(self.source, self.target[mine], self.source_mean, self.target_mean[mine])
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,12 +100,6 @@ class Entries:
     def weight(self, units: Units) -> Float[Tensor, " edge"]:
         """The refitted coefficients in the caller's units."""
         return in_units(self.refit, self, units)
-
-    def matrix(self, units: Units) -> scipy.sparse.csr_matrix:
-        """The refitted coefficients in the caller's units, (source, target)."""
-        shape = (len(units.source), len(units.target))
-        places = (self.source.numpy(), self.target.numpy())
-        return scipy.sparse.csr_matrix((self.weight(units).numpy(), places), shape)
 
 
 def in_units(value: Float[Tensor, " edge"], entries: Entries, units: Units) -> Float[Tensor, " edge"]:
@@ -99,19 +124,19 @@ def regressed(
     entries: Entries,
     units: Units,
     solution: solve.Solution,
-    held_out: tuple[Float[Tensor, " target"], float],
     *,
     stability: Float[Tensor, "source target"] | None,
     samples: int,
     seconds: Mapping[str, float],
 ) -> Regressed:
-    """Everything in its place."""
+    """Everything in its place, but for R^2, which is NaN yet."""
     nothing = torch.full((len(entries.source),), math.nan, dtype=torch.float64)
     targets = len(solution.gap)
     return Regressed(
         source=entries.source,
         target=entries.target,
         weight=entries.weight(units),
+        effect=nothing,
         lasso=in_units(entries.lasso, entries, units),
         score=entries.refit,
         stability=nothing if stability is None else stability.cpu().double()[entries.source, entries.target],
@@ -120,8 +145,8 @@ def regressed(
         iterations=torch.as_tensor(solution.stats["iterations"]).cpu().expand(targets),
         converged=solution.converged.cpu(),
         spread=torch.where(units.target.isfinite(), units.target, 0.0),
-        r2=held_out[0],
-        overall=held_out[1],
+        r2=torch.full((targets,), math.nan, dtype=torch.float64),
+        overall=math.nan,
         samples=samples,
         seconds=seconds,
     )
@@ -134,10 +159,20 @@ def _fraction(solution: solve.Solution) -> Float[Tensor, " target"]:
     return torch.where(limit > 0, level / limit.clamp(min=1e-300), 1.0)
 
 
-def held_out_r2(
-    pair: PairData, weight: scipy.sparse.csr_matrix, units: Units
-) -> tuple[Float[Tensor, " target"], float]:
-    """1 - squared error / squared distance from the training mean, by child and over all, on the held-out prompts.
+def with_held_out(found: Regressed, pair: PairData, units: Units, ranks: Ranks = ALONE) -> Regressed:
+    """With its R^2 on the held-out prompts, those of all processes, and the time that they took."""
+    clock = time.perf_counter()
+    with ranks.together():
+        wrong, total = held_out_errors(pair, found.matrix(units), units)
+    wrong, total = ranks.sum(torch.from_numpy(np.stack([wrong, total]))).numpy()
+    varies = np.isfinite(units.target.numpy()) & (total > 0)
+    r2 = torch.from_numpy(np.where(varies, 1 - wrong / np.where(total > 0, total, 1), np.nan))
+    overall = float(1 - wrong[varies].sum() / total[varies].sum()) if varies.any() else math.nan
+    return replace(found, r2=r2, overall=overall, seconds={**found.seconds, "held out": time.perf_counter() - clock})
+
+
+def held_out_errors(pair: PairData, weight: scipy.sparse.csr_matrix, units: Units) -> tuple[np.ndarray, np.ndarray]:
+    """Each child's squared error and squared distance from the training mean, over the held-out prompts.
 
     With d = y - z A sparse and c = [e, 1] B what the error directions and the intercept add,
     |d - c|^2 = |d|^2 - 2 <d, c> + |c|^2, and none of the three needs anything dense of (sample, target).
@@ -157,10 +192,7 @@ def held_out_r2(
             + (rest * (aside.T @ aside @ rest)).sum(0)
         )
         total += _squares(child, len(mean)) - 2 * mean * _sums(child, len(mean)) + len(part.prompt) * mean**2
-    varies = np.isfinite(units.target.numpy()) & (total > 0)
-    r2 = np.where(varies, 1 - wrong / np.where(total > 0, total, 1), np.nan)
-    overall = 1 - wrong[varies].sum() / total[varies].sum() if varies.any() else math.nan
-    return torch.from_numpy(r2), float(overall)
+    return wrong, total
 
 
 def held_out_deviance(

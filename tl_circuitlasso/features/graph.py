@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_circuitlasso.features.effects import is_clear
 from tl_circuitlasso.features.fit import Regressed
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models import readout
@@ -36,7 +37,7 @@ class _Edges:
     target: Int[Tensor, " edge"]
     port: Int[Tensor, " edge"]
     head: Float[Tensor, " edge"]
-    columns: dict[str, Float[Tensor, " edge"]]  # weight, lasso, score, stability
+    columns: dict[str, Float[Tensor, " edge"]]  # weight, regression, lasso, score, stability; clear: 1 or 0
 
 
 def feature_graph(
@@ -49,7 +50,11 @@ def feature_graph(
     examples: Mapping[str, Examples],
     found: Mapping[tuple[str, str], Regressed],
 ) -> AttributionGraph:
-    """The graph: one row per nonzero coefficient, kept features and error terms as nodes, the target last."""
+    """The graph: one row per nonzero coefficient, kept features and error terms as nodes, the target last.
+
+    An edge's weight is its effect where that is known, else its regression coefficient; where effects are known, the
+    coefficients are the column "regression", and edges whose effect is too small aren't kept.
+    """
     index = feature_index(collected, target, alive, has_errors=basis.error)
     parts = [_edges(index, pair, one, collected, adapter, alive, basis) for pair, one in found.items()]
     source, target_end, port, head = (
@@ -57,6 +62,8 @@ def feature_graph(
     )
     columns = {name: torch.cat([part.columns[name] for part in parts]) for name in parts[0].columns}
     extras = {"lasso": columns["lasso"], "persistence": _persistence(index, collected, source, target_end)}
+    if any(bool(one.effect.isfinite().any()) for one in found.values()):
+        extras["regression"] = columns["regression"]
     if bool(columns["stability"].isfinite().any()):
         extras["stability"] = columns["stability"].nan_to_num(0.0)
     if basis.mixing == "heads":
@@ -68,7 +75,7 @@ def feature_graph(
         port=port,
         score=columns["score"],
         weight=columns["weight"],
-        kept=columns["weight"] != 0,
+        kept=(columns["weight"] != 0) & (columns["clear"] > 0),
         extras=extras,
         certificates=tuple(row for pair, one in found.items() for row in _certificates(index, pair, one, alive)),
         node_info=node_info(adapter, collected, basis, firing, alive, examples),
@@ -117,9 +124,26 @@ def _edges(
     port = torch.where(~is_error & (copy > 0), PORTS.index("v"), 0)
     head = torch.where(~is_error & (copy > 0) & (basis.mixing == "heads"), copy - 1, -1).double()
     score = one.score * _share(one.spread)[one.target] if single else one.score
-    columns = {"weight": one.weight, "lasso": one.lasso, "score": score, "stability": one.stability}
+    columns = {
+        "weight": torch.where(one.effect.isnan(), one.weight, one.effect),
+        "regression": one.weight,
+        "lasso": one.lasso,
+        "score": score,
+        "stability": one.stability,
+        "clear": clear_edges(one, pair, collected, alive).double(),
+    }
     summed = is_error | (single & (len(one.gap) > 1))
     return _merged(_Edges(source, target, port, head, columns), summed, len(index))
+
+
+def clear_edges(
+    one: Regressed, pair: tuple[str, str], collected: CollectedCodes, alive: Mapping[str, Alive]
+) -> Bool[Tensor, " edge"]:
+    """Which of a pair's coefficients are edges whose effect can be told from none."""
+    if pair[1] == TARGET:
+        return torch.ones_like(one.source, dtype=torch.bool)
+    lengths = [collected.encoders[hook].written.norm(dim=1).double().cpu()[alive[hook].features] for hook in pair]
+    return is_clear(one, lengths[0], lengths[1])
 
 
 def _share(spread: Float[Tensor, " target"]) -> Float[Tensor, " target"]:
@@ -143,7 +167,8 @@ def _merged(edges: _Edges, summed: Tensor, nodes: int) -> _Edges:
     for name, values in edges.columns.items():
         norm = torch.zeros(len(unique), dtype=values.dtype).index_add(0, place, values.square()).sqrt()
         strongest = values[row]
-        columns[name] = torch.where(summed[row] & (count > 1) & (name != "stability"), norm, strongest)
+        shared = summed[row] & (count > 1) & (name not in ("stability", "clear"))
+        columns[name] = torch.where(shared, norm, strongest)
     source, target, port, head = (getattr(edges, name)[row] for name in ("source", "target", "port", "head"))
     return _Edges(source, target, port, head, columns)
 

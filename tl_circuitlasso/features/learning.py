@@ -16,33 +16,34 @@ import logging
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_circuitlasso import storage
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.features.few import classify_pair, regress_samples
 from tl_circuitlasso.features.fit import Regressed
-from tl_circuitlasso.features.graph import feature_graph
-from tl_circuitlasso.features.read import direct_reads
+from tl_circuitlasso.features.graph import clear_edges, feature_graph
+from tl_circuitlasso.features.read import pair_reads
 from tl_circuitlasso.features.regression import Rule, regress_pair
-from tl_circuitlasso.features.samples import PairData, columns_of
+from tl_circuitlasso.features.samples import Gate, PairData, columns_of
+from tl_circuitlasso.features.shared import count_of_all, first_of
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.feature_collect import TARGET, CollectedCodes, collect_codes
 from tl_circuitlasso.models.feature_survey import Alive, Firing, choose_alive, strongest, survey
 from tl_circuitlasso.models.sae import SAEFeatures
 from tl_circuitlasso.models.tokens import Prompts
+from tl_circuitlasso.sharing import ALONE, Ranks
 from tl_circuitlasso.targets import Labels, Target
 
 log = logging.getLogger(__name__)
 
-PAIR_KIND, PAIR_VERSION = "feature pair", 1
+PAIR_KIND, PAIR_VERSION = "feature pair", 2
 LEAST_PROMPTS = 20  # with fewer, none is held out
 
 
@@ -56,12 +57,15 @@ class FeatureSetup:
     device: torch.device | str = "cpu"
     checkpoint: Path | None = None
     progress: bool = True
+    ranks: Ranks = ALONE
 
 
 def learn_features(
     adapter: Adapter, prompts: Prompts, basis: SAEFeatures, setup: FeatureSetup
 ) -> tuple[AttributionGraph, CollectedCodes]:
     """The sparse circuit among the features of `basis`, pair by pair, and what it was made from.
+
+    The processes of `setup.ranks` share the prompts, and each pair's children; all get the same graph.
 
     Raises
     ------
@@ -76,22 +80,26 @@ def learn_features(
         last=setup.last,
         checkpoint=setup.checkpoint,
         progress=setup.progress,
+        ranks=setup.ranks,
     )
     clock = time.perf_counter()
-    firing = survey(collected.store, {hook: encoder.features for hook, encoder in collected.encoders.items()})
+    widths = {hook: encoder.features for hook, encoder in collected.encoders.items()}
+    firing = survey(collected.store, widths, setup.ranks)
     alive = {
         hook: choose_alive(hook, firing[hook], encoder.decoder, basis) for hook, encoder in collected.encoders.items()
     }
     surveyed = time.perf_counter()
     found = _regress_all(adapter, collected, basis, setup, alive)
     regressed = time.perf_counter()
-    examples = strongest(collected.store, {hook: some.features for hook, some in alive.items()})
+    examples = strongest(collected.store, {hook: some.features for hook, some in alive.items()}, setup.ranks)
     graph = feature_graph(adapter, collected, basis, setup.target, firing, alive, examples, found)
     seconds = {
-        "forward and encoding": collected.seconds,
+        "forward and encoding": collected.seconds - collected.reads.seconds,
+        "reads": collected.reads.seconds,
         "survey": surveyed - clock,
         "statistics": sum(one.seconds["statistics"] for one in found.values()),
         "solve": sum(one.seconds["solve"] for one in found.values()),
+        "effects": sum(one.seconds.get("effects", 0.0) for one in found.values()),
         "held out": sum(one.seconds["held out"] for one in found.values()),
         "pairs": regressed - surveyed,
         "node info": time.perf_counter() - regressed,
@@ -102,36 +110,36 @@ def learn_features(
 def _regress_all(
     adapter: Adapter, collected: CollectedCodes, basis: SAEFeatures, setup: FeatureSetup, alive: Mapping[str, Alive]
 ) -> dict[tuple[str, str], Regressed]:
-    """Every pair's regression: from the checkpoint where it is done, else solved and written there."""
+    """Every pair's regression: from the checkpoint of process 0 where it is done, else solved and written there."""
     found: dict[tuple[str, str], Regressed] = {}
-    off = None if setup.progress else True
+    off = None if setup.progress and setup.ranks.rank == 0 else True
     with tqdm(collected.pairs, desc="regress", unit="pair", disable=off) as bar:
         for number, pair in enumerate(bar):
             bar.set_postfix_str(" -> ".join(pair), refresh=False)
             data = _pair_data(adapter, collected, basis, setup, alive, pair)
             path = None if setup.checkpoint is None else setup.checkpoint / f"pair-{number:04d}.safetensors"
             identity = _pair_identity(collected, data, setup)
-            done = None if path is None else _read_pair(path, identity)
+            done = None if path is None else _stored(path, identity, setup.ranks)
             if done is None:
                 done = _regress(data, basis, setup, pair)
                 if path is not None:
-                    _write_pair(path, done, identity)
+                    _store(path, done, identity, setup.ranks)
             found[pair] = done
     return found
 
 
 def _regress(data: PairData, basis: SAEFeatures, setup: FeatureSetup, pair: tuple[str, str]) -> Regressed:
-    samples = data.count(held=False)
+    samples = count_of_all(data, setup.ranks, held=False)
     if samples < 2:
         raise InputError(
             f"`tokens` give {samples} sample(s) for {' -> '.join(pair)}: a regression needs at least two, and "
             "thousands to be of use"
         )
     if pair[1] == TARGET and isinstance(setup.target, Labels):
-        return classify_pair(data, setup.rule, setup.target, memory=basis.memory)
+        return classify_pair(data, setup.rule, setup.target, memory=basis.memory, ranks=setup.ranks)
     if data.sources > 2 * samples:
-        return regress_samples(data, setup.rule, memory=basis.memory)
-    return regress_pair(data, setup.rule, device=setup.device, memory=basis.memory)
+        return regress_samples(data, setup.rule, memory=basis.memory, ranks=setup.ranks)
+    return regress_pair(data, setup.rule, device=setup.device, memory=basis.memory, ranks=setup.ranks)
 
 
 def _pair_data(
@@ -144,25 +152,24 @@ def _pair_data(
 ) -> PairData:
     parent, child = pair
     heads = adapter.shape.n_heads if basis.mixing == "heads" else None
-    columns = 0
-    if child == TARGET:
-        columns = next(iter(collected.store)).target.shape[1]
-    errors = next(iter(collected.store)).errors
-    reads = None
+    reads, gate = None, Gate(torch.zeros(collected.target_columns))
+    if child != TARGET:
+        encoder = collected.encoders[child]
+        gate = Gate(encoder.thresholds[alive[child].features], encoder.keeps_top)
     if basis.penalty == "read" and child != TARGET:
-        ends = (collected.encoders[parent], collected.encoders[child])
-        reads = direct_reads(*ends, alive[parent].features, alive[child].features)
+        reads = pair_reads(collected.reads, parent, child, alive[parent].features, alive[child].features)
     return PairData(
         store=collected.store,
         parent=parent,
         child=None if child == TARGET else child,
         columns=columns_of(parent, collected.routes[pair], heads),
         features=alive[parent].features,
-        child_features=torch.arange(columns) if child == TARGET else alive[child].features,
-        errors=errors[parent].shape[1] if parent in errors else 0,
+        child_features=torch.arange(collected.target_columns) if child == TARGET else alive[child].features,
+        errors=collected.errors.get(parent, 0),
         pooled=basis.mixing == "pooled",
         held_out=basis.held_out if collected.prompts >= LEAST_PROMPTS else 0.0,
         reads=reads,
+        gate=gate,
     )
 
 
@@ -175,7 +182,7 @@ def _pair_identity(collected: CollectedCodes, data: PairData, setup: FeatureSetu
     for part in (data.features, data.child_features):
         digest.update(part.numpy().tobytes())
     return {
-        "origin": collected.store.origin,
+        "origin": collected.origin,
         "pair": [data.parent, data.child or TARGET],
         "features": digest.hexdigest(),
         "rule": json.loads(json.dumps(vars(setup.rule))),
@@ -185,30 +192,29 @@ def _pair_identity(collected: CollectedCodes, data: PairData, setup: FeatureSetu
     }
 
 
-def _write_pair(path: Path, done: Regressed, identity: Mapping[str, Any]) -> None:
-    values = {field.name: getattr(done, field.name) for field in fields(done)}
-    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
-    plain = {"overall": done.overall if done.overall == done.overall else None, "samples": done.samples}
-    data = {
-        "kind": PAIR_KIND,
-        "version": PAIR_VERSION,
-        "identity": dict(identity),
-        "seconds": dict(done.seconds),
-        **plain,
-    }
-    storage.write_tensors(path, tensors, data)
+def _store(path: Path, done: Regressed, identity: Mapping[str, Any], ranks: Ranks) -> None:
+    """Write a finished pair: process 0 does it."""
+    with ranks.together():
+        if ranks.rank == 0:
+            data = {"kind": PAIR_KIND, "version": PAIR_VERSION, "identity": dict(identity), **done.plain()}
+            storage.write_tensors(path, done.tensors(), data)
+
+
+def _stored(path: Path, identity: Mapping[str, Any], ranks: Ranks) -> Regressed | None:
+    """A finished pair of this very regression that process 0 finds, or None."""
+    with ranks.together():
+        own = _read_pair(path, identity) if ranks.rank == 0 else None
+    return first_of(own, ranks)
 
 
 def _read_pair(path: Path, identity: Mapping[str, Any]) -> Regressed | None:
-    """A finished pair of this very regression, or None."""
     if not path.exists():
         return None
     tensors, data = storage.read_tensors(path, PAIR_KIND)
     if data.get("identity") != identity or data.get("version") != PAIR_VERSION:
         log.info("%s belongs to another regression and is made again", path)
         return None
-    overall = float("nan") if data["overall"] is None else data["overall"]
-    return Regressed(**tensors, overall=overall, samples=data["samples"], seconds=data["seconds"])
+    return Regressed.of(tensors, data)
 
 
 # ---- what happened --------------------------------------------------------------------------------------------------
@@ -224,13 +230,15 @@ def _with_record(
 ) -> AttributionGraph:
     """The graph with the figures of every pair: edges, held-out R^2, strength, seconds."""
     record = {
-        "samples": collected.store.samples,
-        "chunks_on_disk": collected.store.on_disk,
+        "samples": collected.samples,
+        "chunks_on_disk": collected.chunks_on_disk,
         "seconds": dict(seconds),
         "left_out": {hook: dict(some.left_out) for hook, some in alive.items()},
         "alive": {hook: len(some.features) for hook, some in alive.items()},
         "active_per_sample": {hook: float(one.count.sum() / max(one.samples, 1)) for hook, one in firing.items()},
-        "pairs": [_figures(pair, one) for pair, one in found.items()],
+        "pairs": [
+            _figures(pair, one, int(clear_edges(one, pair, collected, alive).sum())) for pair, one in found.items()
+        ],
         "candidates": {
             f"{parent}->{child}": len(alive[parent].features) * (len(alive[child].features) if child in alive else 1)
             for parent, child in found
@@ -239,14 +247,16 @@ def _with_record(
     return replace(graph, provenance=record)
 
 
-def _figures(pair: tuple[str, str], one: Regressed) -> dict[str, Any]:
+def _figures(pair: tuple[str, str], one: Regressed, edges: int) -> dict[str, Any]:
+    """What is told of a pair; `edges` are those that are clear, of all nonzero coefficients."""
     explained = one.r2[~one.r2.isnan()]
     return {
         "source": pair[0],
         "target": pair[1],
         "samples": one.samples,
-        "edges": len(one.source),
-        "edges_per_target": len(one.source) / max(len(one.gap), 1),
+        "edges": edges,
+        "edges_per_target": edges / max(len(one.gap), 1),
+        "coefficients": len(one.source),
         "held_out_r2": None if math.isnan(one.overall) else one.overall,
         "median_held_out_r2": float(explained.median()) if len(explained) else None,
         "strength": float(one.strength.median()),

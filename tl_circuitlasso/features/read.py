@@ -1,17 +1,17 @@
 """Penalty "read": the Lasso between SAE features, told what the weights know.
 
-Through the residual stream, feature i of an earlier hook adds z_i D_ij to the pre-activation of feature j of a later
-one, D_ij = d_i . e_j (decoder direction of i, encoder direction of j). As in the design `read`, each such contribution
-gets one non-negative coefficient a_ij, which is a Lasso on A_ij = a_ij D_ij:
+Feature i of an earlier hook adds z_i D_ij to the pre-activation of feature j of a later one, D_ij = r_i . e_j, where
+e_j is the encoder direction of j and r_i what the MLPs in between have made of the decoder direction of i, on average
+where i fires (`models.feature_reads`). As in the design `read`, each such contribution gets one non-negative
+coefficient a_ij, which is a Lasso on A_ij = a_ij D_ij:
 
     min_A  1/(2M) ||Y - Z A||^2 + sum_j lambda_j sum_i |A_ij| / |D_ij|,       A_ij D_ij >= 0
 
 A parent that the child hardly reads is dear, and none can act against the direction in which it is read. |D_ij| counts
-as at least `FLOOR` of the child's largest, because layers in between read as well. The sign rule is kept by forbidding
+as at least `FLOOR` of the child's largest, because attention reads as well. The sign rule is kept by forbidding
 the entries that break it and solving again, which ends after a few rounds. The certificate is that of the last solve.
 """
 
-import re
 from dataclasses import replace
 
 import torch
@@ -20,35 +20,33 @@ from torch import Tensor
 
 from tl_circuitlasso import solve
 from tl_circuitlasso.features.fit import Entries
-from tl_circuitlasso.models.encoder import Encoder
-from tl_circuitlasso.models.hook_order import writes_to_stream
+from tl_circuitlasso.models.feature_reads import Reads
+from tl_circuitlasso.models.hook_order import reads_stream, writes_to_stream
 
 FLOOR = 0.05
 ROUNDS = 5
-_READS_STREAM = re.compile(r"hook_resid_(pre|mid|post)\Z")
 
 
-def direct_reads(
-    parent: Encoder,
-    child: Encoder,
+def pair_reads(
+    reads: Reads,
+    parent: str,
+    child: str,
     features: Int[Tensor, " source"],
     child_features: Int[Tensor, " target"],
 ) -> Float[Tensor, "source target"] | None:
-    """D_ij = d_i . e_j, `floored`, or None where the residual stream doesn't lead from the one to the other.
+    """D_ij = r_i . e_j, or None where the residual stream doesn't lead from the one to the other.
 
     That is where the parent doesn't write to the stream, the child's SAE doesn't read it, or has no encoder matrix
     `W_enc` of (width, feature).
     """
-    encoder = getattr(child.sae, "W_enc", None)
-    if not (writes_to_stream(parent.hook_out) and _READS_STREAM.search(child.hook)):
+    first, last = reads.encoders[parent], reads.encoders[child]
+    encoder = getattr(last.sae, "W_enc", None)
+    if not (writes_to_stream(first.hook_out) and reads_stream(last.hook)):
         return None
-    if not isinstance(encoder, Tensor) or encoder.shape != (parent.width, child.features):
+    if not isinstance(encoder, Tensor) or encoder.shape != (first.width, last.features):
         return None
-    directions = parent.decoder[features.to(parent.decoder.device)]
-    if getattr(getattr(parent.sae, "cfg", None), "rescale_acts_by_decoder_norm", False):
-        directions = directions / directions.norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    columns = encoder.detach()[:, child_features.to(encoder.device)].float()
-    return floored((directions.to(columns) @ columns).double().cpu())
+    columns = encoder.detach()[:, child_features.to(encoder.device)].float().cpu()
+    return (reads.responses(parent, child, features) @ columns).double()
 
 
 def read_lasso(
@@ -68,23 +66,52 @@ def read_lasso(
     [0.5, 0.0]
     """
     reads = reads.to(data.gram)
-    weights = _weights(reads)
-    for _ in range(ROUNDS):
-        solution = solve.lasso(
-            data.gram,
-            data.cross,
-            target_sq_norm=data.target_sq_norm,
-            strength=strength,
-            penalty=solve.L1(weights),
-            tol=tol,
-            check=False,
-        )
-        wrong = solution.value.to(reads) * reads < 0  # never at NaN
-        if not bool(wrong.any()):
-            return solution, solve.L1(weights)
-        weights = weights.masked_fill(wrong, torch.inf)
-    kept = solution.value.masked_fill(wrong.to(solution.value.device), 0.0)
-    return replace(solution, value=kept), solve.L1(weights)
+    weights = read_weights(reads)
+    level = torch.as_tensor(strength, dtype=reads.dtype, device=reads.device).expand(reads.shape[1])
+    solution = _weighted(data, weights, level, tol, None)
+    columns = torch.arange(reads.shape[1], device=reads.device)
+    for number in range(ROUNDS):
+        wrong = solution.value[:, columns] * reads[:, columns] < 0  # never at NaN
+        columns, wrong = columns[wrong.any(0)], wrong[:, wrong.any(0)]
+        if not len(columns):
+            break
+        start = solution.value[:, columns].masked_fill_(wrong, 0.0)
+        if number == ROUNDS - 1:
+            solution.value[:, columns] = start
+            break
+        weights[:, columns] = weights[:, columns].masked_fill_(wrong, torch.inf)
+        some = solve.Moments(data.gram, data.cross[:, columns], data.target_sq_norm[columns], data.count)
+        again = _weighted(some, weights[:, columns], level[columns], tol, start)
+        solution = _with_columns(solution, columns, again)
+    return solution, solve.L1(weights)
+
+
+def _weighted(
+    data: solve.Moments,
+    weights: Float[Tensor, "source target"],
+    level: Float[Tensor, " target"],
+    tol: float,
+    init: Float[Tensor, "source target"] | None,
+) -> solve.Solution:
+    return solve.lasso(
+        data.gram,
+        data.cross,
+        target_sq_norm=data.target_sq_norm,
+        strength=level,
+        penalty=solve.L1(weights),
+        tol=tol,
+        init=init,
+        check=False,
+    )
+
+
+def _with_columns(whole: solve.Solution, columns: Int[Tensor, " some"], part: solve.Solution) -> solve.Solution:
+    """The solution with some targets' columns in place of its own; its tensors are overwritten."""
+    pairs = [(whole.value.T, part.value.T), (whole.gap, part.gap), (whole.converged, part.converged)]
+    pairs += [(whole.stats[name], part.stats[name]) for name in ("strength", "strength_max", "iterations")]
+    for mine, theirs in pairs:
+        mine[columns] = theirs
+    return whole if bool(part.converged.all()) else replace(whole, status=part.status)
 
 
 def keeping_signs(entries: Entries) -> Entries:
@@ -97,7 +124,7 @@ def floored(reads: Float[Tensor, "source target"]) -> Float[Tensor, "source targ
     return torch.copysign(reads.abs().maximum(FLOOR * reads.abs().amax(0)), reads)
 
 
-def _weights(reads: Float[Tensor, "source target"]) -> Float[Tensor, "source target"]:
+def read_weights(reads: Float[Tensor, "source target"]) -> Float[Tensor, "source target"]:
     """1 / |D_ij|, as a fraction of the child's smallest, so that strengths stay in their range; 1 where D is zero."""
     unknown = reads.isnan()
     size = reads.abs().nan_to_num(0.0)

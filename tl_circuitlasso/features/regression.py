@@ -3,16 +3,17 @@
     min_A  1/(2M) ||Y - [Z, E] A||^2 + sum_j lambda_j ||A_j||_1        every column in units of its standard deviation
 
 Z: the parent's codes, E: the leading directions of what its SAE misses, Y: the child's codes or the target. The rule
-behind strength "auto" is lambda_j = max(0.2 lambda_max,j, sqrt(2 log(p q) / M)): a fifth of the strongest pull, and
-never below what the largest of p q correlations reaches by chance (where features fire together often enough for a
-normal law: rare ones reach more). Weights are least squares on the support so found;
-the certificate is that of the Lasso.
+behind strength "auto" is lambda_j = max(0.2 lambda_max,j, sqrt(2 log(p q) / M)): a fifth of the strongest pull (a tenth
+under penalty "read", where what an edge does decides as well, see effects.py), and never below what the largest of p q
+correlations reaches by chance (where features fire together often enough for a normal law: rare ones reach more).
+Weights are least squares on the support so found; the certificate is that of the Lasso.
 """
 
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -20,15 +21,21 @@ from torch import Tensor
 
 from tl_circuitlasso import solve
 from tl_circuitlasso.errors import InputError
-from tl_circuitlasso.features.fit import Entries, Regressed, Units, deviation, held_out_r2, nonzeros, regressed
-from tl_circuitlasso.features.read import in_standard_units, keeping_signs, read_lasso
+from tl_circuitlasso.features.effects import with_effects
+from tl_circuitlasso.features.fit import Entries, Regressed, Units, deviation, nonzeros, regressed, with_held_out
+from tl_circuitlasso.features.read import floored, in_standard_units, keeping_signs, read_lasso, read_weights
 from tl_circuitlasso.features.samples import FOLDS, PairData, to_torch
+from tl_circuitlasso.features.shared import everyones, share_of
 from tl_circuitlasso.models.memory import free_bytes, in_words
+from tl_circuitlasso.sharing import ALONE, Ranks
 
 FIXED = 0.2  # of lambda_max
+FIXED_READ = 0.1  # the same under penalty "read"
 STABLE = 0.8  # share of half-samples that must have an edge at strength "stability"
 DRAWS = 20
 PATH = 60  # matrices of coefficients in memory while a strength is chosen: two paths of 20, and a stack of one
+TILES = 1 << 28  # entries of the Gram that the solver may keep in another order beside it
+READ = 8  # matrices of coefficients beside them for penalty "read": what is read, in both units, weights and signs
 COLLINEAR = 10.0  # standardised least-squares weights beyond this come from parents that are all but copies
 
 
@@ -52,62 +59,115 @@ class Rule:
         """The solver's rule that chooses a strength along a path, if that's how it is chosen."""
         if self.strength == "ebic" and self.penalty == "adaptive":
             return "adaptive"
-        return str(self.strength) if self.strength in ("ebic", "cv") else None
+        return str(self.strength) if self.strength in ("ebic", "mcp", "cv") else None
 
 
 def regress_pair(
-    pair: PairData, rule: Rule, *, device: torch.device | str = "cpu", memory: int | None = None
+    pair: PairData,
+    rule: Rule,
+    *,
+    device: torch.device | str = "cpu",
+    memory: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> Regressed:
     """The certified sparse regression of a child's features on its parent's, through the Gram of the parent's.
+
+    `ranks` are processes with samples of their own: all get the regression over all samples.
 
     Raises
     ------
     InputError: it wouldn't fit in memory: estimated first, and the message says what to reduce.
     """
     clock = time.perf_counter()
-    _check_room(pair, rule, device, memory)
-    sums = _sums(pair, rule, device)
+    with ranks.together():
+        _check_room(pair, rule, device, memory, ranks)
+        sums = _sums(pair, rule, device)
+    for number in range(len(sums)):
+        sums[number] = solve.all_reduce_sums(sums[number], ranks)
+    mine = share_of(len(pair.child_features), ranks)
+    with ranks.together():
+        data, parts, units = _moments(sums, mine)
+        del sums
+        counted = time.perf_counter()
+        found = _regressed(pair, rule, data, parts, units, mine)
+        del data, parts
+    found = everyones(found, mine, ranks)
+    solved = time.perf_counter()
+    found = with_effects(found, pair, units, ranks)
+    seconds = {"statistics": counted - clock, "solve": solved - counted, "effects": time.perf_counter() - solved}
+    return with_held_out(replace(found, seconds=seconds), pair, units, ranks)
+
+
+def _moments(
+    sums: Sequence[solve.PairSums], mine: Int[Tensor, " mine"]
+) -> tuple[solve.Moments, list[solve.Moments], Units]:
+    """What the solver sees of the targets in `mine`, in standard units: over all samples, and in folds if there are."""
     whole = sums[0] if len(sums) == 1 else _added(sums)
-    means, samples = whole.means, whole.count
+    means = whole.means
     data = whole.centred()
     units = Units(
         deviation(data.gram.diagonal()).cpu(), deviation(data.target_sq_norm).cpu(), *(mean.cpu() for mean in means)
     )
-    data = _in_units(data, units)
-    parts = [_in_units(part.centred(means), units) for part in sums if part.count] if rule.folds else []
-    del sums, whole
-    counted = time.perf_counter()
-    reads = None if pair.reads is None else in_standard_units(pair.reads, units.source, units.target)
-    solution, stability = _solve(data, parts, rule, reads)
+    own = units.of(mine)
+    folds = [part.centred(means) for part in sums if part.count] if len(sums) > 1 else []
+    return _in_units(_of(data, mine), own), [_in_units(_of(part, mine), own) for part in folds], units
+
+
+def _of(data: solve.Moments, mine: Int[Tensor, " mine"]) -> solve.Moments:
+    """The moments of some targets."""
+    if len(mine) == data.cross.shape[1]:
+        return data
+    mine = mine.to(data.cross.device)
+    return solve.Moments(data.gram, data.cross[:, mine], data.target_sq_norm[mine], data.count)
+
+
+def _regressed(
+    pair: PairData,
+    rule: Rule,
+    data: solve.Moments,
+    parts: Sequence[solve.Moments],
+    units: Units,
+    mine: Int[Tensor, " mine"],
+) -> Regressed:
+    """The targets in `mine`, each for itself."""
+    own = units.of(mine)
+    reads = None if pair.reads is None else in_standard_units(floored(pair.reads[:, mine]), own.source, own.target)
+    solution, stability = _solve(data, parts, rule, reads, pair.sources * len(pair.child_features))
     entries = _unshrunk(data, solution.value)
     entries = entries if reads is None else keeping_signs(entries)
-    solved = time.perf_counter()
-    held_out = held_out_r2(pair, entries.matrix(units), units)
-    seconds = {"statistics": counted - clock, "solve": solved - counted, "held out": time.perf_counter() - solved}
-    return regressed(entries, units, solution, held_out, stability=stability, samples=int(samples), seconds=seconds)
+    return regressed(entries, own, solution, stability=stability, samples=int(data.count), seconds={})
 
 
-def default_strength(limit: Float[Tensor, " target"], entries: int, samples: int | float) -> Float[Tensor, " target"]:
-    """max(0.2, sqrt(2 log(p q) / M) / lambda_max) per target, at most 1; `limit` is lambda_max in standard units, p q
-    the number of `entries`, sources times targets.
+def default_strength(
+    limit: Float[Tensor, " target"], entries: int, samples: int | float, least: float = FIXED
+) -> Float[Tensor, " target"]:
+    """max(`least`, sqrt(2 log(p q) / M) / lambda_max) per target, at most 1; `limit` is lambda_max in standard units,
+    p q the number of `entries`, sources times targets.
 
     >>> default_strength(torch.tensor([1.0, 0.01]), 1000, 10_000).tolist()
     [0.2..., 1.0]
     """
     noise = math.sqrt(2 * math.log(max(entries, 2)) / samples)
-    return (noise / limit.clamp(min=1e-300)).clamp(min=FIXED, max=1.0)
+    return (noise / limit.clamp(min=1e-300)).clamp(min=least, max=1.0)
 
 
-def needed_bytes(sources: int, targets: int, folds: int = 1, *, along_path: bool = False) -> int:
+def needed_bytes(
+    sources: int, targets: int, folds: int = 1, *, along_path: bool = False, reads: bool = False, processes: int = 1
+) -> int:
     """An estimate of what one pair's sums and solve take at their peak, in bytes; a path keeps every solution on it.
 
-    >>> needed_bytes(4096, 4096) < 2e9
+    Penalty "read" has its `reads` and the weights made of them. Each of several `processes` holds all sums, and solves
+    its share of the targets.
+
+    >>> needed_bytes(4096, 4096) < 3e9
     True
     """
     matrices = sources * sources + sources * targets
     kept = matrices * (2 if folds == 1 else 2 * folds + 2)  # sums and moments, of every fold and of all
-    working = sources * sources + 6 * sources * targets  # scaled or single copies; coefficients, pulls and weights
-    return 8 * (kept + working + (PATH * sources * targets if along_path else 0))
+    solved = sources * -(-targets // processes)
+    tiles = min(sources * sources, TILES)
+    working = sources * sources + tiles + 6 * solved  # scaled or single copies; coefficients, pulls and weights
+    return 8 * (kept + working + (PATH * solved if along_path else 0) + (READ * solved if reads else 0))
 
 
 def _sums(pair: PairData, rule: Rule, device: torch.device | str) -> list[solve.PairSums]:
@@ -148,12 +208,21 @@ def _solve(
     parts: Sequence[solve.Moments],
     rule: Rule,
     reads: Float[Tensor, "source target"] | None,
+    entries: int,
 ) -> tuple[solve.Solution, Float[Tensor, "source target"] | None]:
-    """The Lasso at the rule's strength, and the share of half-samples with each coefficient where it is asked for."""
-    level = rule.strength if isinstance(rule.strength, float) else _default(data)
+    """The Lasso at the rule's strength, and the share of half-samples with each coefficient where it is asked for.
+
+    `entries` are the coefficients that the whole regression could have.
+    """
+    level = rule.strength
+    if not isinstance(level, float):
+        least = FIXED if reads is None else FIXED_READ
+        level = default_strength(data.cross.abs().amax(0), entries, data.count, least)
     solution = penalty = None
     if rule.chosen is not None:
-        solution = solve.select(data, rule=rule.chosen, folds=parts or None, tol=rule.tol, check=False).solution
+        penalty = None if reads is None else solve.L1(read_weights(reads.to(data.gram)))
+        options: dict[str, Any] = {"folds": parts or None, "penalty": penalty, "tol": rule.tol, "check": False}
+        solution = solve.select(data, rule=rule.chosen, **options).solution
         level = torch.as_tensor(solution.stats["strength"] / solution.stats["strength_max"]).nan_to_num(1.0)
     elif rule.penalty == "adaptive":
         pilot = _unshrunk(data, _lasso(data, level, rule.tol).value)
@@ -175,10 +244,6 @@ def _solve(
             solution.value * (stability >= STABLE), solution.gap, solution.converged, solution.status, solution.stats
         )
     return solution, stability
-
-
-def _default(data: solve.Moments) -> Float[Tensor, " target"]:
-    return default_strength(data.cross.abs().amax(0), data.cross.numel(), data.count)
 
 
 def _lasso(data: solve.Moments, level: float | Tensor, tol: float, penalty: solve.L1 | None = None) -> solve.Solution:
@@ -204,12 +269,12 @@ def sound(
     return torch.where(largest[target] <= COLLINEAR, refit, lasso)
 
 
-def _check_room(pair: PairData, rule: Rule, device: torch.device | str, memory: int | None) -> None:
+def _check_room(pair: PairData, rule: Rule, device: torch.device | str, memory: int | None, ranks: Ranks) -> None:
     """Compare what the sums and the solve need with what there is, before anything is allocated."""
     p, q, folds = pair.sources, len(pair.child_features), FOLDS if rule.folds else 1
     along = rule.chosen is not None
-    need = needed_bytes(p, q, folds, along_path=along)
-    room = memory if memory is not None else free_bytes(device)
+    need = needed_bytes(p, q, folds, along_path=along, reads=pair.reads is not None, processes=ranks.size)
+    room = memory if memory is not None else _free(device, ranks)
     if room is None or need <= room:
         return
     most = int(
@@ -222,3 +287,9 @@ def _check_room(pair: PairData, rule: Rule, device: torch.device | str, memory: 
         f"{pair.parent} -> {pair.child or 'the target'}: {p} columns on {q} targets need about {in_words(need)}, "
         f"{in_words(room)} are free on {torch.device(device)}: use {', or '.join(ways)}"
     )
+
+
+def _free(device: torch.device | str, ranks: Ranks) -> int | None:
+    """What is free to this process: those on one machine share its memory, not its cards."""
+    free = free_bytes(device)
+    return free if free is None or torch.device(device).type != "cpu" else free // ranks.beside

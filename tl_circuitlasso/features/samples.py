@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import scipy.sparse
@@ -27,13 +28,23 @@ class Column:
 
 
 @dataclass(frozen=True, eq=False)
+class Gate:
+    """What a child's SAE lets through: pre-activations above `thresholds`, and of those only a sample's `top` ones."""
+
+    thresholds: Float[Tensor, " target"]
+    top: bool = False
+
+
+@dataclass(frozen=True, eq=False)
 class PairData:
     """One parent and one child, and where their samples are.
 
     parent, child: hooks, the child None where it is the target; columns: the copies of the parent's codes; features,
     child_features: the kept ones; errors: how many directions of the parent's error stand behind the codes; pooled:
-    whether samples are prompts; reads: how each child feature
-    reads each parent feature through the residual stream, where penalty "read" wants to know and it can be told.
+    whether samples are prompts; reads: how each child feature reads each parent feature through the residual stream,
+    where penalty "read" wants to know and it can be told; gate: what turns pre-activations into the child's codes, a
+    plain ReLU unless it is given;
+    given: the samples themselves, where they don't come from the store.
     """
 
     store: CodeStore
@@ -46,6 +57,8 @@ class PairData:
     pooled: bool
     held_out: float
     reads: Float[Tensor, "source target"] | None = None
+    gate: Gate | None = None
+    given: "tuple[Part, ...] | None" = None
 
     @property
     def sources(self) -> int:
@@ -54,6 +67,8 @@ class PairData:
 
     def count(self, held: bool) -> int:
         """How many samples `parts` gives."""
+        if self.given is not None:
+            return sum(len(part.prompt) for part in self.parts(held))
         total = 0
         for chunk in self.store:
             rows = chunk.prompt if self.child is not None else chunk.prompt[chunk.target_rows]
@@ -63,8 +78,7 @@ class PairData:
 
     def parts(self, held: bool) -> Iterator["Part"]:
         """The samples that are regressed on, or those held out, chunk by chunk."""
-        for chunk in self.store:
-            part = _part(self, chunk)
+        for part in map(partial(_part, self), self.store) if self.given is None else self.given:
             rows = _is_held(part.prompt, self.held_out)
             rows = rows if held else ~rows
             if bool(rows.any()):
@@ -126,7 +140,7 @@ def _part(pair: PairData, chunk: Chunk) -> Part:
         return _pooled(chunk, codes, extra, child) if pair.pooled else Part(codes, extra, child, prompt)
     if pair.pooled:
         target = _sums_by_prompt(chunk, chunk.target_rows) @ chunk.target.numpy()
-        count = np.bincount((prompt[chunk.target_rows] - chunk.first).numpy(), minlength=len(chunk.ends))
+        count = np.bincount(chunk.places(prompt[chunk.target_rows]).numpy(), minlength=len(chunk.ends))
         mean = torch.from_numpy(target / np.maximum(count, 1)[:, None]).float()
         return _pooled(chunk, codes, extra, mean[torch.from_numpy(count > 0)], torch.from_numpy(count > 0))
     rows = chunk.target_rows
@@ -166,13 +180,13 @@ def _pooled(
         scipy.sparse.csr_matrix(mean @ codes, dtype=np.float32),
         torch.from_numpy(mean @ extra.numpy()).float(),
         pooled,
-        chunk.first + own.nonzero().flatten(),
+        chunk.numbers[own],
     )
 
 
 def _sums_by_prompt(chunk: Chunk, rows: Tensor | None) -> scipy.sparse.csr_matrix:
     """(prompt, sample): 1 where a sample belongs to a prompt."""
-    prompt = (chunk.prompt if rows is None else chunk.prompt[rows]).numpy() - chunk.first
+    prompt = chunk.places(chunk.prompt if rows is None else chunk.prompt[rows]).numpy()
     shape = (len(chunk.ends), len(prompt))
     return scipy.sparse.csr_matrix((np.ones(len(prompt)), (prompt, np.arange(len(prompt)))), shape)
 

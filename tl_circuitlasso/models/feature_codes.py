@@ -17,6 +17,7 @@ from tl_circuitlasso.models import readout
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.bases import principal_directions
 from tl_circuitlasso.models.encoder import Encoder
+from tl_circuitlasso.models.feature_reads import Reads
 from tl_circuitlasso.models.tokens import Batch, Prompts
 from tl_circuitlasso.targets import Target
 
@@ -48,7 +49,8 @@ class Chunk:
     codes: by hook, and by (hook, route) as "hook>route" where a parent is seen through attention.
     errors: by hook, what the SAE misses, in its leading directions; target: the target's columns at `target_rows`.
     prompt, position: each sample's prompt number and place among the real tokens.
-    tokens, ends: the real tokens of all prompts one after another, and where each prompt ends; first: its number.
+    tokens, ends: the real tokens of all prompts one after another, and where each prompt ends; numbers: the prompts',
+        rising; there may be others between them.
     batches: how many batches of the data are in chunks up to and with this one.
     """
 
@@ -60,8 +62,12 @@ class Chunk:
     position: Int[Tensor, " sample"]
     tokens: Int[Tensor, " token"]
     ends: Int[Tensor, " prompt"]
-    first: int
+    numbers: Int[Tensor, " prompt"]
     batches: int
+
+    def places(self, prompt: Int[Tensor, " sample"]) -> Int[Tensor, " sample"]:
+        """Where prompts of these numbers stand among the chunk's."""
+        return torch.searchsorted(self.numbers, prompt)
 
     @property
     def samples(self) -> int:
@@ -127,9 +133,10 @@ def fit_errors(
     return found
 
 
-def encode_batch(adapter: Adapter, plan: CodePlan, batch: Batch, number: int) -> Chunk:
-    """One forward pass, encoded; `number` is the batch's number in the data."""
-    acts = adapter.run(batch.tokens, batch.mask, plan.wanted(adapter))
+def encode_batch(adapter: Adapter, plan: CodePlan, batch: Batch, number: int, reads: Reads | None = None) -> Chunk:
+    """One forward pass, encoded; `number` is the batch's number in the data. `reads` take in its samples."""
+    wanted = plan.wanted(adapter) | (set() if reads is None else reads.wanted())
+    acts = adapter.run(batch.tokens, batch.mask, wanted)
     _check_finite(acts, plan, batch)
     codes: dict[str, Codes] = {}
     errors: dict[str, Tensor] = {}
@@ -137,6 +144,8 @@ def encode_batch(adapter: Adapter, plan: CodePlan, batch: Batch, number: int) ->
         found, missed = [], []
         for rows in _slices(batch.keep, encoder):
             dense, error = _encode(encoder, acts, rows, plan.errors.get(hook))
+            if reads is not None:
+                reads.add(hook, dense, acts, rows)
             found.append(sparse_codes(dense))
             missed.append(error)
         codes[hook] = stacked(found)
@@ -156,7 +165,7 @@ def encode_batch(adapter: Adapter, plan: CodePlan, batch: Batch, number: int) ->
         position=place.cpu().int(),
         tokens=batch.tokens[batch.mask].cpu().int(),
         ends=batch.mask.sum(1).cumsum(0).cpu(),
-        first=batch.start,
+        numbers=torch.arange(batch.start, batch.start + len(batch.tokens)),
         batches=number + 1,
     )
 
@@ -185,7 +194,7 @@ def stacked(parts: Sequence[Codes]) -> Codes:
 
 
 def joined(parts: Sequence[Chunk]) -> Chunk:
-    """Chunks of neighbouring prompts as one."""
+    """Chunks as one, in the order of their prompts."""
     if len(parts) == 1:
         return parts[0]
     samples = [0]
@@ -204,6 +213,7 @@ def joined(parts: Sequence[Chunk]) -> Chunk:
         position=torch.cat([part.position for part in parts]),
         tokens=torch.cat([part.tokens for part in parts]),
         ends=torch.cat([part.ends + at for part, at in zip(parts, tokens)]),
+        numbers=torch.cat([part.numbers for part in parts]),
         batches=parts[-1].batches,
     )
 

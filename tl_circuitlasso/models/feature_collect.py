@@ -1,7 +1,8 @@
 """From prompts to a store of codes: one forward pass a batch, every SAE encoded, nothing attached.
 
 The first batch is the pilot: shapes and metadata are checked on it, the order of the hooks is heard, and the directions
-of the SAEs' errors are fitted.
+of the SAEs' errors are fitted. Several processes deal the batches out among themselves: each looks at the pilot, takes
+the directions of process 0, encodes its own batches, and keeps their codes to itself.
 """
 
 import hashlib
@@ -21,18 +22,21 @@ from tl_circuitlasso.errors import FormatError, InputError
 from tl_circuitlasso.models import readout
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.encoder import Encoder
-from tl_circuitlasso.models.feature_codes import LOGIT_DIRECTIONS, CodePlan, encode_batch, fit_errors
+from tl_circuitlasso.models.feature_codes import LOGIT_DIRECTIONS, Chunk, CodePlan, encode_batch, fit_errors
+from tl_circuitlasso.models.feature_reads import Reads, reads_of
 from tl_circuitlasso.models.feature_store import CodeStore
 from tl_circuitlasso.models.hook_order import attention_between, computing_order
 from tl_circuitlasso.models.memory import free_bytes
 from tl_circuitlasso.models.sae import SAEFeatures
 from tl_circuitlasso.models.sae_checks import check_shapes, warn_of_mismatches
 from tl_circuitlasso.models.tokens import Batch, Prompts
+from tl_circuitlasso.sharing import ALONE, Ranks
 from tl_circuitlasso.targets import Target, check_length
 
 logger = logging.getLogger(__name__)
 
 TARGET = "target"
+READS = "reads.safetensors"
 UNKNOWN_LIMIT = 4 << 30  # bytes of codes in memory where the system doesn't say what is free
 
 
@@ -40,15 +44,24 @@ UNKNOWN_LIMIT = 4 << 30  # bytes of codes in memory where the system doesn't say
 class CollectedCodes:
     """Codes with the cost of making them.
 
-    encoders: the SAEs by hook, in the order of computation; order: every hook's rank; pairs: what is regressed on what;
-    routes: for each pair the codes through which a child sees its parent.
+    store: the codes of this process's batches; samples, chunks_on_disk, prompts, forward_passes: of all processes;
+    origin: a hash of the data. encoders: the SAEs by hook, in the order of computation; order: every hook's rank;
+    pairs: what is regressed on what; routes: for each pair the codes through which a child sees its parent; errors: the
+    directions of each parent's error; reads: what the layers between the hooks do (nothing unless penalty "read" asks
+    for it); target_columns: how many columns the target has.
     """
 
     store: CodeStore
+    origin: str
+    samples: int
+    chunks_on_disk: int
     encoders: Mapping[str, Encoder]
     order: Mapping[str, int]
     pairs: tuple[tuple[str, str], ...]
     routes: Mapping[tuple[str, str], str | None]
+    errors: Mapping[str, int]
+    reads: Reads
+    target_columns: int
     prompts: int
     forward_passes: int
     seconds: float
@@ -64,40 +77,86 @@ def collect_codes(
     last: bool,
     checkpoint: Path | None = None,
     progress: bool = True,
+    ranks: Ranks = ALONE,
 ) -> CollectedCodes:
-    """Run `prompts` through the model and its SAEs, once.
+    """Run `prompts` through the model and its SAEs, once; `ranks` share the batches.
 
     Raises
     ------
     InputError: an SAE of another width, an unknown hook, pairs against the order of computation, a target of the wrong
-        length, or a checkpoint of another collection. ModelError: NaN or infinite activations or codes.
+        length, a checkpoint of another collection, or processes with different data. ModelError: NaN or infinite
+        activations or codes.
     """
     began = time.perf_counter()
+    with ranks.together():
+        setup, seen, passes = _collect_own(adapter, prompts, basis, target, last, checkpoint, progress, ranks)
+    origin, store = _origin(prompts, target, last), setup.store
+    ranks.agree({**setup.identity, "data": origin, "layers": {str(key): 1 for key in setup.reads.sums}})
+    setup.reads.add_up(ranks)
+    first = next(iter(store), None)  # none where processes are more than batches
+    columns = 0 if first is None else first.target.shape[1]
+    totals = ranks.sum(torch.tensor([store.samples, store.on_disk, passes])).tolist()
+    return CollectedCodes(
+        store=store,
+        origin=origin,
+        samples=totals[0],
+        chunks_on_disk=totals[1],
+        encoders=setup.encoders,
+        order=setup.order,
+        pairs=setup.pairs,
+        routes=setup.routes,
+        errors={hook: found.shape[1] for hook, found in setup.plan.errors.items()},
+        reads=setup.reads,
+        target_columns=int(ranks.largest(torch.tensor(columns))),
+        prompts=seen,
+        forward_passes=totals[2],
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _collect_own(
+    adapter: Adapter, prompts: Prompts, basis: SAEFeatures, target: Target, last: bool, checkpoint: Path | None,
+    progress: bool, ranks: Ranks,
+) -> "tuple[_Setup, int, int]":  # fmt: skip
+    """The codes of this process's batches; how many prompts there are in all, and the passes that it took."""
     if target is not None and prompts.n_prompts is not None:
         check_length(target, prompts.n_prompts)
     setup: _Setup | None = None
-    passes = seen = 0
-    with tqdm(total=prompts.n_prompts, desc="encode", unit="prompt", disable=None if progress else True) as bar:
+    number = passes = seen = 0
+    off = None if progress and ranks.rank == 0 else True
+    with tqdm(total=prompts.n_prompts, desc="encode", unit="prompt", disable=off) as bar:
         for number, batch in enumerate(prompts):
-            setup = setup or _set_up(adapter, basis, target, batch, last, checkpoint)
+            setup = setup or _set_up(adapter, basis, target, batch, last, checkpoint, ranks)
             seen += len(batch.tokens)
+            bar.update(len(batch.tokens))
             if target is not None and seen > len(target):
                 check_length(target, seen)
-            if number >= setup.store.batches:
-                setup.store.add(encode_batch(adapter, setup.plan, batch, number), _origin(prompts, target, last))
+            known = number < setup.store.batches
+            if known:
+                _check_data(setup.store, number, prompts, target, last)
+            if ranks.mine(number) and (not known or setup.reads.wants_more):
+                chunk = setup.encoded(adapter, batch, number)
                 passes += 1
-            elif number == setup.store.batches - 1 and setup.store.origin != _origin(prompts, target, last):
-                raise InputError(
-                    "`checkpoint` holds other data: `tokens`, `batch_size`, `positions` or `target` have changed "
-                    "since; delete it, or name another folder"
-                )
-            bar.update(len(batch.tokens))
+                if not known:
+                    setup.store.add(chunk, _origin(prompts, target, last))
+            setup.count(batch)
     assert setup is not None  # Prompts never yields nothing
     check_length(target, seen)
+    if number < setup.store.batches - 1:
+        _check_data(setup.store, setup.store.batches - 1, prompts, target, last)
     setup.store.flush()
-    return CollectedCodes(
-        setup.store, setup.encoders, setup.order, setup.pairs, setup.routes, seen, passes, time.perf_counter() - began
-    )
+    if setup.reads.wants_more:
+        setup.keep_reads()
+    return setup, seen, passes
+
+
+def _check_data(store: CodeStore, number: int, prompts: Prompts, target: Target, last: bool) -> None:
+    """Behind the last batch of a checkpoint, or where the data end before it, look whether they are its data."""
+    if number == store.batches - 1 and store.origin != _origin(prompts, target, last):
+        raise InputError(
+            "`checkpoint` holds other data: `tokens`, `batch_size`, `positions` or `target` have changed since; delete "
+            "it, or name another folder"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,12 +166,32 @@ class _Setup:
     pairs: tuple[tuple[str, str], ...]
     routes: Mapping[tuple[str, str], str | None]
     plan: CodePlan
+    reads: Reads
     store: CodeStore
+    identity: Mapping[str, Any]
+    folder: Path | None  # of this process's codes
+
+    def encoded(self, adapter: Adapter, batch: Batch, number: int) -> Chunk:
+        """One batch's codes; the first ones tell what stands between the hooks, too."""
+        return encode_batch(adapter, self.plan, batch, number, self.reads if self.reads.wants_more else None)
+
+    def count(self, batch: Batch) -> None:
+        """Another batch of the data is encoded, by whichever process: what stands between is told by the first ones."""
+        if self.reads.wants_more:
+            self.reads.samples += int(batch.keep.sum())
+            if not self.reads.wants_more:
+                self.keep_reads()
+
+    def keep_reads(self) -> None:
+        """Write them beside the codes, where those are kept."""
+        if self.folder is not None and self.reads.sums:
+            self.reads.save(self.folder / READS, self.identity)
 
 
 def _set_up(
-    adapter: Adapter, basis: SAEFeatures, target: Target, batch: Batch, last: bool, checkpoint: Path | None
-) -> _Setup:
+    adapter: Adapter, basis: SAEFeatures, target: Target, batch: Batch, last: bool, checkpoint: Path | None,
+    ranks: Ranks,
+) -> _Setup:  # fmt: skip
     loaded = basis.encoders()
     hooks = [name for encoder in loaded.values() for name in (encoder.hook, encoder.hook_out)]
     order = computing_order(adapter, batch, hooks)
@@ -133,10 +212,33 @@ def _set_up(
         wants_target=wants_target,
     )
     identity = _identity(adapter, basis, encoders, routes)
-    fitted = _fitted(adapter, basis, plan, pairs, batch, checkpoint, identity)
-    free = free_bytes()
-    limit = basis.memory or (UNKNOWN_LIMIT if free is None else free // 2)
-    return _Setup(encoders, order, pairs, routes, fitted, CodeStore(checkpoint, limit, identity))
+    fitted = _fitted(adapter, basis, plan, pairs, batch, checkpoint, identity, ranks)
+    folder = _own_folder(checkpoint, ranks)
+    with ranks.together():
+        free = free_bytes()
+        limit = basis.memory or (UNKNOWN_LIMIT if free is None else free // 2 // ranks.beside)
+        store = CodeStore(folder, limit, identity)
+    reads = _reads(adapter, basis, encoders, pairs, batch, ranks)
+    if folder is not None:
+        reads.load(folder / READS, identity)
+    return _Setup(encoders, order, pairs, routes, fitted, reads, store, identity, folder)
+
+
+def _reads(
+    adapter: Adapter, basis: SAEFeatures, encoders: Mapping[str, Encoder], pairs: Sequence[tuple[str, str]],
+    batch: Batch, ranks: Ranks,
+) -> Reads:  # fmt: skip
+    """What is to be summed of the layers between the hooks, with at most a quarter of what is free to any process."""
+    if basis.penalty != "read":
+        return Reads(adapter, encoders, {})
+    free = free_bytes(adapter.device)
+    rooms = ranks.gather_data(basis.memory or (None if free is None else free // 4 // ranks.beside))
+    return reads_of(adapter, encoders, pairs, batch, min((room for room in rooms if room is not None), default=None))
+
+
+def _own_folder(checkpoint: Path | None, ranks: Ranks) -> Path | None:
+    """Where this process keeps its codes: which batches are its own depends on how many share them."""
+    return checkpoint if checkpoint is None or ranks.size == 1 else checkpoint / f"rank-{ranks.rank}-of-{ranks.size}"
 
 
 def resolve_pairs(pairs: Any, encoders: Mapping[str, Encoder], order: Mapping[str, int]) -> tuple[tuple[str, str], ...]:
@@ -188,27 +290,36 @@ def _by_parent(routes: Mapping[tuple[str, str], str | None]) -> dict[str, dict[s
 
 def _fitted(
     adapter: Adapter, basis: SAEFeatures, plan: CodePlan, pairs: Sequence[tuple[str, str]], batch: Batch,
-    checkpoint: Path | None, identity: Mapping[str, Any],
+    checkpoint: Path | None, identity: Mapping[str, Any], ranks: Ranks,
 ) -> CodePlan:  # fmt: skip
-    """The plan with what the pilot decides: directions of errors and logits; from the checkpoint where it has them."""
+    """The plan with what the pilot decides, in process 0: directions of errors and logits."""
     path = None if checkpoint is None else checkpoint / "directions.safetensors"
-    if path is not None and path.exists():
-        tensors, data = storage.read_tensors(path, "feature directions")
-        if data.get("identity") != identity:
-            differ = sorted(key for key in identity if (data.get("identity") or {}).get(key) != identity[key])
-            raise InputError(
-                f"`checkpoint` {checkpoint} belongs to another collection (it differs in {', '.join(differ)}): delete "
-                "it, or name another folder"
-            )
-    else:
-        tensors = _directions(adapter, basis, plan, pairs, batch)
-        if path is not None:
-            storage.write_tensors(path, tensors, {"kind": "feature directions", "identity": identity})
+    with ranks.together():
+        own = _stored_directions(path, identity) if ranks.rank == 0 else {}
+        if own is None:
+            own = _directions(adapter, basis, plan, pairs, batch)
+            if path is not None:
+                storage.write_tensors(path, own, {"kind": "feature directions", "identity": identity})
+    tensors = ranks.gather(own)[0]
     errors = {name.removeprefix("error/"): value for name, value in tensors.items() if name.startswith("error/")}
     if basis.error and set(errors) != _parents(pairs):
         raise FormatError(f"{path}: directions with missing entries; delete the checkpoint")
     metric = tensors["logits"].to(adapter.device) if "logits" in tensors else None
     return CodePlan(**{**vars(plan), "errors": errors, "metric": metric})
+
+
+def _stored_directions(path: Path | None, identity: Mapping[str, Any]) -> dict[str, Tensor] | None:
+    """The directions in a checkpoint, or None where there is none yet."""
+    if path is None or not path.exists():
+        return None
+    tensors, data = storage.read_tensors(path, "feature directions")
+    if data.get("identity") != identity:
+        differ = sorted(key for key in identity if (data.get("identity") or {}).get(key) != identity[key])
+        raise InputError(
+            f"`checkpoint` {path.parent} belongs to another collection (it differs in {', '.join(differ)}): delete "
+            "it, or name another folder"
+        )
+    return tensors
 
 
 def _parents(pairs: Sequence[tuple[str, str]]) -> set[str]:

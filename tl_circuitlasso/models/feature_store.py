@@ -12,12 +12,12 @@ from typing import Any
 from torch import Tensor
 
 from tl_circuitlasso import storage
-from tl_circuitlasso.errors import InputError
+from tl_circuitlasso.errors import FormatError, InputError
 from tl_circuitlasso.models.feature_codes import Chunk, Codes, joined
 
-KIND, VERSION = "feature codes", 1
+KIND, VERSION = "feature codes", 2
 CHUNK_SAMPLES = 1 << 16  # samples that are put into one chunk
-_DENSE = ("target", "target_rows", "prompt", "position", "tokens", "ends")
+_DENSE = ("target", "target_rows", "prompt", "position", "tokens", "ends", "numbers")
 
 
 class CodeStore:
@@ -108,12 +108,14 @@ def _write(path: Path, chunk: Chunk, data: Mapping[str, Any]) -> None:
         parts = {"starts": codes.starts, "columns": codes.columns, "values": codes.values}
         tensors |= {f"codes/{key}/{name}": part for name, part in parts.items()}
     widths = {key: codes.width for key, codes in chunk.codes.items()}
-    plain = {"first": chunk.first, "batches": chunk.batches, "widths": widths}
+    plain = {"batches": chunk.batches, "widths": widths}
     storage.write_tensors(path, tensors, {"kind": KIND, "version": VERSION, **plain, **data})
 
 
 def _read(path: Path) -> tuple[Chunk, dict[str, Any]]:
     tensors, data = storage.read_tensors(path, KIND)
+    if data["version"] != VERSION:
+        raise FormatError(f"{path}: codes in the form of another version of the library; delete the checkpoint")
     codes = {
         key: Codes(
             tensors[f"codes/{key}/starts"], tensors[f"codes/{key}/columns"], tensors[f"codes/{key}/values"], width
@@ -122,4 +124,4 @@ def _read(path: Path) -> tuple[Chunk, dict[str, Any]]:
     }
     errors = {name.removeprefix("error/"): value for name, value in tensors.items() if name.startswith("error/")}
     dense = {name: tensors[name] for name in _DENSE}
-    return Chunk(codes=codes, errors=errors, first=data["first"], batches=data["batches"], **dense), data
+    return Chunk(codes=codes, errors=errors, batches=data["batches"], **dense), data

@@ -1,7 +1,7 @@
 """What the data say of each feature: how often it fires, how strongly, and where most; and which features are kept."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.models.feature_codes import Chunk, Codes
 from tl_circuitlasso.models.sae import SAEFeatures
+from tl_circuitlasso.sharing import ALONE, Ranks
 
 EXAMPLES = 16  # strongest samples remembered of each feature
 BEFORE, AFTER = 12, 4  # tokens of context around a sample
@@ -45,6 +46,12 @@ class Firing:
             self.largest.scatter_reduce(0, columns, values, "amax"),
         )
 
+    def shared(self, ranks: Ranks) -> "Firing":
+        """The firing in the samples of all processes, on each."""
+        count, total, squares = ranks.sum(torch.stack([self.count, self.total, self.squares]))
+        samples = int(ranks.sum(torch.tensor(self.samples)))
+        return Firing(samples, count, total, squares, ranks.largest(self.largest))
+
     @property
     def variance(self) -> Float[Tensor, " feature"]:
         """The variance of each code over all samples."""
@@ -59,12 +66,13 @@ class Alive:
     left_out: Mapping[str, int]
 
 
-def survey(chunks: Iterable[Chunk], features: Mapping[str, int]) -> dict[str, Firing]:
-    """The firing of each hook's features (so many) over all samples, in one pass."""
+def survey(chunks: Iterable[Chunk], features: Mapping[str, int], ranks: Ranks = ALONE) -> dict[str, Firing]:
+    """The firing of each hook's features (so many) over all samples, those of all processes, in one pass."""
     found = {hook: Firing.empty(count) for hook, count in features.items()}
-    for chunk in chunks:
-        found = {hook: firing.add(chunk.codes[hook]) for hook, firing in found.items()}
-    return found
+    with ranks.together():
+        for chunk in chunks:
+            found = {hook: firing.add(chunk.codes[hook]) for hook, firing in found.items()}
+    return {hook: firing.shared(ranks) for hook, firing in found.items()}
 
 
 def choose_alive(hook: str, firing: Firing, decoder: Float[Tensor, "feature width"], basis: SAEFeatures) -> Alive:
@@ -128,15 +136,22 @@ class Examples:
         new.prompt[feature, rank] = chunk.prompt[row].long()
         new.position[feature, rank] = chunk.position[row].long()
         new.tokens[feature, rank] = _windows(chunk, row)
-        return _merged(self, new)
+        return _merged([self, new])
+
+    def shared(self, ranks: Ranks) -> "Examples":
+        """The strongest of all processes' samples, on each: of equal ones the first, as one process would have it."""
+        return self if ranks.size == 1 else _merged([Examples(**part) for part in ranks.gather(vars(self))])
 
 
-def strongest(chunks: Iterable[Chunk], kept: Mapping[str, Int[Tensor, " _kept"]]) -> dict[str, Examples]:
-    """Every kept feature's strongest samples, in one pass."""
+def strongest(
+    chunks: Iterable[Chunk], kept: Mapping[str, Int[Tensor, " _kept"]], ranks: Ranks = ALONE
+) -> dict[str, Examples]:
+    """Every kept feature's strongest samples, those of all processes, in one pass."""
     found = {hook: Examples.empty(len(features)) for hook, features in kept.items()}
-    for chunk in chunks:
-        found = {hook: examples.add(chunk, chunk.codes[hook], kept[hook]) for hook, examples in found.items()}
-    return found
+    with ranks.together():
+        for chunk in chunks:
+            found = {hook: examples.add(chunk, chunk.codes[hook], kept[hook]) for hook, examples in found.items()}
+    return {hook: examples.shared(ranks) for hook, examples in found.items()}
 
 
 def positions_of(kept: Int[Tensor, " kept"], width: int) -> Int[Tensor, " feature"]:
@@ -171,7 +186,7 @@ def _rank_within(feature: Int[Tensor, " entry"]) -> Int[Tensor, " entry"]:
 
 
 def _windows(chunk: Chunk, row: Int[Tensor, " entry"]) -> Int[Tensor, "entry window"]:
-    number = chunk.prompt[row] - chunk.first
+    number = chunk.places(chunk.prompt[row])
     begin = torch.cat([torch.zeros(1, dtype=chunk.ends.dtype), chunk.ends[:-1]])[number]
     offset = torch.arange(-BEFORE, AFTER + 1)
     at = (begin + chunk.position[row].long())[:, None] + offset
@@ -179,14 +194,15 @@ def _windows(chunk: Chunk, row: Int[Tensor, " entry"]) -> Int[Tensor, "entry win
     return torch.where(inside, chunk.tokens.long()[at.clamp(0, len(chunk.tokens) - 1)], -1)
 
 
-def _merged(ours: Examples, theirs: Examples) -> Examples:
-    value = torch.cat([ours.value, theirs.value], 1)
-    order = value.argsort(dim=1, descending=True, stable=True)[:, :EXAMPLES]
-    joint = {name: torch.cat([getattr(ours, name), getattr(theirs, name)], 1) for name in ("prompt", "position")}
-    tokens = torch.cat([ours.tokens, theirs.tokens], 1)
-    return replace(
-        ours,
-        value=value.gather(1, order),
-        tokens=tokens.gather(1, order[:, :, None].expand(-1, -1, tokens.shape[2])),
-        **{name: both.gather(1, order) for name, both in joint.items()},
+def _merged(parts: Sequence[Examples]) -> Examples:
+    """The strongest of all, strongest first, equal ones in the order of the data."""
+    value, prompt, position, tokens = (
+        torch.cat([getattr(part, name) for part in parts], 1) for name in ("value", "prompt", "position", "tokens")
+    )
+    order = (prompt * (int(position.max()) + 2) + position).argsort(dim=1, stable=True)
+    ranked = value.gather(1, order).argsort(dim=1, descending=True, stable=True)
+    order = order.gather(1, ranked)[:, :EXAMPLES]
+    window = order[:, :, None].expand(-1, -1, tokens.shape[2])
+    return Examples(
+        value.gather(1, order), prompt.gather(1, order), position.gather(1, order), tokens.gather(1, window)
     )

@@ -42,10 +42,12 @@ class SAEFeatures:
     max_features: of the rest at most this many a hook: those with the most variance of code times decoder norm.
     error: whether what an SAE misses is a node too, "<hook>.hook_sae_error", seen in `error_directions` principal
         directions.
-    penalty: "read": parents are the dearer, the less the child's encoder reads of what they write, and can't act
-        against it (see `features.read`; as "l1" where the residual stream doesn't lead from the one to the other, for
-        the target, and where samples are fewer than half the columns).
-        "l1": all alike. "adaptive": a second solve whose weights come from the first.
+    penalty: "read": parents are the dearer, the less the child's encoder reads of what they write and the MLPs in
+        between make of it, and can't act against it; weights say what the child's code does when the parent's is taken
+        out or turned up, and edges of small effect aren't kept (see `features.read` and `features.effects`; as "l1"
+        where the residual stream doesn't lead from the one to the other, for the target, and where samples are fewer
+        than half the columns).
+        "l1": all alike, weights are least squares. "adaptive": a second solve whose weights come from the first.
     draws: half-samples from which to tell each edge's stability (a column of the graph); 0 for none.
     held_out: share of the prompts kept out of the regressions, on which their R^2 is measured.
     labels: {node name or feature: text}, or a JSON file with such an object.

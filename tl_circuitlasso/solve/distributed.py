@@ -18,8 +18,11 @@ from tl_circuitlasso.sharing import ALONE, Ranks, as_ranks
 from tl_circuitlasso.solve.base import Solution, Status
 from tl_circuitlasso.solve.groups import Group
 from tl_circuitlasso.solve.lasso import Strength, lasso
+from tl_circuitlasso.solve.pairs import PairSums
 from tl_circuitlasso.solve.path import Moments
 from tl_circuitlasso.solve.penalties import L1
+
+ROWS = 1024  # of the Gram that travel at once
 
 
 def all_reduce_moments(data: Moments) -> Moments:
@@ -31,6 +34,23 @@ def all_reduce_moments(data: Moments) -> Moments:
     parts = (data.gram, data.cross, data.target_sq_norm)
     gram, cross, square = (ranks.sum(matrix.double() * data.count) / count for matrix in parts)
     return Moments(gram, cross, square, count)
+
+
+def all_reduce_sums(sums: PairSums, ranks: Ranks) -> PairSums:
+    """The sums over the samples of all processes, on each, in the buffers of `sums`, which it consumes.
+
+    Of X'X only the upper triangle travels, in strips, so that no second matrix of its size is needed.
+    """
+    if ranks.size == 1:
+        return sums
+    for tensor in (sums.sums, sums.target_sums, sums.target_squares, sums.cross):
+        ranks.add_up(tensor)
+    for start in range(0, len(sums.upper), ROWS):
+        block = sums.upper[start : start + ROWS, start:]
+        total = block.contiguous()
+        ranks.add_up(total)
+        block.copy_(total)
+    return replace(sums, count=int(ranks.sum(torch.tensor(sums.count))))
 
 
 def lasso_sharded(

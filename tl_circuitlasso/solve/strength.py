@@ -19,7 +19,7 @@ from math import log
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_circuitlasso.errors import InputError
@@ -35,6 +35,7 @@ WORKSPACE = 1 << 25  # entries of the small Grams refitted at once
 FIXED = 0.2
 CONCAVITY = 3.0  # gamma of the minimax concave penalty: coefficients beyond gamma * lambda aren't shrunk
 REWEIGHTED = 2
+TIE = 1e-10  # of the criterion, for each sample
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +103,7 @@ def ebic(
     verb = partial(lasso, data.gram, data.cross, target_sq_norm=data.target_sq_norm, penalty=penalty, **options)
     solutions = path(verb, levels)
     scores = torch.stack([_criterion(data, solution.value, gamma) for solution in solutions])
-    return _pick(data, levels, solutions, scores, scores.argmin(0), "ebic")
+    return _pick(data, levels, solutions, scores, _least(data, scores), "ebic")
 
 
 def cross_validate(
@@ -120,7 +121,8 @@ def cross_validate(
     """
     if len(folds) < 2:
         raise InputError(f"`folds` must hold at least 2 parts, got {len(folds)}")
-    if isinstance(penalty, Group) and not penalty.non_negative and numba_available() and not folds[0].gram.is_cuda:
+    compiled = numba_available() and folds[0].gram.device.type == "cpu"
+    if isinstance(penalty, Group) and not penalty.non_negative and compiled:
         options.setdefault("solver", GroupSet())  # hundreds of solves, however small, pay for its compilation
     levels = list(strengths) if strengths is not None else geometric_strengths()
     whole, errors = total(folds), []
@@ -211,6 +213,11 @@ def _criterion(data: Moments, value: Float[Tensor, "source target"], gamma: floa
     return torch.where(size >= data.count, torch.inf, score)  # as many coefficients as samples explain anything
 
 
+def _least(data: Moments, scores: Float[Tensor, "strength target"]) -> Int[Tensor, " target"]:
+    """The largest strength of those that score best: equal supports score alike but for rounding."""
+    return (scores <= scores.amin(0) + TIE * data.count).to(torch.uint8).argmax(0)
+
+
 def _squared_error(data: Moments, value: Float[Tensor, "source target"]) -> Float[Tensor, " target"]:
     value = value.to(data.gram.dtype)
     return (data.target_sq_norm - (value * (2 * data.cross - data.gram @ value)).sum(0)).clamp(min=0)
@@ -270,7 +277,7 @@ def _concave(
             fit = verb(strength=level, strength_is="absolute", penalty=shape, init=fit.value)
         solutions.append(replace(fit, stats={**fit.stats, "strength_max": limit}))
     scores = torch.stack([_criterion(data, solution.value, 0.5) for solution in solutions])
-    return _pick(data, levels, solutions, scores, scores.argmin(0), "mcp")
+    return _pick(data, levels, solutions, scores, _least(data, scores), "mcp")
 
 
 def _adaptive(
