@@ -6,7 +6,7 @@
 
 Learns a circuit of all adjacent layers, ablates and amplifies source features on held-out text, and prints sign
 agreement, precision and rank correlation for CircuitLasso, gradient attribution and correlation: the strongest edges,
-kept edges drawn at random, and persistence edges apart. Then the time of statistics and solve against forward passes
+all kept edges, and persistence edges apart. Then the time of statistics and solve against forward passes
 and encoding, and each layer's held-out R^2 beside its sparsity.
 """
 
@@ -124,10 +124,7 @@ def _parser() -> argparse.ArgumentParser:
         "--gradient-prompts", type=int, default=12, help="per source for gradient attribution; default %(default)s"
     )
     parser.add_argument("--strongest", type=int, default=100)
-    parser.add_argument(
-        "--sample", type=int, default=1000, help="kept edges drawn at random; of 200, Spearman varies by 0.03; default "
-        "%(default)s",
-    )  # fmt: skip
+    parser.add_argument("--sample", type=int, default=10**6, help="kept edges drawn at random; default: all of them")
     parser.add_argument("--strength", default="auto")
     parser.add_argument("--basis", default="{}", help="further options of SAEFeatures as JSON")
     parser.add_argument("--alone", action="store_true", help="without gradient attribution and correlation")

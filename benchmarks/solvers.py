@@ -201,7 +201,7 @@ def logistic(arguments: argparse.Namespace) -> None:
     """One binary target: ours, saga and liblinear to the same gap."""
     from sklearn.linear_model import LogisticRegression
 
-    tol, sizes = 1e-4, [(1000, 200)] if arguments.quick else [(5000, 1000), (20_000, 500), (1000, 3000)]
+    tol, sizes = 1e-4, [(1000, 200)] if arguments.quick else [(1000, 200), (5000, 1000), (20_000, 500), (1000, 3000)]
     for samples, sources in sizes:
         family = correlated(samples, sources, 0.5)
         x, labels = torch.from_numpy(family.x), (torch.from_numpy(family.y[:, 0]) > 0).long()
