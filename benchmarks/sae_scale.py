@@ -39,6 +39,7 @@ from tl_circuitlasso.features.samples import Column, Gate, PairData  # noqa: E40
 from tl_circuitlasso.models.feature_codes import Chunk, Codes  # noqa: E402
 from tl_circuitlasso.models.feature_store import CHUNK_SAMPLES, CodeStore  # noqa: E402
 from tl_circuitlasso.models.memory import free_bytes, in_words  # noqa: E402
+from tl_circuitlasso.solve.sparse import SCATTER_BELOW  # noqa: E402
 from tl_circuitlasso.synthetic_codes import PlantedCodes, planted_codes, sparse_codes  # noqa: E402
 
 TYPICAL = 10  # edges of a child
@@ -76,18 +77,22 @@ def main(arguments: list[str] | None = None) -> int:
 def plan(tokens: int, features: int, active: int, device: str, penalty: str) -> dict[str, str]:
     """What a pair of this size needs: bytes, and multiply-adds of the statistics and of one certificate of the solve.
 
-    On a CPU rows of codes are multiplied entry by entry. On CUDA codes are made dense in slabs and multiplied as
-    bfloat16 high and low parts: three products for the Gram and three for the cross moments.
+    On a CPU rows of codes are multiplied entry by entry. On CUDA very sparse ones are scattered pair by pair;
+    others are made dense in slabs and multiplied as bfloat16 high and low parts, three products for the Gram and three
+    for the cross moments.
     """
-    sparse = tokens * (active * (active + 1) // 2 + active**2)
-    dense = 3 * tokens * 2 * features**2
     cuda = torch.device(device).type == "cuda"
+    if cuda and active > SCATTER_BELOW * features:
+        sums = f"{3 * tokens * 2 * features**2:.1e} (bfloat16)"
+    else:
+        pairs = active**2 if cuda else active * (active + 1) // 2
+        sums = f"{tokens * (pairs + active**2):.1e}" + (" (scattered)" if cuda else "")
     free = free_bytes(device) if not cuda or torch.cuda.is_available() else None
     return {
         "plan: codes on the host": in_words(2 * 8 * tokens * active),
         "plan: sums and solve": f"{in_words(needed_bytes(features, features, reads=penalty == 'read'))} on {device}",
         "plan: free there now": "unknown" if free is None else in_words(free),
-        "plan: statistics, multiply-adds": f"{dense:.1e} (bfloat16)" if cuda else f"{sparse:.1e}",
+        "plan: statistics, multiply-adds": sums,
         "plan: one certificate, multiply-adds": f"{TYPICAL * features**2:.1e} at {TYPICAL} edges a child",
     }
 

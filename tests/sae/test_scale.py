@@ -26,6 +26,7 @@ from tl_circuitlasso.features.samples import FOLDS, PairData, fold_of, to_torch
 from tl_circuitlasso.models.feature_codes import Chunk, Codes, joined, sparse_codes, stacked
 from tl_circuitlasso.models.feature_store import CodeStore
 from tl_circuitlasso.models.feature_survey import EXAMPLES, strongest, survey
+from tl_circuitlasso.solve import pairs
 from tl_circuitlasso.synthetic_codes import PlantedCodes, planted_codes
 
 AUTO = Rule("auto", "l1")
@@ -119,6 +120,21 @@ def test_sums_of_any_chunks_are_those_of_dense_samples(
         torch.testing.assert_close(moments.gram, a.T @ a / samples)
         torch.testing.assert_close(moments.cross, a.T @ b / samples)
         torch.testing.assert_close(moments.target_sq_norm, b.square().mean(0))
+
+
+@pytest.mark.parametrize("way", ["_add_scattered", "_add_dense"])
+def test_an_accelerator_adds_up_the_same_sums(way: str, problem: PlantedCodes) -> None:
+    codes, child = to_torch(problem.sources[:500]), to_torch(problem.children[:500])
+    extra = torch.randn(500, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    shape = (problem.sources.shape[1] + 2, problem.children.shape[1])
+    expected = solve.PairSums.empty(*shape).add(codes, child, extra).centred()
+    there = solve.PairSums.empty(*shape)
+    for rows in (slice(0, 200), slice(200, 500)):
+        parts = (to_torch(matrix[rows]) for matrix in (problem.sources[:500], problem.children[:500]))
+        getattr(pairs, way)(there, *parts, extra[rows])
+    found = replace(there, count=500).centred()
+    for name in ("gram", "cross", "target_sq_norm"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-5, atol=1e-5)
 
 
 def test_sums_without_compiled_kernels_are_the_same(monkeypatch: pytest.MonkeyPatch, problem: PlantedCodes) -> None:
@@ -314,7 +330,7 @@ def test_the_benchmark_plans_what_no_machine_here_could_run(capsys: pytest.Captu
     huge = ["--features", "32768", "--tokens", "1000000", "--device", "cuda"]
     assert sae_scale.main([*huge, "--plan"]) == 0
     printed = capsys.readouterr().out
-    assert "96.6 GB on cuda" in printed and "6.4e+15 (bfloat16)" in printed and "seconds" not in printed
+    assert "96.6 GB on cuda" in printed and "5.0e+09 (scattered)" in printed and "seconds" not in printed
 
 
 def test_planted_codes_say_what_is_wrong() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.solve.path import Moments
-from tl_circuitlasso.solve.sparse import add_product, csr_matrix
+from tl_circuitlasso.solve.sparse import Rows, add_product, csr_matrix, is_sparse, scatter_product
 from tl_circuitlasso.solve.strength import refit_support
 from tl_circuitlasso.solve.working_set import numba_available
 
@@ -24,7 +24,7 @@ STRIP = 64  # sources that one thread takes at a time
 RIDGE = 1e-10  # of the diagonal: sources that are copies of one another share a refit
 MIRROR = 1024  # rows of the Gram mirrored at once
 _SUMS = ("sums", "upper", "target_sums", "cross", "target_squares")
-SLAB = 8192  # samples that are dense at once on CUDA
+SLAB = 8192  # samples that are dense at once on an accelerator; of sparse ones it takes eight times as many
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +84,10 @@ class PairSums:
                 f"`codes` with `extra` and `targets` have {codes.shape[1] + dense.shape[1]} and {targets.shape[1]}"
                 f" columns, these sums {tuple(self.cross.shape)}"
             )
-        add = _add_cpu if self.cross.device.type == "cpu" else _add_dense
+        if self.cross.device.type == "cpu":
+            add = _add_cpu
+        else:
+            add = _add_scattered if is_sparse(codes) and is_sparse(targets) else _add_dense
         add(self, codes, targets, dense.to(self.cross))
         return replace(self, count=self.count + codes.shape[0])
 
@@ -191,6 +194,23 @@ def _threaded(sources: int, work: Callable[[int, int], None]) -> None:
     edges = [(start, min(start + STRIP, sources)) for start in range(0, sources, STRIP)]
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         list(pool.map(lambda edge: work(*edge), edges))
+
+
+def _add_scattered(sums: PairSums, codes: Tensor, targets: Tensor, extra: Float[Tensor, "sample column"]) -> None:
+    p, device = codes.shape[1], sums.cross.device
+    for start in range(0, codes.shape[0], 8 * SLAB):
+        rows = slice(start, start + 8 * SLAB)
+        x, y, dense = Rows.of(codes, rows, device), Rows.of(targets, rows, device), extra[rows]
+        sums.sums.index_add_(0, x.columns, x.values)
+        sums.target_sums.index_add_(0, y.columns, y.values)
+        sums.target_squares.index_add_(0, y.columns, y.values.square())
+        scatter_product(sums.cross, x, y)
+        sums.sums[p:] += dense.sum(0)
+        sums.cross[p:].T.index_add_(0, y.columns, y.values[:, None] * dense[y.row])
+        if sums.owner:
+            scatter_product(sums.upper, x, x)
+            sums.upper[:p, p:].index_add_(0, x.columns, x.values[:, None] * dense[x.row])
+            sums.upper[p:, p:] += dense.T @ dense
 
 
 def _add_dense(sums: PairSums, codes: Tensor, targets: Tensor, extra: Float[Tensor, "sample column"]) -> None:

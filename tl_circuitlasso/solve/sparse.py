@@ -10,14 +10,14 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.sparse
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.solve.path import Moments
 from tl_circuitlasso.solve.working_set import numba_available
 
-SCATTER_BELOW = 1 / 256  # density up to which CUDA scatters pairs instead of multiplying dense batches
+SCATTER_BELOW = 1 / 256  # density up to which an accelerator scatters pairs instead of multiplying dense batches
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,26 +114,57 @@ def _sums_dense(codes: Tensor, targets: Float[Tensor, "sample target"]) -> tuple
 
 def _scatter(codes: Tensor) -> Float[Tensor, "source source"]:
     """X'X on an accelerator: float64 scatter of sparse rows, or bfloat16 products accumulated outside in float64."""
-    samples, sources = codes.shape
-    if codes.layout == torch.sparse_csr and codes.values().numel() <= SCATTER_BELOW * samples * sources:
-        out = torch.zeros(sources, sources, dtype=torch.float64, device=codes.device)
-        rows = torch.repeat_interleave(torch.arange(samples, device=codes.device), codes.crow_indices().diff())
-        return _pairs(out, rows, codes.col_indices().long(), codes.values().double(), codes.crow_indices())
+    if is_sparse(codes):
+        out = torch.zeros(codes.shape[1], codes.shape[1], dtype=torch.float64, device=codes.device)
+        rows = Rows.of(codes, slice(0, codes.shape[0]), codes.device)
+        scatter_product(out, rows, rows)
+        return out
     return dense_scatter(codes.to_dense() if codes.layout == torch.sparse_csr else codes)
 
 
-def _pairs(out: Tensor, rows: Tensor, columns: Tensor, values: Tensor, starts: Tensor) -> Tensor:
-    """Adds v_i v_j to (i, j) for every pair of entries of a row, one partner offset at a time."""
-    width = int(starts.diff().max()) if len(starts) > 1 else 0
-    length = starts.diff()[rows]
-    position = torch.arange(len(columns), device=columns.device)
-    offset = position - starts[rows]
-    for shift in range(width):
-        partner = starts[rows] + (offset + shift) % length
-        valid = shift < length
-        at = columns[valid] * out.shape[1] + columns[partner[valid]]
-        out.view(-1).index_add_(0, at, values[valid] * values[partner[valid]])
-    return out
+def is_sparse(codes: Tensor) -> bool:
+    """Whether a batch is CSR with so few entries that scattering pairs of them is quicker than a dense product."""
+    return (
+        codes.layout == torch.sparse_csr and codes.values().numel() <= SCATTER_BELOW * codes.shape[0] * codes.shape[1]
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Some rows of a CSR matrix on a device, values in float64."""
+
+    starts: Int[Tensor, " ends"]
+    columns: Int[Tensor, " entry"]
+    values: Float[Tensor, " entry"]
+
+    @classmethod
+    def of(cls, matrix: Tensor, rows: slice, device: torch.device | str) -> "Rows":
+        """Those in the slice."""
+        ends = matrix.crow_indices()[rows.start : rows.stop + 1].long()
+        inside = slice(int(ends[0]), int(ends[-1]))
+        columns, values = matrix.col_indices()[inside].long(), matrix.values()[inside].double()
+        return cls((ends - ends[0]).to(device), columns.to(device), values.to(device))
+
+    @property
+    def row(self) -> Int[Tensor, " entry"]:
+        """The row of every entry."""
+        return torch.repeat_interleave(
+            torch.arange(len(self.starts) - 1, device=self.starts.device), self.starts.diff()
+        )
+
+
+def scatter_product(out: Float[Tensor, "source target"], x: Rows, y: Rows) -> None:
+    """out[i, j] += x_mi y_mj for every pair of entries of every row m: the first partners of all, then the second ones.
+
+    `out` may have more rows and columns than the codes have.
+    """
+    row, columns, values = x.row, x.columns, x.values
+    count = y.starts.diff()
+    for partner in range(int(count.max()) if len(count) else 0):
+        more = count[row] > partner
+        row, columns, values = row[more], columns[more], values[more]
+        at = y.starts[row] + partner
+        out.view(-1).index_add_(0, columns * out.shape[1] + y.columns[at], values * y.values[at])
 
 
 def dense_scatter(batch: Float[Tensor, "sample source"], step: int = 4096) -> Float[Tensor, "source source"]:
