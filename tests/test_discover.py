@@ -13,6 +13,7 @@ import tl_circuitlasso as tcl
 from tests import architectures
 from tests.helpers import shared_folder
 from tl_circuitlasso.discover import as_strength, collect_statistics
+from tl_circuitlasso.models import read
 
 COLUMNS = ["source", "target", "port", "weight", "score", "kept"]
 
@@ -20,6 +21,12 @@ COLUMNS = ["source", "target", "port", "weight", "score", "kept"]
 @pytest.fixture(scope="module")
 def model() -> Any:
     return architectures.small()
+
+
+@pytest.fixture(autouse=True)
+def few_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked here doesn't need the thousand pairs of prompts of the default."""
+    monkeypatch.setattr(read, "PAIRS", 96)
 
 
 def found(model: Any, tokens: Any = None, **options: Any) -> tcl.AttributionGraph:
