@@ -1,8 +1,6 @@
 """Two processes under gloo find the graph of one: every design and target, checkpoints, and errors that reach all."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,8 @@ import torch.multiprocessing as mp
 
 import tl_circuitlasso as tcl
 from tests import architectures
+from tests.helpers import message_of
 from tl_circuitlasso.discover import collect_statistics
-from tl_circuitlasso.errors import CircuitLassoError
 from tl_circuitlasso.models import collect as collection
 from tl_circuitlasso.sharing import ALONE, as_ranks, under_torchrun
 from tl_circuitlasso.statistics import Moments, Statistics
@@ -61,15 +59,6 @@ def of_demo(process_group: Any = None) -> tcl.AttributionGraph:
     return tcl.circuit_lasso(
         demo.model, demo.tokens, positions="last", batch_size=16, progress=False, process_group=process_group
     )
-
-
-@contextmanager
-def message_of(folder: Path, name: str, rank: int) -> Iterator[None]:
-    """Write down what was raised, for the parent to look at."""
-    try:
-        yield
-    except CircuitLassoError as error:
-        (folder / f"{name}-{rank}.txt").write_text(f"{type(error).__name__}: {error}")
 
 
 def interrupted_and_resumed(folder: Path, rank: int) -> None:

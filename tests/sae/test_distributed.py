@@ -2,8 +2,6 @@
 
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +12,9 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 
 import tl_circuitlasso as tcl
+from tests.helpers import message_of
 from tests.sae.training import PlainSAE
 from tl_circuitlasso.demo import Demo, load_demo
-from tl_circuitlasso.errors import CircuitLassoError
 from tl_circuitlasso.features import learning
 from tl_circuitlasso.features.regression import needed_bytes
 from tl_circuitlasso.features.shared import share_of
@@ -54,15 +52,6 @@ def found(case: str, demo: Demo, saes: Any, process_group: Any = None) -> tcl.At
         demo.model, demo.tokens[:count], basis=tcl.SAEFeatures(saes, **options), target=target, strength=strength,
         batch_size=batch, progress=False, process_group=process_group,
     )  # fmt: skip
-
-
-@contextmanager
-def message_of(folder: Path, name: str, rank: int) -> Iterator[None]:
-    """Write down what was raised, for the parent to look at."""
-    try:
-        yield
-    except CircuitLassoError as error:
-        (folder / f"{name}-{rank}.txt").write_text(f"{type(error).__name__}: {error}")
 
 
 def resumed(folder: Path, rank: int, demo: Demo, saes: Any) -> None:

@@ -230,9 +230,6 @@ def _dense(matrix: Tensor, rows: slice, sums: PairSums) -> Float[Tensor, "sample
     """Some rows of CSR or dense codes as float32 on the device of the sums."""
     if matrix.layout != torch.sparse_csr:
         return matrix[rows].to(sums.cross.device, torch.float32)
-    ends = matrix.crow_indices()[rows.start : rows.stop + 1].long()
-    inside = slice(int(ends[0]), int(ends[-1]))
-    at = torch.repeat_interleave(torch.arange(len(ends) - 1, device=ends.device), ends.diff())
-    dense = torch.zeros(len(ends) - 1, matrix.shape[1], device=sums.cross.device)
-    places = (at.to(dense.device), matrix.col_indices()[inside].long().to(dense.device))
-    return dense.index_put_(places, matrix.values()[inside].float().to(dense.device))
+    some = Rows.of(matrix, rows, sums.cross.device)
+    dense = torch.zeros(len(some.starts) - 1, matrix.shape[1], device=sums.cross.device)
+    return dense.index_put_((some.row, some.columns), some.values.float())
