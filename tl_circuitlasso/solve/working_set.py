@@ -100,7 +100,7 @@ class WorkingSet(AbstractSolver):
             np.zeros(len(cross), np.int64),
         )
         best, stale = gap.copy(), np.zeros(len(cross), np.int64)
-        room = room[: len(cross)].astype(gram.dtype, copy=False)
+        room = _within(room, cross)
         pull = cross
         if not fresh or coef.any():
             pull = room
@@ -187,6 +187,11 @@ def _whole(matrix: Shaped[Tensor, "source any"], out: np.ndarray, between: np.nd
         matrix = torch.from_numpy(between).view(-1)[: matrix.numel()].view(sources, targets).copy_(matrix)
     torch.from_numpy(out[:targets]).copy_(matrix.T)
     return out[:targets]
+
+
+def _within(room: np.ndarray, like: np.ndarray) -> np.ndarray:
+    """Some of a room of float64 seen as numbers of another type: what lies in it means nothing, so none are cast."""
+    return room.reshape(-1).view(like.dtype)[: like.size].reshape(like.shape)
 
 
 class Tiled:
