@@ -3,7 +3,7 @@ nothing: the gap is written down again from the data, the optimum comes from a c
 
     P(A) = f(A) + sum_h lambda_h Omega_h(A),    D(theta) = -f*(..) - Omega*(s * negative gradient),   0 <= s <= 1
 
-Dual points are scaled residuals, s chosen by a search over [0, 1] rather than by the library's formula.
+Dual points are scaled residuals, s chosen by a search rather than by the library's formula.
 """
 
 import warnings
@@ -121,11 +121,11 @@ class Data:
         primal = self.fit(coef, columns) + strength * terms.value(coef[:, columns], columns)
         pull = self._pull(coef)[:, columns]
 
-        def negative_dual(s: float) -> float:
+        def negative_dual(s: float | np.ndarray) -> float:
             return terms.conjugate(s * pull, columns, strength) - self._dual_fit(coef, columns, s)
 
         worst = pull if not terms.non_negative else np.maximum(pull, 0)
-        limit = 1.0
+        limit = np.inf  # a penalty with a squared part or a bound has a finite conjugate everywhere
         if terms.rows is not None:
             size = (terms.norms(worst) / terms.weights[:, terms.columns[columns[0]]]).max()
             limit = strength / size if size > 0 else np.inf
@@ -133,7 +133,11 @@ class Data:
             size = (np.abs(worst) / terms.weights[:, columns]).max()
             limit = strength / size if size > 0 else np.inf
         top = min(limit, 2.0 if self.loss == "quadratic" else 1.0)
-        tried = [top, min(1.0, top)]
+        tried: list[float | np.ndarray] = [top, min(1.0, top)]
+        if terms.rows is not None and self.loss == "quadratic":  # coupled columns needn't share their scale
+            rest, y = (self.y - self.predict(coef))[:, columns], self.y[:, columns]
+            square = (rest**2).sum(0)
+            tried.append(np.clip((rest * y).sum(0) / np.where(square > 0, square, 1), 0, top))
         tried.append(minimize_scalar(negative_dual, bounds=(0, top), method="bounded", options={"xatol": 1e-12}).x)
         null = self.fit(np.zeros_like(coef), columns)
         if null == 0:
@@ -152,7 +156,7 @@ class Data:
             return np.einsum("mcu,mc->u", self.x, rest)[:, None] / m
         return (self.x.T @ rest).reshape(-1, 1) / m
 
-    def _dual_fit(self, coef: np.ndarray, columns: np.ndarray, s: float) -> float:
+    def _dual_fit(self, coef: np.ndarray, columns: np.ndarray, s: float | np.ndarray) -> float:
         """-f* at s times the residuals."""
         z, m = self.predict(coef), len(self.y)
         if self.loss == "quadratic":

@@ -169,7 +169,7 @@ def test_zero_targets_and_zero_sources_are_answered() -> None:
 
 @pytest.mark.parametrize("solver", ["working_set", "torch", "fista"])
 def test_running_out_of_iterations_warns_with_the_worst_target_and_strict_raises(solver: str) -> None:
-    problem = planted(correlation=0.95)
+    problem = planted(samples=300, sources=150, correlation=0.95)  # more parents than a first working set holds
     options = {**problem.matrices, "strength": 0.001, "tol": 1e-10, "solver": solver, "max_iter": 1}
     with pytest.warns(RuntimeWarning, match=r"targets missed tol=1e-10; the worst is target \d") as caught:
         solution = lasso(**options)

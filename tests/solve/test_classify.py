@@ -15,6 +15,7 @@ from tl_circuitlasso.solve import (
     cross_entropy_garrote,
     logistic_lasso,
     multinomial_lasso,
+    newton,
     path,
 )
 
@@ -116,6 +117,19 @@ def test_without_numba_the_newton_steps_are_the_same(monkeypatch) -> None:
     monkeypatch.setattr("tl_circuitlasso.solve.newton.numba_available", lambda: False)
     plain = cross_entropy_garrote(parts, prediction, strength=0.1, tol=1e-7)
     torch.testing.assert_close(plain.value, compiled.value, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_hessians_in_single_precision_lead_to_the_same_place(monkeypatch, scale: float) -> None:
+    problem = planted(samples=60, sources=90, targets=1)
+    features, labels = scale * problem.features, problem.targets[:, 0] > 0
+    features[:, 1], features[:, 2] = features[:, 0], features[:, 3] * (1 + 1e-7)
+    rough = logistic_lasso(features, labels, strength=0.05, tol=1e-10)
+    monkeypatch.setattr(newton, "ROUGH_STEPS", 0)
+    exact = logistic_lasso(features, labels, strength=0.05, tol=1e-10)
+    assert bool(rough.converged) and bool(exact.converged)
+    assert int(rough.stats["iterations"]) <= int(exact.stats["iterations"]) + 2
+    assert float(rough.stats["objective"]) == pytest.approx(float(exact.stats["objective"]), rel=1e-6)
 
 
 def test_weights_forbid_and_scale() -> None:

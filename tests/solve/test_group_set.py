@@ -12,6 +12,7 @@ from tl_circuitlasso.solve import (
     GroupSet,
     QuadraticGram,
     fit_dictionary,
+    group_set,
     lasso,
     moments_of,
     relative_gap,
@@ -28,8 +29,8 @@ def total_objective(loss: QuadraticGram, penalty: Group, solution: Solution) -> 
 
 
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 10**6), strength=st.sampled_from([0.7, 0.2, 0.03]))
-def test_group_set_is_fista_on_uneven_weighted_groups(seed: int, strength: float) -> None:
+@given(seed=st.integers(0, 10**6), strength=st.sampled_from([0.7, 0.2, 0.03]), alone=st.booleans())
+def test_group_set_is_fista_on_uneven_weighted_groups(seed: int, strength: float, alone: bool) -> None:
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -53,7 +54,10 @@ def test_group_set_is_fista_on_uneven_weighted_groups(seed: int, strength: float
     penalty, data = Group(rows, columns, weights), moments_of(x, y)
     loss = QuadraticGram(data.gram, data.cross, data.target_sq_norm)
     problem = {"target_sq_norm": data.target_sq_norm, "strength": strength, "penalty": penalty, "tol": 1e-8}
-    fast = lasso(data.gram, data.cross, solver=GroupSet(), **problem)
+    with pytest.MonkeyPatch.context() as patch:
+        if not alone:  # the products of many target groups taken together, as for a large Gram
+            patch.setattr(group_set, "ALONE_UP_TO", 0)
+        fast = lasso(data.gram, data.cross, solver=GroupSet(), **problem)
     slow = lasso(data.gram, data.cross, solver=Fista(), **problem)
     assert bool(fast.converged.all())
     assert total_objective(loss, penalty, fast) <= total_objective(loss, penalty, slow) * (1 + 1e-6) + 1e-12
@@ -72,6 +76,37 @@ def test_a_warm_start_at_the_answer_moves_nothing() -> None:
     again = lasso(data.gram, data.cross, tol=1e-6, init=first.value, **problem)
     assert int(again.stats["iterations"].max()) == 0
     torch.testing.assert_close(again.value, first.value, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("off", [0.0, 0.1, 0.3, 0.9])
+def test_groups_that_are_nearly_white_need_no_turning(off: float) -> None:
+    generator = torch.Generator().manual_seed(4)
+    x, y = (torch.randn(400, k, generator=generator, dtype=torch.float64) for k in (20, 6))
+    x[:, 1::2] += off * x[:, ::2]
+    y = y + x[:, :6] - x[:, 1:7]
+    data, penalty = moments_of(x, y), Group(torch.arange(20) // 2, torch.arange(6))
+    loss = QuadraticGram(data.gram, data.cross, data.target_sq_norm)
+    problem = {"target_sq_norm": data.target_sq_norm, "strength": 0.1, "penalty": penalty, "tol": 1e-10}
+    fast = lasso(data.gram, data.cross, solver=GroupSet(), **problem)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(group_set, "WHITE", 0.0)
+        turned = lasso(data.gram, data.cross, solver=GroupSet(), **problem)
+    assert bool(fast.converged.all())
+    assert float(relative_gap(loss, penalty, fast.value, fast.stats["strength"]).max()) <= 1.05e-10
+    torch.testing.assert_close(fast.value, turned.value, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 3, 4])
+def test_rounds_are_bounded_and_counted(rounds: int) -> None:
+    generator = torch.Generator().manual_seed(5)
+    x, y = (torch.randn(60, k, generator=generator, dtype=torch.float64) for k in (50, 4))
+    data, penalty = moments_of(x, y), Group(torch.arange(50) // 2, torch.arange(4))
+    problem = {"target_sq_norm": data.target_sq_norm, "strength": 0.05, "penalty": penalty, "tol": 1e-12}
+    with pytest.warns(RuntimeWarning, match="missed"):
+        solution = lasso(data.gram, data.cross, solver=GroupSet(max_iter=rounds, least=1), **problem)
+    used = int(solution.stats["iterations"].max())
+    assert used == rounds
+    assert int(lasso(data.gram, data.cross, solver=GroupSet(least=1), **problem).stats["iterations"].max()) > used
 
 
 def test_group_set_refuses_bounds() -> None:

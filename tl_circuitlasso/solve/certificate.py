@@ -52,7 +52,7 @@ def _signed_gap(
     for candidate in (one,) if torch.equal(natural, one) else (natural, one):
         scale = torch.minimum(candidate, bound).clamp(min=0)
         share = loss.fenchel(value, negative_gradient, scale) + 0.5 * (1 + scale.square()) * energy
-        share = _per_problem(share, penalty.coupled())
+        share = per_problem(share, penalty.coupled())
         total = share + sizes + penalty.conjugate(scale * pull, strength)
         best = torch.minimum(best, torch.where(torch.isnan(total), torch.inf, total))
     if ridge is not None:
@@ -71,10 +71,27 @@ def relative_gap(
 ) -> Float[Tensor, " target"]:
     """The duality gap over the objective of the empty solution; 0 where that objective is 0 and A is empty."""
     gap = _signed_gap(loss, penalty, value, strength, negative_gradient)
-    null = _per_problem(loss.null_objective(), penalty.coupled())
+    null = per_problem(loss.null_objective(), penalty.coupled())
     # no convex problem has a negative gap: the Gram is indefinite, or a coefficient has overflowed
     gap = torch.where(gap < -NEGATIVE * null, torch.inf, gap.clamp(min=0))
     return torch.where(null > 0, gap / null.clamp(min=torch.finfo(gap.dtype).tiny), torch.where(gap > 0, torch.inf, 0))
+
+
+def fair_start(
+    loss: AbstractLoss,
+    penalty: AbstractPenalty,
+    init: Float[Tensor, "source target"],
+    strength: Float[Tensor, " target"],
+) -> Float[Tensor, "source target"]:
+    """A starting point within the bounds of the penalty; problems that it makes worse than empty ones start empty.
+
+    A gap says nothing about coefficients that break a bound, and from far outside descent takes for ever.
+    """
+    value = penalty.prox(init, 0.0, strength)
+    fit, null = loss.objective(value, loss.negative_gradient(value)), loss.null_objective()
+    groups = penalty.coupled()
+    fair = per_problem(fit, groups) + penalty.value(value, strength) <= per_problem(null, groups)
+    return torch.where(fair, value, 0)
 
 
 def least_squares_gap(
@@ -94,7 +111,7 @@ def rank_tolerance(eigenvalues: Float[Tensor, " source"]) -> Float[Tensor, ""]:
     return top * eigenvalues.numel() * torch.finfo(eigenvalues.dtype).eps
 
 
-def _per_problem(figures: Float[Tensor, " target"], coupled: Int[Tensor, " target"] | None) -> Float[Tensor, " target"]:
+def per_problem(figures: Float[Tensor, " target"], coupled: Int[Tensor, " target"] | None) -> Float[Tensor, " target"]:
     """Sums over coupled targets, repeated for each of them."""
     if coupled is None or not coupled.numel():
         return figures

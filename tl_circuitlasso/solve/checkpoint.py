@@ -93,7 +93,9 @@ def _feed(digest: Any, part: Any) -> None:
     digest.update(type(part).__name__.encode())
     if isinstance(part, Tensor):
         digest.update(repr((part.dtype, tuple(part.shape))).encode())
-        digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        flat = part.detach().cpu().contiguous().reshape(-1)
+        flat = flat.as_strided(flat.shape, (1,), flat.storage_offset())  # one number, expanded, has a stride of 0
+        digest.update(flat.view(torch.uint8).numpy().data)
     elif is_dataclass(part):
         for entry in fields(part):
             _feed(digest, getattr(part, entry.name))

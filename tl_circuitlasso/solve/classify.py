@@ -118,9 +118,9 @@ def cross_entropy_garrote(
             f" `prediction` {target.shape[1]}"
         )
     check_finite("contributions", contributions.reshape(-1, contributions.shape[2]))
-    fixed = torch.zeros_like(target[:1]) if offset is None else offset.double()
+    fixed = torch.zeros_like(target[:1]) if offset is None else offset.detach().double()
     check_finite("offset", fixed)
-    loss = Softmax(contributions.double(), target, fixed)
+    loss = Softmax(contributions.detach().double(), target, fixed)
     penalty = L1(weights, non_negative=True, upper=upper)
     solution, _ = _solve(loss, penalty, strength, tol, strength_is, init, solver, strict)
     return solution
@@ -146,7 +146,7 @@ def _solve(
     limit = penalty.strength_max(loss.negative_gradient(nothing))
     absolute = absolute_strength(strength, limit, torch.ones_like(limit), strength_is)
     chosen = ProxNewton() if solver is None else solver
-    answer = chosen.solve(loss, penalty, absolute, tol=tol, init=None if init is None else init.double())
+    answer = chosen.solve(loss, penalty, absolute, tol=tol, init=None if init is None else init.detach().to(nothing))
     fitted = loss.centre(loss.margins(answer.value))
     converged = answer.gap <= tol
     failed = Status.STALLED if answer.stalled else Status.MAX_ITERATIONS
@@ -174,11 +174,11 @@ def _design(features: Float[Tensor, "sample source"]) -> Float[Tensor, "sample s
     if not len(features):
         raise InputError("`features` has no samples")
     check_finite("features", features)
-    return features.double()
+    return features.detach().double()
 
 
 def _probabilities(target: Shaped[Tensor, "sample outcome"], samples: int) -> Float[Tensor, "sample outcome"]:
-    target = target.double()
+    target = target.detach().double()
     if len(target) != samples or not samples:
         raise InputError(f"the target must have one row per sample ({samples}, at least 1), got {len(target)}")
     check_finite("target", target)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.solve.base import AbstractLoss, AbstractPenalty, AbstractSolver, Answer
-from tl_circuitlasso.solve.certificate import relative_gap
+from tl_circuitlasso.solve.certificate import fair_start, relative_gap
 
 CHECK_EVERY = 10  # steps between two certificates: a certificate costs about as much as a step
 
@@ -34,7 +34,8 @@ class Fista(AbstractSolver):
     ) -> Answer:
         if loss.intercepted:
             raise InputError("`solver` Fista doesn't move an intercept: use `ProxNewton`, or pass intercept=False")
-        value = torch.zeros(loss.shape, dtype=strength.dtype, device=strength.device) if init is None else init.clone()
+        nothing = torch.zeros(loss.shape, dtype=strength.dtype, device=strength.device)
+        value = nothing if init is None else fair_start(loss, penalty, init, strength)
         gap = relative_gap(loss, penalty, value, strength)
         iterations = torch.zeros(loss.shape[1], dtype=torch.long, device=strength.device)
         bound, spent = loss.curvature(), 0

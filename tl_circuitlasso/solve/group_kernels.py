@@ -216,23 +216,46 @@ def descend_groups(
     return min(sweep + 1, max_sweeps)
 
 
+@inner
+@no_type_check
+def refresh(gram, cross, coef, pull, first, count):
+    """pull = cross - coef @ gram for the columns of one target group, through the nonzeros of `coef`."""
+    width = gram.shape[0]
+    for t in range(first, first + count):
+        row = pull[t]
+        for m in range(width):
+            row[m] = cross[t, m]
+        for i in range(width):
+            if coef[t, i] != 0:
+                v, source = coef[t, i], gram[i]
+                for m in range(width):
+                    row[m] -= v * source[m]
+
+
 @kernel
 @no_type_check
-def group_round(
+def group_rounds(
     gram, eigen, cross, coef, pull, weight, row_starts, column_starts, square, strength,
-    todo, gap, sweeps, tol, least, max_sweeps,
+    todo, gap, rounds, sweeps, tol, least, max_sweeps, at_once,
 ):  # fmt: skip
-    """Certify every target group in `todo` and improve those above the tolerance; sweeps < 0 marks a stuck one."""
+    """Certify every target group in `todo` and improve those above the tolerance; sweeps < 0 marks a stuck one.
+
+    After a single round the pull is left to the caller, who takes the products of many target groups together.
+    """
     work = np.empty(row_starts.shape[0], np.int64)
     for n in range(todo.shape[0]):
         h = todo[n]
         first, count, w = column_starts[h], column_starts[h + 1] - column_starts[h], weight[h]
-        gap[h] = gap_of_group(cross, coef, pull, first, count, row_starts, w, square[h], strength[h])
-        if gap[h] <= 0.5 * tol * square[h] or sweeps[h] < 0:
-            continue
-        size = choose_groups(coef, pull, first, count, row_starts, w, strength[h], least, work)
-        spent = descend_groups(
-            gram, eigen, work, size, cross, coef, pull, first, count, row_starts, w, square[h], strength[h],
-            0.15 * tol * square[h], max_sweeps,
-        )  # fmt: skip
-        sweeps[h] = sweeps[h] + spent if spent > 0 else -1 - sweeps[h]
+        for _ in range(at_once):
+            gap[h] = gap_of_group(cross, coef, pull, first, count, row_starts, w, square[h], strength[h])
+            if gap[h] <= 0.5 * tol * square[h] or sweeps[h] < 0:
+                break
+            size = choose_groups(coef, pull, first, count, row_starts, w, strength[h], least, work)
+            spent = descend_groups(
+                gram, eigen, work, size, cross, coef, pull, first, count, row_starts, w, square[h], strength[h],
+                0.15 * tol * square[h], max_sweeps,
+            )  # fmt: skip
+            sweeps[h] = sweeps[h] + spent if spent > 0 else -1 - sweeps[h]
+            rounds[h] += 1
+            if at_once > 1:
+                refresh(gram, cross, coef, pull, first, count)

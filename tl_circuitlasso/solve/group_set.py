@@ -5,7 +5,8 @@ block, exactly, in coordinates in which the Gram of every row group is diagonal:
 
     min_Z  1/2 tr(Z'DZ) - tr(R'Z) + lambda w ||Z||_F      Z_i = R_i t / (d_i t + lambda w),  t = ||Z||_F
 
-(Qin, Scheinberg & Goldfarb 2013, section 4). A whitened group has D = 1 and the step is a plain shrinkage.
+(Qin, Scheinberg & Goldfarb 2013, section 4). Where all groups are white, or nearly, nothing is turned: a bound on the
+eigenvalues of a group takes the place of D, and a step is a plain shrinkage that still goes down.
 """
 
 from collections.abc import Sequence
@@ -19,11 +20,15 @@ from torch import Tensor
 
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.solve.base import AbstractLoss, AbstractPenalty, AbstractSolver, Answer
+from tl_circuitlasso.solve.certificate import fair_start
 from tl_circuitlasso.solve.groups import Group
 from tl_circuitlasso.solve.losses import QuadraticGram
 from tl_circuitlasso.solve.working_set import CHUNK, STALE, compiled, in_slices, products
 
 SWEEPS_AT_ONCE = 200
+ALONE_UP_TO = 1 << 20  # entries of a Gram that stays in cache, so that each target group may take its own products
+ROUNDS = 4  # that a target group which does is taken through at once
+WHITE = 2.0  # ratio of a group's eigenvalues up to which turning it costs more than the sweeps that it spares
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class GroupSet(AbstractSolver):
     ) -> Answer:
         if not isinstance(loss, QuadraticGram) or not isinstance(penalty, Group) or penalty.non_negative:
             raise InputError("`GroupSet` needs a Gram and an unbounded group penalty: use `RowSet` or `Fista`")
+        init = None if init is None else fair_start(loss, penalty, init, strength)
         turned = _Turned.of(loss, penalty, strength, init)
         gap = np.full(len(turned.square), np.inf)
         rounds, stuck = np.zeros(len(gap), np.int64), False
@@ -64,26 +70,27 @@ class GroupSet(AbstractSolver):
         self, turned: "_Turned", pull: np.ndarray, part: np.ndarray, tol: float, gap: np.ndarray, rounds: np.ndarray
     ) -> bool:
         """Rounds of certify, choose, descend on the target groups in `part`."""
-        kernels, loops, todo, sweeps = compiled(), _compiled_groups(), part, np.zeros(len(gap), np.int64)
+        loops, todo, sweeps = _compiled_groups(), part, np.zeros(len(gap), np.int64)
         best, stale = np.full(len(gap), np.inf), np.zeros(len(gap), np.int64)
+        at_once = min(ROUNDS, self.max_iter) if turned.gram.size <= ALONE_UP_TO else 1
 
         def improve(some: np.ndarray) -> None:
-            loops.group_round(
+            loops.group_rounds(
                 turned.gram, turned.eigen, turned.cross, turned.coef, pull, turned.weight, turned.row_starts,
-                turned.column_starts, turned.square, turned.strength, some, gap, sweeps, tol, self.least,
-                SWEEPS_AT_ONCE,
+                turned.column_starts, turned.square, turned.strength, some, gap, rounds, sweeps, tol,
+                self.least, SWEEPS_AT_ONCE, at_once,
             )  # fmt: skip
 
-        for _ in range(self.max_iter):
+        for _ in range(-(-self.max_iter // at_once)):
             in_slices(improve, todo)
             todo = todo[(gap[todo] > tol * 0.5 * turned.square[todo]) & (sweeps[todo] >= 0)]
             if not len(todo):
                 break
-            rounds[todo] += 1
             better = gap[todo] < 0.9 * best[todo]
             best[todo], stale[todo] = np.minimum(best[todo], gap[todo]), np.where(better, 0, stale[todo] + 1)
             todo = todo[stale[todo] < STALE]
-            products(kernels, turned.gram, turned.cross, turned.coef, turned.columns(todo), pull)
+            if at_once == 1:
+                products(compiled(), turned.gram, turned.cross, turned.coef, turned.columns(todo), pull)
         return bool((sweeps[part] < 0).any() or (stale[part] >= STALE).any())
 
 
@@ -175,7 +182,12 @@ class _Rotation:
         for own in torch.unique(size[size > 1]).tolist():
             at = first[size == own][:, None] + torch.arange(own)
             inside = at if order is None else order[at]
-            eigen[at], basis = torch.linalg.eigh(gram[inside[:, :, None], inside[:, None, :]])
+            blocks = gram[inside[:, :, None], inside[:, None, :]]
+            low, high = _discs(blocks)
+            if bool((high <= WHITE * low).all()):
+                eigen[at] = high[:, None]
+                continue
+            eigen[at], basis = torch.linalg.eigh(blocks)
             members.append(at)
             vectors.append(basis)
         return cls(order, eigen.clamp(min=0), tuple(members), tuple(vectors))
@@ -191,7 +203,9 @@ class _Rotation:
         return matrix if self.order is None else torch.empty_like(matrix).index_copy_(0, self.order, matrix)
 
     def gram(self, gram: Float[Tensor, "source source"]) -> Float[Tensor, "source source"]:
-        """Rows and columns turned; the Gram of a group is then `eigen` exactly."""
+        """Rows and columns turned; the Gram of a turned group is then `eigen` exactly."""
+        if self.order is None and not self.members:
+            return gram.contiguous()
         turned = self.forward(self.forward(gram).T)
         for at in self.members:
             turned[at[:, :, None], at[:, None, :]] = torch.diag_embed(self.eigen[at])
@@ -205,6 +219,13 @@ class _Rotation:
                 return (basis @ matrix.view(*at.shape, -1)).flatten(0, 1)
             matrix[at] = basis @ matrix[at]
         return matrix
+
+
+def _discs(blocks: Float[Tensor, "group own own"]) -> tuple[Float[Tensor, " group"], Float[Tensor, " group"]]:
+    """Bounds of the eigenvalues of symmetric blocks (Gershgorin)."""
+    diagonal = blocks.diagonal(dim1=1, dim2=2)
+    others = blocks.abs().sum(2) - diagonal
+    return (diagonal - others).amin(1), (diagonal + others).amax(1)
 
 
 def _compiled_groups() -> ModuleType:

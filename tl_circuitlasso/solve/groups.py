@@ -125,7 +125,7 @@ class Group(AbstractPenalty):
         )
 
     def to(self, dtype: torch.dtype, device: torch.device) -> "Group":
-        weights = None if self.weights is None else self.weights.to(dtype=dtype, device=device)
+        weights = None if self.weights is None else self.weights.detach().to(dtype=dtype, device=device)
         return replace(
             self,
             row_groups=self.row_groups.to(device),

@@ -12,9 +12,12 @@ from typing import no_type_check
 import numpy as np
 
 from tl_circuitlasso.solve.jit import inner, kernel
+from tl_circuitlasso.solve.leap_kernels import leap
 
 LEAP_UP_TO = 256  # nonzeros up to which a factorisation may be cheaper than the sweeps it replaces
 LEAPS = 3
+PATIENCE = 500  # sweeps of a target after which it leaps on and on, until its support is settled
+EFFORT = 1 << 32  # cubed nonzeros that may go into that at a time: about a second
 NEGATIVE = 1e-4  # relative; rounding in float32 stays far below
 LANES = 128  # maxima that are kept side by side
 FULL_EVERY = 5  # sweeps over the nonzeros between two sweeps over the whole working set
@@ -88,6 +91,20 @@ def gap_of(cross, coef, pull, weight, ridge, upper, reach, square, strength, one
     if square > 0 and not best > -NEGATIVE * square:
         return np.inf  # no convex problem has a negative gap: the Gram is indefinite, or a coefficient has overflowed
     return max(best, 0.0)
+
+
+@inner
+@no_type_check
+def worse_than_nothing(cross, coef, pull, weight, ridge, strength):
+    """Whether the objective of the coefficients is above that of the empty solution."""
+    fit, energy, size = 0.0, 0.0, 0.0
+    for i in range(coef.shape[0]):
+        if coef[i] != 0.0:
+            a = np.float64(coef[i])
+            fit += a * (np.float64(cross[i]) + np.float64(pull[i]))
+            energy += ridge[i] * a * a
+            size += np.float64(weight[i]) * abs(a)
+    return not 0.5 * energy + strength * size <= 0.5 * fit
 
 
 @kernel
@@ -218,73 +235,9 @@ def nonzeros(a, active):
 
 @inner
 @no_type_check
-def leap(a, g, w, r, u, strength, active, count, slot, rows):
-    """A Newton step on the nonzeros, as far as no sign changes: exact where the support is right.
-
-    Coordinate descent needs as many sweeps as the support is ill-conditioned; one small factorisation replaces them.
-    Inside one orthant the objective is a convex quadratic, so a shortened step still goes down.
-    """
-    size = 0
-    free = np.empty(count, np.int64)
-    for n in range(count):
-        k = active[n]
-        if slot[k] < 0:
-            return False
-        if a[k] < u[k]:
-            free[size] = k
-            size += 1
-    if size == 0:
-        return False
-    singular = 1e-11 if rows.itemsize == 8 else 1e-6
-    factor, step = np.empty((size, size), np.float64), np.empty(size, np.float64)
-    for m in range(size):
-        k = free[m]
-        base = slot[k] * g.shape[0]
-        step[m] = g[k] - r[k] * a[k] - strength * w[k] * (1.0 if a[k] > 0 else -1.0)
-        for n in range(m + 1):
-            total = rows[base + free[n]] + (r[k] if n == m else 0.0)
-            for i in range(n):
-                total -= factor[m, i] * factor[n, i]
-            if n < m:
-                factor[m, n] = total / factor[n, n]
-            elif total > singular:
-                factor[m, m] = np.sqrt(total)
-            else:
-                return False  # copies of one source: leave them to coordinate descent
-    for m in range(size):
-        for i in range(m):
-            step[m] -= factor[m, i] * step[i]
-        step[m] /= factor[m, m]
-    for m in range(size - 1, -1, -1):
-        step[m] /= factor[m, m]
-        for i in range(m):
-            step[i] -= factor[m, i] * step[m]
-    share, stop = 1.0, -1
-    for m in range(size):
-        k = free[m]
-        reach = share
-        if a[k] * step[m] < 0:
-            reach = -a[k] / step[m]
-        elif step[m] > 0 and u[k] < np.inf:
-            reach = (u[k] - a[k]) / step[m]
-        if reach < share:
-            share, stop = reach, m
-    for m in range(size):
-        k = free[m]
-        old = a[k]
-        a[k] = old + share * step[m]
-        if m == stop:
-            a[k] = 0.0 if old * step[m] < 0 else u[k]
-        change, base = a[k] - old, np.uint64(slot[k] * g.shape[0])
-        for n in range(g.shape[0]):
-            g[n] -= change * rows[base + np.uint64(n)]
-    return share == 1.0
-
-
-@inner
-@no_type_check
 def descent(
-    gram, work, width, cross, coef, pull, weight, ridge, upper, square, strength, one_sided, goal, max_sweeps, rows
+    gram, work, width, cross, coef, pull, weight, ridge, upper, square, strength, one_sided, goal, max_sweeps, rows,
+    patient,
 ):  # fmt: skip
     """Cyclic coordinate descent on the working set until the gap restricted to it is at most `goal`.
 
@@ -337,9 +290,10 @@ def descent(
                 max_sweeps = sweep
                 break
             count = nonzeros(a, active)
-            if sweep - rested > count // 2 and count <= LEAP_UP_TO:  # it costs no less than the sweeps before it
+            most = LEAP_UP_TO if patient else 4 * LEAP_UP_TO
+            if sweep - rested > count // 2 and 0 < count <= most:  # it costs no less than the sweeps before it
                 rested = sweep
-                for _ in range(LEAPS):
+                for _ in range(LEAPS if patient else max(LEAPS, min(count, EFFORT // count**3))):
                     if leap(a, g, w, r, u, strength, active, count, slot, rows):
                         until_full = 0
                         break
@@ -357,8 +311,9 @@ def descend(gram, work, width, cross, coef, pull, weight, ridge, upper, square, 
     """`descent` with memory of its own."""
     rows = np.empty(width * width, gram.dtype)
     return descent(
-        gram, work, width, cross, coef, pull, weight, ridge, upper, square, strength, one_sided, goal, max_sweeps, rows
-    )
+        gram, work, width, cross, coef, pull, weight, ridge, upper, square, strength, one_sided, goal, max_sweeps, rows,
+        True,
+    )  # fmt: skip
 
 
 @kernel
@@ -380,6 +335,9 @@ def one_round(
             own = squared[t % squared.shape[0]]
             for i in range(gram.shape[0]):
                 r[i] = level * own[i]
+        if sweeps[t] == 0 and worse_than_nothing(c, a, g, w, r, level):  # a start too far off to descend from
+            for i in range(gram.shape[0]):
+                a[i], g[i] = 0.0, c[i]
         gap[t] = gap_of(c, a, g, w, r, u, q, yy, level, one_sided, boxed)
         if gap[t] <= 0.5 * tol * yy or sweeps[t] < 0:
             continue
@@ -387,5 +345,6 @@ def one_round(
         goal = 0.15 * tol * yy
         if width * width > rows.shape[0]:
             rows = np.empty(max(width * width, 2 * rows.shape[0]), gram.dtype)
-        spent = descent(gram, work, width, c, a, g, w, r, u, yy, level, one_sided, goal, max_sweeps, rows)
+        patient = sweeps[t] < PATIENCE
+        spent = descent(gram, work, width, c, a, g, w, r, u, yy, level, one_sided, goal, max_sweeps, rows, patient)
         sweeps[t] = sweeps[t] + spent if spent > 0 else -1 - sweeps[t]

@@ -76,7 +76,7 @@ def lasso(
     penalty = L1() if penalty is None else penalty
     precision = max(torch.finfo(t.dtype).eps for t in (gram, cross, target_sq_norm))
     _check_arguments(gram, cross, target_sq_norm, tol)
-    gram, cross, square = gram.double(), cross.double(), target_sq_norm.double()
+    gram, cross, square = (matrix.detach().double() for matrix in (gram, cross, target_sq_norm))
     penalty.check(*cross.shape)
     penalty = penalty.to(torch.float64, gram.device)
     if check:
@@ -84,7 +84,7 @@ def lasso(
     scaled = scale(gram, cross, square, penalty, precision=precision, standardise=standardise, check=check)
     limit = scaled.penalty.strength_max(scaled.loss.cross)
     absolute = absolute_strength(strength, limit, scaled.target_scale, strength_is)
-    start = None if init is None else scaled.enter(_check_init(init, cross))
+    start = None if init is None else scaled.enter(check_init(init, cross))
     chosen = choose_solver(solver, scaled.penalty, cross.shape, max_iter, dtype, tol, gram.device)
     answer = _solve_scaled(scaled, absolute, limit, chosen, tol, start, checkpoint)
     value = scaled.leave(answer.value)
@@ -152,7 +152,7 @@ def absolute_strength(
     strength_is: StrengthIs,
 ) -> Float[Tensor, " target"]:
     """lambda of each target in scaled units."""
-    level = torch.as_tensor(strength, dtype=limit.dtype, device=limit.device)
+    level = torch.as_tensor(strength, dtype=limit.dtype, device=limit.device).detach()
     if level.shape not in {(), limit.shape}:
         raise InputError(
             f"`strength` must be a number or one per target {tuple(limit.shape)}, got {tuple(level.shape)}"
@@ -270,9 +270,10 @@ def _check_arguments(gram: Tensor, cross: Tensor, target_sq_norm: Tensor, tol: f
         raise InputError(f"`tol` must be > 0, got {tol}")
 
 
-def _check_init(init: Tensor, cross: Tensor) -> Tensor:
+def check_init(init: Tensor, cross: Tensor) -> Tensor:
+    """The start of a solve, or InputError naming `init`."""
     if init.shape != cross.shape:
         raise InputError(f"`init` must be {tuple(cross.shape)} (source, target), got {tuple(init.shape)}")
     if not bool(torch.isfinite(init).all()):
         raise InputError("`init` holds NaN or infinite entries: leave it out to start from zero")
-    return init
+    return init.detach()

@@ -15,13 +15,17 @@ from torch import Tensor
 
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.solve.base import AbstractLoss, AbstractPenalty, AbstractSolver, Answer
-from tl_circuitlasso.solve.certificate import duality_gap
+from tl_circuitlasso.solve.certificate import duality_gap, fair_start
 from tl_circuitlasso.solve.likelihoods import AbstractLikelihood
 from tl_circuitlasso.solve.penalties import L1, entries_like
 from tl_circuitlasso.solve.torch_set import sweep_torch
 from tl_circuitlasso.solve.working_set import compiled, numba_available
 
 SWEEPS = 1000
+NOTHING = 1e-12  # nats: labels that are all alike leave nothing to explain
+INNER = 1e-3  # share of the gap asked of the model: its own gap, without data, is far too kind to a poor fit
+ROUGH_STEPS = 10  # the first ones, with a Hessian in single precision: what it is off by, the next step makes good
+ROUGH_DOWN_TO = 1e-6  # relative gap from which the Hessian is in double precision
 
 
 @dataclass(frozen=True)
@@ -42,17 +46,23 @@ class ProxNewton(AbstractSolver):
     ) -> Answer:
         if not isinstance(loss, AbstractLikelihood) or not isinstance(penalty, L1):
             raise InputError("`ProxNewton` needs a likelihood and an elementwise penalty: use `Fista` for others")
-        value = torch.zeros(loss.shape, dtype=strength.dtype, device=strength.device) if init is None else init.clone()
+        value = torch.zeros(loss.shape, dtype=strength.dtype, device=strength.device)
+        if init is not None:
+            value = fair_start(loss.centre(loss.margins(init)), penalty, init, strength)
         margins, null = loss.margins(value), float(loss.null_objective())
-        step, stalled = 0, False
+        if null <= NOTHING:
+            nothing = torch.zeros_like(value)
+            return Answer(nothing, torch.zeros_like(strength), torch.zeros(1, dtype=torch.long, device=value.device))
+        step, stalled, rough = 0, False, True
         for step in range(self.max_iter + 1):
             loss = loss.centre(margins).knowing(value, margins)
             pull = loss.negative_gradient(value)
             gap = float(duality_gap(loss, penalty, value, strength, pull))
-            if gap <= tol * null or step == self.max_iter or stalled:
+            if gap <= tol * null or step == self.max_iter or (stalled and not rough):
                 break
+            rough = rough and step < ROUGH_STEPS and gap > ROUGH_DOWN_TO * null and not stalled
             rows = self._choose(penalty, value, pull, strength)
-            moved = _newton_point(loss, penalty, value, pull, margins, strength, rows, 0.1 * min(gap, null))
+            moved = _newton_point(loss, penalty, value, pull, margins, strength, rows, INNER * min(gap, null), rough)
             value, margins, stalled = _backtrack(loss, penalty, value, moved, pull, margins, strength)
         relative = torch.full_like(strength, gap / null if null > 0 else 0.0)
         return Answer(value, relative, torch.full((1,), step, device=value.device), stalled)
@@ -83,13 +93,15 @@ def _newton_point(
     strength: Float[Tensor, " 1"],
     rows: Int[Tensor, " kept"],
     goal: float,
+    rough: bool,
 ) -> Float[Tensor, "source 1"]:
     """The minimiser of the quadratic model plus penalty over `rows`."""
-    hessian = loss.hessian(margins, rows)
+    hessian = loss.hessian(margins, rows, torch.float32 if rough else torch.float64)
     size = hessian.diagonal().clamp(min=0).sqrt()
     flat = size <= 1e-12 * size.max()  # no curvature: nothing to learn about it here
     size = torch.where(flat, 1.0, size)
-    hessian = hessian / size[:, None] / size + 1e-10 * torch.eye(len(rows), dtype=size.dtype, device=size.device)
+    hessian = hessian / size[:, None] / size
+    hessian.diagonal().add_(1e-6 if rough else 1e-10)  # above rounding: copies of one source stay well-posed
     mine, like = penalty.restrict(rows, None), value[rows]
     weight = mine.weight(like) / size[:, None]
     weight = torch.where(flat[:, None], torch.inf, weight)
@@ -98,7 +110,9 @@ def _newton_point(
     upper = entries_like(torch.inf if mine.upper is None else mine.upper, like) * size[:, None]
     coef, residual = like * size[:, None], pull[rows] / size[:, None]
     fit = _descend(hessian, coef, residual, weight, ridge, upper.expand_as(like), strength, penalty.non_negative, goal)
-    moved = mine.prox(fit / size[:, None], 0.0, strength)  # back into bounds that rescaling may have rounded over
+    moved = fit / size[:, None]
+    if mine.upper is not None:
+        moved = mine.prox(moved, 0.0, strength)  # back into bounds that rescaling may have rounded over
     return value.index_copy(0, rows, torch.where(flat[:, None], like, moved))
 
 
@@ -139,15 +153,17 @@ def _backtrack(
     strength: Float[Tensor, " 1"],
 ) -> tuple[Float[Tensor, "source 1"], Tensor, bool]:
     """The longest of 1, 1/2, 1/4, ... that lowers the objective by a share of what the model promises."""
-    change = moved - value
+    change, ahead = moved - value, moved
     shift = loss.margins(change)
-    size = float(penalty.value(value, strength))
-    promised = float(penalty.value(moved, strength)) - size - float((pull * change).sum())
+    size, ahead_size = float(penalty.value(value, strength)), float(penalty.value(moved, strength))
+    promised = ahead_size - size - float((pull * change).sum())
     now, share = float(loss.at(margins)) + size, 1.0
     for _ in range(30):
-        ahead = value + share * change
+        if share < 1:
+            ahead = value + share * change
+            ahead_size = float(penalty.value(ahead, strength))
         reached = margins + share * shift
-        total = float(loss.centre(reached).at(reached)) + float(penalty.value(ahead, strength))
+        total = float(loss.centre(reached).at(reached)) + ahead_size
         if total <= now + 0.01 * share * promised:
             return ahead, reached, False
         share /= 2

@@ -10,7 +10,7 @@ benchmarks/solvers.py compares the dictionaries by what they find in a second.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,8 +22,9 @@ from tl_circuitlasso.solve.groups import Group
 from tl_circuitlasso.solve.path import Moments
 
 KINDS = ("hinge", "spline", "fourier")
-SLAB = 2048  # samples whose functions are in memory at once; products are single precision inside a slab
+SLAB = 1008  # samples whose functions are in memory at once; a power of two would put all rows into few cache sets
 KEPT = 1e-4  # share of a function's variance that must be new for it to count
+STILL = 1e-12  # deviation relative to the mean that is rounding
 STRIP = 256  # rows of the Gram that are computed together
 
 
@@ -33,24 +34,27 @@ class Dictionary:
 
     kind "hinge": max(x - knot, 0) at inner quantiles; "spline": cubic truncated powers there; "fourier": cosines and
     sines of random frequencies. The first of the `size` functions of a parent is the linear one; each other is freed of
-    those before it by `mixing`, upper triangular, and scaled to unit variance (near-copies of them become 0).
+    those before it by `mixing`, upper triangular, and scaled to unit variance (near-copies of them become 0); `shift`
+    centres them.
     """
 
     kind: str
     knots: Float[Tensor, "inner source"]
     location: Float[Tensor, " source"]
     spread: Float[Tensor, " source"]
-    mean: Float[Tensor, "source size"]
     mixing: Float[Tensor, "source size size"]
+    shift: Float[Tensor, "source size"]
 
     @property
     def size(self) -> int:
         """Functions per parent, the linear one included."""
-        return int(self.mean.shape[1])
+        return int(self.shift.shape[1])
 
     def transform(self, features: Float[Tensor, "sample source"]) -> Float[Tensor, "sample feature"]:
         """Whitened functions; those of parent i are columns i * size to (i + 1) * size."""
-        return torch.stack(self._white(features, torch.float64), 1).flatten(0, 1).T
+        white = self.shift.new_empty(*self.shift.shape, len(features))
+        self._write(features, white.unbind(1))
+        return white.flatten(0, 1).T
 
     def moments(self, features: Float[Tensor, "sample source"], targets: Float[Tensor, "sample target"]) -> Moments:
         """The centred moments of `transform(features)` and `targets`, in single precision, by slabs of samples.
@@ -64,14 +68,19 @@ class Dictionary:
             raise InputError(
                 f"`features` and `targets` need the same samples, at least 1: {len(features)}, {len(targets)}"
             )
+        features, targets = features.detach(), targets.detach()
         count, mean = len(targets), targets.mean(0, dtype=torch.float64)
-        functions, square = self.mean.numel(), torch.zeros_like(mean)
-        total = self.mean.new_zeros(functions, functions + len(mean) + 1)
+        functions, square = self.shift.numel(), torch.zeros_like(mean)
+        total = self.shift.new_zeros(functions, functions + len(mean) + 1)
+        room = torch.empty(total.shape[1] * min(SLAB, count), device=mean.device)
+        single = replace(self, **{name: getattr(self, name).float() for name in ("knots", "mixing", "shift")})
         for slab, observed in zip(features.split(SLAB), targets.split(SLAB)):
-            rest = (observed - mean).T.contiguous()
-            square += rest.square().sum(1)
-            others = torch.cat([rest.float(), torch.ones(1, len(slab), device=mean.device)])
-            _add_products(self._white(slab, torch.float32), others, total)
+            rows = room[: total.shape[1] * len(slab)].view(-1, len(slab))
+            single._write(slab, rows[:functions].chunk(self.size))
+            rows[functions:-1].copy_((observed - mean).T)
+            rows[-1] = 1  # for the sums of the others
+            square += rows[functions:-1].square().sum(1)
+            _add_products(rows, total)
         gram, cross = _centred(total, self.size, count)
         # their type tells `lasso` how far to trust the last digits
         return Moments(gram, cross, (square / count).float(), count)
@@ -85,18 +94,14 @@ class Dictionary:
         """The norm of each parent's coefficients: how much of the target's standard deviation it moves."""
         return value.view(len(self.spread), self.size, -1).norm(dim=1)
 
-    def _white(
-        self, features: Float[Tensor, "sample source"], dtype: torch.dtype
-    ) -> list[Float[Tensor, "source sample"]]:
-        """The whitened functions, one matrix each; activations are standardised in double first."""
-        scaled = torch.addcmul(-self.location / self.spread, features.double(), 1 / self.spread)
-        white = _functions(self.kind, scaled.to(dtype).T.contiguous(), self.knots.to(dtype))
-        mixing, shift = self.mixing.to(dtype), -(self.mean[:, None] @ self.mixing)[:, 0].to(dtype)
-        for n in reversed(range(self.size)):  # in place: a function is made of itself and of those before it
-            torch.addcmul(shift[:, n, None], white[n], mixing[:, n, n, None], out=white[n])
+    def _write(self, features: Float[Tensor, "sample source"], white: Sequence[Float[Tensor, "source sample"]]) -> None:
+        """Writes the whitened functions, one matrix each; activations are standardised in double first."""
+        white[0].copy_(torch.addcmul(-self.location / self.spread, features.double(), 1 / self.spread).T)
+        _bend(self.kind, self.knots, white)
+        for n in reversed(range(1, self.size)):  # in place: a function is made of itself and of those before it
+            white[n].mul_(self.mixing[:, n, n, None]).add_(self.shift[:, n, None])
             for before in range(n):
-                white[n].addcmul_(white[before], mixing[:, before, n, None])
-        return white
+                white[n].addcmul_(white[before], self.mixing[:, before, n, None])
 
 
 def fit_dictionary(
@@ -112,15 +117,18 @@ def fit_dictionary(
     """
     if kind not in KINDS or size < 1:
         raise InputError(f"`kind` must be one of {KINDS} and `size` at least 1, got {kind!r} and {size}")
-    x = features.double()
+    x = features.detach().double()
     location = x.mean(0)
-    spread = (x - location).square().mean(0).sqrt()
-    spread = torch.where(spread > 0, spread, 1.0)
-    scaled = ((x - location) / spread).T.contiguous()
-    knots = _knots(kind, scaled, size - 1, seed)
-    raw = torch.stack(_functions(kind, scaled, knots), 1)
-    mean = raw.mean(2)
-    return Dictionary(kind, knots, location, spread, mean, _whitening(raw - mean[:, :, None]))
+    centred = x - location
+    spread = centred.square().mean(0).sqrt()
+    spread = torch.where(spread > STILL * location.abs(), spread, torch.inf)  # what doesn't vary is 0
+    raw = x.new_empty(len(location), size, len(x))
+    raw[:, 0] = (centred / spread).T
+    knots = _knots(kind, raw[:, 0], size - 1, seed)
+    _bend(kind, knots, raw.unbind(1))
+    mean = raw.mean(2, keepdim=True)
+    mixing = _whitening(raw - mean)
+    return Dictionary(kind, knots, location, spread, mixing, -(mean.mT @ mixing)[:, 0])
 
 
 def _knots(kind: str, scaled: Float[Tensor, "source sample"], count: int, seed: int) -> Float[Tensor, "inner source"]:
@@ -137,33 +145,25 @@ def _knots(kind: str, scaled: Float[Tensor, "source sample"], count: int, seed: 
     return torch.from_numpy(np.ascontiguousarray(parted.T)).to(scaled.device)
 
 
-def _functions(
-    kind: str, scaled: Float[Tensor, "source sample"], knots: Float[Tensor, "inner source"]
-) -> list[Float[Tensor, "source sample"]]:
-    """The linear function and the others, one matrix each."""
-    if kind == "fourier":
-        phases = enumerate(knots[:, :, None])
-        return [scaled, *(torch.cos(scaled * knot + (n % 2) * torch.pi / 2) for n, knot in phases)]
-    bent = [(scaled - knot).clamp_(min=0) for knot in knots[:, :, None]]
-    return [scaled, *(bent if kind == "hinge" else (part * part * part for part in bent))]
+def _bend(kind: str, knots: Float[Tensor, "inner source"], parts: Sequence[Float[Tensor, "source sample"]]) -> None:
+    """Writes the functions of the first part, the linear one, into the others."""
+    for n, (knot, part) in enumerate(zip(knots[:, :, None], parts[1:])):
+        if kind == "fourier":
+            torch.mul(parts[0], knot, out=part).add_((n % 2) * torch.pi / 2).cos_()
+        else:
+            torch.sub(parts[0], knot, out=part).clamp_(min=0)
+        if kind == "spline":
+            part.pow_(3)
 
 
-def _add_products(
-    functions: Sequence[Float[Tensor, "source slab"]],
-    others: Float[Tensor, "other slab"],
-    total: Float[Tensor, "function column"],
-) -> None:
-    """Adds F (F, others)' to `total`, strip by strip; of F F' the strips on and right of the diagonal."""
-    strips = [strip for part in functions for strip in part.split(STRIP)]
-    count, parts = len(strips), [*strips, *others.split(STRIP)]
-    starts = np.cumsum([0, *map(len, parts)]).tolist()
-    if others.device.type == "cpu" and torch.backends.mkldnn.is_available():
-        parts = [part.to_mkldnn() for part in parts]  # the vector width of the machine, where BLAS may use half of it
-    for i in range(count):
-        for j in range(i, len(parts)):
-            block = torch.nn.functional.linear(parts[i], parts[j])
-            block = block.to_dense() if block.is_mkldnn else block
-            total[starts[i] : starts[i + 1], starts[j] : starts[j + 1]] += block
+def _add_products(rows: Float[Tensor, "column slab"], total: Float[Tensor, "function column"]) -> None:
+    """Adds F (F, others)' to `total`, F the first of the rows; of F F' the strips on and right of the diagonal."""
+    wide = rows.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    for left in range(0, len(total), STRIP):
+        right = min(left + STRIP, len(total))
+        strip = rows[left:right].to_mkldnn() if wide else rows[left:right]  # MKL may use half a machine's vector width
+        product = torch.nn.functional.linear(strip, rows[left:])
+        total[left:right, left:] += product.to_dense() if wide else product
 
 
 def _centred(
@@ -187,7 +187,8 @@ def _whitening(raw: Float[Tensor, "source size sample"]) -> Float[Tensor, "sourc
     """Gram-Schmidt per parent; what a function adds to those before it is dropped where it is next to nothing."""
     covariance = raw @ raw.mT / raw.shape[2]
     mixing = torch.zeros_like(covariance)
-    for n in range(raw.shape[1]):
+    mixing[:, 0, 0] = (covariance[:, 0, 0] > 0).double()  # the linear function is standardised already
+    for n in range(1, raw.shape[1]):
         shared = mixing.mT @ covariance[:, :, n, None]
         new, own = -(mixing @ shared)[:, :, 0], covariance[:, n, n]
         new[:, n] += 1

@@ -41,7 +41,7 @@ def least_squares(gram, cross, starts, rows, out, ridge, start, stop):
     """out[starts[j]:starts[j + 1]] = argmin_b 1/2 b'G b - c'b on the sources `rows` of each target's support.
 
     `cross` holds c for each entry of the support. A Cholesky factorisation per target, with `ridge` times the diagonal
-    added so that copies of one source share the fit.
+    added so that copies of one source share the fit; a source that rounding makes less than a copy is left out.
     """
     for j in range(start, stop):
         first, size = starts[j], starts[j + 1] - starts[j]
@@ -54,7 +54,8 @@ def least_squares(gram, cross, starts, rows, out, ridge, start, stop):
                 for c in range(b):
                     value -= factor[a, c] * factor[b, c]
                 if a == b:
-                    factor[a, a] = np.sqrt(max(value, 1e-300))
+                    least = 0.5 * ridge * gram[rows[first + a], rows[first + a]]
+                    factor[a, a] = np.sqrt(value) if value > least else np.inf  # its coefficient is 0
                 else:
                     factor[a, b] = value / factor[b, b]
         for a in range(size):

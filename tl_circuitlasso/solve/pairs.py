@@ -17,13 +17,15 @@ from torch import Tensor
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.solve.path import Moments
 from tl_circuitlasso.solve.sparse import Rows, add_product, csr_matrix, is_sparse, scatter_product
-from tl_circuitlasso.solve.strength import refit_support
+from tl_circuitlasso.solve.strength import RIDGE, refit_support
 from tl_circuitlasso.solve.working_set import numba_available
 
 STRIP = 64  # sources that one thread takes at a time
-RIDGE = 1e-10  # of the diagonal: sources that are copies of one another share a refit
 MIRROR = 1024  # rows of the Gram mirrored at once
 _SUMS = ("sums", "upper", "target_sums", "cross", "target_squares")
+DENSE_FROM = 0.1  # share of nonzeros (codes seen through attention have many) from which a dense product is quicker
+DENSE_ROWS = 2048  # samples that are dense at once on a CPU
+DENSE_STRIP = 256  # sources whose rows of the upper triangle are made together
 SLAB = 8192  # samples that are dense at once on an accelerator; of sparse ones it takes eight times as many
 
 
@@ -88,7 +90,7 @@ class PairSums:
             add = _add_cpu
         else:
             add = _add_scattered if is_sparse(codes) and is_sparse(targets) else _add_dense
-        add(self, codes, targets, dense.to(self.cross))
+        add(self, codes.detach(), targets.detach(), dense.detach().to(self.cross))
         return replace(self, count=self.count + codes.shape[0])
 
     def __add__(self, other: "PairSums") -> "PairSums":
@@ -181,12 +183,26 @@ def _products(
         return
     from tl_circuitlasso.solve.pair_kernels import gather_cross, gather_upper
 
+    samples = len(x.indptr) - 1
+    if upper is not None and x.nnz >= DENSE_FROM * samples * sources:
+        _add_upper(x, samples, sources, upper)
+        upper = None
     by_place = scipy.sparse.csr_matrix((np.arange(x.nnz), x.indices, x.indptr), x.shape).tocsc()
     starts, rows, places = by_place.indptr, by_place.indices, np.asarray(by_place.data, dtype=np.int64)
     values = x.data[places]
     _threaded(sources, lambda a, b: gather_cross(starts, rows, values, y.indptr, y.indices, y.data, cross, a, b))
     if upper is not None:
         _threaded(sources, lambda a, b: gather_upper(starts, rows, places, x.indptr, x.indices, x.data, upper, a, b))
+
+
+def _add_upper(x: scipy.sparse.csr_matrix, samples: int, sources: int, upper: np.ndarray) -> None:
+    """upper += X'X on and right of the diagonal, strip by strip, by dense products in float64."""
+    whole = torch.from_numpy(upper)
+    for start in range(0, samples, DENSE_ROWS):
+        rows = torch.from_numpy(x[start : start + DENSE_ROWS].toarray()).double()
+        for left in range(0, sources, DENSE_STRIP):
+            right = min(left + DENSE_STRIP, sources)
+            whole[left:right, left:sources].addmm_(rows[:, left:right].T, rows[:, left:])
 
 
 def _threaded(sources: int, work: Callable[[int, int], None]) -> None:

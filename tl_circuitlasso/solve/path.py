@@ -35,7 +35,7 @@ def moments_of(features: Float[Tensor, "sample source"], targets: Float[Tensor, 
     """
     if not len(features) or len(features) != len(targets):
         raise InputError(f"`features` and `targets` need the same samples, at least 1: {len(features)}, {len(targets)}")
-    x, y, count = features.double(), targets.double(), len(features)
+    x, y, count = features.detach().double(), targets.detach().double(), len(features)
     return Moments(x.T @ x / count, x.T @ y / count, y.square().mean(0), count)
 
 

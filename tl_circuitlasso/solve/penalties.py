@@ -151,7 +151,7 @@ class L1(AbstractPenalty):
 
     def to(self, dtype: torch.dtype, device: torch.device) -> "L1":
         moved = {
-            name: entry.to(dtype=dtype, device=device)
+            name: entry.detach().to(dtype=dtype, device=device)
             for name in ("weights", "upper", "squared")
             if isinstance(entry := getattr(self, name), Tensor)
         }

@@ -119,9 +119,9 @@ def scale(
     dead_sources, dead_targets = diagonal <= DEAD * top, target_sq_norm <= 0
     source_scale, target_scale = _size(diagonal, dead_sources), _size(target_sq_norm, dead_targets)
     if isinstance(penalty, Group) and not standardise:
-        source_scale = _even(source_scale, penalty.row_groups)
+        source_scale = _even(source_scale, penalty.row_groups, dead_sources)
     if (coupled := penalty.coupled()) is not None:
-        target_scale = _even(target_scale, coupled)
+        target_scale = _even(target_scale, coupled, dead_targets)
     if not bool((source_scale == 1).all()):
         gram = (gram / source_scale[:, None]).div_(source_scale)
         cross = cross / source_scale[:, None]
@@ -215,13 +215,14 @@ def _size(square: Float[Tensor, " row"], dead: Bool[Tensor, " row"]) -> Float[Te
     return torch.where(dead | ((size - 1).abs() < 1e-12), 1.0, size)
 
 
-def _even(scale: Float[Tensor, " row"], groups: Tensor) -> Float[Tensor, " row"]:
-    """One scale per group, the root mean square of its members: a Frobenius norm allows no other."""
+def _even(scale: Float[Tensor, " row"], groups: Tensor, dead: Bool[Tensor, " row"]) -> Float[Tensor, " row"]:
+    """One scale per group, the root mean square of its live members: a Frobenius norm allows no other."""
     if not len(scale):
         return scale
-    total = scale.new_zeros(int(groups.max()) + 1).index_add_(0, groups, scale.square())
-    count = torch.bincount(groups, minlength=len(total)).to(scale.dtype)
-    return (total / count.clamp(min=1)).sqrt()[groups]
+    zeros = scale.new_zeros(int(groups.max()) + 1)
+    total = zeros.index_add(0, groups, torch.where(dead, 0, scale.square()))
+    count = zeros.index_add(0, groups, (~dead).to(scale.dtype))
+    return torch.where(count > 0, total / count.clamp(min=1), 1.0).sqrt()[groups]
 
 
 def _name(row: int, names: Sequence[str] | None) -> int | str:

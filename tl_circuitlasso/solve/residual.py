@@ -1,6 +1,7 @@
 """The verb over data, `regress`: through the Gram where it is small, else through residuals."""
 
 import time
+import warnings
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.solve.base import Solution, Status
 from tl_circuitlasso.solve.certificate import relative_gap
-from tl_circuitlasso.solve.lasso import Strength, StrengthIs, absolute_strength, lasso, report
+from tl_circuitlasso.solve.lasso import Strength, StrengthIs, absolute_strength, check_init, lasso, report
 from tl_circuitlasso.solve.losses import QuadraticGram
 from tl_circuitlasso.solve.penalties import L1, entries_like
 from tl_circuitlasso.solve.problem import check_finite, check_finite_codes
@@ -49,6 +50,7 @@ def regress(
         raise InputError(
             f"`features` has {samples} samples and `targets` {len(targets)}; both need the same, at least 1"
         )
+    features, targets = features.detach(), targets.detach()
     sparse = features.layout == torch.sparse_csr
     if sparse:
         check_finite_codes("features", features)
@@ -87,6 +89,10 @@ def _by_residuals(
     sources, count = features.shape[1], targets.shape[1]
     if not isinstance(penalty, L1):
         raise InputError("`form='residual'` takes elementwise penalties; group penalties need the Gram (form='gram')")
+    if options.get("standardise") or options.get("checkpoint") is not None:
+        raise InputError("`standardise` and `checkpoint` need the whole Gram: pass form='gram' beside them")
+    options = {name: entry for name, entry in options.items() if name != "check"}
+    init = options.pop("init", None)
     penalty.check(sources, count)
     penalty = penalty.to(torch.float64, targets.device)
     design = csr_matrix(features) if features.layout == torch.sparse_csr else features.double()
@@ -96,25 +102,32 @@ def _by_residuals(
     absolute = absolute_strength(strength, limit, torch.ones_like(limit), strength_is)
     value, iterations = torch.zeros_like(pull), torch.zeros(count, dtype=torch.long)
     gap, union, rounds = torch.full_like(limit, torch.inf), torch.zeros(sources, dtype=torch.bool), 0
-    for _ in range(ROUNDS):
+    if init is not None:
+        value = penalty.prox(check_init(init, cross).to(value), 0.0, absolute)
+        union, pull = (value != 0).any(1), _pull(design, targets - _predict(design, value))
+    for step in range(ROUNDS + 1):
         # given its gradient, the Gram form of the loss needs no Gram
         loss = QuadraticGram(nothing, cross, square)
         gap = relative_gap(loss, penalty, value, absolute, pull)
-        if bool((gap <= tol).all()):
+        if bool((gap <= tol).all()) or step == ROUNDS:
             break
         rounds += 1
         rows, union = _grow(penalty, pull, absolute, union, gap > tol)
         part = _columns(design, rows)
-        answer = lasso(
-            _gram(part) / len(targets), _pull(part, targets), target_sq_norm=square, strength=absolute,
-            strength_is="absolute", penalty=penalty.restrict(rows, None), tol=INNER * tol, init=value[rows],
-            check=False, **options,
-        )  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # what this small problem misses is reported in the end
+            answer = lasso(
+                _gram(part) / len(targets), _pull(part, targets), target_sq_norm=square, strength=absolute,
+                strength_is="absolute", penalty=penalty.restrict(rows, None), tol=INNER * tol, init=value[rows],
+                check=False, **options,
+            )  # fmt: skip
         value = torch.zeros_like(value).index_copy_(0, rows, answer.value)
         iterations += answer.stats["iterations"]
         pull = _pull(design, targets - _predict(part, answer.value))
     converged = gap <= tol
     status = Status.SOLVED if bool(converged.all()) else Status.MAX_ITERATIONS
+    if bool((~converged & (absolute == 0)).any()):
+        status = Status.UNCERTIFIED
     stats = {
         "strength": absolute,
         "strength_max": limit,

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_circuitlasso.solve.base import AbstractLoss, AbstractPenalty, AbstractSolver, Answer
-from tl_circuitlasso.solve.certificate import relative_gap
+from tl_circuitlasso.solve.certificate import fair_start, relative_gap
 from tl_circuitlasso.solve.fista import Fista
 from tl_circuitlasso.solve.groups import Group
 from tl_circuitlasso.solve.prox import block_norms
@@ -36,7 +36,8 @@ class RowSet(AbstractSolver):
     ) -> Answer:
         if not isinstance(penalty, Group):
             return self.inner.solve(loss, penalty, strength, tol=tol, init=init)
-        value = torch.zeros(loss.shape, dtype=strength.dtype, device=strength.device) if init is None else init.clone()
+        nothing = torch.zeros(loss.shape, dtype=strength.dtype, device=strength.device)
+        value = nothing if init is None else fair_start(loss, penalty, init, strength)
         gap = torch.full_like(strength, torch.inf)
         iterations = torch.zeros(loss.shape[1], dtype=torch.long, device=strength.device)
         for group in range(int(penalty.target_groups.max()) + 1 if loss.shape[1] else 0):
@@ -57,10 +58,10 @@ class RowSet(AbstractSolver):
     ) -> Answer:
         iterations = torch.zeros(loss.shape[1], dtype=torch.long, device=value.device)
         share, previous = 0.3, torch.inf
-        for _ in range(self.max_iter):
+        for step in range(self.max_iter + 1):
             pull = loss.negative_gradient(value)
             gap = relative_gap(loss, penalty, value, strength, pull)
-            if bool((gap <= tol).all()):
+            if bool((gap <= tol).all()) or step == self.max_iter:
                 break
             # the small problem was solved and the large one has not moved: ask more of the inner solver
             share = share / 4 if float(gap.max()) > 0.5 * previous else share

@@ -65,11 +65,13 @@ def code_sums(codes: Tensor, targets: Float[Tensor, "sample target"] | None = No
     >>> code_sums(codes).scatter.tolist()
     [[1.0, 0.0], [0.0, 4.0]]
     """
+    codes = codes.detach()
     values = codes.values() if codes.layout == torch.sparse_csr else codes
     if not bool(torch.isfinite(values).all()):
         raise InputError("`codes` hold NaN or infinite values: check the activations that were encoded")
     samples = codes.shape[0]
-    y = torch.zeros(samples, 0, dtype=torch.float64, device=codes.device) if targets is None else targets.double()
+    none = torch.zeros(samples, 0, dtype=torch.float64, device=codes.device)
+    y = none if targets is None else targets.detach().double()
     if len(y) != samples:
         raise InputError(f"`targets` must have {samples} rows like `codes`, got {len(y)}")
     sums, scatter, cross = _sums_cpu(codes, y) if codes.device.type == "cpu" else _sums_dense(codes, y)
@@ -78,6 +80,7 @@ def code_sums(codes: Tensor, targets: Float[Tensor, "sample target"] | None = No
 
 def csr_matrix(codes: Tensor) -> scipy.sparse.csr_matrix:
     """CSR or dense codes on the CPU as a sorted scipy matrix in float64; torch's CSR lacks most products."""
+    codes = codes.detach()
     if codes.layout != torch.sparse_csr:
         return scipy.sparse.csr_matrix(codes.double().numpy())
     parts = (codes.values().double().numpy(), codes.col_indices().numpy(), codes.crow_indices().numpy())

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.solve.base import AbstractPenalty, Solution
+from tl_circuitlasso.solve.certificate import per_problem
 from tl_circuitlasso.solve.group_set import GroupSet
 from tl_circuitlasso.solve.groups import Group
 from tl_circuitlasso.solve.lasso import lasso
@@ -36,6 +37,8 @@ FIXED = 0.2
 CONCAVITY = 3.0  # gamma of the minimax concave penalty: coefficients beyond gamma * lambda aren't shrunk
 REWEIGHTED = 2
 TIE = 1e-10  # of the criterion, for each sample
+RIDGE = 1e-10  # of the diagonal: sources that are copies of one another share a refit
+SINGULAR = 1e-5  # relative: eigenvalues of a unit-diagonal Gram that rounding to single precision can turn negative
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +105,7 @@ def ebic(
     levels = list(strengths) if strengths is not None else geometric_strengths()
     verb = partial(lasso, data.gram, data.cross, target_sq_norm=data.target_sq_norm, penalty=penalty, **options)
     solutions = path(verb, levels)
-    scores = torch.stack([_criterion(data, solution.value, gamma) for solution in solutions])
+    scores = torch.stack([_joint(_criterion(data, solution.value, gamma), penalty) for solution in solutions])
     return _pick(data, levels, solutions, scores, _least(data, scores), "ebic")
 
 
@@ -129,7 +132,8 @@ def cross_validate(
     for fold in folds:
         rest = whole - fold
         verb = partial(lasso, rest.gram, rest.cross, target_sq_norm=rest.target_sq_norm, penalty=penalty, **options)
-        errors.append(torch.stack([_squared_error(fold, solution.value) for solution in path(verb, levels)]))
+        held_out = [_squared_error(fold, solution.value) for solution in path(verb, levels)]
+        errors.append(torch.stack([_joint(error, penalty) for error in held_out]))
     table = torch.stack(errors)  # fold strength target
     mean = table.mean(0)
     chosen = mean.argmin(0)
@@ -199,10 +203,14 @@ def _refit_batch(
     small = gram[at[:, :, None], at[:, None, :]] * (real[:, :, None] & real[:, None, :])
     size = torch.where(real, gram.diagonal()[at], 1.0).sqrt()
     small = small / size[:, :, None] / size[:, None, :]
-    small.diagonal(dim1=1, dim2=2).copy_(torch.where(real, 1.0 + 1e-10, 1.0))  # copies of one source share the fit
-    right = torch.where(real, cross.T.gather(1, at), 0) / size
-    factor, _ = torch.linalg.cholesky_ex(small)
-    fit = torch.cholesky_solve(right[:, :, None], factor)[:, :, 0] / size
+    small.diagonal(dim1=1, dim2=2).copy_(1.0 + RIDGE * real.double())  # copies of one source share the fit
+    right = (torch.where(real, cross.T.gather(1, at), 0) / size)[:, :, None]
+    factor, failed = torch.linalg.cholesky_ex(small)
+    fit = torch.cholesky_solve(right, factor)
+    if bool((failed > 0).any()):  # indefinite by more than the ridge, as copies in single precision are
+        hard = failed > 0
+        fit[hard] = torch.linalg.pinv(small[hard], rtol=SINGULAR, hermitian=True) @ right[hard]
+    fit = fit[:, :, 0] / size
     return torch.zeros_like(cross).T.contiguous().scatter_add_(1, at, torch.where(real, fit, 0)).T
 
 
@@ -211,6 +219,11 @@ def _criterion(data: Moments, value: Float[Tensor, "source target"], gamma: floa
     left = _squared_error(data, refit_support(data, value)) / data.target_sq_norm.clamp(min=1e-300)
     score = data.count * left.clamp(min=1e-12).log() + size * (log(data.count) + 2 * gamma * log(max(len(value), 2)))
     return torch.where(size >= data.count, torch.inf, score)  # as many coefficients as samples explain anything
+
+
+def _joint(figures: Float[Tensor, " target"], penalty: AbstractPenalty | None) -> Float[Tensor, " target"]:
+    """Targets that a penalty couples share one strength, chosen by their sum: columns of two solutions are none."""
+    return figures if penalty is None else per_problem(figures, penalty.coupled())
 
 
 def _least(data: Moments, scores: Float[Tensor, "strength target"]) -> Int[Tensor, " target"]:

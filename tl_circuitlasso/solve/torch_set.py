@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.solve.base import AbstractLoss, AbstractPenalty, AbstractSolver, Answer
-from tl_circuitlasso.solve.certificate import relative_gap
+from tl_circuitlasso.solve.certificate import fair_start, relative_gap
 from tl_circuitlasso.solve.losses import QuadraticGram
 from tl_circuitlasso.solve.penalties import L1, entries_like
 
@@ -23,6 +23,7 @@ WORKSPACE = 1 << 26  # entries of all small Grams of a batch (512 MB in float64)
 SWEEPS = 20  # between two certificates
 SWEPT = 3  # rounds of sweeps alone
 LEAPS = 8  # Newton steps in a round; each but the last takes a coefficient to 0 or to its bound
+PATIENCE = 8  # rounds after which there are as many as it takes
 RIDGE = 1e-12  # keeps the Gram of exact copies factorisable; they share what is theirs alike
 STALE = 20  # rounds without a gap a tenth smaller after which rounding is all that is left
 
@@ -45,24 +46,24 @@ class TorchSet(AbstractSolver):
     ) -> Answer:
         if not isinstance(loss, QuadraticGram) or not isinstance(penalty, L1):
             raise InputError("`working_set` needs a Gram and an elementwise penalty: use solver='auto' or 'fista'")
-        value = torch.zeros_like(loss.cross) if init is None else init.clone()
+        value = torch.zeros_like(loss.cross) if init is None else fair_start(loss, penalty, init, strength)
         gap = torch.full_like(strength, torch.inf)
         rounds = torch.zeros(len(strength), dtype=torch.long, device=strength.device)
         todo = torch.arange(len(strength), device=strength.device)
         best, stale = gap.clone(), torch.zeros_like(rounds)
         sweep = sweeper(loss.gram.device)
-        for _ in range(self.max_iter):
+        for step in range(self.max_iter + 1):
             part, shape = loss.restrict(None, todo), penalty.restrict(None, todo)
             pull = part.negative_gradient(value[:, todo])
             gap[todo] = relative_gap(part, shape, value[:, todo], strength[todo], pull)
             stale[todo] = torch.where(gap[todo] < 0.9 * best[todo], 0, stale[todo] + 1)
             best[todo] = torch.minimum(best[todo], gap[todo])
             open_ = (gap[todo] > tol) & (stale[todo] < STALE)
-            if not bool(open_.any()):
+            if not bool(open_.any()) or step == self.max_iter:
                 break
             todo, pull = todo[open_], pull[:, open_]
             rounds[todo] += 1
-            value[:, todo] = self._round(loss, penalty, strength, value, pull, todo, sweep, rounds[todo] > SWEPT)
+            value[:, todo] = self._round(loss, penalty, strength, value, pull, todo, sweep, rounds[todo])
         return Answer(value, gap, rounds, bool((stale >= STALE).any()))
 
     def _round(
@@ -74,7 +75,7 @@ class TorchSet(AbstractSolver):
         pull: Float[Tensor, "source open"],
         todo: Int[Tensor, " open"],
         sweep: Callable[..., Tensor],
-        slow: Bool[Tensor, " open"],
+        rounds: Int[Tensor, " open"],
     ) -> Float[Tensor, "source open"]:
         """One round on the open targets, in batches whose small Grams fit the workspace; Newton steps for slow ones."""
         current, shape = value[:, todo], penalty.restrict(None, todo)
@@ -93,10 +94,11 @@ class TorchSet(AbstractSolver):
             new = sweep(
                 small, like[at, column], pull[:, some][at, column], cut, added, upper, penalty.non_negative, SWEEPS
             )
-            if bool((hard := slow[some]).any()):
+            if bool((hard := rounds[some] > SWEPT).any()):
                 moved = pull[:, some][at, column] - (small @ (new - like[at, column])[:, :, None])[:, :, 0]
                 parts = (entry[hard] for entry in (small, new, moved, cut, added, upper))
-                new[hard] = leap_torch(*parts)
+                patient = int(rounds[some].max()) <= PATIENCE
+                new[hard] = leap_torch(*parts, leaps=LEAPS if patient else work.shape[1])
             # padding repeats row 0 of a target: it is written first and overwritten by nothing but real entries
             like = torch.zeros_like(like).index_put_(
                 (at, column.expand_as(at)), torch.where(valid[some], new, 0.0), True
@@ -171,12 +173,13 @@ def leap_torch(
     cut: Float[Tensor, "open work"],
     ridge: Float[Tensor, "open work"],
     upper: Float[Tensor, "open work"],
+    leaps: int,
 ) -> Float[Tensor, "open work"]:
     """Newton steps on the nonzeros, each as far as no sign changes and no bound is met.
 
     Inside one orthant the objective is a convex quadratic: a step goes down, and is exact where the support is right.
     """
-    for _ in range(LEAPS):
+    for _ in range(leaps):
         free = (coef != 0) & (coef < upper)
         slope = torch.where(free, pull - ridge * coef - cut * coef.sign(), 0)
         system = torch.where(free[:, :, None] & free[:, None], gram, 0)

@@ -80,7 +80,7 @@ def _bounded(
         for y, u in zip(right.T, upper.T)
     ]
     value = torch.from_numpy(np.stack(fits, 1)).to(loss.cross)
-    value = torch.where(upper > 0, torch.minimum(value, upper), 0)
+    value = torch.minimum(value.clamp(min=0), upper)  # the active sets hold their bounds but for rounding
     pull = loss.negative_gradient(value)
     convexity = eigenvalues[0] if bool(kept.all()) else torch.zeros_like(eigenvalues[0])
     step = torch.where(pull == 0, 0, pull / convexity)  # inf where nothing bounds the step from below

@@ -78,6 +78,8 @@ class WorkingSet(AbstractSolver):
                 coef[part] = 0.0
             else:
                 coef[part] = np.where(chunk["upper"] > 0, _target_major(init[:, part]), 0.0)
+                if penalty.non_negative:  # the gap says nothing about coefficients out of bounds
+                    np.maximum(coef[part], 0.0, out=coef[part])
             for gram in grams:
                 goal = tol if gram.dtype == np.float64 else max(0.5 * tol, 2e-6)
                 coef[part] = np.minimum(coef[part], chunk["upper"])  # float32 can round a bound up
@@ -124,10 +126,17 @@ class WorkingSet(AbstractSolver):
             todo = todo[stale[todo] < STALE]
             pull = room
             products(kernels, gram, cross, coef, todo, pull)
+        stuck = bool((sweeps < 0).any() or (stale >= STALE).any())
+        moved = np.flatnonzero((gap > tol * 0.5 * square) & (sweeps >= 0))  # after their last certificate
+        if len(moved):
+            pull = room
+            products(kernels, gram, cross, coef, moved, pull)
+            sweeps[moved] = -1  # certified, and left as they are
+            in_slices(improve, moved)
         if coef is not answer:
             answer[:] = coef
         relative = np.divide(gap, 0.5 * square, out=np.zeros_like(gap), where=square > 0)
-        return relative, rounds, bool((sweeps < 0).any() or (stale >= STALE).any())
+        return relative, rounds, stuck
 
 
 _FLOATS = ("cross", "weight", "squared", "upper", "reach")
