@@ -31,6 +31,7 @@ FLAGS = (
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
+    "--disable-dev-shm-usage",
     "--window-size=1400,900",
     "--force-device-scale-factor=1",
 )
@@ -58,7 +59,7 @@ class Page:
         self.until(lambda: driver.execute_script("return !!window.circuitView"))
 
     def until(self, condition):
-        return WebDriverWait(self.driver, 15, 0.03).until(lambda _: condition())
+        return WebDriverWait(self.driver, 60, 0.03).until(lambda _: condition())
 
     def state(self) -> dict:
         return self.driver.execute_script("return window.circuitView.state()")
@@ -273,8 +274,8 @@ def test_five_thousand_edges_stay_smooth(opened):
     graph = dense_graph(12, 12, 5000, signed=True)
     page = opened(graph)
     assert len(page.edges()) == 5000
-    full = min(page.driver.execute_script("return window.circuitView.drawTime()") for _ in range(3))
-    moving = min(page.driver.execute_script("return window.circuitView.moveTime()") for _ in range(3))
+    full = min(page.driver.execute_script("return window.circuitView.drawTime()") for _ in range(10))
+    moving = min(page.driver.execute_script("return window.circuitView.moveTime()") for _ in range(10))
     assert full < 2000 and moving < full / 2, (full, moving)  # milliseconds, without a graphics card
 
 
