@@ -367,6 +367,9 @@ def test_foreign_graphs_are_drawn_and_told_about(
 def test_sae_words(capsys: pytest.CaptureFixture[str]) -> None:
     assert saes(["blocks.1.hook_resid_post=a/b", "x=y=z"]) == {"blocks.1.hook_resid_post": "a/b", "x": "y=z"}
     assert "`--sae`" in refused(capsys, "discover", "demo", "--sae", "blocks.1.hook_resid_post")
+    twice = ["--sae", "blocks.1.hook_resid_post=a", "--sae", "blocks.1.hook_resid_post=b"]
+    assert "a hook twice" in refused(capsys, "discover", "demo", *twice)
+    assert "two bases" in refused(capsys, "discover", "demo", "--basis", "neuron", *twice[:2])
 
 
 SAE_HOOKS = ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post")

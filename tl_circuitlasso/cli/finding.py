@@ -7,6 +7,7 @@ from typing import Any
 
 from tl_circuitlasso.cli.options import command, interactive, number_or_word, position, saes
 from tl_circuitlasso.cli.prompts import model_and_prompts
+from tl_circuitlasso.errors import InputError
 
 
 def add(commands: Any) -> None:
@@ -21,7 +22,7 @@ def add(commands: Any) -> None:
     added.add_argument("--column", help="column or field that holds the prompt (default: the first)")
     added.add_argument("--limit", type=int, help="use the first N prompts")
     added.add_argument("--out", type=Path, default=Path("circuit"), help="folder to write to (default: circuit)")
-    added.add_argument("--basis", default="component", choices=["component", "neuron", "residual"])
+    added.add_argument("--basis", choices=["component", "neuron", "residual"], help="default: component")
     added.add_argument(
         "--sae", action="append", metavar="HOOK=PATH", default=[],
         help="features of an SAE at a hook as nodes: a folder of SAELens, or release/sae_id; may be repeated",
@@ -88,7 +89,9 @@ def discover(arguments: argparse.Namespace) -> None:
 
 def _basis(arguments: argparse.Namespace) -> Any:
     if not arguments.sae:
-        return arguments.basis
+        return arguments.basis or "component"
+    if arguments.basis:
+        raise InputError(f"`--basis` {arguments.basis} and `--sae` are two bases: give one of them")
     from tl_circuitlasso.models.sae import SAEFeatures
 
     return SAEFeatures(saes(arguments.sae))

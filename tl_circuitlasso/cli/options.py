@@ -78,4 +78,7 @@ def saes(words: list[str]) -> dict[str, str]:
     pairs = [word.partition("=") for word in words]
     if bad := [word for word, (hook, _, path) in zip(words, pairs) if not (hook and path)]:
         raise InputError(f"`--sae` is {bad[0]!r}: write HOOK=PATH, such as blocks.4.hook_resid_post=saes/layer4")
-    return {hook: path for hook, _, path in pairs}
+    named = {hook: path for hook, _, path in pairs}
+    if len(named) < len(pairs):
+        raise InputError(f"`--sae` names a hook twice: one SAE for each of {', '.join(named)}")
+    return named

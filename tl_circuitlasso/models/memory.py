@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 _MEMINFO = Path("/proc/meminfo")
-_CGROUP = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current"))
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 def free_bytes(device: torch.device | str = "cpu") -> int | None:
@@ -37,8 +37,17 @@ def _available() -> int | None:
 
 
 def _container() -> int | None:
+    """What its control group leaves to this process: files that are only cached make room when it is needed."""
     try:
-        limit, used = (path.read_text().strip() for path in _CGROUP)
-        return None if limit == "max" else int(limit) - int(used)
+        limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        return None if limit == "max" else int(limit) - int(used) + _cached()
     except (OSError, ValueError):
         return None
+
+
+def _cached() -> int:
+    try:
+        lines = (_CGROUP / "memory.stat").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("inactive_file"))
+    except (OSError, StopIteration, ValueError, IndexError):
+        return 0
