@@ -36,7 +36,8 @@ import torch  # noqa: E402
 from tl_circuitlasso.features.fit import Regressed  # noqa: E402
 from tl_circuitlasso.features.regression import Rule, needed_bytes, regress_pair  # noqa: E402
 from tl_circuitlasso.features.samples import Column, Gate, PairData  # noqa: E402
-from tl_circuitlasso.models.feature_codes import Chunk, Codes  # noqa: E402
+from tl_circuitlasso.models.codes import Codes  # noqa: E402
+from tl_circuitlasso.models.feature_codes import Chunk  # noqa: E402
 from tl_circuitlasso.models.feature_store import CHUNK_SAMPLES, CodeStore  # noqa: E402
 from tl_circuitlasso.models.memory import free_bytes, in_words  # noqa: E402
 from tl_circuitlasso.solve.sparse import SCATTER_BELOW  # noqa: E402

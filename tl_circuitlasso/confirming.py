@@ -127,7 +127,7 @@ def _partners(adapter: Adapter, corrupted: Any, clean: Batch) -> Int[Tensor, "ba
 
 
 def _some(batch: Batch, rows: Int[Tensor, " row"]) -> Batch:
-    return Batch(batch.tokens[rows], batch.mask[rows], batch.keep[rows], batch.start)
+    return replace(batch, tokens=batch.tokens[rows], mask=batch.mask[rows], keep=batch.keep[rows])
 
 
 def _by_row(metric: Metric, rows: Int[Tensor, " row"]) -> Metric:

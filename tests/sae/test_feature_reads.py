@@ -17,9 +17,10 @@ from tl_circuitlasso.features.fit import PER_TARGET, Regressed
 from tl_circuitlasso.features.samples import Column, Gate, PairData, Part
 from tl_circuitlasso.models import adapt
 from tl_circuitlasso.models.adapter import Adapter
+from tl_circuitlasso.models.codes import sparse_codes
 from tl_circuitlasso.models.encoder import Encoder
-from tl_circuitlasso.models.feature_collect import READS
 from tl_circuitlasso.models.feature_reads import Reads, mlps_between, reads_of
+from tl_circuitlasso.models.feature_setup import READS
 from tl_circuitlasso.models.feature_store import CodeStore
 from tl_circuitlasso.models.tokens import Prompts
 
@@ -45,7 +46,8 @@ def summed(adapter: Adapter, ends: dict[str, Encoder], *, parts: int = 1) -> Rea
     for tokens in TOKENS.chunk(parts):
         acts = adapter.run(tokens, None, {first, *reads.wanted()})
         rows = tuple(torch.ones_like(tokens).nonzero().T)
-        reads.add(first, ends[first].encode(acts[first][rows]), acts, rows)
+        dense = ends[first].encode(acts[first][rows])
+        reads.add(first, dense, sparse_codes(dense), acts, rows)
     return reads
 
 
@@ -202,6 +204,7 @@ CODES = torch.tensor([[1.0, 0.0], [3.0, 2.0], [0.0, 5.0]])
 CHILD = torch.tensor([[0.0, 1.0], [4.0, 0.0], [7.0, 0.5]])
 
 
+@pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize(
     ("gate", "reads", "expected"),
     [
@@ -216,12 +219,35 @@ CHILD = torch.tensor([[0.0, 1.0], [4.0, 0.0], [7.0, 0.5]])
     ],
 )
 def test_codes_follow_what_is_taken_out_or_go_altogether(
-    gate: Gate | None, reads: list[list[float]], expected: list[float]
+    gate: Gate | None,
+    reads: list[list[float]],
+    expected: list[float],
+    compiled: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("tl_circuitlasso.features.effects.numba_available", lambda: compiled)
     data = replace(pair(CODES, CHILD), gate=gate, reads=torch.tensor(reads, dtype=torch.float64))
     found, mass = changes(data, torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1]))
     assert (found / 2).tolist() == pytest.approx(expected)  # of two equal parts
     assert (mass / 2).tolist() == [4.0, 7.0]
+
+
+@pytest.mark.parametrize("top", [True, False])
+def test_compiled_or_not_effects_are_the_same(top: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Edges in any order, and codes with copies behind the parent's features."""
+    random = torch.Generator().manual_seed(2)
+    codes, child = (torch.relu(torch.randn(200, size, generator=random) - 0.5) for size in (12, 9))
+    whole = pair(codes, child)
+    gate = Gate(torch.rand(9, generator=random), top)
+    data = replace(whole, features=torch.arange(8), gate=gate, reads=torch.randn(8, 9, generator=random).double())
+    source, target = (torch.randint(size, (30,), generator=random) for size in (8, 9))
+    fast, mass = changes(data, source, target)
+    monkeypatch.setattr("tl_circuitlasso.features.effects.numba_available", lambda: False)
+    slow, again = changes(data, source, target)
+    torch.testing.assert_close(fast, slow)
+    torch.testing.assert_close(mass, again)
+    torch.testing.assert_close(mass, 2 * codes[:, :8].double().sum(0), rtol=1e-6, atol=1e-6)
+    assert bool((fast != 0).any())
 
 
 def test_small_effects_are_not_clear() -> None:

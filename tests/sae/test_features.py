@@ -120,6 +120,30 @@ def test_held_out_r2_is_that_of_prompts_that_were_not_used(demo: Demo, demo_saes
     assert pair["source"] == FIRST and 0 < pair["held_out_r2"] < 1 and pair["samples"] == int((~out).sum())
 
 
+def test_the_record_counts_the_edges_of_the_graph(demo: Demo, demo_saes: Any) -> None:
+    """Error directions and columns of the target are one node each."""
+    made = circuit(demo, demo_saes)
+    table = made.edge_table()
+    kept = table[table.kept]
+    for pair in made.provenance["pairs"]:
+        ends = kept.source.str.startswith(pair["source"]), kept.target.str.startswith(pair["target"])
+        into = kept.target == "logits" if pair["target"] == "target" else ends[1]
+        assert pair["edges"] == int((ends[0] & into).sum()) > 0
+        children = 1 if pair["target"] == "target" else made.provenance["alive"][pair["target"]]
+        assert pair["edges_per_target"] == pair["edges"] / children
+
+
+def test_what_stands_for_several_directions_has_no_sign(demo: Demo, demo_saes: Any) -> None:
+    """Principal directions of errors and logits point either way."""
+    made = circuit(demo, demo_saes, strength=0.05)
+    table = made.edge_table()
+    of_errors, into_logits = table.source.str.endswith("hook_sae_error"), table.target == "logits"
+    assert of_errors.any() and into_logits.any()
+    for name in ("weight", "score", "lasso"):
+        assert bool((table.loc[of_errors | into_logits, name] >= 0).all())
+    assert bool((table.loc[~of_errors & ~into_logits, "weight"] < 0).any())
+
+
 def test_what_is_said_of_a_feature_is_what_the_data_say(
     demo: Demo, demo_saes: Any, codes: dict[str, Tensor], graph: AttributionGraph
 ) -> None:
@@ -226,6 +250,8 @@ def test_a_transcoder_feeds_what_comes_after_its_output(demo: Demo, demo_saes: A
     assert {(pair["source"], pair["target"]) for pair in made.provenance["pairs"]} == {
         (FIRST, hook), (hook, SECOND), (SECOND, "target")
     }  # fmt: skip
+    with pytest.raises(InputError, match="one activation twice"):
+        circuit(demo, {FIRST: demo_saes[FIRST], "blocks.1.hook_resid_pre": demo_saes[FIRST]})
     with pytest.raises(InputError, match="against the order of computation"):
         circuit(demo, {hook: saes[hook], out: plain_sae(acts[hook][:, 1:].flatten(0, 1), 8)}, pairs=[(out, hook)])
 
@@ -320,6 +346,13 @@ def test_labels_are_explained_by_the_features_that_tell_them(
         assert rows.weight.iloc[0] > 0
 
 
+def test_labels_by_chance_are_explained_by_nothing(demo: Demo, demo_saes: Any) -> None:
+    y = torch.randint(2, (len(demo.tokens),), generator=torch.Generator().manual_seed(1))
+    made = circuit(demo, demo_saes, target=tcl.Labels(y), held_out=0.2)
+    assert len(rows_into(made, "target")) <= 2
+    assert made.provenance["pairs"][-1]["held_out_r2"] > -0.05
+
+
 def test_a_logit_difference_is_read_at_the_last_position(demo: Demo, demo_saes: Any, codes: Any) -> None:
     made = circuit(demo, demo_saes, target=demo.target, held_out=0.0, error=False, strength=0.02)
     rows = rows_into(made, "logits")
@@ -383,7 +416,10 @@ def test_a_larger_strength_keeps_fewer_edges(demo: Demo, demo_saes: Any) -> None
         ({"pairs": [("blocks.9.hook_resid_post", SECOND)]}, "has no SAE here"),
         ({"pairs": [(FIRST, SECOND), (FIRST, SECOND)]}, "a pair twice"),
         ({"pairs": [(FIRST,)]}, "give \\(source hook, target hook\\)"),
+        ({"pairs": [FIRST]}, f"`pairs` holds '{FIRST}'"),
+        ({"pairs": None}, "`pairs` is None"),
         ({"labels": 3}, "`labels` is a int"),
+        ({"labels": {FIRST: {"3": "text"}}}, f"`labels` has a dict for '{FIRST}'"),
         ({"labels": "/nowhere.json"}, "isn't a readable JSON file"),
     ],
 )
@@ -396,6 +432,10 @@ def test_bad_saes(demo_saes: Any) -> None:
     sae = demo_saes[FIRST]
     with pytest.raises(InputError, match="`saes` is empty"):
         tcl.SAEFeatures({})
+    for wrong in (None, sae, [sae], [(3, sae)], 7):
+        with pytest.raises(InputError, match="give \\{hook name: SAE\\}") as caught:
+            tcl.SAEFeatures(wrong)
+        assert len(str(caught.value)) < 150  # no tensors
     with pytest.raises(InputError, match="more than once"):
         tcl.SAEFeatures([(FIRST, sae), (FIRST, sae)])
     with pytest.raises(InputError, match="isn't a hook name"):
@@ -407,6 +447,8 @@ def test_bad_saes(demo_saes: Any) -> None:
 def test_bad_hooks_pairs_and_shapes(demo: Demo, demo_saes: Any) -> None:
     with pytest.raises(InputError, match="hook_resid_pots"):
         circuit(demo, {"blocks.0.hook_resid_pots": demo_saes[FIRST]})
+    with pytest.raises(InputError, match="one activation twice"):
+        circuit(demo, {FIRST: demo_saes[FIRST], "blocks.1.hook_resid_pre": demo_saes[FIRST]})
     with pytest.raises(InputError, match="against the order of computation"):
         circuit(demo, demo_saes, pairs=[(SECOND, FIRST)])
     with pytest.raises(InputError, match="another model or hook"):
@@ -446,5 +488,5 @@ def test_bad_calls(demo: Demo, demo_saes: Any) -> None:
 
 
 def test_too_little_memory_is_said_before_anything_is_allocated(demo: Demo, demo_saes: Any) -> None:
-    with pytest.raises(InputError, match=r"need about .* are free on cpu: use `max_features` of about \d+"):
+    with pytest.raises(InputError, match=r"need about .*, `memory` allows 0\.0 MB: use `max_features` of about \d+"):
         circuit(demo, demo_saes, memory=10_000)

@@ -14,7 +14,7 @@ from tests import architectures
 from tl_circuitlasso import solve
 from tl_circuitlasso.features.effects import LEAST
 from tl_circuitlasso.features.fit import Entries
-from tl_circuitlasso.features.read import FLOOR, floored, in_standard_units, keeping_signs, pair_reads, read_lasso
+from tl_circuitlasso.features.read import FLOOR, Read, keeping_signs, pair_reads, read_lasso, read_weights
 from tl_circuitlasso.models import adapt
 from tl_circuitlasso.models.encoder import Encoder
 from tl_circuitlasso.models.feature_reads import Reads
@@ -44,10 +44,10 @@ def objective(data: solve.Moments, value: Tensor, weights: Any, level: Tensor) -
 def test_close_to_the_non_negative_garrote(seed: int) -> None:
     """min over a >= 0 of 1/2M ||y - sum_i a_i z_i D_ij||^2 + lambda sum a_i, solved target by target."""
     data, reads = problem(seed)
-    found, _ = read_lasso(data, reads, strength=0.1, tol=1e-10)
+    found, _ = read_lasso(data, Read.of(reads, torch.ones(len(reads))), strength=0.1, tol=1e-10)
     assert bool((found.value * reads >= 0).all())
     for j in range(reads.shape[1]):
-        d = reads[:, j]
+        d = torch.copysign(reads[:, j].abs().clamp(min=FLOOR * float(reads[:, j].abs().max())), reads[:, j])
         gram, cross = data.gram * d[:, None] * d, data.cross[:, [j]] * d[:, None]
         level = found.stats["strength"][j] * float(d.abs().max())  # a = A / D, weights are relative to the largest D
         exact = solve.lasso(
@@ -66,24 +66,30 @@ def test_a_parent_that_is_hardly_read_is_dear() -> None:
     data = solve.Moments(gram, cross, torch.ones(1).double(), 100)
     even = solve.lasso(gram, cross, target_sq_norm=torch.ones(1).double(), strength=0.5).value
     assert bool((even > 0).all())
-    found, penalty = read_lasso(data, torch.tensor([[1.0], [0.2]]).double(), strength=0.5, tol=1e-8)
+    read = Read.of(torch.tensor([[1.0], [0.2]]).double(), torch.ones(2))
+    found, penalty = read_lasso(data, read, strength=0.5, tol=1e-8)
     assert float(found.value[0]) > 0 and float(found.value[1]) == 0
     assert isinstance(penalty.weights, Tensor) and penalty.weights.flatten().tolist() == pytest.approx([1, 5])
 
 
 def test_sources_of_which_nothing_is_known_are_free_in_sign() -> None:
     data = solve.Moments(torch.eye(2).double(), torch.tensor([[0.5], [-0.6]]).double(), torch.ones(1).double(), 100)
-    nothing = torch.tensor([[1.0], [torch.nan]]).double()
-    found, _ = read_lasso(data, nothing, strength=0.1, tol=1e-8)
+    read = Read.of(torch.tensor([[1.0]]).double(), torch.ones(2))
+    found, _ = read_lasso(data, read, strength=0.1, tol=1e-8)
     assert float(found.value[1]) < 0 < float(found.value[0])
 
 
-def test_units_and_floor() -> None:
-    reads = floored(torch.tensor([[1.0, -2.0], [0.001, -0.001]]).double())
-    assert reads.tolist() == [[1.0, -2.0], [FLOOR, -2 * FLOOR]]
-    spread = torch.tensor([2.0, torch.inf, 1.0]).double(), torch.tensor([4.0, torch.inf]).double()
-    ready = in_standard_units(reads, *spread)
-    assert ready[:2].tolist() == [[0.5, 0.0], [0.0, 0.0]] and bool(ready[2].isnan().all())
+def test_weights_in_standard_units() -> None:
+    """Two features, one that doesn't vary, and one source that isn't a feature; the last child reads nothing."""
+    reads = torch.tensor([[1.0, -2.0, 0.0], [0.001, -0.001, 0.0], [5.0, 1.0, 0.0]]).double()
+    weights = read_weights(reads[:2], torch.tensor([2.0, 1.0, 1.0]).double())
+    rms = ((2.0**2 + FLOOR**2) / 2) ** 0.5
+    assert weights[:2, 0].tolist() == pytest.approx([1.0, 2.0 / FLOOR])
+    assert weights[:2, 1].tolist() == pytest.approx([1.0, 2.0 / FLOOR])
+    assert weights[2, :2].tolist() == pytest.approx([2.0 / rms] * 2)
+    assert weights[:, 2].tolist() == [1.0] * 3
+    dead = read_weights(reads, torch.tensor([2.0, 1.0, torch.inf]).double())
+    assert dead[2].tolist() == [1.0] * 3 and bool(dead.isfinite().all()) and bool((dead >= 1).all())
 
 
 def sae(**changes: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -111,6 +112,26 @@ def test_what_lacks_encode_decode_or_a_decoder_is_refused() -> None:
         Encoder(PlainSAE(torch.eye(3), torch.ones(3), torch.zeros(3)), HOOK, HOOK)
 
 
+@pytest.mark.parametrize(
+    ("encode", "decode"),
+    [
+        (lambda x: x[:, :5], None),  # fewer codes than W_dec has rows
+        (lambda x: x.sum(1), None),
+        (lambda x: x.tolist(), None),
+        (None, lambda codes: codes[:, :3]),
+    ],
+)
+def test_codes_and_reconstructions_of_another_shape_are_refused(encode: Any, decode: Any) -> None:
+    """W_dec is the identity, so codes and activations have one width."""
+
+    def same(x: Tensor) -> Tensor:
+        return x
+
+    odd = SimpleNamespace(encode=encode or same, decode=decode or same, W_dec=torch.eye(16))
+    with pytest.raises(InputError, match=r"`saes`: (en|de)code of the SAE at blocks\.1\.hook_resid_post gives"):
+        Encoder(odd, HOOK, HOOK).reconstruct(torch.randn(20, 16))
+
+
 def test_nan_codes_are_refused_by_name() -> None:
     x = torch.randn(20, 16)
     sae = plain_sae(x, 30)
@@ -216,6 +237,14 @@ def test_metadata_that_fits_is_not_complained_of(complaints: Any) -> None:
 def test_metadata_that_does_not_fit_is_warned_of(complaints: Any, changed: dict[str, Any], said: str) -> None:
     (complaint,) = complaints(**changed)
     assert said in complaint
+
+
+def test_a_model_without_a_name_is_not_complained_of(stories: Any, complaints: Any) -> None:
+    stories.cfg.model_name = "custom"  # what TransformerLens calls models that it hasn't loaded itself
+    try:
+        assert complaints() == []
+    finally:
+        stories.cfg.model_name = "stories260K"
 
 
 def test_prompts_without_bos_are_warned_of(complaints: Any, story_tokens: Tensor) -> None:

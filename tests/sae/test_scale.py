@@ -1,7 +1,9 @@
 """What the sizes of SAEs ask for: planted circuits, streaming sums, few samples, codes on disk, the benchmark."""
 
+import gc
 import json
 import math
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,8 @@ from tl_circuitlasso.features.few import regress_samples
 from tl_circuitlasso.features.fit import Regressed
 from tl_circuitlasso.features.regression import Rule, needed_bytes, regress_pair
 from tl_circuitlasso.features.samples import FOLDS, PairData, fold_of, to_torch
-from tl_circuitlasso.models.feature_codes import Chunk, Codes, joined, sparse_codes, stacked
+from tl_circuitlasso.models.codes import Codes, sparse_codes, stacked
+from tl_circuitlasso.models.feature_codes import Chunk, joined
 from tl_circuitlasso.models.feature_store import CodeStore
 from tl_circuitlasso.models.feature_survey import EXAMPLES, strongest, survey
 from tl_circuitlasso.solve import pairs
@@ -151,6 +154,23 @@ def test_sums_without_compiled_kernels_are_the_same(monkeypatch: pytest.MonkeyPa
     torch.testing.assert_close(solve.refit_entries(compiled, source, target), slow, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("extra", [0, 3])
+def test_codes_with_many_nonzeros_add_up_the_same(
+    extra: int, monkeypatch: pytest.MonkeyPatch, problem: PlantedCodes
+) -> None:
+    codes, child = to_torch(problem.sources[:500]), to_torch(problem.children[:500])
+    beside = torch.randn(500, extra, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    shape = (problem.sources.shape[1] + extra, problem.children.shape[1])
+    found = []
+    for share in (1.1, 0.0):  # never and always by dense products
+        monkeypatch.setattr(pairs, "DENSE_FROM", share)
+        monkeypatch.setattr(pairs, "DENSE_ROWS", 192)
+        monkeypatch.setattr(pairs, "DENSE_STRIP", 33)
+        found.append(solve.PairSums.empty(*shape).add(codes, child, beside).centred())
+    torch.testing.assert_close(found[1].gram, found[0].gram)
+    assert torch.equal(found[1].cross, found[0].cross)
+
+
 def test_sums_refuse_what_does_not_fit() -> None:
     sums = solve.PairSums.empty(3, 2)
     with pytest.raises(InputError, match="same samples"):
@@ -237,6 +257,20 @@ def test_codes_beyond_the_limit_go_to_disk_and_change_nothing(demo: Demo, demo_s
     assert free.provenance["chunks_on_disk"] == 0 and tight.provenance["chunks_on_disk"] == 1
     assert tight.kept_edges() == free.kept_edges()
     torch.testing.assert_close(tight.weight, free.weight)
+
+
+def test_nothing_stays_on_disk_and_nobody_is_warned() -> None:
+    """Codes beyond the limit, and a store that is forgotten."""
+    store = CodeStore(None, 1, {})
+    store.add(chunk_of(torch.ones(4, 3), 0), "")
+    store.flush()
+    (path,) = store._places
+    assert isinstance(path, Path) and path.exists()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        del store
+        gc.collect()
+    assert not path.parent.exists() and not [one for one in caught if issubclass(one.category, ResourceWarning)]
 
 
 def replace_memory(basis: tcl.SAEFeatures, limit: int) -> tcl.SAEFeatures:

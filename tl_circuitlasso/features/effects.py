@@ -11,6 +11,9 @@ over all samples m, and 0 where j isn't active: children that would be turned on
 threshold, zero for a plain ReLU. In TopK features compete for places: the one to beat is the sample's weakest, w, which
 falls as well when what it reads is taken out, to theta_mj = z_mw - z_mi max(D_iw, 0).
 
+What attention brings of a feature is taken out with it: for an edge through attention delta is made of the mixed code
+z~_mi and its own D, over the samples where i doesn't fire itself, and still per unit of what fires, sum_m z_mi.
+
 `LEAST` asks an edge for an effect that can be told from none, in standard deviations of both (the score) and in lengths
 of what both features write.
 """
@@ -26,6 +29,7 @@ from torch import Tensor
 from tl_circuitlasso.features.fit import Regressed, Units
 from tl_circuitlasso.features.samples import Gate, PairData, Part
 from tl_circuitlasso.sharing import ALONE, Ranks
+from tl_circuitlasso.solve.working_set import numba_available
 
 LEAST = 0.05
 ENTRIES = 1 << 24  # of a part's columns side by side, edge by edge
@@ -35,30 +39,64 @@ def with_effects(found: Regressed, pair: PairData, units: Units, ranks: Ranks = 
     """With S_ij as the edges' effect, and scores of it, where it is known how the child reads the parent."""
     if pair.reads is None or pair.pooled:
         return found
-    rows = (found.source < len(pair.features)).nonzero().flatten()
+    rows = (found.source < len(pair.reads)).nonzero().flatten()
     source, target = found.source[rows], found.target[rows]
     with ranks.together():
         own = changes(pair, source, target)
     change, mass = (ranks.sum(x) for x in own)
     effect, score = found.effect.clone(), found.score.clone()
-    effect[rows] = change / mass[source].clamp(min=1e-300)
-    score[rows] = effect[rows] * units.source[source] / units.target[target]
+    feature, seen = source % len(pair.features), source >= len(pair.features)
+    effect[rows] = _of_all_heads(change, (seen * len(pair.features) + feature) * len(units.target) + target)
+    effect[rows] /= mass[feature].clamp(min=1e-300)
+    score[rows] = effect[rows] * units.source[feature] / units.target[target]
     return replace(found, effect=effect, score=score)
+
+
+def _of_all_heads(change: Float[Tensor, " edge"], key: Int[Tensor, " edge"]) -> Float[Tensor, " edge"]:
+    """What one head brings is taken out of all of them: the sum over an edge's coefficients, for each of these."""
+    same = torch.unique(key, return_inverse=True)[1]
+    return torch.zeros_like(change).index_add_(0, same, change)[same]
 
 
 def changes(
     pair: PairData, source: Int[Tensor, " edge"], target: Int[Tensor, " edge"]
 ) -> tuple[Float[Tensor, " edge"], Float[Tensor, " source"]]:
-    """sum_m delta_mij of each edge, and sum_m z_mi of each parent, over the samples that are regressed on."""
+    """sum_m delta_mij of each edge, and sum_m z_mi of each feature, over the samples that are regressed on."""
     total, mass = np.zeros(len(source)), np.zeros(len(pair.features))
+    ends = source.numpy(), target.numpy()
+    changed = _compiled if numba_available() else _edge_by_edge
     for part in pair.parts(held=False):
-        some = _Samples.of(pair, part)
-        mass += np.asarray(some.codes.sum(0)).ravel()
-        step = max(1, ENTRIES // max(int(np.diff(some.codes.indptr).max(initial=1)), 1))
-        for start in range(0, len(source), step):
-            edges = slice(start, start + step)
-            total[edges] += some.changes(source[edges].numpy(), target[edges].numpy())
+        mass += np.bincount(part.codes.indices, part.codes.data, len(mass))[: len(mass)]
+        total += changed(pair, part, *ends)
     return torch.from_numpy(total), torch.from_numpy(mass)
+
+
+def _compiled(pair: PairData, part: Part, source: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """sum_m delta_mij of the edges over the samples of one chunk."""
+    from tl_circuitlasso.features.effect_kernels import add_changes
+
+    assert pair.reads is not None
+    gate = pair.gate or Gate(torch.zeros(len(pair.child_features)))
+    order = np.argsort(source, kind="stable")
+    first = np.searchsorted(source[order], np.arange(len(pair.reads) + 1))
+    child = scipy.sparse.csr_matrix(part.child)
+    codes = [x for one in (part.codes, child) for x in (one.indptr.astype(np.int64), one.indices, one.data)]
+    reads, thresholds = pair.reads.double().contiguous().numpy(), gate.thresholds.double().contiguous().numpy()
+    found, total = np.zeros(len(source)), np.zeros(len(source))
+    fires, code = np.zeros(len(pair.features), dtype=np.bool_), np.zeros(len(pair.child_features))
+    add_changes(*codes, first, target[order], reads, thresholds, gate.top, fires, code, found)
+    total[order] = found
+    return total
+
+
+def _edge_by_edge(pair: PairData, part: Part, source: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """The same without numba."""
+    some, total = _Samples.of(pair, part), np.zeros(len(source))
+    step = max(1, ENTRIES // max(int(np.diff(some.codes.indptr).max(initial=1)), 1))
+    for start in range(0, len(source), step):
+        edges = slice(start, start + step)
+        total[edges] = some.changes(source[edges], target[edges])
+    return total
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,12 +119,13 @@ class _Samples:
         """From the samples of one chunk."""
         assert pair.reads is not None
         gate = pair.gate or Gate(torch.zeros(len(pair.child_features)))
-        codes = scipy.sparse.csc_matrix(part.codes[:, : len(pair.features)], dtype=np.float64)
+        parent = scipy.sparse.csr_matrix(part.codes, dtype=np.float64)
+        codes = _elsewhere(parent, len(pair.features), len(pair.reads))
         child = scipy.sparse.csr_matrix(part.child, dtype=np.float64)
         weakest, least = _weakest(child) if gate.top else (None, None)
         both = scipy.sparse.csr_matrix((1 + 1j * child.data, child.indices, child.indptr), child.shape)
         reads, thresholds = pair.reads.double().numpy(), gate.thresholds.double().numpy()
-        return cls(codes, scipy.sparse.csc_matrix(both), reads, thresholds, weakest, least)
+        return cls(scipy.sparse.csc_matrix(codes), scipy.sparse.csc_matrix(both), reads, thresholds, weakest, least)
 
     def changes(self, source: np.ndarray, target: np.ndarray) -> np.ndarray:
         """sum_m delta_mij of some edges."""
@@ -100,6 +139,12 @@ class _Samples:
             threshold = np.maximum(threshold, self.least[sample] - falls)
         gone = (moved > 0) & (code - moved < threshold)
         return np.bincount(edge, np.where(gone, code, moved), len(source))
+
+
+def _elsewhere(codes: scipy.sparse.csr_matrix, features: int, known: int) -> scipy.sparse.csr_matrix:
+    """The first `known` columns, with copies seen through attention only where the feature itself doesn't fire."""
+    own, *copies = (codes[:, start : start + features] for start in range(0, known, features))
+    return scipy.sparse.csr_matrix(scipy.sparse.hstack([own, *(copy - copy.multiply(own > 0) for copy in copies)]))
 
 
 def _weakest(child: scipy.sparse.csr_matrix) -> tuple[np.ndarray, np.ndarray]:
@@ -123,6 +168,6 @@ def is_clear(
     written, child_written: the lengths of what one unit of each feature writes.
     """
     known = found.effect.isfinite()
-    source, target = found.source.clamp(max=len(written) - 1), found.target.clamp(max=len(child_written) - 1)
+    source, target = found.source % len(written), found.target.clamp(max=len(child_written) - 1)
     passed_on = found.effect.abs() * child_written[target] / written[source].clamp(min=1e-30)
     return ~known | ((found.score.abs() >= LEAST) & (passed_on >= LEAST))

@@ -21,14 +21,14 @@ from tl_circuitlasso.features.fit import (
     regressed,
     with_held_out,
 )
-from tl_circuitlasso.features.regression import FIXED, Rule, default_strength, sound
+from tl_circuitlasso.features.regression import FIXED_WEIGHTED, Rule, default_strength, sound
 from tl_circuitlasso.features.samples import PairData
 from tl_circuitlasso.features.shared import everyones, first_of, gathered, share_of
 from tl_circuitlasso.models.memory import free_bytes, in_words
 from tl_circuitlasso.sharing import ALONE, Ranks
 from tl_circuitlasso.targets import Labels
 
-CLASS_STRENGTH = 0.05  # of lambda_max, for class labels where a rule is asked for
+CLASS_STRENGTH = 0.05  # of lambda_max at least, for class labels where a rule is asked for
 BLOCK = 512  # children regressed at once
 
 
@@ -98,12 +98,12 @@ def _classified(pair: PairData, rule: Rule, target: Labels, memory: int | None) 
     if len(labels.unique()) < 2:
         raise InputError(f"`target`: all {len(labels)} samples have one class: labels need at least two classes")
     counted = time.perf_counter()
-    level = rule.strength if isinstance(rule.strength, float) else CLASS_STRENGTH
     classes = int(torch.as_tensor(target.y).max()) + 1
+    outcome = torch.nn.functional.one_hot(labels, classes).double()
+    level = rule.strength if isinstance(rule.strength, float) else _class_strength(x, outcome)
     if classes == 2:
         solution = solve.logistic_lasso(x, labels, strength=level, tol=rule.tol)
     else:
-        outcome = torch.nn.functional.one_hot(labels, classes).double()
         solution = solve.multinomial_lasso(x, outcome, strength=level, tol=rule.tol)
     solved = time.perf_counter()
     columns = solution.value.shape[1]
@@ -118,6 +118,14 @@ def _classified(pair: PairData, rule: Rule, target: Labels, memory: int | None) 
     return replace(found, r2=torch.full_like(found.r2, overall), overall=overall)
 
 
+def _class_strength(x: Float[Tensor, "sample source"], outcome: Float[Tensor, "sample class"]) -> float:
+    """`CLASS_STRENGTH`, and never below what the largest correlation of a feature with a class reaches by chance."""
+    centred = outcome - outcome.mean(0)
+    spread = centred.square().mean(0).max().sqrt()
+    limit = (x.T @ centred / len(x) / spread).abs().max()
+    return float(default_strength(limit[None], x.shape[1] * outcome.shape[1], len(x), CLASS_STRENGTH))
+
+
 def _standardised(
     pair: PairData, memory: int | None
 ) -> tuple[Float[Tensor, "sample source"], Float[Tensor, "sample target"], Units]:
@@ -125,9 +133,10 @@ def _standardised(
     samples, columns = pair.count(held=False), pair.sources + len(pair.child_features)
     need, room = 4 * 8 * samples * columns, memory if memory is not None else free_bytes()
     if room is not None and need > room:
+        there = f"{in_words(room)} are free" if memory is None else f"`memory` allows {in_words(room)}"
         raise InputError(
             f"{pair.parent} -> {pair.child or 'the target'}: {samples} samples of {columns} columns need about "
-            f"{in_words(need)}, {in_words(room)} are free: use fewer prompts, or a lower `max_features`"
+            f"{in_words(need)}, {there}: use fewer prompts, or a lower `max_features`"
         )
     x, y = dense_samples(list(pair.parts(held=False)))
     units = Units(deviation(x.var(0, correction=0)), deviation(y.var(0, correction=0)), x.mean(0), y.mean(0))
@@ -143,7 +152,7 @@ def _solve(
     refit = _least_squares(x, y, solution.value)
     if rule.penalty == "adaptive":
         penalty = solve.L1(solve.adaptive_weights(refit))
-        level = level if isinstance(rule.strength, float) else FIXED**2  # see regression.py
+        level = level if isinstance(rule.strength, float) else FIXED_WEIGHTED
         solution = solve.regress(x, y, strength=level, penalty=penalty, tol=rule.tol, form="residual")
         refit = _least_squares(x, y, solution.value)
     return solution, refit

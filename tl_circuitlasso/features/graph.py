@@ -1,10 +1,12 @@
 """The graph of regressed pairs, and what is known of every feature: how often and where it fires, what it writes."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -15,10 +17,11 @@ from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models import readout
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.encoder import Encoder
-from tl_circuitlasso.models.feature_collect import TARGET, CollectedCodes
+from tl_circuitlasso.models.feature_collect import CollectedCodes
+from tl_circuitlasso.models.feature_setup import TARGET
 from tl_circuitlasso.models.feature_survey import BEFORE, Alive, Examples, Firing
 from tl_circuitlasso.models.hook_order import writes_to_stream
-from tl_circuitlasso.models.sae import SAEFeatures, error_block, error_name, hook_block
+from tl_circuitlasso.models.sae import ERROR, SAEFeatures, error_block, error_name, hook_block
 from tl_circuitlasso.nodes import Block, NodeIndex
 from tl_circuitlasso.sites import PORTS
 from tl_circuitlasso.targets import Target
@@ -53,7 +56,9 @@ def feature_graph(
     """The graph: one row per nonzero coefficient, kept features and error terms as nodes, the target last.
 
     An edge's weight is its effect where that is known, else its regression coefficient; where effects are known, the
-    coefficients are the column "regression", and edges whose effect is too small aren't kept.
+    coefficients are the column "regression", and edges whose effect is too small aren't kept. Where an end stands for
+    several directions (an SAE's error, the model's own logits, more than two classes), the edge has the norm of what
+    goes by them: never negative, as directions could as well point the other way.
     """
     index = feature_index(collected, target, alive, has_errors=basis.error)
     parts = [_edges(index, pair, one, collected, adapter, alive, basis) for pair, one in found.items()]
@@ -80,6 +85,14 @@ def feature_graph(
         certificates=tuple(row for pair, one in found.items() for row in _certificates(index, pair, one, alive)),
         node_info=node_info(adapter, collected, basis, firing, alive, examples),
     )
+
+
+def kept_by_pair(graph: AttributionGraph) -> Counter[tuple[str, str]]:
+    """How many edges are kept of each pair (parent hook, child hook or "target")."""
+    sites = [str(block.site).removesuffix(f".{ERROR}") for block in graph.index.blocks]
+    names = [site if block.site.kind == "hook" else TARGET for site, block in zip(sites, graph.index.blocks)]
+    ends = (graph.index.block_of[end[graph.kept]].tolist() for end in (graph.source, graph.target))
+    return Counter((names[source], names[target]) for source, target in zip(*ends))
 
 
 def feature_index(
@@ -153,16 +166,16 @@ def _share(spread: Float[Tensor, " target"]) -> Float[Tensor, " target"]:
 
 def _merged(edges: _Edges, summed: Tensor, nodes: int) -> _Edges:
     """One row per (source, target, port): error directions and several target columns by their norm, heads by the
-    strongest of them."""
+    strongest of them (whose effect, where it is known, is that of all)."""
+    edges = replace(edges, columns={name: torch.where(summed, x.abs(), x) for name, x in edges.columns.items()})
     key = (edges.source * nodes + edges.target) * len(PORTS) + edges.port
     unique, place = torch.unique(key, return_inverse=True)
     count = torch.bincount(place, minlength=len(unique))
     if not len(unique) or int(count.max()) == 1:
         return edges
-    size = edges.columns["score"].abs()
-    best = torch.full((len(unique),), -1.0, dtype=size.dtype).scatter_reduce(0, place, size, "amax")
-    rows = (size == best[place]).nonzero().flatten()
-    row = torch.zeros(len(unique), dtype=torch.int64).scatter_(0, place[rows], rows)
+    sizes = (edges.columns[name].abs().numpy() for name in ("regression", "score"))
+    order = torch.from_numpy(np.lexsort((*sizes, place.numpy())))  # by place, then score, then coefficient
+    row = order[count.cumsum(0) - 1]
     columns = {}
     for name, values in edges.columns.items():
         norm = torch.zeros(len(unique), dtype=values.dtype).index_add(0, place, values.square()).sqrt()

@@ -27,14 +27,15 @@ from tl_circuitlasso import storage
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.features.few import classify_pair, regress_samples
 from tl_circuitlasso.features.fit import Regressed
-from tl_circuitlasso.features.graph import clear_edges, feature_graph
+from tl_circuitlasso.features.graph import feature_graph, kept_by_pair
 from tl_circuitlasso.features.read import pair_reads
 from tl_circuitlasso.features.regression import Rule, regress_pair
 from tl_circuitlasso.features.samples import Gate, PairData, columns_of
 from tl_circuitlasso.features.shared import count_of_all, first_of
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models.adapter import Adapter
-from tl_circuitlasso.models.feature_collect import TARGET, CollectedCodes, collect_codes
+from tl_circuitlasso.models.feature_collect import CollectedCodes, collect_codes
+from tl_circuitlasso.models.feature_setup import TARGET
 from tl_circuitlasso.models.feature_survey import Alive, Firing, choose_alive, strongest, survey
 from tl_circuitlasso.models.sae import SAEFeatures
 from tl_circuitlasso.models.tokens import Prompts
@@ -157,7 +158,8 @@ def _pair_data(
         encoder = collected.encoders[child]
         gate = Gate(encoder.thresholds[alive[child].features], encoder.keeps_top)
     if basis.penalty == "read" and child != TARGET:
-        reads = pair_reads(collected.reads, parent, child, alive[parent].features, alive[child].features)
+        kept = (alive[hook].features for hook in pair)
+        reads = pair_reads(collected.reads, parent, child, *kept, by_head=heads is not None)
     return PairData(
         store=collected.store,
         parent=parent,
@@ -229,6 +231,7 @@ def _with_record(
     found: Mapping[tuple[str, str], Regressed],
 ) -> AttributionGraph:
     """The graph with the figures of every pair: edges, held-out R^2, strength, seconds."""
+    kept = kept_by_pair(graph)
     record = {
         "samples": collected.samples,
         "chunks_on_disk": collected.chunks_on_disk,
@@ -237,7 +240,8 @@ def _with_record(
         "alive": {hook: len(some.features) for hook, some in alive.items()},
         "active_per_sample": {hook: float(one.count.sum() / max(one.samples, 1)) for hook, one in firing.items()},
         "pairs": [
-            _figures(pair, one, int(clear_edges(one, pair, collected, alive).sum())) for pair, one in found.items()
+            _figures(pair, one, kept[pair], len(alive[pair[1]].features) if pair[1] in alive else 1)
+            for pair, one in found.items()
         ],
         "candidates": {
             f"{parent}->{child}": len(alive[parent].features) * (len(alive[child].features) if child in alive else 1)
@@ -247,15 +251,16 @@ def _with_record(
     return replace(graph, provenance=record)
 
 
-def _figures(pair: tuple[str, str], one: Regressed, edges: int) -> dict[str, Any]:
-    """What is told of a pair; `edges` are those that are clear, of all nonzero coefficients."""
+def _figures(pair: tuple[str, str], one: Regressed, edges: int, targets: int) -> dict[str, Any]:
+    """What is told of a pair: `edges` are the graph's that are kept, `coefficients` all nonzero ones, of which those
+    of an error's directions and of a target's columns make one edge each."""
     explained = one.r2[~one.r2.isnan()]
     return {
         "source": pair[0],
         "target": pair[1],
         "samples": one.samples,
         "edges": edges,
-        "edges_per_target": edges / max(len(one.gap), 1),
+        "edges_per_target": edges / targets,
         "coefficients": len(one.source),
         "held_out_r2": None if math.isnan(one.overall) else one.overall,
         "median_held_out_r2": float(explained.median()) if len(explained) else None,

@@ -3,23 +3,24 @@
 Feature i of an earlier hook adds z_i D_ij to the pre-activation of feature j of a later one, D_ij = r_i . e_j, where
 e_j is the encoder direction of j and r_i what the MLPs in between have made of the decoder direction of i, on average
 where i fires (`models.feature_reads`). As in the design `read`, each such contribution gets one non-negative
-coefficient a_ij, which is a Lasso on A_ij = a_ij D_ij:
+coefficient a_ij, which is a Lasso on A_ij = a_ij D_ij (and likewise for what is seen of i through attention):
 
     min_A  1/(2M) ||Y - Z A||^2 + sum_j lambda_j sum_i |A_ij| / |D_ij|,       A_ij D_ij >= 0
 
 A parent that the child hardly reads is dear, and none can act against the direction in which it is read. |D_ij| counts
-as at least `FLOOR` of the child's largest, because attention reads as well. The sign rule is kept by forbidding
-the entries that break it and solving again, which ends after a few rounds. The certificate is that of the last solve.
+as at least `FLOOR` of the child's largest, because it is an average, and not all is known. The sign rule is kept by
+forbidding the entries that break it and solving again, which ends after a few rounds. The certificate is that of the
+last solve.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_circuitlasso import solve
-from tl_circuitlasso.features.fit import Entries
+from tl_circuitlasso.features.fit import Entries, nonzeros
 from tl_circuitlasso.models.feature_reads import Reads
 from tl_circuitlasso.models.hook_order import reads_stream, writes_to_stream
 
@@ -33,11 +34,14 @@ def pair_reads(
     child: str,
     features: Int[Tensor, " source"],
     child_features: Int[Tensor, " target"],
-) -> Float[Tensor, "source target"] | None:
+    *,
+    by_head: bool = False,
+) -> Float[Tensor, "known target"] | None:
     """D_ij = r_i . e_j, or None where the residual stream doesn't lead from the one to the other.
 
     That is where the parent doesn't write to the stream, the child's SAE doesn't read it, or has no encoder matrix
-    `W_enc` of (width, feature).
+    `W_enc` of (width, feature). Below the features at their own position stand those that are seen through attention
+    (`by_head`: through each head), where `reads` know about that.
     """
     first, last = reads.encoders[parent], reads.encoders[child]
     encoder = getattr(last.sae, "W_enc", None)
@@ -46,44 +50,65 @@ def pair_reads(
     if not isinstance(encoder, Tensor) or encoder.shape != (first.width, last.features):
         return None
     columns = encoder.detach()[:, child_features.to(encoder.device)].float().cpu()
-    return (reads.responses(parent, child, features) @ columns).double()
+    responses = [reads.responses(parent, child, features)]
+    responses += reads.mixed(parent, child, features, by_head=by_head)
+    return torch.cat([some @ columns for some in responses]).double()
+
+
+@dataclass(frozen=True, eq=False)
+class Read:
+    """How children read their parents: D_ij of the first sources, and what every source costs.
+
+    The sources behind those (the SAE's error, and copies seen through attention that can't be read) have no D.
+    """
+
+    reads: Float[Tensor, "known target"]
+    weights: Float[Tensor, "source target"]
+
+    @classmethod
+    def of(cls, reads: Float[Tensor, "known target"], source: Float[Tensor, " source"]) -> "Read":
+        """From D in the caller's units and the standard deviations of all sources (inf where one doesn't vary)."""
+        return cls(reads, read_weights(reads, source))
 
 
 def read_lasso(
-    data: solve.Moments,
-    reads: Float[Tensor, "source target"],
-    *,
-    strength: float | Tensor,
-    tol: float,
+    data: solve.Moments, read: Read, *, strength: float | Tensor, tol: float
 ) -> tuple[solve.Solution, solve.L1]:
-    """The signed, weighted Lasso above, and its penalty; `reads` in the units of `data`.
-
-    Rows of NaN are sources of which nothing is known: they are weighted by the child's root mean square |D| and free in
-    sign.
+    """The signed, weighted Lasso above, and its penalty; `data` in standard units. Sources without D are free in sign.
 
     >>> data = solve.Moments(torch.eye(2), torch.tensor([[1.0], [1.0]]), torch.tensor([2.0]), 100)
-    >>> read_lasso(data, torch.tensor([[0.5], [-0.5]]), strength=0.5, tol=1e-6)[0].value.flatten().tolist()
+    >>> read = Read.of(torch.tensor([[0.5], [-0.5]]), torch.ones(2))
+    >>> read_lasso(data, read, strength=0.5, tol=1e-6)[0].value.flatten().tolist()
     [0.5, 0.0]
     """
-    reads = reads.to(data.gram)
-    weights = read_weights(reads)
-    level = torch.as_tensor(strength, dtype=reads.dtype, device=reads.device).expand(reads.shape[1])
+    weights = read.weights.to(data.gram, copy=True)
+    targets = weights.shape[1]
+    level = torch.as_tensor(strength, dtype=weights.dtype, device=weights.device).expand(targets)
     solution = _weighted(data, weights, level, tol, None)
-    columns = torch.arange(reads.shape[1], device=reads.device)
+    source, target = _against(solution.value, read.reads)
     for number in range(ROUNDS):
-        wrong = solution.value[:, columns] * reads[:, columns] < 0  # never at NaN
-        columns, wrong = columns[wrong.any(0)], wrong[:, wrong.any(0)]
-        if not len(columns):
+        if not len(source):
             break
-        start = solution.value[:, columns].masked_fill_(wrong, 0.0)
+        solution.value[source, target] = 0.0
         if number == ROUNDS - 1:
-            solution.value[:, columns] = start
             break
-        weights[:, columns] = weights[:, columns].masked_fill_(wrong, torch.inf)
+        weights[source, target] = torch.inf
+        columns = target.unique()
         some = solve.Moments(data.gram, data.cross[:, columns], data.target_sq_norm[columns], data.count)
-        again = _weighted(some, weights[:, columns], level[columns], tol, start)
+        again = _weighted(some, weights[:, columns], level[columns], tol, solution.value[:, columns])
         solution = _with_columns(solution, columns, again)
+        source, place = _against(again.value, read.reads[:, columns.to(read.reads.device)])
+        target = columns[place]
     return solution, solve.L1(weights)
+
+
+def _against(
+    value: Float[Tensor, "source target"], reads: Float[Tensor, "known target"]
+) -> tuple[Int[Tensor, " entry"], Int[Tensor, " entry"]]:
+    """Where coefficients act against the direction in which their source is read."""
+    source, target = nonzeros(value[: len(reads)])
+    wrong = value[source, target] * reads[source.to(reads.device), target.to(reads.device)].to(value) < 0
+    return source[wrong], target[wrong]
 
 
 def _weighted(
@@ -119,26 +144,27 @@ def keeping_signs(entries: Entries) -> Entries:
     return replace(entries, refit=torch.where(entries.refit * entries.lasso >= 0, entries.refit, entries.lasso))
 
 
-def floored(reads: Float[Tensor, "source target"]) -> Float[Tensor, "source target"]:
-    """Every |D_ij| raised to at least `FLOOR` of its child's largest, signs kept."""
-    return torch.copysign(reads.abs().maximum(FLOOR * reads.abs().amax(0)), reads)
-
-
-def read_weights(reads: Float[Tensor, "source target"]) -> Float[Tensor, "source target"]:
-    """1 / |D_ij|, as a fraction of the child's smallest, so that strengths stay in their range; 1 where D is zero."""
-    unknown = reads.isnan()
-    size = reads.abs().nan_to_num(0.0)
-    typical = (size.square().sum(0) / (~unknown).sum(0).clamp(min=1)).sqrt()
-    size = torch.where(unknown, typical, size)
-    top = size.amax(0)
-    return torch.where(size > 0, top / size.clamp(min=torch.finfo(size.dtype).tiny), 1.0)
-
-
-def in_standard_units(
-    reads: Float[Tensor, "feature target"], source: Float[Tensor, " source"], target: Float[Tensor, " target"]
+def read_weights(
+    reads: Float[Tensor, "known target"], source: Float[Tensor, " source"]
 ) -> Float[Tensor, "source target"]:
-    """D in standard deviations of parent and child, with rows of NaN for the columns behind the features: copies seen
-    through attention, and the SAE's error. `source` and `target` are inf for columns that don't vary."""
-    spread = torch.where(source.isinf(), 0.0, source)[: len(reads), None]
-    ready = torch.where(target.isinf(), 0.0, reads * spread / target)
-    return torch.cat([ready, ready.new_full((len(source) - len(reads), reads.shape[1]), torch.nan)])
+    """1 / |D_ij| in standard deviations of the parent, as a multiple of the child's smallest, so that strengths stay in
+    their range; |D_ij| counts as at least `FLOOR` of the child's largest.
+
+    Sources without D cost what the child's root mean square |D| does; those that don't vary (`source` is inf), and all
+    of a child that reads nothing, cost 1.
+
+    >>> read_weights(torch.tensor([[1.0], [-0.5], [0.0]]), torch.ones(3)).flatten().tolist()
+    [1.0, 2.0, 20.0]
+    """
+    features, dead = len(reads), source.isinf()
+    weights = reads.new_empty(len(source), reads.shape[1])  # filled in place: these may be gigabytes
+    size = torch.abs(reads, out=weights[:features])
+    torch.maximum(size, FLOOR * size.amax(0), out=size)
+    size.mul_(torch.where(dead, 0.0, source)[:features, None].to(size))
+    top = size.amax(0)
+    typical = size.norm(dim=0) / max(features, 1) ** 0.5
+    weights[features:] = typical
+    torch.div(top, weights, out=weights)
+    weights[dead] = 1.0
+    weights[:, top == 0] = 1.0
+    return weights

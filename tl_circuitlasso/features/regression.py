@@ -3,10 +3,11 @@
     min_A  1/(2M) ||Y - [Z, E] A||^2 + sum_j lambda_j ||A_j||_1        every column in units of its standard deviation
 
 Z: the parent's codes, E: the leading directions of what its SAE misses, Y: the child's codes or the target. The rule
-behind strength "auto" is lambda_j = max(0.2 lambda_max,j, sqrt(2 log(p q) / M)): a fifth of the strongest pull (a tenth
-under penalty "read", where what an edge does decides as well, see effects.py), and never below what the largest of p q
-correlations reaches by chance (where features fire together often enough for a normal law: rare ones reach more).
-Weights are least squares on the support so found; the certificate is that of the Lasso.
+behind strength "auto" is lambda_j = max(0.2 lambda_max,j, sqrt(2 log(p q) / M)): a fifth of the strongest pull, and
+never below what the largest of p q correlations reaches by chance (where features fire together often enough for a
+normal law: rare ones reach more). Penalties "read" and "adaptive" weigh an edge by what its pull says already, so that
+a share of s in the strongest pull counts as s^2: there the fifth is squared, too. Weights are least squares on the
+support so found; the certificate is that of the Lasso.
 """
 
 import math
@@ -23,14 +24,14 @@ from tl_circuitlasso import solve
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.features.effects import with_effects
 from tl_circuitlasso.features.fit import Entries, Regressed, Units, deviation, nonzeros, regressed, with_held_out
-from tl_circuitlasso.features.read import floored, in_standard_units, keeping_signs, read_lasso, read_weights
+from tl_circuitlasso.features.read import Read, keeping_signs, read_lasso
 from tl_circuitlasso.features.samples import FOLDS, PairData, to_torch
 from tl_circuitlasso.features.shared import everyones, share_of
 from tl_circuitlasso.models.memory import free_bytes, in_words
 from tl_circuitlasso.sharing import ALONE, Ranks
 
 FIXED = 0.2  # of lambda_max
-FIXED_READ = 0.1  # the same under penalty "read"
+FIXED_WEIGHTED = FIXED**2  # the same under penalties "read" and "adaptive"
 STABLE = 0.8  # share of half-samples that must have an edge at strength "stability"
 DRAWS = 20
 PATH = 60  # matrices of coefficients in memory while a strength is chosen: two paths of 20, and a stack of one
@@ -117,8 +118,13 @@ def _of(data: solve.Moments, mine: Int[Tensor, " mine"]) -> solve.Moments:
     """The moments of some targets."""
     if len(mine) == data.cross.shape[1]:
         return data
-    mine = mine.to(data.cross.device)
-    return solve.Moments(data.gram, data.cross[:, mine], data.target_sq_norm[mine], data.count)
+    square = data.target_sq_norm[mine.to(data.cross.device)]
+    return solve.Moments(data.gram, _columns(data.cross, mine), square, data.count)
+
+
+def _columns(matrix: Float[Tensor, "source target"], mine: Int[Tensor, " mine"]) -> Float[Tensor, "source mine"]:
+    """Some columns; no copy where they are all."""
+    return matrix if len(mine) == matrix.shape[1] else matrix[:, mine.to(matrix.device)]
 
 
 def _regressed(
@@ -131,10 +137,10 @@ def _regressed(
 ) -> Regressed:
     """The targets in `mine`, each for itself."""
     own = units.of(mine)
-    reads = None if pair.reads is None else in_standard_units(floored(pair.reads[:, mine]), own.source, own.target)
-    solution, stability = _solve(data, parts, rule, reads, pair.sources * len(pair.child_features))
+    read = None if pair.reads is None else Read.of(_columns(pair.reads, mine), own.source)
+    solution, stability = _solve(data, parts, rule, read, pair.sources * len(pair.child_features))
     entries = _unshrunk(data, solution.value)
-    entries = entries if reads is None else keeping_signs(entries)
+    entries = entries if read is None else keeping_signs(entries)
     return regressed(entries, own, solution, stability=stability, samples=int(data.count), seconds={})
 
 
@@ -207,7 +213,7 @@ def _solve(
     data: solve.Moments,
     parts: Sequence[solve.Moments],
     rule: Rule,
-    reads: Float[Tensor, "source target"] | None,
+    read: Read | None,
     entries: int,
 ) -> tuple[solve.Solution, Float[Tensor, "source target"] | None]:
     """The Lasso at the rule's strength, and the share of half-samples with each coefficient where it is asked for.
@@ -216,11 +222,11 @@ def _solve(
     """
     level = rule.strength
     if not isinstance(level, float):
-        least = FIXED if reads is None else FIXED_READ
+        least = FIXED if read is None else FIXED_WEIGHTED
         level = default_strength(data.cross.abs().amax(0), entries, data.count, least)
     solution = penalty = None
     if rule.chosen is not None:
-        penalty = None if reads is None else solve.L1(read_weights(reads.to(data.gram)))
+        penalty = None if read is None else solve.L1(read.weights.to(data.gram))
         options: dict[str, Any] = {"folds": parts or None, "penalty": penalty, "tol": rule.tol, "check": False}
         solution = solve.select(data, rule=rule.chosen, **options).solution
         level = torch.as_tensor(solution.stats["strength"] / solution.stats["strength_max"]).nan_to_num(1.0)
@@ -229,10 +235,9 @@ def _solve(
         weights = torch.zeros_like(data.cross)
         weights[pilot.source, pilot.target] = pilot.refit.to(weights)
         penalty = solve.L1(solve.adaptive_weights(weights))
-        # a weight of 1 / |pilot| squares the ratio of an edge to the child's strongest, so the rule's share is squared
-        level = level if isinstance(rule.strength, float) else FIXED**2
-    if reads is not None:
-        solution, penalty = read_lasso(data, reads, strength=level, tol=rule.tol)
+        level = level if isinstance(rule.strength, float) else FIXED_WEIGHTED
+    if read is not None:
+        solution, penalty = read_lasso(data, read, strength=level, tol=rule.tol)
     solution = _lasso(data, level, rule.tol, penalty) if solution is None else solution
     if not rule.draws and rule.strength != "stability":
         return solution, None
@@ -283,9 +288,10 @@ def _check_room(pair: PairData, rule: Rule, device: torch.device | str, memory: 
     ways = [f"`max_features` of about {most}", "a higher `min_count`"]
     ways += ["no `draws` and strength 'auto'" if rule.folds or along else "a larger device"]
     ways += ["mixing 'mean'"] if len(pair.columns) > 2 else []
+    there = f"{in_words(room)} are free on {torch.device(device)}"
     raise InputError(
         f"{pair.parent} -> {pair.child or 'the target'}: {p} columns on {q} targets need about {in_words(need)}, "
-        f"{in_words(room)} are free on {torch.device(device)}: use {', or '.join(ways)}"
+        f"{there if memory is None else f'`memory` allows {in_words(room)}'}: use {', or '.join(ways)}"
     )
 
 

@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_circuitlasso.models.feature_codes import Chunk, Codes, route_key
+from tl_circuitlasso.models.codes import Codes
+from tl_circuitlasso.models.feature_codes import Chunk, route_key
 from tl_circuitlasso.models.feature_store import CodeStore
 
 FOLDS = 10
@@ -42,8 +43,8 @@ class PairData:
     parent, child: hooks, the child None where it is the target; columns: the copies of the parent's codes; features,
     child_features: the kept ones; errors: how many directions of the parent's error stand behind the codes; pooled:
     whether samples are prompts; reads: how each child feature reads each parent feature through the residual stream,
-    where penalty "read" wants to know and it can be told; gate: what turns pre-activations into the child's codes, a
-    plain ReLU unless it is given;
+    where penalty "read" wants to know and it can be told, of the first copy or of all; gate: what turns pre-activations
+    into the child's codes, a plain ReLU unless it is given;
     given: the samples themselves, where they don't come from the store.
     """
 
@@ -56,7 +57,7 @@ class PairData:
     errors: int
     pooled: bool
     held_out: float
-    reads: Float[Tensor, "source target"] | None = None
+    reads: Float[Tensor, "known target"] | None = None
     gate: Gate | None = None
     given: "tuple[Part, ...] | None" = None
 

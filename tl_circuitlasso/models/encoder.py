@@ -113,9 +113,9 @@ class Encoder:
         """What the codes of `x` write, and what they write when `change(codes)` stands in their place."""
         with torch.no_grad(), _unchanged(self.sae):
             codes = self._codes(x)
-            plain = self.sae.decode(codes).flatten(1)
+            plain = self._decoded(codes)
             again = change(self._codes(x))  # a decode may use up what its encode left behind
-            other = self.sae.decode(again).flatten(1)
+            other = self._decoded(again)
             skip = getattr(self.sae, "W_skip", None)
             beside = self.ready(x) @ skip.T if isinstance(skip, Tensor) else 0.0
             return (plain + beside).to(x.device, torch.float32), (other + beside).to(x.device, torch.float32)
@@ -123,7 +123,7 @@ class Encoder:
     def _both(self, x: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad(), _unchanged(self.sae):
             codes = self._codes(x)
-            fitted = self.sae.decode(codes).flatten(1)
+            fitted = self._decoded(codes)
             skip = getattr(self.sae, "W_skip", None)
             if isinstance(skip, Tensor):
                 fitted = fitted + self.ready(x) @ skip.T
@@ -137,12 +137,27 @@ class Encoder:
                 f"`saes`: the SAE at {self.hook} can't read activations of shape {tuple(x.shape[1:])} ({error}): it "
                 "was made for another model or hook"
             ) from error
+        self._check_shape("encode", codes, (len(x), self.features))
         codes = codes.to_dense() if codes.is_sparse else codes
         if not bool(torch.isfinite(codes).all()):
             raise ModelError(
                 f"`saes`: codes of the SAE at {self.hook} are NaN or infinite: check its weights and dtype"
             )
         return codes
+
+    def _decoded(self, codes: Tensor) -> Tensor:
+        found = self.sae.decode(codes)
+        found = found.flatten(1) if isinstance(found, Tensor) and found.ndim > 2 else found
+        self._check_shape("decode", found, (len(codes), self.width))
+        return found
+
+    def _check_shape(self, name: str, found: Any, wanted: tuple[int, int]) -> None:
+        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        if shape != wanted:
+            raise InputError(
+                f"`saes`: {name} of the SAE at {self.hook} gives {shape} for {wanted[0]} samples; by its W_dec "
+                f"({self.features} features, width {self.width}) that should be {wanted}"
+            )
 
     def ready(self, x: Tensor) -> Tensor:
         """As the SAE wants its input: its own dtype and device, heads side by side unless it does that itself."""

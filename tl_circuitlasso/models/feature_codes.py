@@ -16,6 +16,7 @@ from tl_circuitlasso.errors import ModelError
 from tl_circuitlasso.models import readout
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.bases import principal_directions
+from tl_circuitlasso.models.codes import Codes, sparse_codes, stacked
 from tl_circuitlasso.models.encoder import Encoder
 from tl_circuitlasso.models.feature_reads import Reads
 from tl_circuitlasso.models.tokens import Batch, Prompts
@@ -23,21 +24,6 @@ from tl_circuitlasso.targets import Target
 
 LEAST_ATTENTION = 0.01  # a smaller share of attention moves next to nothing, and would make mixed codes dense
 LOGIT_DIRECTIONS = 16
-
-
-@dataclass(frozen=True, eq=False)
-class Codes:
-    """A sparse matrix (sample, feature) in CSR: row m is entries starts[m] to starts[m + 1]."""
-
-    starts: Int[Tensor, " row_ends"]
-    columns: Int[Tensor, " entry"]
-    values: Float[Tensor, " entry"]
-    width: int
-
-    @property
-    def rows(self) -> int:
-        """The number of samples."""
-        return len(self.starts) - 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,15 +130,15 @@ def encode_batch(adapter: Adapter, plan: CodePlan, batch: Batch, number: int, re
         found, missed = [], []
         for rows in _slices(batch.keep, encoder):
             dense, error = _encode(encoder, acts, rows, plan.errors.get(hook))
-            if reads is not None:
-                reads.add(hook, dense, acts, rows)
             found.append(sparse_codes(dense))
+            if reads is not None:
+                reads.add(hook, dense, found[-1], acts, rows)
             missed.append(error)
         codes[hook] = stacked(found)
         if hook in plan.errors:
             errors[hook] = torch.cat(missed).cpu()
-        for route, layers in plan.routes.get(hook, {}).items():
-            codes |= _through_attention(encoder, acts, batch, hook, route, layers, plan.by_head)
+        if hook in plan.routes:
+            codes |= _through_attention(plan, acts, batch, hook, reads)
     target, rows = _target(adapter, plan, acts, batch)
     place = (batch.mask.cumsum(1) - 1)[batch.keep]
     prompt = torch.arange(batch.start, batch.start + len(batch.tokens), device=batch.keep.device)
@@ -167,29 +153,6 @@ def encode_batch(adapter: Adapter, plan: CodePlan, batch: Batch, number: int, re
         ends=batch.mask.sum(1).cumsum(0).cpu(),
         numbers=torch.arange(batch.start, batch.start + len(batch.tokens)),
         batches=number + 1,
-    )
-
-
-def sparse_codes(dense: Float[Tensor, "sample feature"]) -> Codes:
-    """The nonzero entries, on the CPU."""
-    rows, columns = dense.nonzero(as_tuple=True)
-    counts = torch.bincount(rows, minlength=len(dense))
-    starts = torch.zeros(len(dense) + 1, dtype=torch.int64)
-    starts[1:] = counts.cumsum(0).cpu()
-    return Codes(starts, columns.int().cpu(), dense[rows, columns].float().cpu(), dense.shape[1])
-
-
-def stacked(parts: Sequence[Codes]) -> Codes:
-    """Samples below samples."""
-    ends = [0]
-    for part in parts:
-        ends.append(ends[-1] + len(part.columns))
-    starts = [part.starts[:-1] + end for part, end in zip(parts, ends)]
-    return Codes(
-        torch.cat([*starts, torch.tensor([ends[-1]])]),
-        torch.cat([part.columns for part in parts]),
-        torch.cat([part.values for part in parts]),
-        parts[0].width,
     )
 
 
@@ -240,25 +203,25 @@ def _slices(where: Bool[Tensor, "batch pos"], encoder: Encoder) -> list[tuple[Te
 
 
 def _through_attention(
-    encoder: Encoder,
-    acts: Mapping[str, Tensor],
-    batch: Batch,
-    hook: str,
-    route: str,
-    layers: Sequence[int],
-    by_head: bool,
+    plan: CodePlan, acts: Mapping[str, Tensor], batch: Batch, hook: str, reads: Reads | None
 ) -> dict[str, Codes]:
-    """sum_q P[p, q] z[q] at every kept p, P the mean pattern of the layers (and heads, unless `by_head`) of a route."""
+    """sum_q P[p, q] z[q] at every sample p, P the mean pattern of the layers (and heads, unless `by_head`) of a route.
+
+    q runs over all real tokens but BOS, which heads attend to where they have nothing to say. `reads` take in who sees
+    what.
+    """
     found: dict[str, list[Codes]] = {}
-    for prompt in range(len(batch.tokens)):
-        real, keep = batch.mask[prompt], batch.keep[prompt]
-        codes = encoder.encode(acts[hook][prompt, real])
-        pattern = torch.stack([acts[f"pattern.{layer}"][prompt] for layer in layers]).mean(0)
-        pattern = pattern if by_head else pattern.mean(0, keepdim=True)
-        pattern = torch.where(pattern < LEAST_ATTENTION, 0, pattern)[:, keep][:, :, real].to(codes)
-        for head in range(len(pattern)):
-            key = route_key(hook, route, head if by_head else None)
-            found.setdefault(key, []).append(sparse_codes(pattern[head] @ codes))
+    for prompt, (seen, kept) in enumerate(zip(batch.words, batch.keep)):
+        codes = plan.encoders[hook].encode(acts[hook][prompt, seen])
+        if reads is not None:
+            reads.attend(hook, codes, acts, prompt, seen, kept)
+        for route, layers in plan.routes[hook].items():
+            pattern = torch.stack([acts[f"pattern.{layer}"][prompt] for layer in layers]).mean(0)
+            pattern = pattern if plan.by_head else pattern.mean(0, keepdim=True)
+            pattern = torch.where(pattern < LEAST_ATTENTION, 0, pattern)[:, kept][:, :, seen].to(codes)
+            for head in range(len(pattern)):
+                key = route_key(hook, route, head if plan.by_head else None)
+                found.setdefault(key, []).append(sparse_codes(pattern[head] @ codes))
     return {key: stacked(parts) for key, parts in found.items()}
 
 

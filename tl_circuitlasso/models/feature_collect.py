@@ -1,43 +1,28 @@
 """From prompts to a store of codes: one forward pass a batch, every SAE encoded, nothing attached.
 
-The first batch is the pilot: shapes and metadata are checked on it, the order of the hooks is heard, and the directions
-of the SAEs' errors are fitted. Several processes deal the batches out among themselves: each looks at the pilot, takes
-the directions of process 0, encodes its own batches, and keeps their codes to itself.
+The first batch decides what is to be read of all (`feature_setup`). Several processes deal the batches out among
+themselves: each encodes its own, and keeps their codes to itself.
 """
 
 import hashlib
-import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_circuitlasso import storage
-from tl_circuitlasso.errors import FormatError, InputError
-from tl_circuitlasso.models import readout
+from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.encoder import Encoder
-from tl_circuitlasso.models.feature_codes import LOGIT_DIRECTIONS, Chunk, CodePlan, encode_batch, fit_errors
-from tl_circuitlasso.models.feature_reads import Reads, reads_of
+from tl_circuitlasso.models.feature_reads import Reads
+from tl_circuitlasso.models.feature_setup import Setup, set_up
 from tl_circuitlasso.models.feature_store import CodeStore
-from tl_circuitlasso.models.hook_order import attention_between, computing_order
-from tl_circuitlasso.models.memory import free_bytes
 from tl_circuitlasso.models.sae import SAEFeatures
-from tl_circuitlasso.models.sae_checks import check_shapes, warn_of_mismatches
-from tl_circuitlasso.models.tokens import Batch, Prompts
+from tl_circuitlasso.models.tokens import Prompts
 from tl_circuitlasso.sharing import ALONE, Ranks
 from tl_circuitlasso.targets import Target, check_length
-
-logger = logging.getLogger(__name__)
-
-TARGET = "target"
-READS = "reads.safetensors"
-UNKNOWN_LIMIT = 4 << 30  # bytes of codes in memory where the system doesn't say what is free
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +76,7 @@ def collect_codes(
     with ranks.together():
         setup, seen, passes = _collect_own(adapter, prompts, basis, target, last, checkpoint, progress, ranks)
     origin, store = _origin(prompts, target, last), setup.store
-    ranks.agree({**setup.identity, "data": origin, "layers": {str(key): 1 for key in setup.reads.sums}})
+    ranks.agree({**setup.identity, "data": origin, "layers": dict.fromkeys(setup.reads.named(), 1)})
     setup.reads.add_up(ranks)
     first = next(iter(store), None)  # none where processes are more than batches
     columns = 0 if first is None else first.target.shape[1]
@@ -117,16 +102,16 @@ def collect_codes(
 def _collect_own(
     adapter: Adapter, prompts: Prompts, basis: SAEFeatures, target: Target, last: bool, checkpoint: Path | None,
     progress: bool, ranks: Ranks,
-) -> "tuple[_Setup, int, int]":  # fmt: skip
+) -> tuple[Setup, int, int]:  # fmt: skip
     """The codes of this process's batches; how many prompts there are in all, and the passes that it took."""
     if target is not None and prompts.n_prompts is not None:
         check_length(target, prompts.n_prompts)
-    setup: _Setup | None = None
+    setup: Setup | None = None
     number = passes = seen = 0
     off = None if progress and ranks.rank == 0 else True
     with tqdm(total=prompts.n_prompts, desc="encode", unit="prompt", disable=off) as bar:
         for number, batch in enumerate(prompts):
-            setup = setup or _set_up(adapter, basis, target, batch, last, checkpoint, ranks)
+            setup = setup or set_up(adapter, basis, target, batch, last, checkpoint, ranks)
             seen += len(batch.tokens)
             bar.update(len(batch.tokens))
             if target is not None and seen > len(target):
@@ -157,213 +142,6 @@ def _check_data(store: CodeStore, number: int, prompts: Prompts, target: Target,
             "`checkpoint` holds other data: `tokens`, `batch_size`, `positions` or `target` have changed since; delete "
             "it, or name another folder"
         )
-
-
-@dataclass(frozen=True, eq=False)
-class _Setup:
-    encoders: Mapping[str, Encoder]
-    order: Mapping[str, int]
-    pairs: tuple[tuple[str, str], ...]
-    routes: Mapping[tuple[str, str], str | None]
-    plan: CodePlan
-    reads: Reads
-    store: CodeStore
-    identity: Mapping[str, Any]
-    folder: Path | None  # of this process's codes
-
-    def encoded(self, adapter: Adapter, batch: Batch, number: int) -> Chunk:
-        """One batch's codes; the first ones tell what stands between the hooks, too."""
-        return encode_batch(adapter, self.plan, batch, number, self.reads if self.reads.wants_more else None)
-
-    def count(self, batch: Batch) -> None:
-        """Another batch of the data is encoded, by whichever process: what stands between is told by the first ones."""
-        if self.reads.wants_more:
-            self.reads.samples += int(batch.keep.sum())
-            if not self.reads.wants_more:
-                self.keep_reads()
-
-    def keep_reads(self) -> None:
-        """Write them beside the codes, where those are kept."""
-        if self.folder is not None and self.reads.sums:
-            self.reads.save(self.folder / READS, self.identity)
-
-
-def _set_up(
-    adapter: Adapter, basis: SAEFeatures, target: Target, batch: Batch, last: bool, checkpoint: Path | None,
-    ranks: Ranks,
-) -> _Setup:  # fmt: skip
-    loaded = basis.encoders()
-    hooks = [name for encoder in loaded.values() for name in (encoder.hook, encoder.hook_out)]
-    order = computing_order(adapter, batch, hooks)
-    encoders = dict(sorted(loaded.items(), key=lambda item: order[item[0]]))
-    check_shapes(encoders, adapter.run(batch.tokens[:1], batch.mask[:1], hooks))
-    warn_of_mismatches(adapter, encoders, batch)
-    pairs = resolve_pairs(basis.pairs, encoders, order)
-    routes = {pair: _route(pair, encoders, adapter.shape.n_layers, basis.mixing) for pair in pairs}
-    wants_target = any(child == TARGET for _, child in pairs)
-    plan = CodePlan(
-        encoders=encoders,
-        routes=_by_parent(routes),
-        by_head=basis.mixing == "heads",
-        errors={},
-        target=target,
-        last=last,
-        metric=None,
-        wants_target=wants_target,
-    )
-    identity = _identity(adapter, basis, encoders, routes)
-    fitted = _fitted(adapter, basis, plan, pairs, batch, checkpoint, identity, ranks)
-    folder = _own_folder(checkpoint, ranks)
-    with ranks.together():
-        free = free_bytes()
-        limit = basis.memory or (UNKNOWN_LIMIT if free is None else free // 2 // ranks.beside)
-        store = CodeStore(folder, limit, identity)
-    reads = _reads(adapter, basis, encoders, pairs, batch, ranks)
-    if folder is not None:
-        reads.load(folder / READS, identity)
-    return _Setup(encoders, order, pairs, routes, fitted, reads, store, identity, folder)
-
-
-def _reads(
-    adapter: Adapter, basis: SAEFeatures, encoders: Mapping[str, Encoder], pairs: Sequence[tuple[str, str]],
-    batch: Batch, ranks: Ranks,
-) -> Reads:  # fmt: skip
-    """What is to be summed of the layers between the hooks, with at most a quarter of what is free to any process."""
-    if basis.penalty != "read":
-        return Reads(adapter, encoders, {})
-    free = free_bytes(adapter.device)
-    rooms = ranks.gather_data(basis.memory or (None if free is None else free // 4 // ranks.beside))
-    return reads_of(adapter, encoders, pairs, batch, min((room for room in rooms if room is not None), default=None))
-
-
-def _own_folder(checkpoint: Path | None, ranks: Ranks) -> Path | None:
-    """Where this process keeps its codes: which batches are its own depends on how many share them."""
-    return checkpoint if checkpoint is None or ranks.size == 1 else checkpoint / f"rank-{ranks.rank}-of-{ranks.size}"
-
-
-def resolve_pairs(pairs: Any, encoders: Mapping[str, Encoder], order: Mapping[str, int]) -> tuple[tuple[str, str], ...]:
-    """The (parent, child) pairs that a basis asks for, children ordered as the model computes them.
-
-    Raises
-    ------
-    InputError: a pair whose child is computed before what its parent writes.
-    """
-    hooks = list(encoders)
-
-    def may_feed(parent: str, child: str) -> bool:
-        written, read = order[encoders[parent].hook_out], order[child]
-        return written < read or (written == read and encoders[parent].is_transcoder)
-
-    if isinstance(pairs, str):
-        found = [(parent, child) for parent in hooks for child in hooks if may_feed(parent, child)]
-        if pairs == "adjacent":
-            first = {parent: min(order[child] for p, child in found if p == parent) for parent, _ in found}
-            found = [(parent, child) for parent, child in found if order[child] == first[parent]]
-    else:
-        found = list(pairs)
-        for parent, child in found:
-            if child != TARGET and not may_feed(parent, child):
-                raise InputError(f"`pairs` has {parent} -> {child}, which runs against the order of computation")
-    if isinstance(pairs, str) or all(child != TARGET for _, child in found):
-        feeding = {parent for parent, _ in found}
-        found += [(hook, TARGET) for hook in hooks if hook not in feeding]
-    last = max(order.values()) + 1
-    return tuple(sorted(found, key=lambda pair: (order.get(pair[1], last), order[pair[0]])))
-
-
-def _route(pair: tuple[str, str], encoders: Mapping[str, Encoder], n_layers: int, mixing: str) -> str | None:
-    """The layers whose attention stands between the two, as text; None where there is none or nobody asked."""
-    if mixing not in ("mean", "heads"):
-        return None
-    between = attention_between(encoders[pair[0]].hook_out, pair[1], n_layers)
-    return f"{between.start}-{between.stop}" if len(between) else None
-
-
-def _by_parent(routes: Mapping[tuple[str, str], str | None]) -> dict[str, dict[str, range]]:
-    found: dict[str, dict[str, range]] = {}
-    for (parent, _), route in routes.items():
-        if route is not None:
-            start, stop = map(int, route.split("-"))
-            found.setdefault(parent, {})[route] = range(start, stop)
-    return found
-
-
-def _fitted(
-    adapter: Adapter, basis: SAEFeatures, plan: CodePlan, pairs: Sequence[tuple[str, str]], batch: Batch,
-    checkpoint: Path | None, identity: Mapping[str, Any], ranks: Ranks,
-) -> CodePlan:  # fmt: skip
-    """The plan with what the pilot decides, in process 0: directions of errors and logits."""
-    path = None if checkpoint is None else checkpoint / "directions.safetensors"
-    with ranks.together():
-        own = _stored_directions(path, identity) if ranks.rank == 0 else {}
-        if own is None:
-            own = _directions(adapter, basis, plan, pairs, batch)
-            if path is not None:
-                storage.write_tensors(path, own, {"kind": "feature directions", "identity": identity})
-    tensors = ranks.gather(own)[0]
-    errors = {name.removeprefix("error/"): value for name, value in tensors.items() if name.startswith("error/")}
-    if basis.error and set(errors) != _parents(pairs):
-        raise FormatError(f"{path}: directions with missing entries; delete the checkpoint")
-    metric = tensors["logits"].to(adapter.device) if "logits" in tensors else None
-    return CodePlan(**{**vars(plan), "errors": errors, "metric": metric})
-
-
-def _stored_directions(path: Path | None, identity: Mapping[str, Any]) -> dict[str, Tensor] | None:
-    """The directions in a checkpoint, or None where there is none yet."""
-    if path is None or not path.exists():
-        return None
-    tensors, data = storage.read_tensors(path, "feature directions")
-    if data.get("identity") != identity:
-        differ = sorted(key for key in identity if (data.get("identity") or {}).get(key) != identity[key])
-        raise InputError(
-            f"`checkpoint` {path.parent} belongs to another collection (it differs in {', '.join(differ)}): delete "
-            "it, or name another folder"
-        )
-    return tensors
-
-
-def _parents(pairs: Sequence[tuple[str, str]]) -> set[str]:
-    return {parent for parent, _ in pairs}
-
-
-def _directions(
-    adapter: Adapter, basis: SAEFeatures, plan: CodePlan, pairs: Sequence[tuple[str, str]], batch: Batch
-) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    if basis.error:
-        parents = {hook: plan.encoders[hook] for hook in sorted(_parents(pairs))}
-        fitted = fit_errors(adapter, batch, parents, basis.error_directions)
-        found |= {f"error/{hook}": value for hook, value in fitted.items()}
-    if plan.wants_target and plan.target is None:
-        acts = adapter.run(batch.tokens, batch.mask, readout.wanted(adapter, None))
-        found["logits"] = readout.fit(adapter, acts, batch.keep, LOGIT_DIRECTIONS)
-    return found
-
-
-def _identity(
-    adapter: Adapter, basis: SAEFeatures, encoders: Mapping[str, Encoder], routes: Mapping[tuple[str, str], str | None]
-) -> dict[str, Any]:
-    return {
-        "model": adapter.name,
-        "config": adapter.config_hash(),
-        "weights": adapter.weights_hash(),
-        "saes": {hook: encoder_hash(encoder) for hook, encoder in encoders.items()},
-        "mixing": basis.mixing,
-        "routes": sorted(f"{parent}>{route}" for (parent, _), route in routes.items() if route),
-        "error": basis.error_directions if basis.error else 0,
-    }
-
-
-def encoder_hash(encoder: Encoder) -> str:
-    """sha256 of an SAE's class and a thin sample of its weights."""
-    digest = hashlib.sha256(type(encoder.sae).__name__.encode())
-    weights = [getattr(encoder.sae, name, None) for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")]
-    for weight in weights:
-        if isinstance(weight, Tensor):
-            flat = weight.detach().flatten()
-            digest.update(str(tuple(weight.shape)).encode())
-            digest.update(flat[:: max(1, flat.numel() // 64)].double().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _origin(prompts: Prompts, target: Target, last: bool) -> str:

@@ -1,197 +1,214 @@
-"""What the MLPs between two hooks make of a feature: mean linear responses, summed while codes are collected.
+"""What the layers between two hooks make of a feature: what a code of 1 has become of at the later hook.
 
 Feature i adds z_i d_i to the residual stream. Behind the MLPs on the way to a later hook that has become z_i r_i, with
 
     r_i = d_i + sum over MLPs of E_i[J] r_i,        E_i[J] = sum_m z_mi J_m / sum_m z_mi
 
-where J_m is the MLP's Jacobian at sample m, the derivative of its norm included. For an MLP with the folded weights of
-`weights.MLP`, a norm of scale s and normalised input n = x / s of width w,
-
-    J d = [act'(pre) * (d W_in - (pre - b_in) (n . d) / w)] W_out / s
-
-and likewise with both factors of a gated one. So all that must be summed for each feature is z act'(pre) / s over the
-neurons, and z (n . d_i) times one vector of the stream: sparse codes times dense activations of the forward pass that
-makes the codes. Several MLPs follow one another with the product of their means in place of the mean of their product,
-and the second sum keeps to d_i; attention is left out: what it brings of a feature from its own position is small.
+as `mlp_reads` has it; several MLPs follow one another with the product of their means in place of the mean of their
+product. What attention brings of a feature from its own position is small and left out; what it carries elsewhere is
+told by `attention_reads` where children see their parents through it.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import scipy.sparse
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_circuitlasso import storage
 from tl_circuitlasso.errors import ModelError
 from tl_circuitlasso.models.adapter import Adapter
-from tl_circuitlasso.models.architecture import norm_at
+from tl_circuitlasso.models.attention_reads import Attended, Passage, mixed_responses
 from tl_circuitlasso.models.closure import closure_report
+from tl_circuitlasso.models.codes import Codes
 from tl_circuitlasso.models.encoder import Encoder
-from tl_circuitlasso.models.hook_order import reads_stream, stream_place
+from tl_circuitlasso.models.hook_order import attention_between, reads_stream, stream_place
+from tl_circuitlasso.models.mlp_reads import Sums, wanted
 from tl_circuitlasso.models.tokens import Batch
 from tl_circuitlasso.sharing import Ranks
 
 SAMPLES = 1 << 14  # summed over; more change next to nothing
 KIND = "feature reads"
-SUMS = ("slopes", "linear", "radial", "mass", "mean_slopes", "mean_linear", "count")
-
-
-@dataclass(eq=False)
-class Sums:
-    """What is summed of one parent and one layer, in float32 on the model's device.
-
-    slopes, linear: z times the slope of the activation function, and (gated MLPs) of the other factor, over the scale;
-    radial: z (n . d) times what the norm takes back; mean_slopes, mean_linear, count: over all samples alike.
-    """
-
-    slopes: Float[Tensor, "feature d_mlp"]
-    linear: Float[Tensor, "feature second"]
-    radial: Float[Tensor, "feature d_model"]
-    mass: Float[Tensor, " feature"]
-    mean_slopes: Float[Tensor, " d_mlp"]
-    mean_linear: Float[Tensor, " second"]
-    count: Float[Tensor, ""]
-
-    @classmethod
-    def empty(cls, adapter: Adapter, features: int) -> "Sums":
-        """No samples yet."""
-        shape = adapter.shape
-        second = shape.d_mlp if shape.gated else 0
-        sizes = ((features, shape.d_mlp), (features, second), (features, shape.d_model), (features,), (shape.d_mlp,))
-        return cls(*(torch.zeros(size, device=adapter.device) for size in (*sizes, (second,), ())))
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All of them by name."""
-        return {name: getattr(self, name) for name in SUMS}
-
-    def mean(self, name: str, features: Int[Tensor, " kept"]) -> Float[Tensor, "kept width"]:
-        """A feature's mean of `slopes` or `linear`; where it never fired, that of all samples."""
-        mass = self.mass[features][:, None]
-        overall = getattr(self, f"mean_{name}") / self.count.clamp(min=1)
-        return torch.where(mass > 0, getattr(self, name)[features] / mass.clamp(min=1e-30), overall)
 
 
 @dataclass(eq=False)
 class Reads:
-    """The sums of all parents whose features pass an MLP on their way to a child.
+    """The sums of all parents whose features pass an MLP, or are seen through attention, on their way to a child.
 
-    layers: by parent, the MLPs on the way to its children; sums: by parent and layer; samples: how many are in them;
-    loaded: whether they are those of an earlier run, to which nothing is added; seconds: what summing took.
+    layers: by parent, the MLPs on the way to its children; heads: likewise the layers through whose attention children
+    see it; sums, attended: by parent and layer; samples: how many are in them; loaded: whether they are those of an
+    earlier run, to which nothing is added; seconds: what summing took.
     """
 
     adapter: Adapter
     encoders: Mapping[str, Encoder]
     layers: Mapping[str, Sequence[int]]
+    heads: Mapping[str, Sequence[int]] = field(default_factory=dict)
     limit: int = SAMPLES
     samples: int = 0
     loaded: bool = False
     seconds: float = 0.0
     sums: dict[tuple[str, int], Sums] = field(default_factory=dict)
+    attended: dict[tuple[str, int], Attended] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for hook, layers in self.layers.items():
-            for layer in layers:
-                self.sums.setdefault((hook, layer), Sums.empty(self.adapter, self.encoders[hook].features))
+        self.sums.update((key, Sums.empty(self.adapter, width)) for key, width in self._widths(self.layers))
+        self.attended.update((key, Attended.empty(self.adapter, width)) for key, width in self._widths(self.heads))
+
+    def _widths(self, layers: Mapping[str, Sequence[int]]) -> Iterator[tuple[tuple[str, int], int]]:
+        return (((hook, layer), self.encoders[hook].features) for hook, some in layers.items() for layer in some)
 
     @property
     def wants_more(self) -> bool:
         """Whether the samples are still too few."""
-        return bool(self.sums) and not self.loaded and self.samples < self.limit
+        return bool(self.sums or self.attended) and not self.loaded and self.samples < self.limit
 
     def wanted(self) -> set[str]:
         """The activations that the sums are made of."""
-        gated = ("mlp_linear",) if self.adapter.shape.gated else ()
-        stream = ("resid_pre",) if self.adapter.shape.parallel else ("resid_post", "mlp_out")
-        kinds = ("mlp_pre", *gated, "scale.mlp", "scale.mlp_out", *stream)
-        return {f"{kind}.{layer}" for _, layer in self.sums for kind in kinds}
+        heads = {
+            f"{kind}.{layer}" for _, layer in self.attended for kind in ("pattern", "scale.attn", "scale.attn_out")
+        }
+        return heads.union(*(wanted(self.adapter, layer) for _, layer in self.sums))
+
+    def named(self) -> dict[str, Tensor]:
+        """Everything that is summed."""
+        parts = (*self.sums.items(), *self.attended.items())
+        return {f"{hook}/{layer}/{name}": x for (hook, layer), sums in parts for name, x in sums.tensors().items()}
 
     def add(
-        self, hook: str, codes: Float[Tensor, "sample feature"], acts: Mapping[str, Tensor], rows: tuple[Tensor, ...]
+        self,
+        hook: str,
+        dense: Float[Tensor, "sample feature"],
+        codes: Codes,
+        acts: Mapping[str, Tensor],
+        rows: tuple[Tensor, ...],
     ) -> None:
-        """Take in the codes of some samples, which are the `rows` of the activations."""
+        """Take in the codes of some samples, dense and not, which are the `rows` of the activations."""
         clock = time.perf_counter()
-        sparse = _csr(codes) if codes.device.type == "cpu" else None
         for layer in self.layers.get(hook, ()):
-            slopes = _slopes(self.adapter, acts, layer, rows)
-            total = self.sums[hook, layer]
-            total.mass += codes.sum(0)
-            total.count += len(codes)
-            for name in ("slopes", "linear"):
-                values = getattr(slopes, name)
-                getattr(total, name).add_(_product(codes, sparse, values))
-                getattr(total, f"mean_{name}").add_(values.sum(0))
-            if slopes.back is not None and slopes.normed is not None:
-                directions = self.encoders[hook].written.to(slopes.normed)
-                total.radial.add_(_radial(codes, sparse, slopes.normed, directions, slopes.back))
+            directions = self.encoders[hook].written
+            self.sums[hook, layer].add(self.adapter, layer, dense, codes, acts, rows, directions)
+        self.seconds += time.perf_counter() - clock
+
+    def attend(
+        self,
+        hook: str,
+        codes: Float[Tensor, "seen feature"],
+        acts: Mapping[str, Tensor],
+        prompt: int,
+        seen: Bool[Tensor, " pos"],
+        kept: Bool[Tensor, " pos"],
+    ) -> None:
+        """Take in the codes of one prompt at all positions that may be seen, as its samples, `kept`, see them."""
+        clock = time.perf_counter()
+        for layer in self.heads.get(hook, ()):
+            pattern = acts[f"pattern.{layer}"][prompt][:, kept][:, :, seen]
+            scales = (acts[f"scale.{kind}.{layer}"][prompt, :, 0] for kind in ("attn", "attn_out"))
+            self.attended[hook, layer].add(codes, pattern, *(scale[at] for scale, at in zip(scales, (seen, kept))))
         self.seconds += time.perf_counter() - clock
 
     def add_up(self, ranks: Ranks) -> None:
         """The sums of all processes, on each of them."""
-        for total in self.sums.values():
-            for x in total.tensors().values():
-                ranks.add_up(x)
+        for x in self.named().values():
+            ranks.add_up(x)
 
     def save(self, path: Path, identity: Mapping[str, Any]) -> None:
         """Keep the sums in a file, for a run that resumes."""
-        named = {
-            f"{hook}/{layer}/{name}": x for (hook, layer), s in self.sums.items() for name, x in s.tensors().items()
-        }
-        storage.write_tensors(
-            path, named, {"kind": KIND, "identity": self._identity(identity), "samples": self.samples}
-        )
+        data = {"kind": KIND, "identity": self._identity(identity), "samples": self.samples}
+        storage.write_tensors(path, self.named(), data)
 
     def load(self, path: Path, identity: Mapping[str, Any]) -> None:
         """Take over the sums that a file holds, if it is there and they are of these hooks, SAEs and layers."""
-        if not self.sums or not path.exists():
+        if not self.named() or not path.exists():
             return
         tensors, data = storage.read_tensors(path, KIND)
         if data.get("identity") == self._identity(identity):
-            for (hook, layer), total in self.sums.items():
-                for name, x in total.tensors().items():
-                    x.copy_(tensors[f"{hook}/{layer}/{name}"])
+            for name, x in self.named().items():
+                x.copy_(tensors[name])
             self.samples, self.loaded = int(data["samples"]), True
 
     def _identity(self, identity: Mapping[str, Any]) -> dict[str, Any]:
-        layers = {hook: list(some) for hook, some in self.layers.items()}
-        return {**identity, "layers": layers, "limit": self.limit}
+        layers, heads = ({hook: list(some) for hook, some in found.items()} for found in (self.layers, self.heads))
+        return {**identity, "layers": layers, "heads": heads, "limit": self.limit}
 
     def responses(self, parent: str, child: str, features: Int[Tensor, " kept"]) -> Float[Tensor, "kept d_model"]:
         """r_i of some features at the child's hook: what a code of 1 has become of there, on the CPU."""
-        response = self.encoders[parent].written.to(self.adapter.device)[features.to(self.adapter.device)]
+        features = features.to(self.adapter.device)
+        response = self._written(parent, features)
         for layer in mlps_between(self.adapter, self.encoders[parent].hook_out, child):
-            if (parent, layer) in self.sums:
-                response = response + self._through(parent, layer, response, features.to(response.device))
+            response = self._through(parent, layer, response, features)
         return response.cpu()
+
+    def mixed(
+        self, parent: str, child: str, features: Int[Tensor, " kept"], *, by_head: bool
+    ) -> list[Float[Tensor, "kept d_model"]]:
+        """The same for a unit of what a child sees of a parent through attention, or through each head; else nothing.
+
+        Behind the heads MLPs answer as they do on average over all samples.
+        """
+        written, features = self.encoders[parent].hook_out, features.to(self.adapter.device)
+        ways, mlps = (way(self.adapter, written, child) for way in (heads_between, mlps_between))
+        if not ways or any((parent, layer) not in self.attended for layer in ways):
+            return []
+        response, passages, layers = self._written(parent, features), [], sorted({*ways, *mlps})
+        for layer in layers:
+            passages += [Passage(layer, self.attended[parent, layer], response)] if layer in ways else []
+            response = self._through(parent, layer, response, features) if layer in mlps else response
+        columns = mixed_responses(self.adapter, passages, features, by_head=by_head)
+        return [self._onward(parent, column, layers, mlps) for column in columns]
+
+    def _onward(
+        self, parent: str, brought: Mapping[int, Float[Tensor, "kept d_model"]], layers: Sequence[int], mlps: range
+    ) -> Float[Tensor, "kept d_model"]:
+        """What has become at the child's hook of what each layer's attention has brought."""
+        total = torch.zeros_like(next(iter(brought.values())))
+        for layer in layers:
+            before = total
+            total = total + brought.get(layer, 0.0)
+            if layer in mlps and (parent, layer) in self.sums:
+                read = before if self.adapter.shape.parallel else total
+                total = total + self.sums[parent, layer].answer_anywhere(self.adapter, layer, read)
+        return total.cpu()
+
+    def _written(self, parent: str, features: Int[Tensor, " kept"]) -> Float[Tensor, "kept d_model"]:
+        return self.encoders[parent].written.to(self.adapter.device)[features].float()
 
     def _through(
         self, parent: str, layer: int, response: Float[Tensor, "kept d_model"], features: Int[Tensor, " kept"]
     ) -> Float[Tensor, "kept d_model"]:
-        mlp, total = self.adapter.mlp(layer), self.sums[parent, layer]
-        gate = mlp.w_in if mlp.w_gate is None else mlp.w_gate
-        change = (response @ gate.float()) * total.mean("slopes", features)
-        if mlp.w_gate is not None:
-            change = change + (response @ mlp.w_in.float()) * total.mean("linear", features)
-        back = total.radial[features] / total.mass[features][:, None].clamp(min=1e-30)
-        return change @ mlp.w_out.float() - torch.where(total.mass[features][:, None] > 0, back, 0.0)
+        """With what an MLP adds where each feature fires; as it is where MLPs can't be read."""
+        sums = self.sums.get((parent, layer))
+        return response if sums is None else response + sums.answer(self.adapter, layer, response, features)
 
 
 def reads_of(
-    adapter: Adapter, encoders: Mapping[str, Encoder], pairs: Sequence[tuple[str, str]], batch: Batch, room: int | None
+    adapter: Adapter,
+    encoders: Mapping[str, Encoder],
+    pairs: Sequence[tuple[str, str]],
+    batch: Batch,
+    room: int | None,
+    *,
+    mixed: bool = False,
 ) -> Reads:
-    """What to sum for the pairs: nothing where the MLPs can't be read as above, or the sums don't fit into `room`."""
-    layers = {parent: _layers(adapter, encoders, parent, pairs) for parent in dict.fromkeys(p for p, _ in pairs)}
-    layers = {parent: some for parent, some in layers.items() if some}
-    shape = adapter.shape
+    """What to sum for the pairs, and where children see their parents through attention (`mixed`) for that, too.
+
+    Nothing where the layers aren't what their folded weights say, as looked up on the first prompts, or where the sums
+    don't fit into `room`; nothing of the MLPs where one of them can't be read as above.
+    """
+    layers, heads = _between(adapter, encoders, pairs, mlps_between), {}
+    if mixed:
+        heads = _between(adapter, encoders, pairs, heads_between)
+    shape, features = adapter.shape, {parent: encoder.features for parent, encoder in encoders.items()}
     width = shape.d_mlp * (2 if shape.gated else 1) + shape.d_model
-    need = sum(4 * encoders[parent].features * width * len(some) for parent, some in layers.items())
-    fits = room is None or need <= room
-    return Reads(adapter, encoders, layers if layers and fits and _readable(adapter, batch, layers) else {})
+    need = sum(4 * features[parent] * width * len(some) for parent, some in layers.items())
+    need += sum(8 * features[parent] * shape.n_heads * len(some) for parent, some in heads.items())
+    if not (layers or heads) or (room is not None and need > room) or not _closes(adapter, batch):
+        return Reads(adapter, encoders, {})
+    return Reads(adapter, encoders, layers if _elementwise(adapter, layers) else {}, heads)
 
 
 def mlps_between(adapter: Adapter, written: str, read: str) -> range:
@@ -203,87 +220,38 @@ def mlps_between(adapter: Adapter, written: str, read: str) -> range:
     return range(first if inside <= (not adapter.shape.parallel) else first + 1, end // 3 + (end % 3 == 2))
 
 
-def _layers(
-    adapter: Adapter, encoders: Mapping[str, Encoder], parent: str, pairs: Sequence[tuple[str, str]]
-) -> tuple[int, ...]:
-    """All MLPs that stand between a parent and any of its children."""
-    written = encoders[parent].hook_out
-    found = {layer for p, child in pairs if p == parent and child in encoders
-             for layer in mlps_between(adapter, written, child)}  # fmt: skip
-    same = encoders[parent].width == adapter.shape.d_model
-    return tuple(sorted(found)) if same else ()
+def heads_between(adapter: Adapter, written: str, read: str) -> range:
+    """The layers whose attention carries what is written to the residual stream to a later hook that reads it."""
+    if stream_place(written) is None or not reads_stream(read):
+        return range(0)
+    return attention_between(written, read, adapter.shape.n_layers)
 
 
-def _readable(adapter: Adapter, batch: Batch, layers: Mapping[str, Sequence[int]]) -> bool:
-    """Whether the MLPs are what their folded weights say, as looked up on the first prompts."""
+def _between(
+    adapter: Adapter,
+    encoders: Mapping[str, Encoder],
+    pairs: Sequence[tuple[str, str]],
+    way: Callable[[Adapter, str, str], range],
+) -> dict[str, tuple[int, ...]]:
+    """By parent, all layers that stand between it and any of its children."""
+    found: dict[str, set[int]] = {}
+    for parent, child in pairs:
+        if child in encoders and encoders[parent].width == adapter.shape.d_model:
+            found.setdefault(parent, set()).update(way(adapter, encoders[parent].hook_out, child))
+    return {parent: tuple(sorted(layers)) for parent, layers in found.items() if layers}
+
+
+def _closes(adapter: Adapter, batch: Batch) -> bool:
+    """Whether layers are what their folded weights say, as looked up on the first prompts."""
     try:
-        ready = all(adapter.mlp(layer).elementwise for some in layers.values() for layer in some)
-        return ready and closure_report(adapter, batch.tokens, batch.mask).first_failure is None
+        return closure_report(adapter, batch.tokens, batch.mask).first_failure is None
     except ModelError:
         return False
 
 
-@dataclass(frozen=True, eq=False)
-class _Slopes:
-    """An MLP's slopes over its scale at some samples; `normed` and `back` are None where it has no norm."""
-
-    slopes: Float[Tensor, "sample d_mlp"]
-    linear: Float[Tensor, "sample second"]
-    normed: Float[Tensor, "sample d_model"] | None
-    back: Float[Tensor, "sample d_model"] | None
-
-
-def _slopes(adapter: Adapter, acts: Mapping[str, Tensor], layer: int, rows: tuple[Tensor, ...]) -> _Slopes:
-    mlp, pre = adapter.mlp(layer), acts[f"mlp_pre.{layer}"][rows]
-    scale = acts[f"scale.mlp.{layer}"][rows]
-    over = scale * acts[f"scale.mlp_out.{layer}"][rows]
-    slopes, linear = mlp.act_grad(pre), pre[:, :0]
-    bias = mlp.b_in if mlp.b_gate is None else mlp.b_gate
-    turned = (pre - bias) * slopes
-    if mlp.w_gate is not None:
-        other = acts[f"mlp_linear.{layer}"][rows]
-        slopes, linear = slopes * other, mlp.act(pre)
-        turned = (pre - bias) * slopes + (other - mlp.b_in) * linear
-    norm = norm_at(adapter.model, layer, adapter.layouts[layer].mlp_norm, adapter.compute_dtype)
-    normed = back = None
-    if norm is not None:
-        x = _stream(adapter, acts, layer)[rows]
-        normed = (x - x.mean(-1, keepdim=True) if norm.centred else x) / scale
-        back = turned @ mlp.w_out / over / x.shape[1]
-    return _Slopes(*(None if x is None else x.float() for x in (slopes / over, linear / over, normed, back)))  # type: ignore[arg-type]
-
-
-def _stream(adapter: Adapter, acts: Mapping[str, Tensor], layer: int) -> Float[Tensor, "batch pos d_model"]:
-    """What the MLP of a layer reads."""
-    if adapter.shape.parallel:
-        return acts[f"resid_pre.{layer}"]
-    return acts[f"resid_post.{layer}"] - acts[f"mlp_out.{layer}"]
-
-
-def _csr(codes: Float[Tensor, "sample feature"]) -> Any:
-    rows, columns = codes.nonzero(as_tuple=True)
-    starts = np.concatenate([[0], np.cumsum(np.bincount(rows.numpy(), minlength=len(codes)))])
-    values = codes[rows, columns].float().numpy()
-    return scipy.sparse.csr_matrix((values, columns.int().numpy(), starts), tuple(codes.shape))
-
-
-def _product(codes: Tensor, sparse: Any, values: Float[Tensor, "sample column"]) -> Float[Tensor, "feature column"]:
-    """codes' values."""
-    return codes.float().T @ values if sparse is None else torch.from_numpy(sparse.T @ values.numpy())
-
-
-def _radial(
-    codes: Float[Tensor, "sample feature"],
-    sparse: Any,
-    normed: Float[Tensor, "sample d_model"],
-    directions: Float[Tensor, "feature d_model"],
-    back: Float[Tensor, "sample d_model"],
-) -> Float[Tensor, "feature d_model"]:
-    """sum over samples of z (n . d) times `back`."""
-    if sparse is None:
-        return (codes.float() * (normed @ directions.T)).T @ back
-    rows = torch.from_numpy(np.repeat(np.arange(len(codes)), np.diff(sparse.indptr)))
-    columns = torch.from_numpy(sparse.indices).long()
-    along = torch.einsum("ed,ed->e", normed[rows], directions[columns])
-    scaled = scipy.sparse.csr_matrix((sparse.data * along.numpy(), sparse.indices, sparse.indptr), sparse.shape)
-    return torch.from_numpy(scaled.T @ back.numpy())
+def _elementwise(adapter: Adapter, layers: Mapping[str, Sequence[int]]) -> bool:
+    """Whether every neuron of these MLPs has a slope of its own."""
+    try:
+        return all(adapter.mlp(layer).elementwise for some in layers.values() for layer in some)
+    except ModelError:
+        return False

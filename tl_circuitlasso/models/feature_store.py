@@ -4,7 +4,9 @@ Files are safetensors with JSON, written under another name and renamed, so a ki
 the next one goes on behind the last of them.
 """
 
+import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,8 @@ from torch import Tensor
 
 from tl_circuitlasso import storage
 from tl_circuitlasso.errors import FormatError, InputError
-from tl_circuitlasso.models.feature_codes import Chunk, Codes, joined
+from tl_circuitlasso.models.codes import Codes
+from tl_circuitlasso.models.feature_codes import Chunk, joined
 
 KIND, VERSION = "feature codes", 2
 CHUNK_SAMPLES = 1 << 16  # samples that are put into one chunk
@@ -36,7 +39,7 @@ class CodeStore:
         self._places: list[Chunk | Path] = []
         self._held = 0
         self._pending: list[Chunk] = []
-        self._spill: tempfile.TemporaryDirectory[str] | None = None
+        self._spill: Path | None = None
         self.origin = ""
         self.batches = self.samples = 0
         if folder is not None:
@@ -78,8 +81,9 @@ class CodeStore:
         if self._folder is not None:
             return self._folder
         if self._spill is None:
-            self._spill = tempfile.TemporaryDirectory(prefix="circuitlasso-codes-")
-        return Path(self._spill.name)
+            self._spill = Path(tempfile.mkdtemp(prefix="circuitlasso-codes-"))
+            weakref.finalize(self, shutil.rmtree, self._spill, ignore_errors=True)  # a TemporaryDirectory would warn
+        return self._spill
 
     def _find(self, folder: Path) -> None:
         if folder.exists() and not folder.is_dir():

@@ -9,7 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_circuitlasso.errors import InputError
-from tl_circuitlasso.models.feature_codes import Chunk, Codes
+from tl_circuitlasso.models.codes import Codes
+from tl_circuitlasso.models.feature_codes import Chunk
 from tl_circuitlasso.models.sae import SAEFeatures
 from tl_circuitlasso.sharing import ALONE, Ranks
 

@@ -31,18 +31,19 @@ class SAEFeatures:
 
     Parameters
     ----------
-    saes: {hook name: SAE}, or pairs (hook name, SAE). A transcoder goes under the hook that it reads.
+    saes: {hook name: SAE}, or a list of pairs (hook name, SAE). A transcoder goes under the hook that it reads.
     pairs: "adjacent" (each hook with the next, in the order of computation), "all" (each hook with every later one) or
         a list of (hook, hook); every pair is a regression of its own. Hooks that feed no other one feed the target,
         unless the list has pairs (hook, "target").
     mixing: where a parent is looked at. "same": the child's own position. "mean": also through attention, its codes
-        averaged over positions by the mean pattern of the heads between the two hooks (port "v"). "heads": the same
-        with each head's own pattern. "pooled": the mean over each prompt's kept positions, one sample a prompt.
+        averaged over positions (but BOS) by the mean pattern of the heads between the two hooks (port "v"). "heads":
+        the same with each head's own pattern. "pooled": the mean over each prompt's kept positions, one sample a
+        prompt.
     min_count: features that fire fewer times than this are left out, as are those that never or always fire.
     max_features: of the rest at most this many a hook: those with the most variance of code times decoder norm.
     error: whether what an SAE misses is a node too, "<hook>.hook_sae_error", seen in `error_directions` principal
         directions.
-    penalty: "read": parents are the dearer, the less the child's encoder reads of what they write and the MLPs in
+    penalty: "read": parents are the dearer, the less the child's encoder reads of what they write and the layers in
         between make of it, and can't act against it; weights say what the child's code does when the parent's is taken
         out or turned up, and edges of small effect aren't kept (see `features.read` and `features.effects`; as "l1"
         where the residual stream doesn't lead from the one to the other, for the target, and where samples are fewer
@@ -59,8 +60,8 @@ class SAEFeatures:
     InputError: unknown names, numbers out of range, no SAE, a hook twice, a pair of unknown hooks, a bad labels file.
     """
 
-    saes: Mapping[str, Any] | Iterable[tuple[str, Any]]
-    pairs: str | Iterable[Any] = "adjacent"
+    saes: Any
+    pairs: Any = "adjacent"
     mixing: str = "same"
     min_count: int = 20
     max_features: Any = None
@@ -84,9 +85,8 @@ class SAEFeatures:
                 _check_count(name, getattr(self, name), 1)
         if not 0 <= self.held_out < 1:
             raise InputError(f"`held_out` is {self.held_out!r}: give a share of the prompts from 0 to below 1")
-        given: list[Any] = list(self.saes.items() if isinstance(self.saes, Mapping) else self.saes)
-        object.__setattr__(self, "saes", _by_hook(given))
-        object.__setattr__(self, "pairs", _checked_pairs(self.pairs, {hook for hook, _ in given}))
+        object.__setattr__(self, "saes", _by_hook(self.saes))
+        object.__setattr__(self, "pairs", _checked_pairs(self.pairs, set(self.saes)))
         object.__setattr__(self, "labels", _read_labels(self.labels))
 
     def encoders(self) -> dict[str, Encoder]:
@@ -171,12 +171,18 @@ def parse_hook(hook: str) -> Site:
     return site
 
 
-def _by_hook(given: list[tuple[str, Any]]) -> dict[str, Any]:
+def _by_hook(saes: Any) -> dict[str, Any]:
+    ways = "give {hook name: SAE}, or a list of pairs (hook name, SAE)"
+    if not isinstance(saes, Mapping | list | tuple):  # an SAE of SAELens can be iterated over, too
+        raise InputError(f"`saes` is a {type(saes).__name__}: {ways}")
+    given = list(saes.items() if isinstance(saes, Mapping) else saes)
     if not given:
         raise InputError("`saes` is empty: give at least one {hook name: SAE}")
     for item in given:
-        if not (isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)):
-            raise InputError(f"`saes` holds {item!r}: give {{hook name: SAE}}, or pairs (hook name, SAE)")
+        if not (isinstance(item, tuple | list) and len(item) == 2):
+            raise InputError(f"`saes` holds a {type(item).__name__}: {ways}")
+        if not isinstance(item[0], str):
+            raise InputError(f"`saes` has {item[0]!r:.40} for a hook name: {ways}")
         parse_hook(item[0])
     hooks = [hook for hook, _ in given]
     twice = sorted({hook for hook in hooks if hooks.count(hook) > 1})
@@ -185,14 +191,17 @@ def _by_hook(given: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(given)
 
 
-def _checked_pairs(pairs: str | Iterable[Any], hooks: set[str]) -> Pairs:
+def _checked_pairs(pairs: Any, hooks: set[str]) -> Pairs:
     if isinstance(pairs, str):
         _check_choice("pairs", pairs, ("adjacent", "all"))
         return pairs
+    if not isinstance(pairs, Iterable):
+        raise InputError(f"`pairs` is {pairs!r}: give 'adjacent', 'all' or a list of (source hook, target hook)")
+    for pair in (pairs := list(pairs)):
+        if not (isinstance(pair, tuple | list) and len(pair) == 2):
+            raise InputError(f"`pairs` holds {pair!r}: give (source hook, target hook)")
     found = tuple(tuple(pair) for pair in pairs)
     for pair in found:
-        if len(pair) != 2:
-            raise InputError(f"`pairs` holds {pair!r}: give (source hook, target hook)")
         unknown = [end for end, known in zip(pair, (hooks, hooks | {"target"})) if end not in known]
         if unknown:
             raise InputError(f"`pairs` names {unknown[0]!r}, which has no SAE here: {', '.join(sorted(hooks))}")
@@ -211,7 +220,10 @@ def _read_labels(labels: Any) -> dict[str, str]:
             raise InputError(f"`labels`: {labels} isn't a readable JSON file ({error})") from error
     if labels is not None and not isinstance(labels, Mapping):
         raise InputError(f"`labels` is a {type(labels).__name__}: give {{node name: text}}, or a JSON file with that")
-    return {str(key): str(text) for key, text in (labels or {}).items()}
+    for key, text in (labels or {}).items():
+        if not isinstance(text, str):
+            raise InputError(f"`labels` has a {type(text).__name__} for {key!r}: give {{node name: text}}")
+    return {str(key): text for key, text in (labels or {}).items()}
 
 
 def _writes_at(sae: Any, hook: str) -> str:

@@ -15,6 +15,7 @@ from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.encoder import Encoder
 from tl_circuitlasso.models.tokens import Batch
 
+UNNAMED = "custom"  # as TransformerLens calls models that it hasn't loaded by a name
 CENTRED = 1e-4  # mean over d_model of what a centred model writes, relative to its size
 
 
@@ -34,6 +35,15 @@ def check_shapes(encoders: Mapping[str, Encoder], acts: Mapping[str, Tensor]) ->
                     f"`saes`: the SAE at {encoder.hook} works on width {width}, but activations at {hook} have width "
                     f"{there}: it was made for another model or hook"
                 )
+
+
+def check_hooks(encoders: Mapping[str, Encoder]) -> None:
+    """InputError where two SAEs read one activation: the stream between two layers has a name on either side."""
+    seen: dict[str, str] = {}
+    for hook in encoders:
+        twin = seen.setdefault(_stream(hook), hook)
+        if twin != hook:
+            raise InputError(f"`saes` names one activation twice, as {twin} and as {hook}: keep one of them")
 
 
 def warn_of_mismatches(adapter: Adapter, encoders: Mapping[str, Encoder], batch: Batch) -> None:
@@ -58,7 +68,7 @@ def _complaints(adapter: Adapter, encoder: Encoder, batch: Batch) -> Iterator[st
     if trained_at and _stream(trained_at) != _stream(encoder.hook):
         yield f"was trained at {trained_at}: its codes mean little elsewhere"
     name = said.get("model_name")
-    if name and _plain(name) != _plain(adapter.name):
+    if name and adapter.name != UNNAMED and _plain(name) != _plain(adapter.name):
         yield f"was trained on {name}, this model is {adapter.name}"
     yield from _about_tokens(adapter, said, batch)
     yield from _about_processing(adapter, said, encoder)

@@ -15,7 +15,7 @@ Which positions are samples (`positions`), always among the real tokens of a pro
 import copy
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,16 +37,22 @@ class Batch:
     mask: Bool[Tensor, "batch pos"]
     keep: Bool[Tensor, "batch pos"]
     start: int  # index of the first of these prompts among all prompts
+    bos: int | None = None  # the token that tells nothing where it comes first
 
     @property
     def n_samples(self) -> int:
         """How many positions are samples."""
         return int(self.keep.sum())
 
+    @property
+    def words(self) -> Bool[Tensor, "batch pos"]:
+        """The real tokens but BOS, samples or not."""
+        return kept_positions(self.tokens, self.mask, "all", self.bos)
+
 
 def first_prompts(batch: Batch, count: int) -> Batch:
     """The first `count` prompts of a batch."""
-    return Batch(batch.tokens[:count], batch.mask[:count], batch.keep[:count], batch.start)
+    return replace(batch, tokens=batch.tokens[:count], mask=batch.mask[:count], keep=batch.keep[:count])
 
 
 class Prompts:
@@ -122,7 +128,7 @@ class Prompts:
         if self._whole is None:
             raise InputError("`tokens` is a stream: its prompts are never held together")
         tokens, mask = (part.cpu() for part in self._whole)
-        return Batch(tokens, mask, self._kept(tokens, mask, 0), 0)
+        return Batch(tokens, mask, self._kept(tokens, mask, 0), 0, self._bos)
 
     def data_hash(self) -> str:
         """sha256 of the real tokens of every prompt, whatever the batches and the padding; known once all are read."""
@@ -180,7 +186,8 @@ class Prompts:
         device, keep = self._adapter.device, self._kept(tokens, mask, start)
         used = mask.any(0).nonzero().flatten()
         window = slice(int(used[0]), int(used[-1]) + 1)  # columns of pads only cost time
-        return Batch(tokens[:, window].to(device), mask[:, window].to(device), keep[:, window].to(device), start)
+        tokens, mask, keep = (part[:, window].to(device) for part in (tokens, mask, keep))
+        return Batch(tokens, mask, keep, start, self._bos)
 
     def _kept(self, tokens: Tensor, mask: Tensor, start: int) -> Tensor:
         given = self._positions
