@@ -53,6 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
     found = tcl.evaluate.edges(graphs, model, basis, held_out, prompts=options.prompts, strongest=options.strongest,
                                sample=options.sample, progress=False, seed=options.seed)  # fmt: skip
     print(found.summary.round(3).to_string())
+    if (found.table["port"] == "v").any():
+        print(by_port(found.table).round(3).to_string())
     print(f"an effect is real above {found.null:.4f} (95 % of non-edges lie below) with an interval free of zero\n")
     print(goals(found.summary).to_string(), "\n")
     print(layers(graph).round(4).to_string(), "\n")
@@ -78,6 +80,19 @@ def goals(summary: pd.DataFrame) -> pd.DataFrame:
         values = (top.sign_agreement, top.precision, kept.sign_agreement, kept.spearman)
         columns[method] = dict(zip(GOALS, values))
     return pd.DataFrame({"goal": GOALS, **columns}).round(3)
+
+
+def by_port(table: pd.DataFrame) -> pd.DataFrame:
+    """The kept edges at the child's own position (port "") and through attention ("v") apart."""
+    kept: Any = table[table["set"] == "kept"]
+    columns = {}
+    for (method, port), some in kept.groupby(["method", "port"]):
+        rank = some[["weight", "effect"]].abs().corr("spearman").iloc[0, 1]
+        right = float((some["weight"] * some["effect"] > 0).mean())
+        columns[method, port] = {
+            "edges": len(some), "sign agreement": right, "precision": float(some["real"].mean()), "spearman": rank
+        }  # fmt: skip
+    return pd.DataFrame(columns).T
 
 
 def layers(graph: tcl.AttributionGraph) -> pd.DataFrame:
