@@ -109,6 +109,20 @@ def test_rounds_are_bounded_and_counted(rounds: int) -> None:
     assert int(lasso(data.gram, data.cross, solver=GroupSet(least=1), **problem).stats["iterations"].max()) > used
 
 
+@pytest.mark.parametrize("alone_up_to", [0, 1 << 20])
+def test_a_gap_is_that_of_the_coefficients_beside_it(alone_up_to: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(group_set, "ALONE_UP_TO", alone_up_to)
+    generator = torch.Generator().manual_seed(4)
+    x, y = (torch.randn(200, n, generator=generator, dtype=torch.float64) for n in (60, 6))
+    x[:, 1:] += 3 * x[:, :-1]
+    data, penalty = moments_of(x, x[:, :6] + y), row_group(60, 6)
+    loss = QuadraticGram(data.gram, data.cross, data.target_sq_norm)
+    strength = 0.01 * penalty.strength_max(data.cross)
+    answer = GroupSet(max_iter=1, least=2).solve(loss, penalty, strength, tol=1e-9)
+    assert float(answer.gap.max()) > 1e-9
+    torch.testing.assert_close(answer.gap, relative_gap(loss, penalty, answer.value, strength), rtol=1e-6, atol=1e-12)
+
+
 def test_group_set_refuses_bounds() -> None:
     gram, cross = torch.eye(2, dtype=torch.float64), torch.ones(2, 1, dtype=torch.float64)
     with pytest.raises(InputError, match="RowSet"):

@@ -91,7 +91,16 @@ class GroupSet(AbstractSolver):
             todo = todo[stale[todo] < STALE]
             if at_once == 1:
                 products(compiled(), turned.gram, turned.cross, turned.coef, turned.columns(todo), pull)
-        return bool((sweeps[part] < 0).any() or (stale[part] >= STALE).any())
+        stuck = bool((sweeps[part] < 0).any() or (stale[part] >= STALE).any())
+        moved = part[
+            (gap[part] > tol * 0.5 * turned.square[part]) & (sweeps[part] >= 0)
+        ]  # after their last certificate
+        if len(moved):
+            if at_once == 1:
+                products(compiled(), turned.gram, turned.cross, turned.coef, turned.columns(moved), pull)
+            sweeps[moved] = -1  # certified, and left as they are
+            in_slices(improve, moved)
+        return stuck
 
 
 @dataclass(frozen=True, eq=False)
