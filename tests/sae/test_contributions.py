@@ -1,5 +1,6 @@
 """One prompt through a graph: A_ij z_i where the source is active, and the active part of the graph."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from tl_circuitlasso.apps import contributions
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models import adapt
+from tl_circuitlasso.models.tokens import Prompts
 from tl_circuitlasso.nodes import Block, NodeIndex
 from tl_circuitlasso.sites import Site, parse_site
 
@@ -70,8 +72,13 @@ def test_edges_through_attention_mix_positions(demo, some_saes, codes) -> None:
     graph = graph_of({(f"{FIRST}#{source}", f"{LAST}#{target}", "v"): 1.0})
     found = contributions(graph, demo.model, some_saes, demo.tokens[0]).table.sort_values("position")
     pattern = adapt(demo.model).run(demo.tokens[:1], None, ["pattern.1"])["pattern.1"][0].double().mean(0)
-    mixed = pattern @ codes[FIRST][:, source].double()
+    (batch,) = Prompts(adapt(demo.model), demo.tokens[:1])
+    mixed = (pattern @ (codes[FIRST][:, source].double() * batch.words[0]))[batch.keep[0]]
     assert found["contribution"].tolist() == pytest.approx(mixed[mixed != 0].tolist(), rel=1e-4)
+    learned = replace(graph, extras={"regression": torch.tensor([-3.0], dtype=torch.float64)})  # per unit of the mean
+    again = contributions(learned, demo.model, some_saes, demo.tokens[0]).table.sort_values("position")
+    assert again["contribution"].tolist() == pytest.approx((-3 * found["contribution"]).tolist())
+    assert again["source_code"].tolist() == pytest.approx(found["source_code"].tolist())
 
 
 def test_a_learned_graph_takes_text(stories, saes, story_graph) -> None:

@@ -1,7 +1,8 @@
 """One prompt seen through a graph of SAE features: which edges of the skeleton fire on it, where, and how strongly.
 
 The graph's coefficients A_ij hold for the data it was learned from; on one prompt, edge i -> j brings A_ij z_i(p) to
-feature j at position p (through attention: A_ij times the mean over positions of z_i by the observed pattern).
+feature j at position p. Through attention it brings B_ij times the mean over positions of z_i by the observed pattern,
+B_ij its coefficient in the regression: the weight of such an edge is per unit of what fires, wherever that is.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_circuitlasso.errors import InputError
@@ -31,8 +32,8 @@ class Contributions:
     ----------
     tokens: the prompt's tokens as text (token ids without a tokenizer).
     table: one row per edge and position where its source is active: position, token, source, target, port, weight
-        (A_ij), source_code (z_i there), contribution (A_ij z_i), target_code (z_j there; NaN for the target node).
-        Largest |contribution| first.
+        (A_ij, or B_ij), source_code (z_i there, or its mean), contribution (the product of both), target_code (z_j
+        there; NaN for the target node). Largest |contribution| first.
     graph: the active part. Kept are the edges that bring something to an active child (or to the target node); score is
         the sum of their contributions at those positions.
     """
@@ -73,9 +74,10 @@ def contributions(
     acts = adapter.run(batch.tokens, batch.mask, [*encoders, *(f"pattern.{layer}" for layer in _layers(routes))])
     codes = {hook: encoder.encode(acts[hook][0]).double().cpu() for hook, encoder in encoders.items()}
     where = batch.keep[0].nonzero().flatten().cpu()
-    brought = _brought(graph, rows, codes, routes, acts)[:, where]
+    weight = _coefficients(graph, rows)
+    brought = weight[:, None] * _seen(graph, rows, codes, routes, acts, batch.words[0].cpu())[:, where]
     reached = _columns(graph, graph.target[rows], codes)[:, where]
-    table = _table(graph, rows, where, _texts(adapter, batch), brought, reached)
+    table = _table(graph, rows, where, _texts(adapter, batch), weight, brought, reached)
     return Contributions(tuple(_texts(adapter, batch)), table, _active(graph, rows, brought, reached))
 
 
@@ -112,19 +114,27 @@ def _layers(routes: Mapping[int, tuple[int, ...]]) -> list[int]:
     return sorted({layer for layers in routes.values() for layer in layers})
 
 
-def _brought(
+def _coefficients(graph: AttributionGraph, rows: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
+    """What each edge brings for a unit of its source where the target is: A_ij, and B_ij through attention."""
+    through = graph.port[rows] == PORTS.index("v")
+    return torch.where(through, graph.extras.get("regression", graph.weight)[rows], graph.weight[rows])
+
+
+def _seen(
     graph: AttributionGraph,
     rows: Int[Tensor, " row"],
     codes: Mapping[str, Float[Tensor, "pos feature"]],
     routes: Mapping[int, tuple[int, ...]],
     acts: Mapping[str, Tensor],
+    words: Bool[Tensor, " pos"],
 ) -> Float[Tensor, "row pos"]:
+    """Each edge's source as its target sees it: at the same position, or through attention to all words."""
     source = _columns(graph, graph.source[rows], codes)
     for number, row in enumerate(rows.tolist()):
         if layers := routes.get(row):
             pattern = torch.stack([acts[f"pattern.{layer}"][0].double().cpu() for layer in layers]).mean((0, 1))
-            source[number] = pattern @ source[number]
-    return graph.weight[rows][:, None] * source
+            source[number] = pattern @ (source[number] * words)
+    return source
 
 
 def _columns(
@@ -143,6 +153,7 @@ def _table(
     rows: Int[Tensor, " row"],
     where: Int[Tensor, " sample"],
     texts: Sequence[str],
+    weights: Float[Tensor, " row"],
     brought: Float[Tensor, "row sample"],
     reached: Float[Tensor, "row sample"],
 ) -> pd.DataFrame:
@@ -150,7 +161,7 @@ def _table(
     order = brought[row, sample].abs().argsort(descending=True, stable=True)
     row, sample = row[order], sample[order]
     names, edge, position = np.array(graph.index.names, dtype=object), rows[row], where[sample].numpy()
-    contribution, weight = brought[row, sample], graph.weight[edge]
+    contribution, weight = brought[row, sample], weights[row]
     columns = {
         "position": position,
         "token": np.array(texts, dtype=object)[position],
