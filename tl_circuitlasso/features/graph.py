@@ -143,13 +143,13 @@ def _edges(
         "lasso": one.lasso,
         "score": score,
         "stability": one.stability,
-        "clear": clear_edges(one, pair, collected, alive).double(),
+        "clear": _clear_edges(one, pair, collected, alive).double(),
     }
     summed = is_error | (single & (len(one.gap) > 1))
     return _merged(_Edges(source, target, port, head, columns), summed, len(index))
 
 
-def clear_edges(
+def _clear_edges(
     one: Regressed, pair: tuple[str, str], collected: CollectedCodes, alive: Mapping[str, Alive]
 ) -> Bool[Tensor, " edge"]:
     """Which of a pair's coefficients are edges whose effect can be told from none."""

@@ -40,7 +40,7 @@ class Attended:
 
     def tensors(self) -> dict[str, Tensor]:
         """Both of them by name."""
-        return {"moved": self.moved, "seen": self.seen}
+        return dict(vars(self))
 
     def add(
         self,

@@ -199,9 +199,8 @@ def reads_of(
     Nothing where the layers aren't what their folded weights say, as looked up on the first prompts, or where the sums
     don't fit into `room`; nothing of the MLPs where one of them can't be read as above.
     """
-    layers, heads = _between(adapter, encoders, pairs, mlps_between), {}
-    if mixed:
-        heads = _between(adapter, encoders, pairs, heads_between)
+    layers = _between(adapter, encoders, pairs, mlps_between)
+    heads = _between(adapter, encoders, pairs, heads_between) if mixed else {}
     shape, features = adapter.shape, {parent: encoder.features for parent, encoder in encoders.items()}
     width = shape.d_mlp * (2 if shape.gated else 1) + shape.d_model
     need = sum(4 * features[parent] * width * len(some) for parent, some in layers.items())

@@ -23,8 +23,6 @@ from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.architecture import norm_at
 from tl_circuitlasso.models.codes import Codes
 
-SUMS = ("slopes", "linear", "radial", "mass", "mean_slopes", "mean_linear", "count")
-
 
 def wanted(adapter: Adapter, layer: int) -> set[str]:
     """The activations that the sums of a layer are made of."""
@@ -59,7 +57,7 @@ class Sums:
 
     def tensors(self) -> dict[str, Tensor]:
         """All of them by name."""
-        return {name: getattr(self, name) for name in SUMS}
+        return dict(vars(self))
 
     def mean(self, name: str, features: Int[Tensor, " kept"]) -> Float[Tensor, "kept width"]:
         """A feature's mean of `slopes` or `linear`; where it never fired, that of all samples."""

@@ -114,13 +114,8 @@ def _by_residuals(
         rounds += 1
         rows, union = _grow(penalty, pull, absolute, union, gap > tol)
         part = _columns(design, rows)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # what this small problem misses is reported in the end
-            answer = lasso(
-                _gram(part) / len(targets), _pull(part, targets), target_sq_norm=square, strength=absolute,
-                strength_is="absolute", penalty=penalty.restrict(rows, None), tol=INNER * tol, init=value[rows],
-                check=False, **options,
-            )  # fmt: skip
+        small = {"penalty": penalty.restrict(rows, None), "tol": INNER * tol, "init": value[rows], **options}
+        answer = _restricted(part, targets, target_sq_norm=square, strength=absolute, **small)
         value = torch.zeros_like(value).index_copy_(0, rows, answer.value)
         iterations += answer.stats["iterations"]
         pull = _pull(design, targets - _predict(part, answer.value))
@@ -140,6 +135,14 @@ def _by_residuals(
     solution = Solution(value, gap, converged, status, stats)
     report(solution, tol, strict)
     return solution
+
+
+def _restricted(part: Design, targets: Float[Tensor, "sample target"], **options: Any) -> Solution:
+    """The Lasso on some sources; what this small problem misses is reported in the end, of the whole one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        gram = _gram(part) / len(targets)
+        return lasso(gram, _pull(part, targets), strength_is="absolute", check=False, **options)
 
 
 def _grow(
