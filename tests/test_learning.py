@@ -1,5 +1,6 @@
 """From statistics to a graph, without a model: relevance, certificates, and what strengths mean."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -93,21 +94,22 @@ def read_statistics(weak: float = 0.0, folds: int = 10) -> Statistics:
         return torch.tensor(values, dtype=torch.float64).expand(folds, 1, -1).clone()
 
     pairs = torch.full((folds,), 10.0, dtype=torch.float64)
-    total = float(pairs.sum())
     sums = {
         "pairs": pairs,
+        "count": pairs,
         "node": 10 * spread(1.0, 1.0, 1.0)[:, 0],
         "cost/a0/": 10 * spread(1.0),
         "cost/a0/q": 10 * spread(0.0),
         "cost/a0/k": 10 * spread(0.001),
         "cost/a0/v": 10 * spread(1.0),
-        "gram/a0": total * torch.diag(torch.tensor([0.0, 1e-6, 1.0], dtype=torch.float64))[None, None],
         "cost/m0/": 10 * spread(0.0, 1.0),
-        "gram/m0": total * torch.diag(torch.tensor([0.0, 1.0], dtype=torch.float64))[None, None],
         "cost/target/": 10 * spread(weak, 0.0, 1.0),
-        "gram/target": total * torch.diag(torch.tensor([weak, 0.0, 1.0], dtype=torch.float64))[None, None],
     }
-    return Statistics(sums=sums, meta={"index": index.to_json(), "design": "read", "cost_folds": folds})
+    size = torch.tensor([0.0, 1e-6, 1.0] + [0.0, 1.0] + [weak, 0.0, 1.0]).sqrt()  # of q, k, v; m0's; the target's
+    drawn = torch.randn(10 * folds, len(size), generator=torch.Generator().manual_seed(0))
+    rows = {"contributions": drawn * size, "weight": torch.ones(10 * folds, dtype=torch.float64)}
+    meta = {"index": index.to_json(), "design": "read", "cost_folds": folds, "number": False, "contrast": False}
+    return Statistics(sums=sums, rows=rows, meta=meta)
 
 
 CHAIN = {("input", "a0.h0"), ("a0.h0", "m0"), ("m0", "logits")}
@@ -137,23 +139,23 @@ def test_no_pairs_no_graph() -> None:
     empty = read_statistics()
     sums = {key: torch.zeros_like(value) for key, value in empty.sums.items()}
     with pytest.raises(InputError, match="`tokens`"):
-        learn(Statistics(sums=sums, meta=empty.meta))
+        learn(replace(empty, sums=sums))
 
 
 def test_contributions_without_cost_make_an_empty_graph() -> None:
     some = read_statistics()
     sums = {key: value if key == "pairs" else torch.zeros_like(value) for key, value in some.sums.items()}
-    graph = learn(Statistics(sums=sums, meta=some.meta))
+    graph = learn(replace(some, sums=sums))
     assert graph.n_kept == 0 and bool(graph.score.isfinite().all())
 
 
 def test_bootstrap_doubts_what_few_folds_show() -> None:
     some = read_statistics(0.0)
     some.sums["cost/target/"][0, 0, 0] = 3.0  # one fold of ten shows three percent of the cost there
-    graph = learn(Statistics(sums=some.sums, meta=some.meta), seed=1)
+    graph = learn(some, seed=1)
     row = next(row for row in graph.edge_table().itertuples() if (row.source, row.target) == ("input", "logits"))
     assert 0 <= row.stability < 0.9
-    again = learn(Statistics(sums=some.sums, meta=some.meta), seed=1)
+    again = learn(some, seed=1)
     assert graph.edge_table().equals(again.edge_table())
 
 

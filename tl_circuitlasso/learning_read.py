@@ -1,6 +1,5 @@
 """From the statistics of design `read` to a graph: a certified garrote per child, costs in nats, and where to stop."""
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,10 +20,9 @@ from tl_circuitlasso.solve.distributed import gather_solutions
 from tl_circuitlasso.statistics import Statistics
 from tl_circuitlasso.stopping import CENTRE, widest_gap
 
-log = logging.getLogger(__name__)
-
 LEAST_SHARE = 1e-6  # of the target's mean squared difference: what an edge must explain where the regression decides
 MANY_PAIRS = 256  # where more pairs of components are costly enough, costs have no gap and the regression decides
+ENOUGH = 0.8  # of the target's difference: what the edges chosen by cost must carry between counterparts
 RUNAWAY = 10.0  # times the target's costliest edge: estimates beyond are bounded by what is passed on
 SMALL = 128  # columns up to which FISTA is done before a compiled solver has been loaded
 STABLE = 0.8  # share of resamples that strength "stability" asks of an edge
@@ -90,7 +88,8 @@ def learn_read(
 
     Kept: both ends matter, and the cost lies above the widest gap near 1 % of the costliest edge into the target (in
     squares where it is a number), and never so high that no path is left. Where more than 256 pairs of components
-    are that costly there's no such gap, and the regression decides: kept is what has a weight. With a `strength` of
+    are that costly there's no such gap; and between prompts and their counterparts, what is that costly may carry less
+    than 80 % of the difference. Then the regression decides: kept is what has a weight. With a `strength` of
     your own, "ebic", "mcp" or "cv" edges need both, with "stability" a stability of 0.8. Then pruned to paths from
     input to target.
 
@@ -108,7 +107,10 @@ def learn_read(
     edges = _Edges.of(index, found, number)
     node_cost = statistics.sums[schema.NODE_COSTS].cpu()
     kept, bar = edges.choose(_mean(edges.judged, pairs), _mean(node_cost, pairs))
-    dense = strength == "auto" and int(kept.sum()) > MANY_PAIRS
+    counted = edges.of_pairs(kept) & edges.ports_above(bar, pairs)
+    carried = edges.carried(found, counted)
+    crowded, lacking = int(kept.sum()) > MANY_PAIRS, bool(statistics.meta["contrast"]) and carried < ENOUGH
+    dense = strength == "auto" and (crowded or lacking)
     asked = Asked(strength, LEAST_SHARE * float(total.square().sum()) / count, count, tol, decides=dense)
     with ranks.together():
         own = {number: _garrote(child, asked) for number, child in enumerate(found) if ranks.mine(number)}
@@ -120,12 +122,11 @@ def learn_read(
     if edges.port_effect is not None:
         extras["mean_abs"] = _mean(edges.port_cost, pairs)
     if dense:
-        log.info("%d pairs of components are costly and no gap tells them apart: the regression decides", kept.sum())
         extras["stability"] = _resampled(found, solutions, asked, generator)
-        keep = weight > 0
+        keep, carried = weight > 0, edges.carried(found, weight > 0)
     else:
         allowed = {"auto": torch.ones_like(weight, dtype=torch.bool), "stability": extras["stability"] >= STABLE}
-        keep = edges.of_pairs(kept) & edges.ports_above(bar, pairs) & allowed.get(str(strength), weight > 0)
+        keep = counted & allowed.get(str(strength), weight > 0)
     graph = AttributionGraph(
         index=index,
         source=edges.source,
@@ -138,7 +139,18 @@ def learn_read(
         certificates=tuple(_certificate(index.names[c.node], s) for c, s in zip(found, solutions)),
         provenance={"unit": "target" if number else "nats", "chosen_by": "regression" if dense else "cost"},
     )
-    return graph.prune()
+    return _pruned(graph, carried)
+
+
+def _pruned(graph: AttributionGraph, carried: float) -> AttributionGraph:
+    """The graph's edges on paths from input to target; the provenance says what was cut off, and how much of the
+    target's difference the circuit is expected to carry."""
+    pruned = graph.prune()
+    off = graph.kept & ~pruned.kept
+    record = {**graph.provenance, "expected_share": round(carried, 4), "pruned": {"edges": int(off.sum())}}
+    if bool(off.any()):
+        record["pruned"]["largest_score"] = float(graph.score[off].abs().max())
+    return replace(pruned, provenance=record)
 
 
 def children(statistics: Statistics, index: NodeIndex) -> list[Child]:
@@ -314,6 +326,24 @@ class _Edges:
         judged = self.bounded(_mean(self.judged, pairs))[0]
         share = self.port_scores(torch.ones_like(judged), _mean(self.port_cost, pairs))
         return self.of_pairs(judged) * (share.square() if self.squares else share) > bar
+
+    def carried(self, found: list[Child], kept: Bool[Tensor, " edge"]) -> float:
+        """The share of the target's difference that the kept edges are expected to carry, from 0 to 1.
+
+        r(v) = sum over kept u -> v of E(g[u -> v] y_v) / E(y_v^2) r(u), r(input) = 1, within [0, 1]: shares of a child's
+        parents add up to 1.
+        """
+        share = torch.zeros(len(self.ranks), dtype=torch.float64)
+        share[0], start = 1.0, 0
+        for child in found:
+            stop = start + child.rows.shape[1]
+            rows = child.rows.double()
+            total = rows.sum(1)
+            square, products = float(total.square().sum()), rows.T @ total
+            through = (products * kept[start:stop] * share[self.source[start:stop]]).sum()
+            share[child.node] = (through / square).clamp(0, 1) if square > 0 else 0.0
+            start = stop
+        return float(share[-1])
 
     def choose(
         self, cost: Float[Tensor, " pair"], node_cost: Float[Tensor, " node"]

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests import architectures
-from tl_circuitlasso.models import sweep as sweep_module
 from tl_circuitlasso.models.adapter import Adapter, adapt
 from tl_circuitlasso.models.rotary import position_ids
-from tl_circuitlasso.models.sweep import Pairing, Read, secant, softmax_secant, sweep, wanted
+from tl_circuitlasso.models.sweep import Read, sweep, wanted
+from tl_circuitlasso.models.views import Pairing, logarithmic_mean, secant, softmax_secant
 
 F64 = torch.float64
 NORM_FREE = ["no_norm", "bidirectional"]
@@ -74,7 +74,13 @@ class Swept:
 
 
 def swept(
-    model: Any, *, tokens: Tensor | None = None, mask: Tensor | None = None, rows: Any = ([0, 1, 2], [1, 2, 3])
+    model: Any,
+    *,
+    tokens: Tensor | None = None,
+    mask: Tensor | None = None,
+    rows: Any = ([0, 1, 2], [1, 2, 3]),
+    reach: float | None = 0.5,
+    first: int = 0,
 ) -> Swept:
     adapter = adapt(model)
     tokens = architectures.prompts(adapter.shape.d_vocab, batch=4) if tokens is None else tokens
@@ -83,8 +89,10 @@ def swept(
     acts = {**adapter.run(tokens, mask, (*wanted(adapter), final)), "positions": position_ids(mask)}
     own, partner = (torch.tensor(side) for side in rows)
     last = tokens.shape[1] - 1 - mask[own].flip(1).int().argmax(1)
-    pairs = Pairing(own, partner, last, mask[own] & mask[partner])
+    reaches = None if reach is None else torch.full(own.shape, reach)
+    pairs = Pairing(own, partner, last, mask[own] & mask[partner], reaches, first=first)
     at = torch.randn(len(own), 2, adapter.shape.d_model, generator=torch.Generator().manual_seed(5), dtype=F64)
+    at = at - at.mean(-1, keepdim=True)  # as with every norm that centres, once it's folded into what reads it
     at = at.to(adapter.compute_dtype) * acts["scale.final"][mask].mean()
     return Swept(adapter, acts, pairs, at, list(sweep(adapter, acts, pairs, at)))
 
@@ -103,12 +111,6 @@ def with_flat_norms(model: Any) -> Any:
             adds_one = 1.0 if type(module).__name__.startswith("Gemma") else 0.0
             gain.data.copy_(size * (gain.data + adds_one) - adds_one)
     return model
-
-
-@pytest.fixture
-def whole_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Secants that reach all the way to the partner."""
-    monkeypatch.setattr(sweep_module, "PARTWAY", 1.0)
 
 
 def with_close_tokens(model: Any, distance: float) -> Any:
@@ -145,11 +147,10 @@ def test_bridges_conserve_to_first_order(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["no_norm", "gpt2", "llama", "gemma2"])
-def test_at_no_distance_a_sweep_is_a_backward_pass(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_at_no_distance_a_sweep_is_a_backward_pass(family: str) -> None:
     """Secants of no length are derivatives: the direct path apart, m is then what autograd finds with norms frozen."""
-    monkeypatch.setattr(sweep_module, "PARTWAY", 1e-3)
     model = with_flat_norms(architectures.hooked(family, dtype=F64))
-    found = swept(model)
+    found = swept(model, reach=1e-3)
     tokens = architectures.prompts(model.cfg.d_vocab, batch=4)[:3]
     heard: dict[str, Tensor] = {}
 
@@ -165,26 +166,50 @@ def test_at_no_distance_a_sweep_is_a_backward_pass(family: str, monkeypatch: pyt
         torch.testing.assert_close(found.outgoing()[:, direction, 0], expected, rtol=1e-2, atol=1e-2)
 
 
-def test_norms_that_vary_are_frozen_at_the_mean_of_both_ends(whole_way: None) -> None:
-    found = swept(architectures.hooked("gpt2", dtype=F64))
-    stream, scale = found.change("resid_post.1"), found.acts["scale.final"]
-    own, partner = (1 / scale[rows] for rows in (found.pairs.own, found.pairs.partner))
-    torch.testing.assert_close(found.into_target.sum(-1), found.at_target(stream * (own + partner) / 2))
+EXACT = [f for f in architectures.HOOKED if f not in ("gemma2", "qwen3", "olmo2", "solu", "solu_ln", "moe", "gemma3")]
+
+
+@pytest.mark.parametrize("family", EXACT)
+def test_between_counterparts_contributions_add_up_exactly(family: str) -> None:
+    """Whatever the distance, and with norms whose scale changes: only norms of queries, keys and outputs stay frozen."""
+    found = swept(architectures.hooked(family, dtype=F64), reach=None)
+    incoming, outgoing = found.incoming(), found.outgoing()
+    size = float(outgoing.abs().amax())
+    torch.testing.assert_close(incoming[..., 1:], outgoing[..., 1:], rtol=0, atol=1e-4 * size)
+    ends = [found.acts["resid_post.1"][rows] / found.acts["scale.final"][rows] for rows in found.pairs.sides]
+    change = found.at_target(ends[1] - ends[0])
+    torch.testing.assert_close(found.into_target.sum(-1), change, rtol=0, atol=1e-6 * size)
+    torch.testing.assert_close(outgoing[..., 0], change, rtol=0, atol=1e-4 * size)
+
+
+@pytest.mark.parametrize("reach", [None, 0.5])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "no_norm"])
+def test_a_common_beginning_can_be_left_out(family: str, reach: float | None) -> None:
+    tokens = architectures.prompts(batch=4, length=9)
+    tokens[:, :4] = tokens[:1, :4]
+    model = architectures.hooked(family, dtype=F64)
+    whole, cut = (swept(model, tokens=tokens, reach=reach, first=first) for first in (0, 4))
+    for one, other in zip(whole.reads, cut.reads):
+        torch.testing.assert_close(one.value, other.value, rtol=1e-7, atol=1e-10)
+
+
+def test_a_norm_passes_on_what_only_moves_its_scale() -> None:
+    """A source that writes across the direction that is read still changes what is read, through the final norm."""
+    found = swept(architectures.hooked("gpt2", dtype=F64), reach=1.0)
+    ends = [found.acts["resid_post.1"][rows] / found.acts["scale.final"][rows] for rows in found.pairs.sides]
+    torch.testing.assert_close(found.into_target.sum(-1), found.at_target(ends[1] - ends[0]), rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("way", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("family", ["no_norm", "bidirectional"])
-def test_a_linear_network_gives_the_derivative_of_every_edge(
-    family: str, way: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_linear_network_gives_the_derivative_of_every_edge(family: str, way: float) -> None:
     """With constant attention and an identity for an activation, autograd on the model itself is an oracle."""
-    monkeypatch.setattr(sweep_module, "PARTWAY", way)
     model = architectures.hooked(family, dtype=F64)
     for block in model.blocks:
         block.attn.W_Q.data.zero_()
         block.attn.W_K.data.zero_()
         block.mlp.act_fn = lambda x: x
-    found = swept(model)
+    found = swept(model, reach=way)
     tokens = architectures.prompts(model.cfg.d_vocab, batch=4)[:1]
     model.set_use_split_qkv_input(True)
     model.set_use_hook_mlp_in(True)
@@ -219,10 +244,10 @@ def written(found: Swept) -> Tensor:
 
 
 @pytest.mark.parametrize("act", ["relu", "gelu"])
-def test_one_hidden_layer_is_explained_without_remainder(act: str, whole_way: None) -> None:
+def test_one_hidden_layer_is_explained_without_remainder(act: str) -> None:
     model = architectures.hooked("no_norm", n_layers=1, act_fn=act, dtype=F64)
     model.blocks[0].attn.W_O.data.zero_()
-    found = swept(model)
+    found = swept(model, reach=1.0)
     edge = found.into(0, "")[:, :, 0, 0]
     torch.testing.assert_close(edge, found.at_target(found.change("mlp_out.0")), rtol=1e-5, atol=1e-6)
     assert float(edge.abs().min()) > 1e-3
@@ -292,13 +317,23 @@ def test_a_secant_takes_one_value_to_the_other(a: float, b: float) -> None:
         assert bool((slope.abs() <= 1.2).all())
 
 
-@given(seed=st.integers(0, 100), spread=st.sampled_from([0.1, 1.0, 3.0]))
+@given(seed=st.integers(0, 100), spread=st.sampled_from([0.1, 1.0, 3.0, 30.0, 100.0]))
 def test_a_softmax_secant_takes_one_pattern_to_the_other(seed: int, spread: float) -> None:
+    """Exactly, however sharp the patterns are."""
     generator = torch.Generator().manual_seed(seed)
     scores, b = torch.randn(2, 1, 1, 4, 5, generator=generator, dtype=F64) * spread, torch.randn(1, 3, 1, 4, 5)
+    scores = scores.clamp(-45, 45)  # probabilities stay above the smallest one that is told from 0
     own, partner = scores.softmax(-1)
     weight = softmax_secant(own, partner, b.double())
     found = (weight * (scores[1] - scores[0])[:, None]).sum(-1)
     wanted_change = ((partner - own)[:, None] * b).sum(-1)
-    assert float((found - wanted_change).abs().max()) < 0.02 * spread * float(b.abs().max())
+    torch.testing.assert_close(found, wanted_change, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(weight.sum(-1), torch.zeros_like(found), rtol=0, atol=1e-12)
+
+
+@given(p=st.floats(1e-12, 1), q=st.floats(1e-12, 1))
+def test_a_logarithmic_mean_lies_between(p: float, q: float) -> None:
+    low, high = torch.tensor([p], dtype=F64), torch.tensor([q], dtype=F64)
+    mean = float(logarithmic_mean(low, high))
+    assert min(p, q) * (1 - 1e-6) <= mean <= max(p, q) * (1 + 1e-6)
+    assert mean == pytest.approx(float(logarithmic_mean(high, low)), rel=1e-9)
