@@ -19,10 +19,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.models.adapter import Adapter
+from tl_circuitlasso.models.metric import check_answers
 from tl_circuitlasso.models.sweep import Pairs
-from tl_circuitlasso.targets import LogitDiff, Target, Values
+from tl_circuitlasso.targets import LogitDiff, Target, Values, answers_mean
 
 FEW_LOGITS = 32  # up to so many logits are all followed; of a larger vocabulary, the two that the pair is about
 
@@ -88,17 +88,23 @@ def outcome(
     if target is None:
         return _of_logits(adapter, acts, pairs, weight, bias)
     if isinstance(target, LogitDiff):
-        ids = torch.stack([torch.as_tensor(target.correct), torch.as_tensor(target.incorrect)])[:, prompts.cpu()]
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < weight.shape[1]:
-            raise InputError(f"`target` names token {int(ids.max())}, the model has logits 0 to {weight.shape[1] - 1}")
-        columns = weight.T[ids.to(weight.device)[:, pairs.own]]
-        return Outcome((columns[0] - columns[1])[:, None], None)
+        check_answers(target, weight.shape[1])
+        right, wrong = (_answer_column(weight, ids[pairs.own.cpu()]) for ids in target.ids(prompts))
+        return Outcome((right - wrong)[:, None], None)
     assert probe is not None
     directions = probe.weight.T.to(weight).expand(len(pairs.own), -1, -1)
     if isinstance(target, Values):
         return Outcome(directions, None)
     stream = _final(adapter, acts, pairs)
     return Outcome(directions, stream @ probe.weight.to(stream) + probe.bias.to(stream))
+
+
+def _answer_column(
+    weight: Float[Tensor, "d_model vocab"], ids: Int[Tensor, "pair answer"]
+) -> Float[Tensor, "pair d_model"]:
+    """The unembedding's column of each pair's answer, of several their mean."""
+    ids = ids.to(weight.device)
+    return answers_mean(weight.T[ids.clamp_min(0)], ids)
 
 
 def _final(adapter: Adapter, acts: Mapping[str, Tensor], pairs: Pairs) -> Float[Tensor, "pair d_model"]:
