@@ -24,6 +24,7 @@ from tl_circuitlasso.models.architecture import (
     check_weights,
     kind_of,
     layout_of,
+    refuse_circumstances,
     refuse_unsupported,
     shape_of,
 )
@@ -43,6 +44,7 @@ def adapt(model: Any) -> "Adapter":
     attention, 4-bit weights, weights without values (meta device) and NaN or infinite weights.
     """
     kind = kind_of(model)
+    refuse_circumstances(model)
     refuse_unsupported(model)
     check_weights(model)
     return Adapter(model, kind)
