@@ -22,14 +22,16 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from tl_circuitlasso import learning_read, refining
+from tl_circuitlasso import choice, refining
 from tl_circuitlasso.bench.cases import Case, case_folders, load_case
 from tl_circuitlasso.bench.methods import BATCH
+from tl_circuitlasso.choice import Edges
 from tl_circuitlasso.discover import circuit_lasso
 from tl_circuitlasso.evaluate.structure import structure
-from tl_circuitlasso.models import read, sweep
+from tl_circuitlasso.models import read
 from tl_circuitlasso.models.outcome import Outcome
-from tl_circuitlasso.models.sweep import View
+from tl_circuitlasso.models.views import NormSecant, View
+from tl_circuitlasso.models.weights import repeat_heads
 from tl_circuitlasso.stopping import CENTRE
 
 
@@ -52,9 +54,11 @@ class Part:
             yield
 
 
-def one_percent(scores: Tensor) -> float:
+def one_percent(scores: Tensor, *, largest: float | None = None) -> float:
     """The threshold at exactly one percent of the largest score."""
-    return CENTRE * float(scores.max()) if scores.numel() else float("inf")
+    if not scores.numel():
+        return float("inf")
+    return CENTRE * (float(scores.max()) if largest is None else largest)
 
 
 def energy(outcome: Outcome, change: Tensor) -> Tensor:
@@ -62,11 +66,21 @@ def energy(outcome: Outcome, change: Tensor) -> Tensor:
     return change.square().sum(1)
 
 
+def middle(view: View, own: Tensor, reached: Tensor) -> Tensor:
+    """Products at the mean of both ends, in place of the prompt's own."""
+    return (own + reached) / 2
+
+
 def mean_heads(view: View, key: str, chosen: slice = slice(None)) -> Tensor:
-    """Queries, keys or values half-way between a prompt and its partner, in place of the prompt's own."""
-    own, partner = view.ends(key)
+    """Queries, keys or values in the middle of a secant, in place of the prompt's own."""
+    own, reached = view.sides(key, whole=not key.startswith("q"))
     heads = view.adapter.shape.n_heads
-    return sweep.repeat_heads(((own + partner) / 2).movedim(2, 0), heads)[chosen].movedim(0, 1).unsqueeze(1)
+    return repeat_heads(((own + reached) / 2).movedim(2, 0), heads)[chosen].movedim(0, 1).unsqueeze(1)
+
+
+def frozen(view: View, key: str) -> NormSecant:
+    """Norms whose scale doesn't move."""
+    return NormSecant(view.inverse(key))
 
 
 def all_nodes(choose: Callable[..., Any]) -> Callable[..., Any]:
@@ -74,24 +88,28 @@ def all_nodes(choose: Callable[..., Any]) -> Callable[..., Any]:
     return lambda edges, cost, node_cost: choose(edges, cost, torch.full_like(node_cost, 1e300))
 
 
-EDGES = learning_read._Edges
 PARTS = {
     "shipped": Part("nothing: the defaults"),
-    "secants": Part("derivatives at the prompt", [(sweep, "PARTWAY", 1e-3)]),
-    "half-way": Part("secants over the whole way to the partner", [(sweep, "PARTWAY", 1.0)]),
-    "own anchor": Part("queries, keys and values half-way to the partner", [(View, "own_heads", mean_heads)]),
+    "secants": Part("derivatives at the prompt", [(read, "REACHES", (1e-3,))]),
+    "half-way": Part("all secants over the whole way to the partner", [(read, "REACHES", (1.0,))]),
+    "whole way": Part("all secants half-way to the partner", [(read, "REACHES", (0.5,))]),
+    "own anchor": Part(
+        "products in the middle of a secant", [(View, "anchored", mean_heads), (View, "anchor", middle)]
+    ),
+    "norms": Part("norms with their scale frozen", [(View, "norm", frozen)]),
+    "interest": Part("positions drawn alike", [(read, "ALIKE", 1.0)]),
     "nats": Part("squared changes of the logits", [(Outcome, "cost", energy)]),
     "gap": Part(
         "a threshold at exactly 1 %",
-        [(learning_read, "widest_gap", one_percent), (refining, "widest_gap", one_percent)],
+        [(choice, "widest_gap", one_percent), (refining, "widest_gap", one_percent)],
     ),
-    "node rule": Part("all nodes count", [(EDGES, "choose", all_nodes(EDGES.choose))]),
-    "path bar": Part("a threshold that may cut every path", [(EDGES, "_narrowest", lambda *_: float("inf"))]),
-    "bound": Part("costs as they are, however large", [(learning_read, "RUNAWAY", float("inf"))]),
+    "node rule": Part("all nodes count", [(Edges, "choose", all_nodes(Edges.choose))]),
+    "path bar": Part("a threshold that may cut every path", [(Edges, "_narrowest", lambda *_: float("inf"))]),
+    "bound": Part("costs as they are, however large", [(choice, "RUNAWAY", float("inf"))]),
     "second look": Part("the first look alone", options={"refined": False}),
     "free garrote": Part("edges must have a weight, too: strength .01", options={"strength": 0.01}),
     "ebic": Part("edges must have a weight, too: strength ebic", options={"strength": "ebic"}),
-    "pairs": Part("256 pairs", [(read, "PAIRS", 256)]),
+    "pairs": Part("64 pairs", [(read, "PAIRS", 64)]),
     "prompts": Part("64 prompts", options={"max_prompts": 64}),
     "prompts and pairs": Part("64 prompts, 64 pairs", [(read, "PAIRS", 64)], {"max_prompts": 64}),
     "read design": Part("design routed", options={"design": "routed"}),

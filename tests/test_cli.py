@@ -118,7 +118,31 @@ def test_prompts_are_read_from_every_kind_of_file(tmp_path: Path) -> None:
         assert read_prompts(tmp_path / name, column, 1) == ["one two"]
     (tmp_path / "gaps.jsonl").write_text('{"text": "one"}\n{"other": "two"}\n{"text": ""}\n')
     assert read_prompts(tmp_path / "gaps.jsonl", "text", None) == ["one"]
-    assert read_prompts(tmp_path / "p.csv", None, None) == ["1", "0"]
+    assert read_prompts(tmp_path / "p.csv", None, None) == ["one two", "three"]
+
+
+def test_marks_capitals_and_separators_of_unicode_do_no_harm(tmp_path: Path) -> None:
+    text = "one\u2028two\x0bthree\x0cfour\x85five"
+    files = {
+        "p.txt": f"\ufeff{text}\nsix\n",
+        "p.CSV": f"\ufeffprompt\n{text}\nsix\n",
+        "p.jsonl": "\ufeff" + "\n".join(json.dumps({"Text": row}, ensure_ascii=False) for row in (text, "six")),
+        "p.json": json.dumps([text, "six"]),
+        "rows.json": json.dumps([{"id": 1, "clean": text}, {"id": 2, "clean": "six"}]),
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_text(content, encoding="utf-8")
+        assert read_prompts(tmp_path / name, None, None) == [text, "six"], name
+    (tmp_path / "pairs.csv").write_text("\ufeffclean,corrupted\nw3,NA\n", encoding="utf-8")
+    pairs = tcl.evaluate.read_pairs(tmp_path / "pairs.csv")
+    assert pairs.clean == ["w3"] and pairs.corrupted == ["NA"]
+
+
+def test_the_column_of_the_prompts_is_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text("id,sentence\n1,one two\n")
+    with pytest.raises(InputError, match=r"`--column` is missing: .* has id, sentence"):
+        read_prompts(tmp_path / "p.csv", None, None)
+    assert read_prompts(tmp_path / "p.csv", "sentence", None) == ["one two"]
 
 
 def test_a_quoted_line_break_stays_in_its_prompt(tmp_path: Path) -> None:
@@ -135,6 +159,10 @@ def test_a_quoted_line_break_stays_in_its_prompt(tmp_path: Path) -> None:
         ("p.csv", b"a,b\n1,2\n", "c", InputError, "`--column`.*a, b"),
         ("p.csv", b"a,b\n,2\n", "a", InputError, "`--prompts`"),
         ("p.jsonl", b"{", None, FormatError, "line 1"),
+        ("p.json", b"{", None, FormatError, "not valid JSON"),
+        ("p.json", b"{}", None, FormatError, "a list of prompts is expected"),
+        ("p.json", b"[3]", None, FormatError, "entry 1"),
+        ("p.csv", b"a\n1,2,3\n4,5\n", None, InputError, "`--column` is missing|no prompts|rows of different"),
         ("p.jsonl", b'{"a": "x"}\n[1]\n', None, FormatError, "line 2"),
     ],
 )

@@ -105,7 +105,7 @@ def read_statistics(weak: float = 0.0, folds: int = 10) -> Statistics:
         "cost/m0/": 10 * spread(0.0, 1.0),
         "cost/target/": 10 * spread(weak, 0.0, 1.0),
     }
-    size = torch.tensor([0.0, 1e-6, 1.0] + [0.0, 1.0] + [weak, 0.0, 1.0]).sqrt()  # of q, k, v; m0's; the target's
+    size = torch.tensor([0.0, 1e-6, 1.0, 0.0, 1.0, weak, 0.0, 1.0]).sqrt()  # q, k, v; into m0; into the target
     drawn = torch.randn(10 * folds, len(size), generator=torch.Generator().manual_seed(0))
     rows = {"contributions": drawn * size, "weight": torch.ones(10 * folds, dtype=torch.float64)}
     meta = {"index": index.to_json(), "design": "read", "cost_folds": folds, "number": False, "contrast": False}

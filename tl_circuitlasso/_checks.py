@@ -24,6 +24,11 @@ def whole_number(name: str, given: Any, *, least: int = 1, most: int | None = No
     return number
 
 
+def as_seed(given: Any) -> int:
+    """A seed that every generator takes."""
+    return whole_number("seed", given, least=0, most=2**62)
+
+
 def one_of(name: str, given: Any, known: tuple[str, ...]) -> str:
     """`given`, if it's one of the known words.
 
@@ -45,6 +50,18 @@ def function(name: str, given: Any, form: str) -> Callable[..., Any]:
     """
     if not callable(given):
         raise InputError(f"`{name}` is a {type(given).__name__}: give a function {form}")
+    return given
+
+
+def instance(name: str, given: Any, kind: Any, make: str) -> Any:
+    """`given`, if it's of a kind; `make` says where such things come from.
+
+    Raises
+    ------
+    InputError: it isn't.
+    """
+    if not isinstance(given, kind):
+        raise InputError(f"`{name}` is of the kind {type(given).__name__}: give {make}")
     return given
 
 

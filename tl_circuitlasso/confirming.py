@@ -13,10 +13,10 @@ from torch import Tensor
 
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.confirm import confirm
-from tl_circuitlasso.evaluate.metrics import PromptMetric
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models.adapter import Adapter
-from tl_circuitlasso.models.pairs import Metric, Pairs, pairs_of
+from tl_circuitlasso.models.metric import Metric, PromptMetric, answer_difference, as_metric
+from tl_circuitlasso.models.pairs import Pairs, pairs_of
 from tl_circuitlasso.models.positions import kept_positions
 from tl_circuitlasso.models.tokens import Batch, Prompts
 from tl_circuitlasso.sharing import ALONE, Ranks
@@ -94,7 +94,7 @@ def prepare(
     if target is not None and isinstance(prompts.positions, str) and prompts.positions == "all":
         clean = replace(clean, keep=kept_positions(clean.tokens, clean.mask, "last", None))
     rows = pairs.clean.draw(count, seed)
-    behaviour = _behaviour(adapter, clean, target) if metric is None else metric
+    behaviour = _behaviour(adapter, clean, target) if metric is None else as_metric(metric, adapter, len(pairs))
     return Confirmation(pairs, behaviour) if rows is None else Confirmation(pairs.take(rows), _by_row(behaviour, rows))
 
 
@@ -112,13 +112,7 @@ def _behaviour(adapter: Adapter, prompts: Batch, target: Target) -> PromptMetric
     """Mean over the chosen positions: -KL(model || run) in nats, or a LogitDiff target's logit difference."""
     keep = prompts.keep
     if isinstance(target, LogitDiff):
-        ids = torch.stack([target.correct, target.incorrect], 1)
-
-        def difference(logits: Tensor, rows: Tensor) -> Tensor:
-            chosen = logits.gather(2, ids[rows, None].to(logits.device).expand(-1, logits.shape[1], -1))
-            return _mean_over(keep[rows], chosen[..., 0] - chosen[..., 1])
-
-        return PromptMetric(difference)
+        return PromptMetric(lambda logits, rows: _mean_over(keep[rows], answer_difference(logits, target, rows)))
     own = _Own(adapter, prompts)
 
     def divergence(logits: Tensor, rows: Tensor) -> Tensor:

@@ -12,9 +12,11 @@ graph        AttributionGraph
 import time
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from tl_circuitlasso._checks import as_seed, shortened, whole_number
 from tl_circuitlasso.confirming import Confirmation, Metric, check_method, prepare
 from tl_circuitlasso.drawing import draw_by_output
 from tl_circuitlasso.errors import InputError
@@ -26,6 +28,7 @@ from tl_circuitlasso.models.bases import Basis, as_basis
 from tl_circuitlasso.models.collect import Plan, collect
 from tl_circuitlasso.models.designs import Activation, Design, Routed
 from tl_circuitlasso.models.device import on_device
+from tl_circuitlasso.models.metric import with_tokens
 from tl_circuitlasso.models.pairs import pairs_of
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
 from tl_circuitlasso.models.read import ReadDesign, affordable_draws
@@ -37,7 +40,7 @@ from tl_circuitlasso.refining import refine
 from tl_circuitlasso.schema import COUNT, FOLDS
 from tl_circuitlasso.sharing import Ranks, as_ranks
 from tl_circuitlasso.statistics import Statistics
-from tl_circuitlasso.targets import Labels, Target, Values, take
+from tl_circuitlasso.targets import Labels, Target, Values, as_target, take
 
 PAIR = 2  # prompts in a pair, so the fewest of a batch
 DESIGNS = {"activation": Activation, "read": ReadDesign, "routed": Routed}
@@ -113,7 +116,9 @@ def circuit_lasso(
     {('input', 'a0.h1'), ('a0.h1', 'm1'), ('m1', 'logits')}
     """
     began, ranks = time.perf_counter(), as_ranks(process_group)
-    checked = as_strength(strength)
+    checked, target, seed = as_strength(strength), as_target(target), as_seed(seed)
+    if max_prompts is not None:
+        max_prompts = whole_number("max_prompts", max_prompts, least=PAIR, what="of prompts, or None for all")
     if isinstance(basis, SAEFeatures):
         _check_features(basis, design, method, strength)
         chosen = None
@@ -129,7 +134,7 @@ def circuit_lasso(
     with ranks.together(), on_device(model, device):
         adapter = adapt(model)
         prompts = _prompts(adapter, tokens, chosen, attention_mask, positions, batch_size)
-        size = prompts.batch_size
+        size, target = prompts.batch_size, with_tokens(target, adapter)
         job = Job(adapter, prompts, target, prompts.positions, checked, size, progress, seed, checkpoint, ranks)
         if chosen is None:
             assert isinstance(basis, SAEFeatures)
@@ -285,10 +290,11 @@ def collect_statistics(
     >>> graph = tcl.learn(parts[0] + parts[1])                                       # doctest: +SKIP
     """
     chosen, ranks = as_design(design, as_basis(basis)), as_ranks(process_group)
+    target, seed = as_target(target), as_seed(seed)
     with ranks.together():
         adapter = adapt(model)
         prompts = _prompts(adapter, tokens, chosen, attention_mask, positions, batch_size)
-        size = prompts.batch_size
+        size, target = prompts.batch_size, with_tokens(target, adapter)
         job = Job(adapter, prompts, target, prompts.positions, "auto", size, progress, seed, checkpoint, ranks)
         plan = replace(_plan(job, chosen), folds=folds)
         options = {"progress": progress, "checkpoint": checkpoint, "start": start, "ranks": ranks}
@@ -313,8 +319,8 @@ def as_design(design: str, basis: Basis) -> Design:
     ------
     InputError: no design of that name, or one that needs another basis.
     """
-    if design not in DESIGNS:
-        raise InputError(f"`design` {design!r} is unknown: use one of {', '.join(map(repr, DESIGNS))}")
+    if not isinstance(design, str) or design not in DESIGNS:
+        raise InputError(f"`design` {shortened(design)} is unknown: use one of {', '.join(map(repr, DESIGNS))}")
     if design != "activation" and basis.name != "component":
         raise InputError(
             f"`design` {design!r} reads whole components: with basis={basis.name!r} use design='activation'"
@@ -334,6 +340,9 @@ def as_strength(strength: str | int | float) -> str | float:
         if strength not in names:
             raise InputError(f"`strength` {strength!r} is unknown: use one of {names}, or a number from 0 to 1")
         return strength
-    if isinstance(strength, bool) or not 0 <= strength <= 1:
-        raise InputError(f"`strength` is {strength!r}: give a fraction of lambda_max from 0 (dense) to 1 (empty)")
+    if not isinstance(strength, Real) or isinstance(strength, bool) or not 0 <= strength <= 1:
+        raise InputError(
+            f"`strength` is {shortened(strength)}: give one of {names}, or a fraction of lambda_max from 0 "
+            "(dense) to 1 (empty)"
+        )
     return float(strength)

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_circuitlasso.models.adapter import Adapter
+from tl_circuitlasso.models.metric import answer_difference
 from tl_circuitlasso.models.pairs import last_places
 from tl_circuitlasso.models.tokens import Batch, Prompts
 from tl_circuitlasso.sharing import ALONE, Ranks
@@ -101,9 +102,8 @@ def _said(adapter: Adapter, batch: Batch, target: Target) -> Shaped[Tensor, " ba
     rows = torch.arange(len(logits), device=logits.device)
     last = logits[rows, last_places(keep)].cpu()
     if isinstance(target, LogitDiff):
-        here = slice(batch.start, batch.start + len(batch.tokens))
-        chosen = last.gather(1, torch.stack([target.correct[here], target.incorrect[here]], dim=1))
-        return chosen[:, 0] - chosen[:, 1]
+        here = torch.arange(batch.start, batch.start + len(batch.tokens))
+        return answer_difference(last[:, None], target, here)[:, 0]
     return last[:, 0] if last.shape[1] == 1 else last.argmax(-1)
 
 

@@ -17,8 +17,9 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 import pandas as pd
@@ -27,6 +28,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_circuitlasso import graph_file
+from tl_circuitlasso._checks import shortened, whole_number
 from tl_circuitlasso.errors import FormatError, InputError
 from tl_circuitlasso.nodes import NodeIndex
 from tl_circuitlasso.sites import PORTS
@@ -225,24 +227,38 @@ class AttributionGraph:
 
     # ---- new graphs -------------------------------------------------------------------------------------------------
 
-    def keep(self, mask: Bool[Tensor, " edge"]) -> "AttributionGraph":
-        """The same candidates with exactly the edges of `mask` kept."""
-        return replace(self, kept=mask)
+    def keep(self, mask: Any) -> "AttributionGraph":
+        """The same candidates with exactly the edges of `mask` kept: one truth value for each candidate.
 
-    def threshold(self, x: int | float) -> "AttributionGraph":
+        Raises
+        ------
+        InputError: something else.
+        """
+        try:
+            chosen = torch.as_tensor(mask) if isinstance(mask, Tensor | np.ndarray | list | tuple) else None
+        except (TypeError, ValueError, RuntimeError):
+            chosen = None
+        if chosen is None or chosen.dtype != torch.bool or chosen.shape != self.kept.shape:
+            given = shortened(mask) if chosen is None else f"of {chosen.dtype} and shape {tuple(chosen.shape)}"
+            raise InputError(
+                f"`mask` is {given}: give one truth value for each of the {len(self)} candidate edges, such as "
+                "`graph.score > 0`; to keep edges by name use AttributionGraph.from_edges"
+            )
+        return replace(self, kept=chosen)
+
+    def threshold(self, x: float | np.number) -> "AttributionGraph":
         """Keep the edges with |score| >= x."""
-        if not (isinstance(x, (int, float)) and math.isfinite(x) and x >= 0):
-            raise InputError(f"`x` is {x!r}: a threshold is a finite number >= 0 on |score|")
+        if not (isinstance(x, Real) and math.isfinite(x) and x >= 0):
+            raise InputError(f"`x` is {shortened(x)}: a threshold is a finite number >= 0 on |score|")
         return self.keep(self.score.abs() >= x)
 
-    def top_k(self, k: int, *, ports: bool = False) -> "AttributionGraph":
+    def top_k(self, k: SupportsIndex, *, ports: bool = False) -> "AttributionGraph":
         """Keep the k edges with the largest |score|.
 
         An edge is a (source, target) pair, as in `kept_edges`; with `ports=True` q, k and v count apart, as in EAP-IG.
         Ties go to the earlier edge.
         """
-        if not isinstance(k, int) or isinstance(k, bool) or k < 0:
-            raise InputError(f"`k` is {k!r}: the number of edges to keep is an integer >= 0")
+        k = whole_number("k", k, least=0, what="of edges to keep")
         order = self.score.abs().argsort(descending=True, stable=True)
         pair = (self.source * len(self.index) + self.target)[order]
         if ports:
@@ -278,6 +294,8 @@ class AttributionGraph:
 
     def subgraph(self, nodes: Iterable[str]) -> "AttributionGraph":
         """Keep only edges whose two ends are among `nodes`; the candidates stay."""
+        if isinstance(nodes, str) or not isinstance(nodes, Iterable):
+            raise InputError(f"`nodes` is {shortened(nodes)}: give a list of names, such as ['input', 'm0']")
         inside = torch.zeros(len(self.index), dtype=torch.bool)
         inside[[self.index.position(name) for name in nodes]] = True
         return self.keep(self.kept & inside[self.source] & inside[self.target])

@@ -1,6 +1,5 @@
 """Tensors and plain data in one file: safetensors whose header carries JSON; never pickle, never half-written."""
 
-import csv
 import io
 import json
 import os
@@ -9,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -101,26 +101,73 @@ def parse_json(text: str, path: Path) -> dict[str, Any]:
     return data
 
 
-TABLES = (".csv", ".tsv", ".jsonl")
+TABLES = (".csv", ".tsv", ".json", ".jsonl")
 
 
-def parse_table(text: str, path: Path) -> list[dict[str, Any]]:
-    """The rows of a file of one of the kinds in `TABLES`, which the suffix of `path` tells.
+def is_table(path: Path) -> bool:
+    """Whether the suffix names a table, in small or capital letters."""
+    return path.suffix.lower() in TABLES
+
+
+def read_text(path: Path, name: str) -> str:
+    """A text file in UTF-8, without the mark that some editors put in front; line ends are those of Python.
 
     Raises
     ------
-    FormatError: a line that isn't a JSON object.
+    InputError: it can't be read; the message begins with the argument's `name`.
     """
-    if path.suffix != ".jsonl":
-        return list(csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix == ".tsv" else ","))
-    return [_json_row(line, number, path) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{name}{path} can't be read ({error}): give a .txt, .csv, .tsv, .json or .jsonl file in UTF-8"
+        ) from None
 
 
-def _json_row(line: str, number: int, path: Path) -> dict[str, Any]:
+def parse_table(text: str, path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of one of the kinds in `TABLES`, which the suffix of `path` tells; cells are text.
+
+    A .json file is a list of rows, or of strings, which then are the column `prompt`. Lines of .jsonl end at line feeds
+    only: other separators of Unicode belong to the text.
+
+    Raises
+    ------
+    FormatError: a line that isn't a JSON object, or rows of different columns.
+    """
+    kind = path.suffix.lower()
+    if kind == ".jsonl":
+        return [_json_row(line, f", line {n}", path) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if kind == ".json":
+        return _json_list(text, path)
+    try:
+        table = pd.read_csv(
+            io.StringIO(text), sep="\t" if kind == ".tsv" else ",", dtype=str, keep_default_na=False, index_col=False
+        )
+    except pd.errors.EmptyDataError:
+        return []
+    except pd.errors.ParserError as error:
+        raise FormatError(f"{path}: rows of different columns ({error})") from None
+    return [{str(name): cell for name, cell in row.items()} for row in table.to_dict("records")]
+
+
+def _json_list(text: str, path: Path) -> list[dict[str, Any]]:
+    try:
+        rows = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(rows, list):
+        raise FormatError(f"{path}: holds a {type(rows).__name__} where a list of prompts is expected")
+    named = [{"prompt": row} if isinstance(row, str) else row for row in rows]
+    if odd := [number for number, row in enumerate(named, 1) if not isinstance(row, dict)]:
+        raise FormatError(f"{path}, entry {odd[0]}: neither a string nor an object")
+    return named
+
+
+def _json_row(line: str, where: str, path: Path) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise FormatError(f"{path}, line {number}: not JSON ({error})") from None
+        raise FormatError(f"{path}{where}: not JSON ({error})") from None
     if not isinstance(row, dict):
-        raise FormatError(f"{path}, line {number}: a {type(row).__name__} where an object is expected")
+        raise FormatError(f"{path}{where}: a {type(row).__name__} where an object is expected")
     return row

@@ -4,7 +4,6 @@ import json
 import math
 
 import pytest
-import torch
 
 import tl_circuitlasso as tcl
 from tests import architectures
@@ -12,6 +11,7 @@ from tl_circuitlasso import baselines
 from tl_circuitlasso.errors import FormatError, InputError
 from tl_circuitlasso.evaluate import metric_by_name, read_pairs
 from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.models.pairs import pairs_of
 from tl_circuitlasso.nodes import component_index
 
 ROWS = [
@@ -61,8 +61,9 @@ def test_every_named_metric_is_best_or_plain_on_the_model(tmp_path, name):
     model = architectures.small(architectures.tokenizer())
     prompts = read_pairs(written(tmp_path, "csv"), limit=2)
     metric = metric_by_name(name, model, prompts)
-    tokens = torch.tensor([[1, 3, 4, 5], [1, 11, 12, 2]])
-    value = float(metric(model(tokens).detach(), torch.arange(2)))
+    (batch,) = pairs_of(model, prompts.clean)
+    assert batch.clean.tokens.tolist() == [[1, 3, 4, 5], [1, 11, 12, 2]]
+    value = float(metric(batch.shown(model(batch.clean.tokens).detach()), batch.rows))
     assert value == pytest.approx(0, abs=1e-5) if name == "kl" else math.isfinite(value)
     if name in ("cross-entropy", "next-token"):
         assert value < 0
@@ -93,7 +94,7 @@ def test_bad_metrics_are_refused(tmp_path):
     prompts = read_pairs(path)
     with pytest.raises(InputError, match="`metric` is 'best'"):
         metric_by_name("best", model, prompts)
-    with pytest.raises(InputError, match="isn't one token"):
+    with pytest.raises(InputError, match="which is 2 tokens to the tokenizer"):
         metric_by_name("accuracy", model, prompts)
     path.write_text("clean,correct\nw3,w4")
     with pytest.raises(InputError, match="no column `incorrect`"):

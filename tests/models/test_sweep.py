@@ -171,7 +171,7 @@ EXACT = [f for f in architectures.HOOKED if f not in ("gemma2", "qwen3", "olmo2"
 
 @pytest.mark.parametrize("family", EXACT)
 def test_between_counterparts_contributions_add_up_exactly(family: str) -> None:
-    """Whatever the distance, and with norms whose scale changes: only norms of queries, keys and outputs stay frozen."""
+    """Whatever the distance, and with norms whose scale changes; those of queries, keys and outputs stay frozen."""
     found = swept(architectures.hooked(family, dtype=F64), reach=None)
     incoming, outgoing = found.incoming(), found.outgoing()
     size = float(outgoing.abs().amax())

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import numpy
+import pandas
 import pytest
 import torch
 from hypothesis import given
@@ -11,6 +13,7 @@ from tests import architectures
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.models import Adapter, Prompts, adapt
 from tl_circuitlasso.models.positions import kept_positions
+from tl_circuitlasso.models.tokens import cuts
 
 
 @pytest.fixture(scope="module")
@@ -212,3 +215,153 @@ def test_bad_input_names_the_argument_and_the_remedy(
 def test_strings_without_a_tokenizer_are_refused(plain: Adapter) -> None:
     with pytest.raises(InputError, match="no tokenizer; give token ids"):
         Prompts(plain, ["w3"])
+
+
+# -- what people hold ----------------------------------------------------------------------------------------------
+
+IDS = [[1, 3, 4, 5], [1, 6], [1, 7, 8]]
+TEXTS = ["w3 w4 w5", "w6", "w7 w8"]
+
+
+class Column:
+    """As a column of a table: nothing but `to_numpy`."""
+
+    def __init__(self, values: Any) -> None:
+        self.values = values
+
+    def to_numpy(self) -> Any:
+        return self.values
+
+
+def _loader(data: Any, **options: Any) -> Any:
+    return torch.utils.data.DataLoader(data, batch_size=2, **options)
+
+
+def _tokenised(**options: Any) -> Any:
+    return architectures.tokenizer()(["<s> " + text for text in TEXTS], add_special_tokens=False, **options)
+
+
+def _padded_loader() -> Any:
+    batch = _tokenised(return_tensors="pt", padding=True)
+    data = [
+        {"input_ids": ids, "attention_mask": mask} for ids, mask in zip(batch["input_ids"], batch["attention_mask"])
+    ]
+    return _loader(data)
+
+
+HELD = {
+    "list of strings": lambda: TEXTS,
+    "tuple of strings": lambda: tuple(TEXTS),
+    "array of strings": lambda: numpy.array(TEXTS),
+    "array of objects": lambda: numpy.array(TEXTS, dtype=object),
+    "series of strings": lambda: pandas.Series(TEXTS, index=[4, 2, 9]),
+    "any column": lambda: Column(numpy.array(TEXTS, dtype=object)),
+    "generator of strings": lambda: (text for text in TEXTS),
+    "loader of strings": lambda: _loader(TEXTS),
+    "ragged ids": lambda: IDS,
+    "tuple of tuples": lambda: tuple(map(tuple, IDS)),
+    "series of ids": lambda: pandas.Series(IDS),
+    "generator of ids": lambda: iter(IDS),
+    "1-d tensors": lambda: [torch.tensor(row) for row in IDS],
+    "(1, n) tensors": lambda: [torch.tensor(row)[None] for row in IDS],
+    "1-d arrays": lambda: [numpy.array(row) for row in IDS],
+    "generator of (1, n) tensors": lambda: (torch.tensor(row)[None] for row in IDS),
+    "tokenizer output": lambda: _tokenised(),
+    "padded tokenizer output": lambda: _tokenised(padding=True),
+    "tokenizer output as tensors": lambda: _tokenised(padding=True, return_tensors="pt"),
+    "tokenizer output as arrays": lambda: _tokenised(padding=True, return_tensors="np"),
+    "rows of a data set": lambda: [{"input_ids": row, "attention_mask": [1] * len(row)} for row in IDS],
+    "loader of dicts": _padded_loader,
+    "items of unequal width": lambda: [torch.tensor(IDS[:1]), {"input_ids": IDS[1:]}],
+}
+
+
+@pytest.mark.parametrize("form", HELD)
+def test_what_people_hold_is_read(worded: Adapter, form: str) -> None:
+    for gather in (False, True):
+        prompts = Prompts(worded, HELD[form](), positions=slice(0, None), batch_size=2)
+        assert _kept(prompts.gathered() if gather else prompts) == IDS
+
+
+@pytest.mark.parametrize("wrap", ["tensors", "1-tuples", "dicts", "array", "int32 array", "reversed array", "lists"])
+def test_rectangles_are_read(plain: Adapter, wrap: str) -> None:
+    tokens = architectures.prompts(batch=5)
+    held: Any = {
+        "tensors": lambda: _loader(tokens),
+        "1-tuples": lambda: _loader(torch.utils.data.TensorDataset(tokens)),
+        "dicts": lambda: _loader([{"input_ids": row} for row in tokens]),
+        "array": lambda: tokens.numpy(),
+        "int32 array": lambda: tokens.numpy().astype("int32"),
+        "reversed array": lambda: tokens.flip(0).numpy()[::-1],
+        "lists": lambda: tokens.tolist(),
+    }[wrap]()
+    prompts = Prompts(plain, held, positions=slice(0, None))
+    assert _kept(prompts) == tokens.tolist()
+    assert prompts.data_hash() == _hash(Prompts(plain, tokens))
+
+
+def _hash(prompts: Prompts) -> str:
+    list(prompts)
+    return prompts.data_hash()
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, numpy.array, list], ids=["tensor", "array", "list"])
+def test_masks_of_any_kind(plain: Adapter, kind: Any) -> None:
+    mask = kind(MASK.long().tolist())
+    assert _kept(Prompts(plain, TOKENS, attention_mask=mask)) == _kept(Prompts(plain, TOKENS, attention_mask=MASK))
+    chosen = kind((TOKENS == 5).tolist())
+    expected = _kept(Prompts(plain, TOKENS, positions=TOKENS == 5))
+    assert _kept(Prompts(plain, TOKENS, positions=chosen)) == expected
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, numpy.array, list, tuple], ids=["tensor", "array", "list", "tuple"])
+def test_one_index_for_each_prompt(worded: Adapter, kind: Any) -> None:
+    prompts = Prompts(worded, TOKENS, attention_mask=MASK, positions=kind([1, -1, 3]), batch_size=2)
+    assert _kept(prompts) == [[5], [8], [5]]
+    assert _kept(prompts.take(torch.tensor([2, 0]))) == [[5], [5]]
+    with pytest.raises(InputError, match="`positions` is 3, but one of the prompts has 3 tokens only"):
+        list(Prompts(worded, TOKENS, attention_mask=MASK, positions=kind([3, 0, 0])))
+
+
+@pytest.mark.parametrize(
+    ("positions", "expected"),
+    [
+        (range(1, 3), [[5, 6], [7, 8], [9, 1]]),
+        (range(-2, 0), [[5, 6], [7, 8], [5, 7]]),
+        (range(2, 5), [[6], [8], [1, 5, 7]]),
+        (range(4, 0, -2), [[6], [8], [1, 7]]),
+        (numpy.int64(1), [[5], [7], [9]]),
+    ],
+    ids=str,
+)
+def test_ranges_count_real_tokens(worded: Adapter, positions: Any, expected: list[list[int]]) -> None:
+    assert _kept(Prompts(worded, TOKENS, attention_mask=MASK, positions=positions)) == expected
+
+
+@given(count=st.integers(1, 40), size=st.integers(2, 9))
+def test_no_prompt_is_left_alone_in_a_batch_of_pairs(count: int, size: int) -> None:
+    parts = list(cuts(count, size, fewest=2))
+    assert [i for part in parts for i in range(part.start, part.stop)] == list(range(count))
+    lengths = [part.stop - part.start for part in parts]
+    assert min(lengths) >= min(2, count) and max(lengths) <= max(size, 3)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([1, 2, 3], "item 0 is a int; each item must be a prompt"),
+        ([[3, 4], []], "prompt 1 is empty"),
+        ([[3, 4], [99]], "outside the vocabulary"),
+        ([[3] * 33], "the model reads 32"),
+        ({"text": ["w3"]}, "has 'text', but no 'input_ids'"),
+        ([{"text": "w3"}], "item 0 has 'text', but no 'input_ids'"),
+        (pandas.DataFrame({"a": ["w3"], "b": ["w4"]}), "give the one column"),
+        (numpy.ones((2, 3)), "`tokens` are torch.float64"),
+        (["w3", [4]], "item 1 isn't of the kind of item 0"),
+        ({"input_ids": TOKENS, "attention_mask": MASK[:, 1:]}, "`attention_mask` has shape"),
+        (torch.utils.data.DataLoader(torch.utils.data.TensorDataset(TOKENS, torch.arange(3))), "item 0 is a list"),
+    ],
+)
+def test_what_is_no_prompt_is_named(worded: Adapter, tokens: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        list(Prompts(worded, tokens))

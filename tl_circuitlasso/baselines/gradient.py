@@ -16,7 +16,8 @@ from tl_circuitlasso.baselines.edges import EdgeLayout, add_products, provenance
 from tl_circuitlasso.baselines.means import for_batch, mean_written, zeros_written
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
-from tl_circuitlasso.models.pairs import Metric, PairBatch, Pairs, pairs_of
+from tl_circuitlasso.models.metric import Metric
+from tl_circuitlasso.models.pairs import PairBatch, Pairs, pairs_of
 from tl_circuitlasso.models.patching import Written, record
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
 from tl_circuitlasso.models.tracing import Trace, trace
@@ -246,7 +247,7 @@ def _attribute(data: Pairs, metric: Metric, setting: Setting, path: Path) -> Att
 
 def jobs(data: Pairs, metric: Metric, setting: Setting, count: Count, *, outputs: bool = False) -> Iterator[Job]:
     """The batches of a data set, ready for the passes of a method."""
-    data.check_metric(metric)
+    metric = data.metric(metric)
     mean = None
     if setting.ablation.startswith("mean"):
         everywhere = setting.ablation == "mean-all"

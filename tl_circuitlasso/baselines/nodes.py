@@ -10,7 +10,7 @@ from torch import Tensor
 from tl_circuitlasso.baselines.edges import EdgeLayout
 from tl_circuitlasso.baselines.gradient import Count, Job, Path, Setting, Step, at_clean, jobs
 from tl_circuitlasso.errors import InputError
-from tl_circuitlasso.models.pairs import Metric
+from tl_circuitlasso.models.metric import Metric
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
 
 

@@ -11,7 +11,8 @@ from tl_circuitlasso.baselines.edges import EdgeLayout, pieces_of, provenance, w
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models import Adapter, Batch, adapt
-from tl_circuitlasso.models.pairs import Metric, Pairs, pairs_of
+from tl_circuitlasso.models.metric import Metric
+from tl_circuitlasso.models.pairs import Pairs, pairs_of
 from tl_circuitlasso.models.patching import Written, learned_positions, record_all
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
 

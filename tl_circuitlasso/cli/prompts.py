@@ -46,27 +46,41 @@ def _bundled_tokens(bundled: Any, prompts: list[str]) -> Any:
     return torch.cat(rows)
 
 
+NAMES = ("prompt", "text", "clean")  # columns that hold prompts by their name
+
+
 def read_prompts(path: Path, column: str | None, limit: int | None) -> list[str]:
-    """The prompts of a text file (one a line), a CSV or TSV (a column), or JSON lines (a field).
+    """The prompts of a text file (one a line), a table (a column), JSON lines (a field) or a JSON list.
+
+    Without a `column`, that named prompt, text or clean is read, or the only one there is.
 
     Raises
     ------
-    InputError: no such file or column, or no prompts in it.
+    InputError: no such file or column, no prompts in it, or a table that doesn't say where they are.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"`--prompts` {path} can't be read ({error}): give a .txt, .csv, .tsv or .jsonl file"
-        ) from None
-    if path.suffix not in storage.TABLES:
-        return _some([line for line in text.splitlines() if line.strip()], path, limit)
+    text = storage.read_text(path, "`--prompts` ")
+    if not storage.is_table(path):
+        return _some([line for line in text.split("\n") if line.strip()], path, limit)
     rows = storage.parse_table(text, path)
-    names = list(rows[0]) if rows else []
-    column = column or (names[0] if names else "")
-    if rows and column not in names:
-        raise InputError(f"`--column` {column!r} isn't in {path}: it has {', '.join(names)}")
-    return _some([str(row[column]) for row in rows if row.get(column)], path, limit)
+    if not rows:
+        return _some([], path, limit)
+    found = _column(list(dict.fromkeys(name for row in rows for name in row)), column, path)
+    return _some([str(row[found]) for row in rows if row.get(found)], path, limit)
+
+
+def _column(names: list[str], asked: str | None, path: Path) -> str:
+    """The column that holds the prompts."""
+    if asked is not None:
+        if asked not in names:
+            raise InputError(f"`--column` {asked!r} isn't in {path}: it has {', '.join(names)}")
+        return asked
+    known = [name for wanted in NAMES for name in names if name.strip().lower() == wanted]
+    if not known and len(names) > 1:
+        raise InputError(
+            f"`--column` is missing: {path} has {', '.join(names)}, none of them named {', '.join(NAMES)}; say which "
+            "one holds the prompts"
+        )
+    return known[0] if known else names[0]
 
 
 def _some(prompts: list[str], path: Path, limit: int | None) -> list[str]:

@@ -79,18 +79,13 @@ def intervention(
     _one_of("ablation", ablation, ABLATIONS)
     _one_of("mean_over", mean_over, ("clean", "corrupted"))
     _one_of("input_node", input_node, ("embed", "resid"))
-    if not callable(metric):
-        raise InputError(
-            f"`metric` is a {type(metric).__name__}: give a function metric(logits, rows) -> sum over rows"
-        )
     if corrupted is None and (ablation == "patch" or (ablation != "zero" and mean_over == "corrupted")):
         raise InputError(
             f"`corrupted` is missing: ablation={ablation!r} reads it; without corrupted prompts use ablation='mean', "
             "'mean-all', 'optimal' or 'zero', and means over the clean prompts"
         )
     data = pairs_of(model, clean, corrupted, attention_mask=attention_mask, batch_size=batch_size)
-    data.check_metric(metric)
-    return Intervention(data, metric, ablation, mean_over, input_node, how)
+    return Intervention(data, data.metric(metric), ablation, mean_over, input_node, how)
 
 
 def _one_of(name: str, given: str, known: tuple[str, ...]) -> None:

@@ -5,31 +5,17 @@ losses and divergences are negative. Those made here read each prompt's last rea
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_circuitlasso.errors import InputError
-from tl_circuitlasso.models.pairs import Metric as Metric
+from tl_circuitlasso.models.metric import Metric as Metric
+from tl_circuitlasso.models.metric import PromptMetric as PromptMetric
 
 Ids = Tensor | Sequence[int]
 Places = int | Tensor | Sequence[int]
-
-
-@dataclass(frozen=True, eq=False)
-class PromptMetric:
-    """A metric that also gives one value per prompt, `each(logits, rows)`; called, it returns their sum.
-
-    position: the one column that it reads of every prompt, where it reads one.
-    """
-
-    each: Metric
-    position: int | None = None
-
-    def __call__(self, logits: Float[Tensor, "batch pos vocab"], rows: Int[Tensor, " batch"]) -> Float[Tensor, ""]:
-        return self.each(logits, rows).sum()
 
 
 def logit_diff(correct: Ids, incorrect: Ids, *, position: Places = -1) -> PromptMetric:

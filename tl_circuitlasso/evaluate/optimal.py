@@ -91,7 +91,7 @@ def fit(
     ------
     InputError: a metric without a derivative, or one that isn't finite at the start.
     """
-    problem = _Problem(data, metric if how.metric is None else how.metric, how, circuits, input_node)
+    problem = _Problem(data, metric if how.metric is None else data.metric(how.metric), how, circuits, input_node)
     search = _Search(problem, start)
     search.run(how.steps, how.tolerance)
     passes = 0.0 if circuits is None else search.evaluations * problem.share

@@ -1,7 +1,7 @@
 """Several graphs put to the test on the same prompts, in one table; and prompts for that from a file.
 
-A file of prompt pairs is .csv, .tsv or .jsonl with the columns `clean`, `corrupted` (may be missing with ablation
-"mean" or "zero"), `correct` and `incorrect` (answers of one token each, as the metric needs them).
+A file of prompt pairs is .csv, .tsv, .json or .jsonl with the columns `clean`, `corrupted` (may be missing with
+ablation "mean" or "zero"), `correct` and `incorrect` (answers of one token each, as the metric needs them).
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,9 +30,9 @@ from tl_circuitlasso.evaluate.metrics import (
 )
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models import Adapter, adapt
+from tl_circuitlasso.models.metric import token_of
 from tl_circuitlasso.models.pairs import last_places
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
-from tl_circuitlasso.models.rotary import position_ids
 
 METRICS = ("logit-diff", "prob-diff", "cross-entropy", "accuracy", "kl", "next-token")
 
@@ -129,7 +129,7 @@ class PairFile:
 
 
 def read_pairs(path: str | Path, limit: int | None = None) -> PairFile:
-    """Prompt pairs from a .csv, .tsv or .jsonl file.
+    """Prompt pairs from a .csv, .tsv, .json or .jsonl file.
 
     Raises
     ------
@@ -146,12 +146,9 @@ def read_pairs(path: str | Path, limit: int | None = None) -> PairFile:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} can't be read ({error}): give a .csv, .tsv or .jsonl file") from None
-    if path.suffix not in storage.TABLES:
-        raise InputError(f"{path} is a {path.suffix or 'nameless'} file: give a .csv, .tsv or .jsonl file")
+    text = storage.read_text(path, "")
+    if not storage.is_table(path):
+        raise InputError(f"{path} is a {path.suffix or 'nameless'} file: give a .csv, .tsv, .json or .jsonl file")
     return storage.parse_table(text, path)
 
 
@@ -190,11 +187,5 @@ def metric_by_name(name: str, model: Any, prompts: PairFile) -> Metric:
 def _answers(adapter: Adapter, answers: list[str] | None, name: str) -> list[int]:
     if answers is None:
         raise InputError(f"the prompts have no column `{name}`, which this metric needs")
-    tokens, mask = adapter.to_tokens(answers)
-    bos = adapter.special_ids()[0]
-    starts = (tokens == bos) & mask & (position_ids(mask) == 0) if bos is not None else torch.zeros_like(mask)
-    real = mask & ~starts
-    if bool((real.sum(1) != 1).any()):
-        odd = answers[int((real.sum(1) != 1).nonzero()[0])]
-        raise InputError(f"`{name}` has {odd!r}, which isn't one token: give answers of one token, with their space")
-    return tokens[real].tolist()
+    known = {word: token_of(adapter, word, name) for word in dict.fromkeys(answers)}
+    return [known[word] for word in answers]

@@ -81,7 +81,7 @@ def steer(
         raise InputError(f"`scale` is {scale!r}: give a finite factor, 0 to turn nodes off")
     options = {"attention_mask": attention_mask, "batch_size": batch_size, "name": "prompts"}
     data = pairs_of(model, prompts, None, **options)
-    data.check_metric(metric)
+    metric = data.metric(metric)
     adapter, factor = data.adapter, float(scale)
     chosen, steered = _steering(adapter, graph, nodes, factor, {} if saes is None else saes)
     before, after = _measured(data, metric, steered)

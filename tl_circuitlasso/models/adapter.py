@@ -25,6 +25,7 @@ from tl_circuitlasso.models.architecture import (
     kind_of,
     layout_of,
     norm_at,
+    refuse_circumstances,
     refuse_unsupported,
     shape_of,
 )
@@ -45,6 +46,7 @@ def adapt(model: Any) -> "Adapter":
     attention, 4-bit weights, weights without values (meta device) and NaN or infinite weights.
     """
     kind = kind_of(model)
+    refuse_circumstances(model)
     refuse_unsupported(model)
     check_weights(model)
     return Adapter(model, kind)

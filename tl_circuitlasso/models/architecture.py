@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tl_circuitlasso.errors import ModelError
+from tl_circuitlasso.errors import InputError, ModelError
 from tl_circuitlasso.models.hooks import find_module, is_a
 from tl_circuitlasso.models.norms import Norm, read_norm
 
@@ -55,6 +55,8 @@ def kind_of(model: object) -> str:
     if is_a(model, "TransformerBridge"):
         return "TransformerBridge"
     name = type(model).__name__
+    if is_a(model, "OptimizedModule"):
+        raise ModelError("`model` is what torch.compile returned, whose hooks don't fire: give the model that went in")
     if is_a(model, *ENCODERS):
         raise ModelError(f"`model` is a {name}; encoders and encoder-decoders are not supported, only decoders are")
     raise ModelError(
@@ -71,6 +73,19 @@ def architecture_of(model: Any) -> str:
         if isinstance(value, str) and value:
             return value
     return type(model).__name__
+
+
+def refuse_circumstances(model: Any) -> None:
+    """Raise an error for what keeps any model from being run and listened to."""
+    if getattr(model, "_compiled_call_impl", None) is not None:
+        raise ModelError(
+            "`model` was compiled in place (model.compile()), so its hooks don't fire: load it again, or set "
+            "`model._compiled_call_impl = None`"
+        )
+    if torch.empty(0).device.type == "meta":
+        raise InputError(
+            "torch's default device is 'meta', where tensors have no values: call torch.set_default_device('cpu') first"
+        )
 
 
 def refuse_unsupported(model: Any) -> None:

@@ -20,6 +20,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_circuitlasso._checks import shortened
 from tl_circuitlasso.errors import InputError, ModelError
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.nodes import Block, NodeIndex, component_index
@@ -182,10 +183,14 @@ def as_basis(basis: "str | Basis") -> Basis:
     ------
     InputError: no basis of that name.
     """
-    if not isinstance(basis, str):
+    if isinstance(basis, Basis):
         return basis
-    if basis not in BASES:
-        raise InputError(f"`basis` {basis!r} is unknown: use one of {', '.join(map(repr, BASES))} or a Basis object")
+    if isinstance(basis, Mapping):
+        raise InputError("`basis` is a mapping: features of SAEs are tcl.SAEFeatures({hook: sae, ...})")
+    if not isinstance(basis, str) or basis not in BASES:
+        raise InputError(
+            f"`basis` {shortened(basis)} is unknown: use one of {', '.join(map(repr, BASES))} or a Basis object"
+        )
     return BASES[basis]()
 
 

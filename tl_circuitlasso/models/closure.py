@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tl_circuitlasso.errors import ModelError
 from tl_circuitlasso.models.adapter import Adapter
+from tl_circuitlasso.models.hooks import disturbances
 from tl_circuitlasso.models.rotary import position_ids
 from tl_circuitlasso.models.weights import Port, repeat_heads
 
@@ -68,8 +69,11 @@ def closure_check(
 def _message(adapter: Adapter, relation: str, error: float, tolerance: float) -> str:
     kind, _, layer = relation.partition(".")
     where = f"in layer {layer} " if layer else ""
-    writers = "; this architecture is not supported"
-    readers = "; `design='activation'` doesn't need it and works"
+    if found := disturbances(adapter.model):
+        writers = readers = f". What can cause that: {'; '.join(found)}"
+    else:
+        writers = "; this architecture is not supported"
+        readers = "; `design='activation'` doesn't need it and works"
     return (
         f"the closure check of `{kind}` failed {where}of {adapter.architecture}: relative error {error:.2g}, tolerance "
         f"{tolerance:.0e} for {adapter.dtype}{writers if kind == 'residual' else readers}"

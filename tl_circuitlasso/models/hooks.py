@@ -6,12 +6,15 @@ themselves, found by walking attributes: TransformerLens' own `run_with_hooks` m
 name that a bridge passes to a hook depends on its mode.
 """
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from tl_circuitlasso.errors import ModelError
 
 Observer = Callable[[Tensor], Tensor | None]
 
@@ -78,16 +81,61 @@ def _as_torch_hook(observer: Observer) -> Callable[[nn.Module, Any, Tensor], Ten
 
 @contextmanager
 def resting(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module gets its own training flag back."""
-    training = [module for module in _all_modules(model) if module.training]
+    """Evaluation mode without gradients; every module gets its own training flag back.
+
+    Raises
+    ------
+    ModelError: another thread has this model at work, whose hooks would hear this thread's activations.
+    """
+    with _in_one_thread(model):
+        training = [module for module in _all_modules(model) if module.training]
+        try:
+            for module in training:
+                module.training = False
+            with torch.no_grad():
+                yield
+        finally:
+            for module in training:
+                module.training = True
+
+
+_at_work: dict[int, list[int]] = {}  # by the model's id: the thread that has it at work, and how deep its blocks are
+_looking = threading.Lock()
+
+
+@contextmanager
+def _in_one_thread(model: nn.Module) -> Iterator[None]:
+    own = threading.get_ident()
+    with _looking:
+        entry = _at_work.setdefault(id(model), [own, 0])
+        if entry[0] != own:
+            raise ModelError(
+                "`model` is at work in another thread, whose hooks would hear this one's activations: take turns, or "
+                "give each thread a model of its own"
+            )
+        entry[1] += 1
     try:
-        for module in training:
-            module.training = False
-        with torch.no_grad():
-            yield
+        yield
     finally:
-        for module in training:
-            module.training = True
+        with _looking:
+            entry[1] -= 1
+            if not entry[1]:
+                del _at_work[id(model)]
+
+
+def disturbances(model: nn.Module) -> list[str]:
+    """What besides the architecture can make a model compute something else than its weights say."""
+    found = []
+    for name, module in model.named_modules():
+        if hasattr(module, "use_error_term") and not module.use_error_term:
+            found.append(
+                f"an SAE without its error term is attached at `{name}` (model.reset_saes(), or use_error_term)"
+            )
+        elif getattr(module, "fwd_hooks", ()):
+            found.append(f"a hook of yours is attached at `{name}` (model.reset_hooks(including_permanent=True))")
+    if torch.is_autocast_enabled() or torch.is_autocast_enabled("cpu"):
+        found.append("torch.autocast is on (leave its block)")
+    return found
 
 
 def _all_modules(model: nn.Module) -> Iterator[nn.Module]:

@@ -10,10 +10,10 @@
 | Labels          | the columns of a linear probe, less their mean      | KL to the probe's prediction, in nats |
 | Values          | a linear probe                                      | absolute change                      |
 
-A component that moves all logits without moving the prediction costs nothing and gets no edge. Of a large vocabulary the
-two tokens are those that contribute most to the divergence between the two prompts' predictions. What happens among the
-others, and between them and the two, is seen to second order: with p the prediction, the two tokens one class of mean
-column w, and signs s drawn at random,
+A component that moves all logits without moving the prediction costs nothing and gets no edge. Of a large vocabulary
+the two tokens are those that contribute most to the divergence between the two prompts' predictions. What happens among
+the others, and between them and the two, is seen to second order: with p the prediction, the two tokens one class of
+mean column w, and signs s drawn at random,
 
     KL = (p_a + p_b) KL_ab + 1/2 E (sum_i s_i sqrt(p_i) (w_i - w_mean) . x)^2 + ...
 """
@@ -25,10 +25,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.models.adapter import Adapter
+from tl_circuitlasso.models.metric import check_answers
 from tl_circuitlasso.models.views import Pairing
-from tl_circuitlasso.targets import LogitDiff, Target, Values
+from tl_circuitlasso.targets import LogitDiff, Target, Values, answers_mean
 
 FEW_LOGITS = 32  # up to so many logits are all followed; of a larger vocabulary, the two that the pair is about
 
@@ -148,15 +148,13 @@ def outcome(
 ) -> Outcome:
     """Directions and base values of the target for every pair; all logits are followed if there are at most `few`,
     else `generator` draws a direction of those that aren't."""
-    weight, bias = adapter.unembed()
+    weight, _ = adapter.unembed()
     if target is None:
         return _of_logits(adapter, acts, pairs, few, generator)
     if isinstance(target, LogitDiff):
-        ids = torch.stack([torch.as_tensor(target.correct), torch.as_tensor(target.incorrect)])[:, prompts.cpu()]
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < weight.shape[1]:
-            raise InputError(f"`target` names token {int(ids.max())}, the model has logits 0 to {weight.shape[1] - 1}")
-        columns = weight.T[ids.to(weight.device)[:, pairs.own]]
-        return Outcome((columns[0] - columns[1])[:, None], None)
+        check_answers(target, weight.shape[1])
+        right, wrong = (_answer_column(weight, ids[pairs.own.cpu()]) for ids in target.ids(prompts))
+        return Outcome((right - wrong)[:, None], None)
     assert probe is not None
     directions = probe.weight.T.to(weight).expand(len(pairs.own), -1, -1)
     if isinstance(target, Values):
@@ -164,6 +162,14 @@ def outcome(
     directions = directions - directions.mean(1, keepdim=True)
     stream = _final(adapter, acts, pairs)
     return Outcome(directions, stream @ probe.weight.to(stream) + probe.bias.to(stream))
+
+
+def _answer_column(
+    weight: Float[Tensor, "d_model vocab"], ids: Int[Tensor, "pair answer"]
+) -> Float[Tensor, "pair d_model"]:
+    """The unembedding's column of each pair's answer, of several their mean."""
+    ids = ids.to(weight.device)
+    return answers_mean(weight.T[ids.clamp_min(0)], ids)
 
 
 def _final(adapter: Adapter, acts: Mapping[str, Tensor], pairs: Pairing) -> Float[Tensor, "pair d_model"]:

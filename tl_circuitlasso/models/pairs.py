@@ -6,7 +6,7 @@ the last column, the logits at each prompt's last real token; every other column
 given, and a metric that reads pads there is refused.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -16,10 +16,9 @@ from torch import Tensor
 
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.models.adapter import Adapter, adapt
+from tl_circuitlasso.models.metric import Metric, as_metric
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
 from tl_circuitlasso.models.tokens import Batch, Prompts
-
-Metric = Callable[[Tensor, Tensor], Tensor]  # (logits of a batch, its rows in the data set) -> sum over the rows
 
 
 class PairBatch(NamedTuple):
@@ -103,12 +102,20 @@ class Pairs:
         """Some of the pairs, numbered anew."""
         return Pairs(self.clean.take(rows), self.corrupted.take(rows))
 
-    def check_metric(self, metric: Metric) -> None:
-        """Raise an InputError for a metric that reads pads.
+    def metric(self, given: Any) -> Metric:
+        """A metric for these prompts, checked: a function of (logits, rows), or a LogitDiff.
 
-        On made-up logits, its value for the shortest prompt changes with those at the pads. Costs nothing where all
-        prompts have one length.
+        One that reads pads is found on made-up logits: its value for the shortest prompt changes with those at pads.
+
+        Raises
+        ------
+        InputError: it can't be called, it reads pads, or it is a LogitDiff of another number of prompts.
         """
+        metric = as_metric(given, self.adapter, len(self))
+        self._refuse_pads(metric)
+        return metric
+
+    def _refuse_pads(self, metric: Metric) -> None:
         mask = self.clean.whole().mask
         pads = ~mask
         pads[:, -1] = False
@@ -144,7 +151,8 @@ def _refuse_place(metric: Any) -> None:
 
 def _number(value: Any) -> Float[Tensor, "..."]:
     """A metric's value to be compared; whether it is one number is checked where it's measured."""
-    return torch.as_tensor(value).detach().double().cpu()
+    known = torch.as_tensor(value) if isinstance(value, Tensor | int | float) else torch.zeros(())
+    return known.detach().double().cpu()
 
 
 def pairs_of(

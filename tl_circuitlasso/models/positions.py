@@ -47,7 +47,7 @@ def as_positions(given: Any) -> Checked:
 
 def _as_tensor(given: Any) -> Tensor:
     try:
-        chosen = torch.as_tensor(np.ascontiguousarray(given) if isinstance(given, np.ndarray) else given)
+        chosen = torch.as_tensor(np.array(given) if isinstance(given, np.ndarray) else given)
     except (TypeError, ValueError, RuntimeError):
         chosen = torch.empty(0)
     if chosen.ndim == 0 and chosen.dtype != torch.bool and not chosen.is_floating_point() and chosen.numel():

@@ -75,7 +75,7 @@ def plain(given: Any, name: str) -> Any:
         if given.ndim != 1:
             raise InputError(f"`{name}` is a table of shape {given.shape}; give the one column that holds the prompts")
         return given.tolist()
-    return torch.as_tensor(np.ascontiguousarray(given))
+    return torch.from_numpy(np.array(given, order="C"))  # a copy: those of tables are read-only
 
 
 def pieces(adapter: Adapter, items: Iterable[Any], size: int, name: str) -> Iterator[Held]:
@@ -186,7 +186,8 @@ def _batch(adapter: Adapter, item: Any, number: int, name: str) -> Held:
         if len(parts) == 2 and all(isinstance(part, Tensor) and part.ndim == 2 for part in parts):
             return checked_pair(adapter, *parts, name)
         rows = [_unwrapped(part, name) for part in parts]
-        if rows and all(map(_is_single, rows)):
+        alike = len({part.ndim for part in parts if isinstance(part, Tensor)}) <= 1  # else tokens with labels
+        if rows and alike and all(map(_is_single, rows)):
             return _together(adapter, rows, 0, name)
     raise InputError(
         f"`{name}`: item {number} is a {type(item).__name__}; each item must be a prompt (a string, or its token ids), "
@@ -248,7 +249,7 @@ def as_mask(given: Any) -> Bool[Tensor, "..."]:
     InputError: something else.
     """
     try:
-        mask = given if isinstance(given, Tensor) else torch.as_tensor(np.ascontiguousarray(given))
+        mask = given if isinstance(given, Tensor) else torch.from_numpy(np.array(given, order="C"))
     except (TypeError, ValueError, RuntimeError):
         raise InputError(f"`attention_mask` is a {type(given).__name__}; give a tensor (batch, pos)") from None
     if bool(((mask != 0) & (mask != 1)).any()):

@@ -280,9 +280,7 @@ def make_pairs(
     return Pairing.joined(parts)
 
 
-def _chances(
-    keep: Bool[Tensor, "pair pos"], apart: Float[Tensor, "pair pos"] | None
-) -> Float[Tensor, "pair pos"]:
+def _chances(keep: Bool[Tensor, "pair pos"], apart: Float[Tensor, "pair pos"] | None) -> Float[Tensor, "pair pos"]:
     """With which chance each kept position is drawn: all alike, or mostly by how far apart predictions are there."""
     alike = keep.double() / keep.sum(1, keepdim=True).clamp_min(1)
     if apart is None:

@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.bases import principal_directions
+from tl_circuitlasso.models.metric import answer_difference
 from tl_circuitlasso.sites import Site
 from tl_circuitlasso.targets import LogitDiff, Target
 
@@ -73,16 +73,6 @@ def columns(
         final = acts[f"blocks.{adapter.shape.n_layers - 1}.hook_resid_post"] / acts["scale.final"]
         return final[keep] @ metric.to(final)
     if isinstance(target, LogitDiff):
-        return _logit_difference(acts["logits"], keep, target, prompts)[:, None]
+        return answer_difference(acts["logits"], target, prompts)[keep][:, None]
     values = target.y[prompts.cpu()].to(keep.device)
     return values.double()[:, None].expand(keep.shape)[keep][:, None]
-
-
-def _logit_difference(
-    logits: Float[Tensor, "batch pos vocab"], keep: Bool[Tensor, "batch pos"], target: LogitDiff, prompts: Tensor
-) -> Float[Tensor, " sample"]:
-    ids = torch.stack([torch.as_tensor(target.correct), torch.as_tensor(target.incorrect)])[:, prompts.cpu()]
-    if int(ids.max()) >= logits.shape[-1] or int(ids.min()) < 0:
-        raise InputError(f"`target` names token {int(ids.max())}, the model has logits 0 to {logits.shape[-1] - 1}")
-    ids = ids.to(logits.device)[:, :, None, None].expand(2, *logits.shape[:2], 1)
-    return (logits.gather(2, ids[0]) - logits.gather(2, ids[1])).squeeze(2)[keep]

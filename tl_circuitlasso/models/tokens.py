@@ -24,8 +24,8 @@ from tl_circuitlasso.models.prompt_forms import AnyPrompts, Held, held_or_stream
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Some prompts: `mask` is True at real tokens, `keep` at the positions that are samples; `partners` are the prompts'
-    counterparts where they have some, of the same lengths."""
+    """Some prompts: `mask` is True at real tokens, `keep` at the positions that are samples; `partners` are the
+    prompts' counterparts where they have some, of the same lengths."""
 
     tokens: Int[Tensor, "batch pos"]
     mask: Bool[Tensor, "batch pos"]

@@ -59,6 +59,8 @@ def differentiable(adapter: Adapter) -> Iterator[None]:
 
     Shared key and value heads of a HookedTransformer are repeated, so that each head has keys and values of its own.
     """
+    if torch.is_inference_mode_enabled():
+        raise InputError("torch.inference_mode is on, which forbids derivatives: leave its block, or use torch.no_grad")
     model = adapter.model
     parameters = [p for p in _parameters(model) if p.requires_grad]
     try:

@@ -7,8 +7,8 @@ line is exact: with a bar for the mean of both ends,
     P'_q - P_q         = L_q (ds_q - sum_r L_r ds_r / sum_r L_r),     L = (P' - P) / (log P' - log P)
     x' / c' - x / c    = mean(1/c) dx - x_bar (2/d x_bar . dx) / (c c' (c + c')),     c^2 = mean(x^2) + eps
 
-L is the logarithmic mean of the two probabilities: a softmax is met exactly however sharp it is (up to gaps of 100 between
-scores, beyond which single precision knows no probability), wherever between the two prompts its scores cross.
+L is the logarithmic mean of the two probabilities: a softmax is met exactly however sharp it is (up to gaps of 100
+between scores, beyond which single precision knows no probability), wherever between the two prompts scores cross.
 """
 
 from collections.abc import Callable, Mapping, Sequence

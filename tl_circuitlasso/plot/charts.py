@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from matplotlib.transforms import ScaledTranslation
 
+from tl_circuitlasso._checks import instance
 from tl_circuitlasso.comparison.common import Common
 from tl_circuitlasso.comparison.figures import rank_correlation
 from tl_circuitlasso.errors import InputError
@@ -56,6 +57,7 @@ def strength_path(
     ------
     InputError: fewer than two strengths, one that isn't above 0, or a `chosen` that isn't among them.
     """
+    instance("graphs", graphs, Mapping, "{strength: graph, ...}, a graph for each strength")
     strengths = sorted(graphs, reverse=True)
     if len(strengths) < 2 or strengths[-1] <= 0:
         raise InputError(f"`graphs` has the strengths {strengths}: give at least two, all above 0")
@@ -273,8 +275,11 @@ def curves(
     ------
     InputError: no curve, or one whose `sizes` and `faithfulness` differ in length.
     """
+    instance("named", named, Mapping, "{name: curve, ...}, with curves as evaluate.curve returns them")
     if not named:
         raise InputError("`named` is empty: give at least one curve")
+    for name, curve in named.items():
+        instance(f"named[{name!r}]", curve, Curve, "a curve as evaluate.curve returns it")
     figure, axes = style.axes_for(ax, 6.8, 4.4)
     style.plain(axes)
     for number, (name, curve) in enumerate(named.items()):

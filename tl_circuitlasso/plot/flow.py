@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, PathPatch
 from matplotlib.path import Path
 
+from tl_circuitlasso._checks import instance
 from tl_circuitlasso.apps.concepts import Concepts
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.explain import label
@@ -44,6 +45,7 @@ def flow(
     ------
     InputError: numbers below 0, nothing to draw, an unknown suffix, or a path that can't be written to.
     """
+    instance("found", found, Concepts, "what apps.concepts returned; a graph is drawn by plot.circuit")
     for name, value in {"chains": chains, "merges": merges, "drops": drops}.items():
         if not isinstance(value, int) or value < 0:
             raise InputError(f"`{name}` is {value!r}: give a whole number, 0 or more")

@@ -1,0 +1,142 @@
+"""Which edges of design `read` are costly enough: the candidates with their costs, and the rule that chooses."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tl_circuitlasso.garrote import RESAMPLES, Child
+from tl_circuitlasso.nodes import NodeIndex
+from tl_circuitlasso.relevance import bound, narrowest
+from tl_circuitlasso.stopping import widest_gap
+
+RUNAWAY = 10.0  # times the target's costliest edge: estimates beyond are bounded by what is passed on
+
+
+def mean_of(total: Float[Tensor, "fold *edges"], pairs: Float[Tensor, " fold"]) -> Float[Tensor, "*edges"]:
+    """The mean over all folds, each with as many pairs as it has."""
+    return total.sum(0) / pairs.sum()
+
+
+@dataclass(frozen=True, eq=False)
+class Edges:
+    """All candidate edges as columns; `pair` numbers the (source, target) pair that an edge's ports belong to."""
+
+    ranks: Int[Tensor, " node"]
+    source: Int[Tensor, " edge"]
+    target: Int[Tensor, " edge"]
+    port: Int[Tensor, " edge"]
+    sign: Float[Tensor, " edge"]
+    port_cost: Float[Tensor, "fold edge"]
+    port_effect: Float[Tensor, "fold edge"] | None
+    pair: Int[Tensor, " edge"]
+    pair_source: Int[Tensor, " pair"]
+    pair_target: Int[Tensor, " pair"]
+    cost: Float[Tensor, "fold pair"]
+    judged: Float[Tensor, "fold pair"]
+    squares: bool
+
+    @classmethod
+    def of(cls, index: NodeIndex, found: list[Child], squares: bool) -> "Edges":
+        start, columns = 0, []
+        for child in found:
+            n, p = len(child.parents), len(child.ports)
+            columns.append(
+                {
+                    "source": child.parents.repeat(p),
+                    "target": torch.full((n * p,), child.node),
+                    "port": torch.tensor(child.ports).repeat_interleave(n),
+                    "sign": torch.where(child.rows.T @ child.rows.sum(1) < 0, -1.0, 1.0).double(),
+                    "pair": start + torch.arange(n).repeat(p),
+                    "pair_source": child.parents,
+                    "pair_target": torch.full((n,), child.node),
+                }
+            )
+            start += n
+        return cls(
+            ranks=index.ranks,
+            **{name: torch.cat([column[name] for column in columns]) for name in columns[0]},
+            port_cost=torch.cat([child.cost for child in found], dim=1),
+            port_effect=None if found[0].effect is None else torch.cat([child.effect for child in found], dim=1),
+            cost=torch.cat([child.merged for child in found], dim=1),
+            judged=torch.cat([child.judged for child in found], dim=1),
+            squares=squares,
+        )
+
+    def bounded(self, cost: Float[Tensor, " pair"]) -> tuple[Float[Tensor, " pair"], Float[Tensor, " node"]]:
+        """Pairs' costs, bounded by what their children pass on where estimates run away; and what every node passes on.
+
+        In a deep network straight lines can extrapolate to many times what the target's own edges cost.
+        """
+        if float(cost.max()) <= RUNAWAY * self.costliest(cost):
+            return cost, torch.full((len(self.ranks),), torch.inf, dtype=cost.dtype)
+        root = torch.tensor([len(self.ranks) - 1])
+        return bound(self.pair_source, self.pair_target, cost, ranks=self.ranks, roots=root)
+
+    def costliest(self, cost: Float[Tensor, " pair"]) -> float:
+        """What the target's own costliest edge costs: the unit of the choice, since nothing in between runs away."""
+        return float(cost[self.pair_target == len(self.ranks) - 1].max())
+
+    def of_pairs(self, values: Tensor) -> Tensor:
+        """A value per pair as a value per edge."""
+        return values[self.pair]
+
+    def port_scores(self, cost: Float[Tensor, " pair"], port_cost: Float[Tensor, " edge"]) -> Float[Tensor, " edge"]:
+        """The pair's cost shared out: its costliest port carries it whole, the others in proportion to theirs."""
+        largest = torch.zeros_like(cost).scatter_reduce(0, self.pair, port_cost, "amax")
+        return self.of_pairs(cost) * port_cost / self.of_pairs(largest).clamp_min(1e-300)
+
+    def ports_above(self, bar: float, pairs: Float[Tensor, " fold"]) -> Bool[Tensor, " edge"]:
+        """Which ports carry enough of their pair's cost; squares where edges are judged by squares."""
+        judged = self.bounded(mean_of(self.judged, pairs))[0]
+        share = self.port_scores(torch.ones_like(judged), mean_of(self.port_cost, pairs))
+        return self.of_pairs(judged) * (share.square() if self.squares else share) > bar
+
+    def carried(self, found: list[Child], kept: Bool[Tensor, " edge"]) -> float:
+        """The share of the target's difference that the kept edges are expected to carry, from 0 to 1.
+
+        r(v) = sum over kept u -> v of E(g[u -> v] y_v) / E(y_v^2) r(u), r(input) = 1, within [0, 1]: the shares of a
+        child's parents add up to 1.
+        """
+        share = torch.zeros(len(self.ranks), dtype=torch.float64)
+        share[0], start = 1.0, 0
+        for child in found:
+            stop = start + child.rows.shape[1]
+            rows = child.rows.double()
+            total = rows.sum(1)
+            square, products = float(total.square().sum()), rows.T @ total
+            through = (products * kept[start:stop] * share[self.source[start:stop]]).sum()
+            share[child.node] = (through / square).clamp(0, 1) if square > 0 else 0.0
+            start = stop
+        return float(share[-1])
+
+    def choose(
+        self, cost: Float[Tensor, " pair"], node_cost: Float[Tensor, " node"]
+    ) -> tuple[Bool[Tensor, " pair"], float]:
+        """Which pairs are costly enough, between nodes that are; and the cost that is enough."""
+        cost, passed = self.bounded(cost)
+        node_cost, largest = torch.minimum(node_cost, passed[:-1]), self.costliest(cost)
+        matters = torch.ones(len(node_cost) + 1, dtype=torch.bool)
+        matters[1:-1] = node_cost[1:] > widest_gap(node_cost[1:])  # input and target always do
+        inside = matters[self.pair_source] & matters[self.pair_target]
+        way = self._narrowest(torch.where(inside, cost, 0.0))
+        if not way > 0:  # the nodes that matter are on no path: leave the choice to the edges
+            inside, way = torch.ones_like(inside), self._narrowest(cost)
+        bar = min(widest_gap(cost[inside], largest=largest), way * (1 - 1e-9))
+        return inside & (cost > bar), bar
+
+    def _narrowest(self, cost: Float[Tensor, " pair"]) -> float:
+        return narrowest(self.pair_source, self.pair_target, cost, ranks=self.ranks, start=0, end=len(self.ranks) - 1)
+
+    def stability(
+        self, pairs: Float[Tensor, " fold"], node_cost: Float[Tensor, "fold node"], generator: torch.Generator
+    ) -> Float[Tensor, " pair"]:
+        """The share of bootstrap resamples of the folds in which a pair is chosen."""
+        chosen = torch.zeros(self.judged.shape[1], dtype=torch.float64)
+        for _ in range(RESAMPLES):
+            draw = torch.randint(len(pairs), (len(pairs),), generator=generator)
+            draw = draw[pairs[draw] > 0]
+            if draw.numel():
+                chosen += self.choose(mean_of(self.judged[draw], pairs[draw]), mean_of(node_cost[draw], pairs[draw]))[0]
+        return chosen / RESAMPLES

@@ -1,0 +1,147 @@
+"""The regressions of design `read`: a certified non-negative garrote over what a child's parents contribute."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_circuitlasso import schema, solve
+from tl_circuitlasso.nodes import NodeIndex
+from tl_circuitlasso.schema import FOLDS
+from tl_circuitlasso.sites import PORTS
+from tl_circuitlasso.statistics import Statistics
+
+SMALL = 128  # columns up to which FISTA is done before a compiled solver has been loaded
+FINEST = 1e-9  # relative duality gap that double precision reaches safely
+RESAMPLES = 50  # bootstrap resamples behind an edge's stability
+RULES = ("cv", "ebic", "mcp")  # strengths that choose themselves
+
+
+@dataclass(frozen=True, eq=False)
+class Child:
+    """One child's regression and costs; columns are the parents in the order of computation, ports q, k, v in turn.
+
+    rows: what each parent contributes, a row a pair and direction; cost, effect: by fold and column; merged: cost by
+    fold and parent; judged: by what parents are chosen, the same or a number's squared change.
+    """
+
+    node: int
+    ports: tuple[int, ...]
+    parents: Int[Tensor, " parent"]
+    rows: Float[Tensor, "row column"]
+    cost: Float[Tensor, "fold column"]
+    effect: Float[Tensor, "fold column"] | None
+    merged: Float[Tensor, "fold parent"]
+    judged: Float[Tensor, "fold parent"]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How sparse the regressions are to be: a fraction of each one's lambda_max, a rule's name, or "auto" and
+    "stability", where one lambda holds for all: the same explained part of the target's difference from every edge.
+
+    least: that lambda, in squared units of the target (or nats); pairs: how many the rows stand for; decides: whether
+    edges are chosen by it, so that zeros have to be told from small numbers.
+    """
+
+    strength: float | str
+    least: float
+    pairs: float
+    tol: float
+    decides: bool
+
+    def tolerance(self, square: float) -> float:
+        """The relative gap that a child of mean square contribution `square` needs."""
+        return min(self.tol, max(FINEST, 0.2 * self.least / max(square, 1e-300))) if self.decides else self.tol
+
+
+def children(statistics: Statistics, index: NodeIndex) -> list[Child]:
+    """Every child's regression and costs, in the order of computation."""
+    numbers: dict[str, int] = {}
+    found, start = [], 0
+    rows = statistics.rows[schema.CONTRIBUTIONS]
+    for block, where in zip(index.blocks[1:], index.slices[1:]):
+        site = block.site
+        key = schema.group(site)
+        number = numbers[key] = numbers.get(key, -1) + 1
+        merged = statistics.sums[schema.cost(key)].cpu()[:, number]
+        ports = (1, 2, 3) if site.kind == "head" else (0,)
+
+        stop = start + merged.shape[1] * len(ports)
+        names = [PORTS[port] for port in ports]
+        cost = _columns(statistics, [schema.cost(key, name) for name in names], number)
+        effects = [schema.effect(key, name) for name in names]
+        effect = _columns(statistics, effects, number) if effects[0] in statistics.sums else None
+        parents = torch.arange(merged.shape[1])
+        judged = statistics.sums.get(schema.square(key), statistics.sums[schema.cost(key)]).cpu()[:, number]
+        found.append(Child(where.start, ports, parents, rows[:, start:stop], cost, effect, merged, judged))
+        start = stop
+    return found
+
+
+def _columns(statistics: Statistics, keys: list[str], number: int) -> Float[Tensor, "fold column"]:
+    """One child's part of some sums of its group, side by side."""
+    return torch.cat([statistics.sums[key].cpu()[:, number] for key in keys], dim=1)
+
+
+def garrote(child: Child, asked: Asked) -> solve.Solution:
+    """The child's regression. Columns that can't enter at this lambda, |g_u| |y| <= N lambda, are left out."""
+    rows = child.rows.double()
+    total = rows.sum(1)
+    square = float(total.square().sum()) / asked.pairs
+    penalty = solve.L1(non_negative=True)
+    if asked.strength in RULES:
+        everything = _moments(rows, total, asked.pairs)
+        parts = torch.arange(len(rows)).tensor_split(FOLDS)
+        folds = [_moments(rows[part], total[part], asked.pairs / FOLDS) for part in parts]
+        choice = solve.select(everything, rule=str(asked.strength), folds=folds, penalty=penalty, tol=asked.tol)
+        return choice.solution
+    largest = float((rows.T @ total).amax().clamp_min(0)) / asked.pairs
+    least = asked.least if isinstance(asked.strength, str) else float(asked.strength) * largest
+    bound = rows.square().sum(0).div(asked.pairs).sqrt() * square**0.5
+    able = bound > least if least < largest else torch.zeros_like(bound, dtype=torch.bool)
+    if not bool(able.any()):
+        able[:1] = True  # a regression on one column, which stays at 0, for the proof
+    data = _moments(rows[:, able], total, asked.pairs)
+    start = None if asked.decides or not isinstance(asked.strength, str) else torch.ones_like(data.cross)
+    solution = solve.lasso(
+        data.gram,
+        data.cross,
+        target_sq_norm=data.target_sq_norm,
+        strength=least,
+        strength_is="absolute",
+        penalty=penalty,
+        tol=asked.tolerance(square),
+        init=start,  # without a penalty the child is the sum of its parents, each with weight 1
+        solver="fista" if len(data.cross) <= SMALL and not asked.decides else "auto",
+    )
+    value = solution.value.new_zeros(rows.shape[1], 1)
+    value[able] = solution.value
+    return replace(solution, value=value)
+
+
+def _moments(rows: Float[Tensor, "row column"], total: Float[Tensor, " row"], pairs: float) -> solve.Moments:
+    gram, cross = rows.T @ rows / pairs, (rows.T @ total)[:, None] / pairs
+    return solve.Moments(gram, cross, total.square().sum()[None] / pairs, pairs)
+
+
+def resampled(
+    found: list[Child], solutions: list[solve.Solution], asked: Asked, generator: torch.Generator
+) -> Float[Tensor, " edge"]:
+    """The share of bootstrap resamples of the rows in which an edge keeps its weight, all other weights being as they
+    are: its column's product with what is left without it exceeds lambda."""
+    parts = []
+    for child, solution in zip(found, solutions):
+        rows, weight = child.rows.double(), solution.value[:, 0]
+        stability = torch.zeros_like(weight)
+        active = (weight > 0).nonzero().flatten()
+        if len(active):
+            left = rows.sum(1) - rows[:, active] @ weight[active]
+            products = rows[:, active] * (left[:, None] + rows[:, active] * weight[active])
+            draws = torch.randint(len(rows), (RESAMPLES, len(rows)), generator=generator)
+            counts = torch.zeros(RESAMPLES, len(rows), dtype=torch.float64)
+            counts.scatter_add_(1, draws, torch.ones_like(counts))
+            stability[active] = (counts @ products / asked.pairs > asked.least).double().mean(0)
+        parts.append(stability)
+    return torch.cat(parts)

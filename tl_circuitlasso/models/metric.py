@@ -1,0 +1,111 @@
+"""What a circuit should keep high, as every measurement asks for it: `metric(logits, rows)`, summed over the rows."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_circuitlasso._checks import function
+from tl_circuitlasso.errors import InputError
+from tl_circuitlasso.models.adapter import Adapter
+from tl_circuitlasso.targets import LogitDiff, Target, answers_mean, check_length
+
+Metric = Callable[[Tensor, Tensor], Tensor]  # (logits of a batch, its rows in the data set) -> sum over the rows
+
+
+@dataclass(frozen=True, eq=False)
+class PromptMetric:
+    """A metric that also gives one value per prompt, `each(logits, rows)`; called, it returns their sum.
+
+    position: the one column that it reads of every prompt, where it reads one.
+    """
+
+    each: Metric
+    position: int | None = None
+
+    def __call__(self, logits: Float[Tensor, "batch pos vocab"], rows: Int[Tensor, " batch"]) -> Float[Tensor, ""]:
+        return self.each(logits, rows).sum()
+
+
+def as_metric(given: Any, adapter: Adapter, prompts: int) -> Metric:
+    """A metric as it can be called: a function as it is, a `LogitDiff` at each prompt's last real token.
+
+    Raises
+    ------
+    InputError: neither, or a LogitDiff of another number of prompts.
+    """
+    if not isinstance(given, LogitDiff):
+        return function(
+            "metric", given, "metric(logits, rows) -> sum over rows, or a tcl.LogitDiff(correct, incorrect)"
+        )
+    check_length(given, prompts, "metric")
+    target = with_tokens(given, adapter)
+    assert isinstance(target, LogitDiff)
+    return PromptMetric(
+        lambda logits, rows: answer_difference(logits[:, -1:], target, rows, "metric")[:, 0], position=-1
+    )
+
+
+def answer_difference(
+    logits: Float[Tensor, "batch pos vocab"], target: LogitDiff, prompts: Int[Tensor, " batch"], name: str = "target"
+) -> Float[Tensor, "batch pos"]:
+    """The mean logit of each prompt's correct answers less that of its incorrect ones, at every position.
+
+    Raises
+    ------
+    InputError: an answer that isn't in the vocabulary.
+    """
+    check_answers(target, logits.shape[-1], name)
+
+    def mean(ids: Int[Tensor, "batch answer"]) -> Float[Tensor, "batch pos"]:
+        ids = ids.to(logits.device)
+        chosen = logits.gather(2, ids.clamp_min(0)[:, None].expand(-1, logits.shape[1], -1))
+        return answers_mean(chosen.transpose(1, 2), ids)
+
+    right, wrong = target.ids(prompts)
+    return mean(right) - mean(wrong)
+
+
+def check_answers(target: LogitDiff, vocabulary: int, name: str = "target") -> None:
+    """Raise an InputError for an answer behind the last logit."""
+    for part in (target.correct, target.incorrect):
+        if isinstance(part, Tensor) and part.numel() and int(part.max()) >= vocabulary:
+            raise InputError(f"`{name}` names token {int(part.max())}, the model has logits 0 to {vocabulary - 1}")
+
+
+def with_tokens(target: Target, adapter: Adapter) -> Target:
+    """The target with its words looked up by the model's tokenizer.
+
+    Raises
+    ------
+    InputError: a word that isn't one token; the message has its pieces.
+    """
+    if not isinstance(target, LogitDiff) or not target.words:
+        return target
+    return target.looked_up(lambda word, name: token_of(adapter, word, name))
+
+
+def token_of(adapter: Adapter, word: str, name: str) -> int:
+    """The id of a word of one token.
+
+    Raises
+    ------
+    InputError: no tokenizer, or a word of more or less than one token, or one that it doesn't know.
+    """
+    if not adapter.has_tokenizer:
+        raise InputError(f"`{name}` has the word {word!r}, but the model has no tokenizer; give token ids")
+    tokens = [] if not word else adapter.to_tokens([word])[0][0].tolist()
+    if tokens and tokens[0] == adapter.special_ids()[0]:
+        tokens = tokens[1:]
+    tokenizer: Any = adapter.model.tokenizer
+    if tokens == [getattr(tokenizer, "unk_token_id", None)]:
+        raise InputError(f"`{name}` has {word!r}, which the tokenizer doesn't know: give another word, or a token id")
+    if len(tokens) != 1:
+        pieces = tokenizer.convert_ids_to_tokens(tokens)
+        raise InputError(
+            f"`{name}` has {word!r}, which is {len(tokens)} tokens to the tokenizer ({' '.join(map(repr, pieces))}): "
+            "give a word of one token, with its leading space, or a token id"
+        )
+    return int(tokens[0])
