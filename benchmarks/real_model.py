@@ -54,7 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _measure(options: argparse.Namespace) -> int:
     model = load_model(options.model) if options.model else story_model(data_folder("models", "stories260K"))
-    model.to(options.device)
+    if options.device != "cpu":
+        model.to(options.device)
     results, left_out = [], {}
     for name in options.tasks.split(","):
         began = time.perf_counter()

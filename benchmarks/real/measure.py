@@ -152,8 +152,14 @@ def circuits(
     choosers = {method.name for method in methods if method.chooses} & set(found.graphs)
     counts = [int(graph.kept.sum()) for name, graph in found.graphs.items() if name in choosers]
     own = {name: graph for name, graph in found.graphs.items() if name in choosers}
-    cut = {name: graph.top_k(counts[-1], ports=True) for name, graph in found.graphs.items() if counts}
+    cut = {name: strongest(graph, counts[-1]) for name, graph in found.graphs.items() if counts}
     return {name: _circuit(model, circuit, task, ablations, seed, name in own) for name, circuit in (cut | own).items()}
+
+
+def strongest(graph: AttributionGraph, count: int) -> AttributionGraph:
+    """The edges of largest |score|, q, k and v apart, as in the curves: on a path or not."""
+    order = graph.score.abs().argsort(descending=True, stable=True)
+    return graph.keep(torch.zeros_like(graph.kept).index_fill(0, order[:count], True))
 
 
 def _circuit(

@@ -31,7 +31,8 @@ from tl_circuitlasso.evaluate.metrics import PromptMetric
 from tl_circuitlasso.models.adapter import Adapter, adapt
 from tl_circuitlasso.targets import LogitDiff
 
-STORY_LENGTH = 24  # tokens, BOS included
+SAMPLE = 64  # pairs that say what length the others must have
+STORY_LENGTH, PIECES = 24, 1500  # tokens of a piece of text, BOS included, and how many are shuffled
 BATCH = 32  # prompts per forward pass
 DRAWS = 100_000  # of sentences, after which no new one is hoped for
 TRIES = 20  # pairs that may be looked at for each prompt that is wanted
@@ -249,28 +250,28 @@ def indirect_objects(adapter: Adapter, split: str, draw: random.Random, third: b
         raise InputError(f"`ioi` needs {2 + third} names that are single tokens: the tokenizer has {len(names)}")
     people = list(names) if shared else list(wording.half(list(names), split))
     pools = [list(single(adapter, words)) or list(words) for words in (wording.PLACES, wording.THINGS)]
-    frames = [
-        frame.format(place=place, thing=thing, a="{a}", b="{b}", s="{s}")
-        for frame, place, thing in itertools.product(wording.half(wording.INDIRECT_OBJECT, split), *pools)
-    ]
-    sample = {frame: len(encoded(adapter, frame.format(a=people[0], b=people[1], s=people[0]))) for frame in frames}
-    length = usual_length(sample.values())
-    usable = [frame for frame in frames if sample[frame] == length]
-    note = f"{len(people)} names{' (none held out)' if shared else ''}, {len(usable)} sentences of {length} tokens"
-    return _indirect_objects(adapter, usable, people, names, draw, third), note
+    frames = list(itertools.product(wording.half(wording.INDIRECT_OBJECT, split), *pools))
+    note = f"{len(people)} names{' (none held out)' if shared else ''}, {len(frames)} sentences"
+    return _equal(adapter, "ioi", _indirect_objects(frames, people, names, draw, third), note)
+
+
+Text = tuple[str, str, int, int]  # a prompt, its counterpart, and the right answer to each
 
 
 def _indirect_objects(
-    adapter: Adapter, frames: list[str], people: list[str], names: dict[str, int], draw: random.Random, third: bool
-) -> Iterator[Pair]:
+    frames: list[tuple[str, str, str]], people: list[str], names: dict[str, int], draw: random.Random, third: bool
+) -> Iterator[Text]:
     made: set[tuple[str, str]] = set()
     for _ in range(DRAWS):
-        frame, (a, b, other) = draw.choice(frames), (draw.sample(people, 3) if third else (*draw.sample(people, 2), ""))
+        frame, place, thing = draw.choice(frames)
+        a, b, *others = draw.sample(people, 2 + third)
         subject, receiver = draw.choice([(a, b), (b, a)])
-        clean, corrupted = (frame.format(a=a, b=b, s=name) for name in (subject, other if third else receiver))
+        clean, corrupted = (
+            frame.format(a=a, b=b, s=name, place=place, thing=thing) for name in (subject, *(others or [receiver]))
+        )
         if (clean, corrupted) not in made:
             made.add((clean, corrupted))
-            yield Pair(encoded(adapter, clean), encoded(adapter, corrupted), names[receiver], names[subject])
+            yield clean, corrupted, names[receiver], names[subject]
 
 
 def agreement(adapter: Adapter, split: str, draw: random.Random, third: bool) -> Made:
@@ -283,7 +284,8 @@ def agreement(adapter: Adapter, split: str, draw: random.Random, third: bool) ->
     ]
     usable = [text for text in texts if text[2] in verbs and text[3] in verbs]
     draw.shuffle(usable)
-    return _equal(adapter, "agreement", [(*text[:2], verbs[text[2]], verbs[text[3]]) for text in usable])
+    pairs = ((*text[:2], verbs[text[2]], verbs[text[3]]) for text in usable)
+    return _equal(adapter, "agreement", pairs, f"{len(usable)} pairs of {len(rows)} with verbs of one token")
 
 
 def capitals(adapter: Adapter, split: str, draw: random.Random, third: bool) -> Made:
@@ -297,27 +299,26 @@ def capitals(adapter: Adapter, split: str, draw: random.Random, third: bool) -> 
         for frame, (one, other) in itertools.product(frames, itertools.permutations(states, 2))
     ]
     draw.shuffle(texts)
-    return _equal(adapter, "capitals", texts)
+    return _equal(adapter, "capitals", texts, f"{len(states)} states whose capital is one token")
 
 
-def _equal(adapter: Adapter, name: str, texts: Sequence[tuple[str, str, int, int]]) -> Made:
-    """Pairs of texts and answers, those of the most frequent length."""
-    tokens = {text: encoded(adapter, text) for pair in texts for text in pair[:2]}
-    lengths = [(len(tokens[clean]), len(tokens[corrupted])) for clean, corrupted, *_ in texts]
-    if not any(one == other for one, other in lengths):
+def _equal(adapter: Adapter, name: str, texts: Iterable[Text], note: str) -> Made:
+    """Pairs of one length in tokens: the most frequent one among the first of them."""
+    stream = (Pair(encoded(adapter, text[0]), encoded(adapter, text[1]), *text[2:]) for text in texts)
+    even = (pair for pair in stream if len(pair.clean) == len(pair.corrupted))
+    first = list(itertools.islice(even, SAMPLE))
+    if not first:
         raise InputError(f"`{name}` has no prompt of its counterpart's length with answers of one token each")
-    length = usual_length(one for one, other in lengths if one == other)
-    usable = [text for text, both in zip(texts, lengths) if both == (length, length)]
-    pairs = (Pair(tokens[clean], tokens[corrupted], *answers) for clean, corrupted, *answers in usable)
-    return pairs, f"{len(usable)} of {len(texts)} pairs have {length} tokens"
+    length = usual_length(len(pair.clean) for pair in first)
+    return (pair for pair in itertools.chain(first, even) if len(pair.clean) == length), note
 
 
 def stories(adapter: Adapter, split: str, draw: random.Random, third: bool) -> Made:
     text = data_folder("datasets", "tinystories", STORIES[split]).read_text(encoding="utf-8", errors="replace")
-    rows = story_rows(adapter.model, text, length=STORY_LENGTH + 1, rows=4000).tolist()
+    rows = story_rows(adapter.model, text, length=STORY_LENGTH + 1, rows=PIECES).tolist()
     draw.shuffle(rows)
     pairs = (Pair(row[:-1], other[:-1], row[-1], other[-1]) for row, other in zip(rows, rows[1:] + rows[:1]))
-    return pairs, f"{len(rows)} pieces of {STORY_LENGTH} tokens"
+    return pairs, f"{len(rows)} pieces of text"
 
 
 TASKS: dict[str, Callable[[Adapter, str, random.Random, bool], Made]] = {
