@@ -35,7 +35,7 @@ from benchmarks.real.measure import say
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.models.loading import load_model
 
-REHEARSAL = {"prompts": 8, "resamples": 3, "methods": ",".join(methods.METHODS)}
+REHEARSAL = {"prompts": 6, "resamples": 2}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--third", action="store_true", help="counterparts of indirect objects have a third name")
     parser.add_argument("--resamples", type=int, default=0, help="half-samples for the stability of circuits")
-    parser.add_argument("--rehearse", action="store_true", help="few prompts and samples, all methods")
+    parser.add_argument("--rehearse", action="store_true", help="few prompts and samples")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")

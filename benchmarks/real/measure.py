@@ -40,9 +40,10 @@ def say(text: str) -> None:
 class Spent:
     """What a method took.
 
-    seconds: processor time, all threads. forwards: the same in bare forward passes over the same prompts, run before
-    and after it. peak_mib: memory above what stood there before the call; above_bare_mib: less that of the bare passes;
-    times_bare: the same ratio with the model's weights counted in both.
+    seconds: processor time of all threads, on a GPU wall time.
+    forwards: the same in bare forward passes over the same prompts, run before and after it.
+    peak_mib: memory above what stood there before the call; above_bare_mib: less that of the bare passes; times_bare:
+        the ratio of the two with the model's weights counted in both.
     """
 
     seconds: float
@@ -79,16 +80,14 @@ def find(model: Any, task: Task, methods: Sequence[Method], seed: int) -> Found:
         except InputError as error:
             left_out[method.name] = str(error)
             continue
-        graphs[method.name], spent[method.name] = graph, _spent(cost, (before, bare()), weights)
+        graphs[method.name], spent[method.name] = graph, _spent(cost, (before, bare()), weights, device.type == "cuda")
     return Found(graphs, spent, left_out)
 
 
-def _spent(cost: Cost, bare: tuple[Cost, Cost], weights: float) -> Spent:
-    base = sum(one.cpu_seconds for one in bare) / len(bare)
+def _spent(cost: Cost, bare: tuple[Cost, Cost], weights: float, gpu: bool) -> Spent:
+    spent, *bases = (one.seconds if gpu else one.cpu_seconds for one in (cost, *bare))
     peak, least = (_mib(one) for one in (cost, min(bare, key=_mib)))
-    return Spent(
-        cost.cpu_seconds, cost.cpu_seconds / base, peak, peak - least, (weights + peak) / (weights + least)
-    )  # fmt: skip
+    return Spent(spent, spent / (sum(bases) / 2), peak, peak - least, (weights + peak) / (weights + least))
 
 
 def _mib(cost: Cost) -> float:

@@ -136,7 +136,7 @@ def _figures(agreement: Agreement | None) -> list[Any]:
 
 def cost_table(result: Result) -> str:
     """Processor time in bare forward passes, and peak memory."""
-    header = ["method", "processor seconds", "forward passes", "peak MiB", "above bare passes", "times, with weights"]
+    header = ["method", "seconds", "forward passes", "peak MiB", "above bare passes", "times, with weights"]
     rows = [[name, *asdict(spent).values()] for name, spent in result.spent.items()]
     return markdown(header, rows)
 
