@@ -10,15 +10,13 @@ graph        AttributionGraph
 """
 
 import time
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from tl_circuitlasso.confirming import Confirmation, Metric, check_method, prepare
+from tl_circuitlasso.drawing import draw_by_output
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.features import FeatureSetup, Rule, learn_features
 from tl_circuitlasso.graph import AttributionGraph
@@ -28,30 +26,33 @@ from tl_circuitlasso.models.bases import Basis, as_basis
 from tl_circuitlasso.models.collect import Plan, collect
 from tl_circuitlasso.models.designs import Activation, Design, Routed
 from tl_circuitlasso.models.device import on_device
+from tl_circuitlasso.models.pairs import pairs_of
+from tl_circuitlasso.models.prompt_forms import AnyPrompts
 from tl_circuitlasso.models.read import ReadDesign, affordable_draws
 from tl_circuitlasso.models.sae import SAEFeatures
 from tl_circuitlasso.models.tokens import Positions, Prompts
 from tl_circuitlasso.probing import fit_probe
 from tl_circuitlasso.provenance import passes_per_prompt, provenance
 from tl_circuitlasso.refining import refine
-from tl_circuitlasso.schema import FOLDS
+from tl_circuitlasso.schema import COUNT, FOLDS
 from tl_circuitlasso.sharing import Ranks, as_ranks
 from tl_circuitlasso.statistics import Statistics
-from tl_circuitlasso.targets import Labels, Target, Values, check_length, take
+from tl_circuitlasso.targets import Labels, Target, Values, take
 
+PAIR = 2  # prompts in a pair, so the fewest of a batch
 DESIGNS = {"activation": Activation, "read": ReadDesign, "routed": Routed}
 
 
 def circuit_lasso(
     model: Any,
-    tokens: Tensor | list[str] | Mapping[str, Tensor] | Iterable[Any],
+    tokens: AnyPrompts,
     *,
     target: Target = None,
     basis: str | Basis | SAEFeatures = "component",
     design: str = "read",
     strength: str | int | float = "auto",
     positions: Positions = "all",
-    attention_mask: Tensor | None = None,
+    attention_mask: Any = None,
     batch_size: int = 32,
     device: Any = None,
     progress: bool = True,
@@ -60,7 +61,7 @@ def circuit_lasso(
     max_prompts: int | None = 256,
     refined: bool = True,
     method: str = "lasso",
-    corrupted: Tensor | list[str] | None = None,
+    corrupted: AnyPrompts = None,
     metric: Metric | None = None,
     process_group: Any = None,
 ) -> AttributionGraph:
@@ -73,7 +74,8 @@ def circuit_lasso(
     Parameters
     ----------
     model: HookedTransformer, HookedSAETransformer or TransformerBridge; left exactly as it was.
-    tokens: int tensor (batch, pos), a list of prompts, or an iterable of batches (tensors, or (tokens, mask) pairs).
+    tokens: int tensor or array (prompt, pos), strings, lists of token ids of any lengths, `tokenizer(...)` output, or
+        an iterable of batches such as a DataLoader (models/prompt_forms.py).
     target: None = the model's own logits at `positions`; LogitDiff, Labels or Values, one entry per prompt, read at the
         last real position unless `positions` says otherwise.
     basis: "component" (heads and MLPs), "neuron", "residual", a basis object, or `SAEFeatures` for circuits among SAE
@@ -81,12 +83,14 @@ def circuit_lasso(
     design: "read" (what a child reads of a parent through its own weights), "routed" or "activation" (the paper's).
     strength: sparsity as a fraction of lambda_max in [0, 1], or "auto", "cv", "ebic", "mcp" (the minimax concave
         penalty, for single coefficients: not for components of several directions), "stability".
-    positions: "all" (without BOS and pads), "last", an index, a slice or a bool mask.
+    positions: "all" (without BOS and pads), "last", an index, a slice, a range, a bool mask, or one index per prompt.
     attention_mask: (batch, pos), 1 at real tokens, for padded token tensors.
-    batch_size: prompts per forward pass; device: where to run (the model moves there and back).
+    batch_size: prompts per forward pass (design "read" pairs the prompts of a batch, so it runs two at least); device:
+        where to run (the model moves there and back).
     progress: bars on a terminal; seed: of everything drawn at random; checkpoint: a file to resume collection from.
     max_prompts: design "read" compares pairs of prompts, and is done after a few hundred: of more, so many are drawn at
-        random (None: all). Raise it for a behaviour that is rare among the prompts. Streams are read whole.
+        random (None: all). Raise it for a behaviour that is rare among the prompts. A stream's tokens are read to its
+        end first, so it gives the graph that a tensor of the same prompts gives.
     refined: give kept edges of design "read" a second, exact look on a small sample of the prompts (refining.py).
     method: "lasso", or "lasso+confirm": each kept edge is then measured by intervention, and dropped where it has no
         effect; `graph.provenance["confirm"]` says how many forward passes that took, and what all edges would have.
@@ -115,7 +119,8 @@ def circuit_lasso(
         chosen = None
     else:
         chosen = as_design(design, as_basis(basis))
-        check_method(method, corrupted, metric, chosen.basis.name, target)
+        paired = isinstance(chosen, ReadDesign)
+        check_method(method, corrupted, metric, chosen.basis.name, target, paired=paired)
         if checked == "mcp" and design != "read" and getattr(chosen.basis, "directions", 1) > 1:
             raise InputError(
                 f"`strength` 'mcp' weighs single coefficients, and in design {design!r} components are groups of them: "
@@ -123,16 +128,20 @@ def circuit_lasso(
             )
     with ranks.together(), on_device(model, device):
         adapter = adapt(model)
-        prompts = Prompts(adapter, tokens, attention_mask=attention_mask, positions=positions, batch_size=batch_size)
-        job = Job(adapter, prompts, target, positions, checked, batch_size, progress, seed, checkpoint, ranks)
+        prompts = _prompts(adapter, tokens, chosen, attention_mask, positions, batch_size)
+        size = prompts.batch_size
+        job = Job(adapter, prompts, target, prompts.positions, checked, size, progress, seed, checkpoint, ranks)
         if chosen is None:
             assert isinstance(basis, SAEFeatures)
             graph = _features(job, basis)
         else:
-            causal = None
+            twins, causal = None, None
+            if corrupted is not None and isinstance(chosen, ReadDesign):
+                pairs = pairs_of(adapter, prompts, corrupted)
+                job, twins, chosen = replace(job, prompts=pairs.clean), pairs.corrupted, replace(chosen, contrast=True)
             if method == "lasso+confirm":
                 causal = prepare(adapter, prompts, corrupted, target, metric, count=max_prompts, seed=seed)
-            graph = _components(job, chosen, causal, max_prompts=max_prompts, refined=refined)
+            graph = _components(job, chosen, twins, causal, max_prompts=max_prompts, refined=refined)
     record, total = dict(graph.provenance), time.perf_counter() - began
     asked = {"strength": strength, "method": method, "seed": seed} | ({"design": design} if chosen else {})
     record["arguments"] = {**asked, **record["arguments"]}
@@ -161,15 +170,28 @@ class Job:
 
 
 def _components(
-    job: Job, design: Design, causal: Confirmation | None, *, max_prompts: int | None, refined: bool
+    job: Job,
+    design: Design,
+    twins: Prompts | None,
+    causal: Confirmation | None,
+    *,
+    max_prompts: int | None,
+    refined: bool,
 ) -> AttributionGraph:
     """Components, neurons or residual dimensions: statistics, regressions, a second look, and confirmation if asked."""
-    prompts, target = job.prompts, job.target
-    if isinstance(design, ReadDesign) and max_prompts is not None:
-        prompts, target = _some(prompts, target, max_prompts, job.seed)
-    drawn = replace(job, prompts=prompts, target=target)
-    plan = _plan(drawn, design)
-    collected = collect(job.adapter, prompts, plan, progress=job.progress, checkpoint=job.checkpoint, ranks=job.ranks)
+    prompts, target, drawn = job.prompts, job.target, None
+    many = max_prompts is not None and prompts.n_prompts is not None and prompts.n_prompts > max_prompts
+    if isinstance(design, ReadDesign) and many:
+        assert max_prompts is not None
+        drawn = draw_by_output(
+            job.adapter, prompts, target, max_prompts, job.seed, progress=job.progress, ranks=job.ranks
+        )
+        prompts, target = prompts.take(drawn.rows), take(target, drawn.rows)
+        twins = None if twins is None else twins.take(drawn.rows)
+        design = replace(design, weight=drawn.weight)
+    plan = _plan(replace(job, prompts=prompts, target=target), design)
+    options = {"progress": job.progress, "checkpoint": job.checkpoint, "ranks": job.ranks}
+    collected = collect(job.adapter, prompts, plan, twins=twins, **options)
     clock = [time.perf_counter()]
     graph = learn(collected.statistics, strength=job.strength, seed=job.seed, process_group=job.ranks)
     clock.append(time.perf_counter())
@@ -178,21 +200,28 @@ def _components(
         graph, looks = refine(job.adapter, collected.sample, plan, graph, prompts=collected.prompts, ranks=job.ranks)
     clock.append(time.perf_counter())
     if causal is not None:
-        graph = causal.apply(graph, job.adapter, batch_size=job.batch_size, seed=job.seed, ranks=job.ranks)
+        graph = causal.apply(graph, job.adapter, seed=job.seed, ranks=job.ranks)
     clock.append(time.perf_counter())
     solve, second, confirmed = (after - before for before, after in pairwise(clock))
     seconds = {"forward and statistics": collected.seconds, "solve": solve, "second look": second}
     arguments: dict[str, Any] = {"basis": plan.design.basis.name}
     if isinstance(plan.design, ReadDesign):
         arguments |= {"max_prompts": max_prompts, "refined": refined}
-    record = provenance(job.adapter, prompts, collected, arguments) | {
+    before = 0 if drawn is None else drawn.forward_passes
+    record = dict(graph.provenance) | provenance(job.adapter, prompts, collected, arguments)
+    record |= {
         "processes": job.ranks.size,
         "prompts_given": job.prompts.n_prompts,
-        "forward_passes": collected.forward_passes + looks,
+        "batch_size": job.batch_size,
+        "forward_passes": before + collected.forward_passes + looks,
     }
+    if COUNT in collected.statistics.sums:
+        record["pairs"] = int(collected.statistics.sums[COUNT].sum())
+        record["partners"] = "random" if twins is None else "corrupted"
+    if drawn is not None:
+        record["drawn"] = {"prompts": len(drawn.rows), "strata": drawn.strata}
     if causal is not None:
         seconds["confirm"] = confirmed
-        record |= {name: graph.provenance[name] for name in ("confirm",) if name in graph.provenance}
     record |= passes_per_prompt(record, job.batch_size)
     return replace(graph, provenance=record | {"seconds": seconds})
 
@@ -219,25 +248,26 @@ def _check_features(basis: SAEFeatures, design: str, method: str, strength: str 
         )
 
 
-def _some(prompts: Prompts, target: Target, count: int, seed: int) -> tuple[Prompts, Target]:
-    """At most `count` of the prompts, drawn at random, with their part of the target."""
-    rows = prompts.draw(count, seed)
-    if rows is None or prompts.n_prompts is None:
-        return prompts, target
-    check_length(target, prompts.n_prompts)
-    return prompts.take(rows), take(target, rows)
+def _prompts(
+    adapter: Adapter, tokens: AnyPrompts, design: Design | None, attention_mask: Any, positions: Any, batch_size: Any
+) -> Prompts:
+    """The checked prompts; design "read" compares those of a batch, and draws them, so it knows all of them."""
+    paired = isinstance(design, ReadDesign)
+    options = {"attention_mask": attention_mask, "positions": positions, "batch_size": batch_size}
+    prompts = Prompts(adapter, tokens, **options, fewest=PAIR if paired else 1)
+    return prompts.gathered() if paired else prompts
 
 
 def collect_statistics(
     model: Any,
-    tokens: Tensor | list[str] | Mapping[str, Tensor] | Iterable[Any],
+    tokens: AnyPrompts,
     *,
     target: Target = None,
     basis: str | Basis = "component",
     design: str = "read",
     folds: int = 1,
     positions: Positions = "all",
-    attention_mask: Tensor | None = None,
+    attention_mask: Any = None,
     batch_size: int = 32,
     progress: bool = True,
     seed: int = 0,
@@ -257,8 +287,9 @@ def collect_statistics(
     chosen, ranks = as_design(design, as_basis(basis)), as_ranks(process_group)
     with ranks.together():
         adapter = adapt(model)
-        prompts = Prompts(adapter, tokens, attention_mask=attention_mask, positions=positions, batch_size=batch_size)
-        job = Job(adapter, prompts, target, positions, "auto", batch_size, progress, seed, checkpoint, ranks)
+        prompts = _prompts(adapter, tokens, chosen, attention_mask, positions, batch_size)
+        size = prompts.batch_size
+        job = Job(adapter, prompts, target, prompts.positions, "auto", size, progress, seed, checkpoint, ranks)
         plan = replace(_plan(job, chosen), folds=folds)
         options = {"progress": progress, "checkpoint": checkpoint, "start": start, "ranks": ranks}
         return collect(adapter, prompts, plan, **options).statistics
@@ -267,7 +298,8 @@ def collect_statistics(
 def _plan(job: Job, design: Design) -> Plan:
     adapter, prompts, target = job.adapter, job.prompts, job.target
     if isinstance(design, ReadDesign) and prompts.n_prompts is not None:
-        design = replace(design, draws=affordable_draws(adapter, prompts.n_prompts, prompts.width))
+        draws = 1 if design.contrast else affordable_draws(adapter, prompts.n_prompts, prompts.width)
+        design = replace(design, draws=draws)
     if isinstance(design, ReadDesign) and isinstance(target, (Labels, Values)):
         probe = fit_probe(adapter, prompts, target, last=job.last, progress=job.progress, ranks=job.ranks)
         design = replace(design, probe=probe)
