@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cost import Problem, logit_difference
+from benchmarks.data import story_model
 from tl_circuitlasso import baselines, evaluate
 from tl_circuitlasso.baselines.edges import EdgeLayout
 from tl_circuitlasso.bench.cases import Case, case_folders, limited, load_case
@@ -42,7 +43,6 @@ from tl_circuitlasso.evaluate.curves import MIB_SHARES, Curve, select
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models import adapt
 from tl_circuitlasso.models.ablation import from_run
-from tl_circuitlasso.models.build import build_hooked_transformer
 from tl_circuitlasso.models.patch import run_circuits
 from tl_circuitlasso.nodes import component_index
 
@@ -216,7 +216,7 @@ def stories(
     Graphs are made on `train` prompts of the training text, curves on `prompts` others of the validation text; each
     seed takes the next prompts of both.
     """
-    model = _story_model(folder)
+    model = story_model(folder / "models" / "stories260K")
     texts = folder / "datasets" / "tinystories"
     train_sets = _windows(folder, texts / "train_part_cased.txt", seeds * train, length).split(train)
     fresh_sets = _windows(folder, texts / "valid_part_cased.txt", seeds * prompts, length).split(prompts)
@@ -239,15 +239,6 @@ def _story_curves(
         "random": baselines.random_edges(model, seed=seed),
     }
     return evaluate.curves(model, graphs, fresh, None, evaluate.next_token(fresh), absolute=absolute, **ours)
-
-
-def _story_model(folder: Path) -> Any:
-    from safetensors.torch import load_file
-
-    home = folder / "models" / "stories260K"
-    return build_hooked_transformer(
-        json.loads((home / "config.json").read_text()), load_file(home / "model.safetensors")
-    )
 
 
 def _windows(folder: Path, text: Path, count: int, length: int) -> Tensor:

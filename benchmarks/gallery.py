@@ -119,12 +119,12 @@ def concepts(subject: Subject, out: Path) -> Path | None:
     if subject.saes is None:
         print("concepts: left out, name the SAEs of benchmarks.train_saes with --saes")
         return None
-    from benchmarks import train_saes
+    from benchmarks import data, train_saes
 
-    table = train_saes.data_folder("datasets", "cola", "in_domain_dev.tsv").read_text(encoding="utf-8")
+    table = data.data_folder("datasets", "cola", "in_domain_dev.tsv").read_text(encoding="utf-8")
     prompts = [row.split("\t")[3] for row in table.splitlines()]
     basis = tcl.SAEFeatures(train_saes.load_saes(subject.saes), min_count=30)
-    graph = tcl.circuit_lasso(train_saes.story_model(), prompts, basis=basis, progress=False)
+    graph = tcl.circuit_lasso(data.story_model(), prompts, basis=basis, progress=False)
     found = tcl.apps.concepts(graph)
     plot.flow(found, out / "concepts.svg", chains=10, merges=4, drops=4, title="Concepts in CoLA sentences")
     return out / "concepts.svg"

@@ -21,7 +21,8 @@ import pandas as pd
 import torch
 
 import tl_circuitlasso as tcl
-from benchmarks.train_saes import data_folder, load_saes, story_model, story_rows
+from benchmarks.data import data_folder, story_model, story_rows
+from benchmarks.train_saes import load_saes
 from tl_circuitlasso.models.adapter import adapt
 
 GOALS = {

@@ -9,7 +9,6 @@ Writes one folder per hook, which `SAE.load_from_disk` reads, and prints per SAE
 """
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -27,10 +26,8 @@ from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 
+from benchmarks.data import data_folder, story_model, story_rows
 from tl_circuitlasso.models.adapter import adapt
-from tl_circuitlasso.models.loading import load_model
-
-STORY_END = "<|endoftext|>"
 
 
 @dataclass(frozen=True)
@@ -47,34 +44,6 @@ class Recipe:
 
 
 QUICK = Recipe(tokens=200_000, distinct=60_000)
-
-
-def data_folder(*parts: str) -> Path:
-    """A path in the folder of models and data sets: TL_CIRCUITLASSO_DATA, or `shared` beside the repository."""
-    root = Path(os.environ.get("TL_CIRCUITLASSO_DATA", Path(__file__).resolve().parents[2] / "shared"))
-    if not (path := root.joinpath(*parts)).exists():
-        raise SystemExit(f"no data at {path}: set TL_CIRCUITLASSO_DATA to the folder that holds it")
-    return path
-
-
-def story_model(folder: Path | None = None) -> Any:
-    """The model in `folder` under the folder's name, stories260K unless another one is named."""
-    folder = folder or data_folder("models", "stories260K")
-    model = load_model(str(folder))
-    model.cfg.model_name = folder.name
-    return model
-
-
-def story_rows(model: Any, text: str, *, length: int = 128, rows: int | None = None) -> Int[Tensor, "batch pos"]:
-    """Text as rows of `length` tokens, BOS first; no row runs across the end of a story."""
-    bos, found = model.tokenizer.bos_token_id, []
-    for story in text.split(STORY_END):
-        tokens = model.tokenizer(story.strip(), add_special_tokens=False)["input_ids"]
-        starts = range(0, len(tokens) - length + 2, length - 1)
-        found += [[bos, *tokens[start : start + length - 1]] for start in starts]
-        if rows is not None and len(found) >= rows:
-            break
-    return torch.tensor(found[:rows])
 
 
 def residual_hooks(model: Any) -> list[str]:

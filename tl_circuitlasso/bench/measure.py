@@ -1,5 +1,7 @@
 """What a call costs: wall time and peak memory."""
 
+import ctypes
+import gc
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -39,11 +41,21 @@ def _cuda_start(device: torch.device | None) -> float:
 
 
 def _resident_start() -> float | None:
+    if not _CLEAR.exists():
+        return None
+    _return_freed()
     try:
         _CLEAR.write_text("5")  # resets the high-water mark of resident memory
     except OSError:
         return None
     return _field("VmRSS")
+
+
+def _return_freed() -> None:
+    """Give freed memory back to the system: what the allocator holds on to would be reused by the call, uncounted."""
+    gc.collect()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc
+        trim(0)
 
 
 def _field(name: str) -> float | None:
