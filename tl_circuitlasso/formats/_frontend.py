@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from tl_circuitlasso import storage
 from tl_circuitlasso.errors import FormatError, InputError
 from tl_circuitlasso.formats import _read
 from tl_circuitlasso.formats._shared_ids import told_apart
@@ -85,7 +86,7 @@ def page(
         view |= {"supernodes": groups, "pinnedIds": list(dict.fromkeys(chosen))}
     if not said:
         metadata[_NOTE] = _note(graph, nodes)
-    return _read.plain(
+    return storage.plain(
         {"metadata": metadata, "qParams": view, "nodes": list(nodes.values()), "links": _links(graph, ids)}, "graph"
     )
 

@@ -21,6 +21,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from tl_circuitlasso import storage
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.formats import _frontend, _read
 from tl_circuitlasso.formats._frontend import Supernodes
@@ -59,7 +60,7 @@ def to_neuronpedia(
     data = _frontend.page(graph, slug=slug, scan=scan, prompt=prompt, supernodes=supernodes, pinned=pinned)
     if "page" not in graph.provenance:
         info = {"generator": {"name": "tl_circuitlasso"}} | ({"description": description} if description else {})
-        data["metadata"] |= {"info": info, "generation_settings": _read.plain(dict(graph.provenance), "provenance")}
+        data["metadata"] |= {"info": info, "generation_settings": storage.plain(dict(graph.provenance), "provenance")}
         if source_set is not None:
             data["metadata"]["feature_details"] = {"neuronpedia_source_set": source_set}
     if path is not None:
