@@ -63,7 +63,7 @@ def eap(
     """
     setting = Setting("eap", ablation, mean_over, input_node, 1)
     data = setting.pairs(model, clean, corrupted, attention_mask, batch_size)
-    return _attribute(data, metric, setting, at_clean)
+    return attribute(data, metric, setting, at_clean)
 
 
 def eap_ig(
@@ -86,7 +86,7 @@ def eap_ig(
     """
     setting = Setting("eap_ig", ablation, mean_over, input_node, steps)
     data = setting.pairs(model, clean, corrupted, attention_mask, batch_size)
-    return _attribute(data, metric, setting, along_inputs)
+    return attribute(data, metric, setting, along_inputs)
 
 
 def clean_corrupted(
@@ -108,7 +108,7 @@ def clean_corrupted(
     """
     setting = Setting("clean_corrupted", ablation, mean_over, input_node, 2)
     data = setting.pairs(model, clean, corrupted, attention_mask, batch_size)
-    return _attribute(data, metric, setting, _at_ends)
+    return attribute(data, metric, setting, _at_ends)
 
 
 def eap_ig_activations(
@@ -133,7 +133,7 @@ def eap_ig_activations(
     """
     setting = Setting("eap_ig_activations", ablation, mean_over, input_node, steps)
     data = setting.pairs(model, clean, corrupted, attention_mask, batch_size)
-    return _attribute(data, metric, setting, _along_activations)
+    return attribute(data, metric, setting, _along_activations)
 
 
 # ---- one pass over the data -----------------------------------------------------------------------------------------
@@ -234,7 +234,8 @@ Step = tuple[Written, Trace, float]  # clean - ablated, derivatives, and the ste
 Path = Callable[[Job], Iterator[Step]]
 
 
-def _attribute(data: Pairs, metric: Metric, setting: Setting, path: Path) -> AttributionGraph:
+def attribute(data: Pairs, metric: Metric, setting: Setting, path: Path) -> AttributionGraph:
+    """The graph of a method that is known by where it takes the derivative."""
     began = time.perf_counter()
     layout, count = EdgeLayout(data.adapter.shape), Count()
     scores = torch.zeros(layout.n_sources, layout.n_readers, dtype=torch.float64, device=data.adapter.device)
