@@ -1,12 +1,13 @@
 """ACDC, EAP-GP and bootstrapped EAP-IG against slow or hand-made versions of themselves, and one call for all."""
 
+import sys
+
 import pytest
 import torch
 
 import tl_circuitlasso as tcl
 from tests import architectures
 from tl_circuitlasso import baselines
-from tl_circuitlasso.baselines import acdc as acdc_module
 from tl_circuitlasso.baselines import gradient
 from tl_circuitlasso.baselines.edges import EdgeLayout, as_circuits
 from tl_circuitlasso.errors import InputError
@@ -71,7 +72,7 @@ def test_acdc_counts_what_it_tries_in_vain(monkeypatch):
     model = architectures.hooked("gpt2", dtype=torch.float64)
     clean, corrupted = pair()
     ahead = baselines.acdc(model, clean, corrupted, last_difference, threshold=0.02)
-    monkeypatch.setattr(acdc_module, "AHEAD", 1)
+    monkeypatch.setattr(sys.modules["tl_circuitlasso.baselines.acdc"], "AHEAD", 1)
     single = baselines.acdc(model, clean, corrupted, last_difference, threshold=0.02)
     assert torch.equal(ahead.kept, single.kept)
     assert single.provenance["forward_passes"] == pytest.approx(2 + single.provenance["tested"])
