@@ -6,6 +6,7 @@ differ in where the derivative is taken. Scores don't depend on the batch size.
 """
 
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -173,7 +174,24 @@ class Setting:
             raise InputError(
                 f"`corrupted` is missing: ablation={self.ablation!r} reads it; 'zero' and clean means don't"
             )
-        return pairs(model, clean, corrupted, attention_mask=attention_mask, batch_size=batch_size)
+        data = pairs(model, clean, corrupted, attention_mask=attention_mask, batch_size=batch_size)
+        warn_of_attached_saes(data.adapter.model)
+        return data
+
+
+def warn_of_attached_saes(model: Any) -> None:
+    """A warning where SAEs are attached to the model: its derivatives aren't those of the model.
+
+    SAELens computes an attached SAE's error term without gradients. So the forward pass is the model's, but derivatives
+    flow through what the SAE reconstructs alone, and scores differ (by some percent for a good SAE).
+    """
+    attached = list(getattr(model, "acts_to_saes", None) or ())
+    if attached:
+        warnings.warn(
+            f"SAEs are attached at {', '.join(attached[:3])}: derivatives leave out what they miss, also with an error "
+            "term, so these scores aren't the model's: detach them with model.reset_saes()",
+            stacklevel=4,
+        )
 
 
 @dataclass

@@ -50,7 +50,7 @@ def eap_gp(
         x_{k+1} = x_k - |x_0 - x'| / steps * g_k / |g_k|,    g_k = d/dx_k of |f(x_k) - f(x')|^2 / 2,
 
     with f the logits at real positions and norms over a prompt. The derivative is the mean of those at x_0 ...
-    x_{steps-1}. 1 + 2 steps forward and 2 steps - 1 backward passes per prompt.
+    x_{steps-1}. 2 steps forward and 2 steps - 1 backward passes per prompt.
     """
     setting = Setting("eap_gp", ablation, mean_over, input_node, steps)
     data = setting.pairs(model, clean, corrupted, attention_mask, batch_size)
@@ -105,7 +105,7 @@ def bootstrap_eap_ig(
     *,
     steps: int = 5,
     resamples: int = 20,
-    level: float = 0.95,
+    level: int | float = 0.95,
     seed: int = 0,
     attention_mask: Tensor | None = None,
     ablation: str = "patch",

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from scipy.stats import binom
 from torch import Tensor
 
@@ -72,9 +72,9 @@ def tests(
     ablation: Ablation = "patch",
     *,
     circuits: int = 100,
-    quantile: float = 0.9,
-    margin: float = 0.1,
-    level: float = 0.05,
+    quantile: int | float = 0.9,
+    margin: int | float = 0.1,
+    level: int | float = 0.05,
     seed: int = 0,
     **options: Any,
 ) -> CircuitTests:
@@ -141,7 +141,7 @@ def tests(
     )
 
 
-def _check(circuits: int, quantile: float, margin: float, level: float) -> None:
+def _check(circuits: int, quantile: int | float, margin: int | float, level: int | float) -> None:
     if not isinstance(circuits, int) or isinstance(circuits, bool) or circuits < 10:
         raise InputError(f"`circuits` is {circuits!r}: with fewer than 10 random circuits nothing can be rejected")
     for name, value, high in (("quantile", quantile, 1), ("margin", margin, 0.5), ("level", level, 1)):
@@ -197,7 +197,7 @@ class _Random:
             node = int(self.edges.source[edge])
         return found
 
-    def inflated(self, kept: EdgeMatrix) -> EdgeMatrix:
+    def inflated(self, kept: Bool[Tensor, "1 source reader"]) -> Bool[Tensor, "2 source reader"]:
         """The circuit and a random path that isn't all in it; and the same without one of the path's new edges."""
         inside = kept[0, self.source, self.column]
         while True:
@@ -219,7 +219,11 @@ class _Random:
 
 
 def _equivalence(
-    circuit: Float[Tensor, " prompt"], model: Float[Tensor, " prompt"], margin: float, level: float, scale: float
+    circuit: Float[Tensor, " prompt"],
+    model: Float[Tensor, " prompt"],
+    margin: int | float,
+    level: int | float,
+    scale: float,
 ) -> dict[str, Any]:
     difference = circuit - model
     even = difference.abs() <= _EQUAL * scale
@@ -235,7 +239,7 @@ def _equivalence(
 
 
 def _independence(
-    complement: Float[Tensor, " prompt"], model: Float[Tensor, " prompt"], level: float, seed: int
+    complement: Float[Tensor, " prompt"], model: Float[Tensor, " prompt"], level: int | float, seed: int
 ) -> dict[str, Any]:
     own, other = _centred_kernel(complement.numpy()), _centred_kernel(model.numpy())
     statistic = float((own * other).mean())
@@ -257,7 +261,7 @@ def _centred_kernel(values: np.ndarray) -> np.ndarray:
     return kernel - kernel.mean(0) - kernel.mean(1, keepdims=True) + kernel.mean()
 
 
-def _beats(test: str, null: str, wins: Tensor, quantile: float, level: float) -> dict[str, Any]:
+def _beats(test: str, null: str, wins: Tensor, quantile: int | float, level: int | float) -> dict[str, Any]:
     p_value = float(binom.sf(int(wins.sum()) - 1, len(wins), quantile))
     return _row(test, null, float(wins.double().mean()), p_value, p_value < level)
 
@@ -270,7 +274,7 @@ def _minimality(
     rows: list[int],
     draw: _Random,
     circuits: int,
-    quantile: float,
+    quantile: int | float,
 ) -> tuple[pd.DataFrame, float]:
     found = without_each(setup, graph, layout, kept, rows)
     effect = (found.values - found.base).abs().mean(1)

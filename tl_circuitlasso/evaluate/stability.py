@@ -54,12 +54,12 @@ def stability(
     model: Any,
     clean: Prompts,
     corrupted: Prompts | None,
-    metric: Metric,
+    metric: Metric | None,
     *,
     resamples: int = 100,
     k: int | None = None,
     how: str = "top",
-    confidence: float = 0.95,
+    confidence: int | float = 0.95,
     seed: int = 0,
     progress: bool = False,
     **options: Any,
@@ -69,7 +69,7 @@ def stability(
     Parameters
     ----------
     method: called as `method(model, clean, corrupted, metric, **options)`, as all of `baselines.METHODS` are; `metric`
-        keeps its meaning on the drawn prompts.
+        keeps its meaning on the drawn prompts, and is None for methods that use none.
     k, how: cut every graph to k edges by `graph.top_k(k, how=how)`; None takes the edges that the method keeps.
     confidence: of the intervals behind each edge's verdict.
 
@@ -117,8 +117,8 @@ def _rows(prompts: Prompts | None, drawn: Int[Tensor, " prompt"]) -> Prompts | N
     return [prompts[row] for row in drawn.tolist()]
 
 
-def _on(metric: Metric, drawn: Int[Tensor, " prompt"]) -> Metric:
-    return lambda logits, rows: metric(logits, drawn[rows.cpu()])
+def _on(metric: Metric | None, drawn: Int[Tensor, " prompt"]) -> Metric | None:
+    return None if metric is None else lambda logits, rows: metric(logits, drawn[rows.cpu()])
 
 
 def _members(circuits: list[set[Edge]]) -> tuple[list[Edge], np.ndarray]:
@@ -135,7 +135,7 @@ def _mean_jaccard(circuits: list[set[Edge]]) -> float:
     return float(alike[np.triu_indices(len(circuits), 1)].mean())
 
 
-def _verdicts(circuits: list[set[Edge]], confidence: float) -> pd.DataFrame:
+def _verdicts(circuits: list[set[Edge]], confidence: int | float) -> pd.DataFrame:
     edges, member = _members(circuits)
     kept, n, tail = member.sum(0) if member.size else np.zeros(0), len(circuits), (1 - confidence) / 2
     low = np.where(kept > 0, beta.ppf(tail, kept, n - kept + 1), 0.0)
