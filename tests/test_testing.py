@@ -11,6 +11,8 @@ import tl_circuitlasso as tcl
 from tests import architectures
 from tl_circuitlasso import baselines, formats
 from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.models.encoder import Encoder
+from tl_circuitlasso.models.sae_checks import check_shapes
 from tl_circuitlasso.testing import CheckFailure, check_basis, check_format, check_method, check_model
 
 HOOK = "blocks.1.hook_resid_post"
@@ -57,9 +59,10 @@ def test_a_model_with_noise_or_a_hook_that_edits_fails(model: Any) -> None:
 
 def test_any_object_with_encode_decode_and_w_dec_is_a_basis(model: Any) -> None:
     assert len(check_basis(plain_sae(model), model, HOOK)) == 8
-    tokens = architectures.prompts(batch=12, length=8)
-    graph = tcl.circuit_lasso(model, tokens, basis=tcl.SAEFeatures({HOOK: plain_sae(model)}), progress=False)
-    assert any(name.startswith(f"{HOOK}#") for name in graph.index.names)
+    acts = {HOOK: torch.zeros(1, 1, model.cfg.d_model)}
+    check_shapes({HOOK: Encoder(plain_sae(model), HOOK, HOOK)}, acts)  # a transposed W_enc says no other width
+    with pytest.raises(tcl.InputError, match="another model or hook"):
+        check_shapes({HOOK: Encoder(PlainSAE(model.cfg.d_model + 1, 40), HOOK, HOOK)}, acts)
 
 
 def negative(sae: PlainSAE) -> None:
