@@ -30,14 +30,21 @@ def plain(data: Any, what: str) -> Any:
     ------
     InputError: something else, or a number that isn't finite; the message says where it stands.
     """
+    try:
+        return _plain(data, what)
+    except RecursionError as error:
+        raise InputError(f"`{what}` is nested too deep, or holds itself: keep plain data") from error
+
+
+def _plain(data: Any, what: str) -> Any:
     if isinstance(data, Mapping):
-        return {str(key): plain(value, f"{what}.{key}") for key, value in data.items()}
+        return {str(key): _plain(value, f"{what}.{key}") for key, value in data.items()}
     if isinstance(data, (list, tuple)):
-        return [plain(value, f"{what}[{place}]") for place, value in enumerate(data)]
+        return [_plain(value, f"{what}[{place}]") for place, value in enumerate(data)]
     if isinstance(data, PurePath):
         return str(data)
     if isinstance(data, (np.generic, np.ndarray, Tensor)) and data.ndim == 0:
-        return plain(data.item(), what)
+        return _plain(data.item(), what)
     if data is None or isinstance(data, (bool, int, str)):
         return data
     if isinstance(data, float) and math.isfinite(data):

@@ -170,9 +170,10 @@ def _guess_torch(path: Path) -> str | None:
         return "circuit-tracer"
     if keys and isinstance(keys[0], tuple):
         return "acdc"
-    while keys and isinstance(data[keys[0]], Mapping):  # AutoCircuit's caches: by task and algorithm
-        data = data[keys[0]]
-        keys = list(data)
+    for _ in range(2):  # AutoCircuit's caches: by task and algorithm
+        if keys and isinstance(data[keys[0]], Mapping):
+            data = data[keys[0]]
+            keys = list(data)
     return "auto-circuit" if keys and str(keys[0]).startswith("blocks.") else None
 
 
