@@ -114,7 +114,7 @@ def _draws(prompts: int, resamples: int, seed: int) -> Iterator[Int[Tensor, " pr
 def _rows(prompts: Prompts | None, drawn: Int[Tensor, " prompt"]) -> Prompts | None:
     if prompts is None or isinstance(prompts, Tensor):
         return None if prompts is None else prompts[drawn.to(prompts.device)]
-    return [prompts[row] for row in drawn.tolist()]
+    return [str(prompts[row]) for row in drawn.tolist()]
 
 
 def _on(metric: Metric | None, drawn: Int[Tensor, " prompt"]) -> Metric | None:

@@ -191,8 +191,10 @@ def _selected(data: Mapping[Any, Any], label: str) -> tuple[list[tuple[int, int,
     if len(chosen) < len(active):
         _log.warning("%s: %d active features that were not selected are left out", label, len(active) - len(chosen))
     values = data.get("activation_values")
-    known = isinstance(values, Tensor) and values.shape == active.shape[:1]
-    return [tuple(row) for row in active[chosen].tolist()], values[chosen].tolist() if known else [None] * len(chosen)
+    rows = [tuple(row) for row in active[chosen].tolist()]
+    if isinstance(values, Tensor) and values.shape == active.shape[:1]:
+        return rows, values[chosen].tolist()
+    return rows, [None] * len(chosen)
 
 
 def _logits(data: Mapping[Any, Any], label: str) -> list[Logit]:
