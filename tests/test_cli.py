@@ -339,7 +339,7 @@ def test_convert_writes_every_format_and_knows_it_again(
 ) -> None:
     there, back = tmp_path / name, tmp_path / "back.safetensors"
     words = ["convert", str(graph_folder), str(there), *(["--to", format] if format else [])]
-    assert main([*words, *(["--option", "task=ioi"] if format == "mib" else [])]) == 0
+    assert main([*words, *(["--option", "model=tiny"] if format == "mib" else [])]) == 0
     assert main(["convert", str(there), str(back)]) == 0
     assert f"({format or ''}" in capsys.readouterr().out
     kept = tcl.AttributionGraph.load(graph_folder).kept_edges()
@@ -372,7 +372,9 @@ def test_convert_says_what_is_wrong(
 def test_check_tells_a_submission_that_would_fail(
     graph_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["convert", str(graph_folder), str(tmp_path / "mib"), "--to", "mib"]) == 0
+    words = ["convert", str(graph_folder), str(tmp_path / "mib"), "--to", "mib"]
+    assert "3 layers of 4 heads" in refused(capsys, *words)  # MIB's GPT-2 has others
+    assert main([*words, "--option", "model=tiny"]) == 0
     capsys.readouterr()
     assert main(["check", str(tmp_path / "mib" / "CircuitLasso_patching_edge")]) == 1
     assert "at least two tasks are asked for" in capsys.readouterr().out

@@ -101,7 +101,7 @@ def test_a_ranking_is_cut_to_the_size_of_the_smallest_circuit() -> None:
     ranking, ours = graph_of(scores, 0), graph_of(scores[::-1], len(PAIRS) - 4)
     assert ranking.kept.all() and ours.n_kept == 5
     found = compare({"ours": ours, "ranking": ranking})
-    assert found.graphs["ranking"].kept_edges() == ranking.top_k(5).kept_edges()
+    assert found.graphs["ranking"].kept_edges() == ranking.threshold(len(PAIRS) - 4).kept_edges()
     assert found.graphs["ours"].kept_edges() == ours.kept_edges()
     both = compare({"one": ranking, "two": ranking}, PAIRS[:7])
     assert set(both.table.edges) == {7}

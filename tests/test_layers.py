@@ -15,17 +15,17 @@ PACKAGE = Path(__file__).parents[1] / "tl_circuitlasso"
 FLOORS = {
     "errors": 0, "_checks": 0, "shapes": 0, "sharing": 0,
     "storage": 1, "sites": 1, "nodes": 1, "statistics": 1, "schema": 1, "targets": 1, "relevance": 1, "stopping": 1,
-    "graph_file": 1, "graph": 1, "explain": 1, "synthetic": 1, "synthetic_codes": 1,
+    "selection": 1, "graph_file": 1, "graph": 1, "explain": 1, "synthetic": 1, "synthetic_codes": 1,
     "formats": 2, "models": 2, "solve": 2,
     "evaluate": 3, "baselines": 3, "apps": 3, "demo": 3,
     "garrote": 4, "choice": 4, "learning_read": 4, "learning": 4, "probing": 4, "refining": 4, "confirming": 4,
     "provenance": 4,
-    "features": 4, "drawing": 4, "discover": 4, "plot": 4, "bench": 4, "comparison": 4,
+    "features": 4, "drawing": 4, "discover": 4, "plot": 4, "bench": 4, "comparison": 4, "testing": 4,
     "cli": 5, "__main__": 5, "__init__": 5,
 }  # fmt: skip
 WITHIN_FLOOR_1 = [
-    "storage", "sites", "nodes", "statistics", "schema", "targets", "relevance", "stopping", "graph_file", "graph",
-    "explain", "synthetic", "synthetic_codes",
+    "storage", "sites", "nodes", "statistics", "schema", "targets", "relevance", "stopping", "selection",
+    "graph_file", "graph", "explain", "synthetic", "synthetic_codes",
 ]  # fmt: skip
 HEAVY = ("transformer_lens", "sae_lens")
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from tl_circuitlasso import plot as plot
     from tl_circuitlasso import solve as solve
     from tl_circuitlasso import synthetic as synthetic
+    from tl_circuitlasso import testing as testing
     from tl_circuitlasso.comparison import compare as compare
     from tl_circuitlasso.demo import load_demo as load_demo
     from tl_circuitlasso.discover import circuit_lasso as circuit_lasso
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_MODULES = ("apps", "baselines", "bench", "evaluate", "formats", "plot", "solve", "synthetic")
+_MODULES = ("apps", "baselines", "bench", "evaluate", "formats", "plot", "solve", "synthetic", "testing")
 _NAMES = {
     "AttributionGraph": "graph",
     "Component": "models.bases",

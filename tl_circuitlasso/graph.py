@@ -13,6 +13,7 @@ same type with fewer kept edges. Graphs are frozen: every operation returns a ne
 [('a0.h0', 'logits'), ('input', 'a0.h0')]
 """
 
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -27,11 +28,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_circuitlasso import graph_file
+from tl_circuitlasso import graph_file, selection
 from tl_circuitlasso._checks import shortened, whole_number
 from tl_circuitlasso.errors import FormatError, InputError
 from tl_circuitlasso.nodes import NodeIndex
 from tl_circuitlasso.sites import PORTS
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,45 +255,39 @@ class AttributionGraph:
             raise InputError(f"`x` is {shortened(x)}: a threshold is a finite number >= 0 on |score|")
         return self.keep(self.score.abs() >= x)
 
-    def top_k(self, k: SupportsIndex, *, ports: bool = False) -> "AttributionGraph":
-        """Keep the k edges with the largest |score|.
+    def top_k(self, k: SupportsIndex, *, how: str = "top", ports: bool = False) -> "AttributionGraph":
+        """Keep a circuit of k edges by |score|, each of them on a path from a root to a sink (see `prune`).
+
+        how: "top", the strongest edges, weaker ones taken in where a stronger one would be left hanging without them;
+        "greedy", grown back from the target, always by the strongest edge into what is already inside; "milp", the
+        circuit with the largest sum of |score|, proven optimal by an integer programme (small graphs).
 
         An edge is a (source, target) pair, as in `kept_edges`; with `ports=True` q, k and v count apart, as in EAP-IG.
-        Ties go to the earlier edge.
+        Ties go to the earlier edge. Where no path fits, the circuit stays below k, which is logged as a warning.
+
+        Raises
+        ------
+        InputError: k isn't a whole number >= 0, an unknown `how`, or "milp" on more than 20,000 edges.
+        SolveError: the integer programme ran out of time.
         """
         k = whole_number("k", k, least=0, what="of edges to keep")
-        order = self.score.abs().argsort(descending=True, stable=True)
-        pair = (self.source * len(self.index) + self.target)[order]
-        if ports:
-            chosen = order[:k]
-        else:
-            first_seen: dict[int, None] = {}
-            rows = []
-            for row, key in zip(order.tolist(), pair.tolist()):
-                if key not in first_seen and len(first_seen) == k:
-                    break
-                first_seen[key] = None
-                rows.append(row)
-            chosen = torch.tensor(rows, dtype=torch.long)
-        return self.keep(torch.zeros_like(self.kept).index_fill(0, chosen, True))
+        edges = self._edges
+        chosen = self.keep(selection.choose(edges, self.score.abs(), k, how, None if ports else edges.pairs))
+        found = int(chosen.kept.sum()) if ports else chosen.n_kept
+        if found < min(k, len(self) if ports else edges.pairs.unique().numel()):
+            _log.warning("top_k(%d, how=%r): %d edges, since no more of them make whole paths", k, how, found)
+        return chosen
 
     def prune(self) -> "AttributionGraph":
         """Drop kept edges that aren't on a kept path from a root to a sink.
 
         Roots are nodes that no candidate edge feeds (`input`), sinks nodes that feed no candidate edge (`logits`).
         """
-        forward = self._reached(self.source, self.target)
-        backward = self._reached(self.target, self.source)
-        return self.keep(self.kept & forward[self.source] & backward[self.target])
+        return self.keep(selection.on_path(self._edges, self.kept))
 
-    def _reached(self, origin: Int[Tensor, " edge"], end: Int[Tensor, " edge"]) -> Bool[Tensor, " node"]:
-        reached = torch.ones(len(self.index), dtype=torch.bool)
-        reached[end] = False
-        while True:
-            new = end[self.kept & reached[origin] & ~reached[end]]
-            if not new.numel():
-                return reached
-            reached[new] = True
+    @cached_property
+    def _edges(self) -> selection.Edges:
+        return selection.Edges(self.source, self.target, self.index.ranks)
 
     def subgraph(self, nodes: Iterable[str]) -> "AttributionGraph":
         """Keep only edges whose two ends are among `nodes`; the candidates stay."""

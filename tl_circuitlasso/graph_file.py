@@ -4,6 +4,7 @@ Neither loses anything, both are written whole or not at all, and reading them r
 """
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,11 +40,11 @@ def write(path: Path, parts: Parts, table: Callable[[], pd.DataFrame]) -> None:
 
     Raises
     ------
-    InputError: the path can't be written to.
+    InputError: the path can't be written to, or the header holds something that isn't plain data.
     """
-    header = {"kind": KIND, "version": VERSION, **parts.header}
+    header = {"kind": KIND, "version": VERSION, **{key: storage.plain(part, key) for key, part in parts.header.items()}}
     if path.suffix == ".json":
-        rows = table().to_dict(orient="records")
+        rows = [_known(row) for row in table().to_dict(orient="records")]
         storage.write_text(path, json.dumps(header | {"edges": rows}, allow_nan=False, indent=1))
     elif path.suffix == ".safetensors":
         extras = {f"extra.{name}": column for name, column in parts.extras.items()}
@@ -51,6 +52,13 @@ def write(path: Path, parts: Parts, table: Callable[[], pd.DataFrame]) -> None:
     else:
         write(path / "graph.safetensors", parts, table)
         write(path / "graph.json", parts, table)
+
+
+def _known(row: dict[Any, Any]) -> dict[Any, Any]:
+    """The row with None for NaN, which JSON doesn't have: an extra of which nothing is known."""
+    if endless := [key for key, value in row.items() if isinstance(value, float) and math.isinf(value)]:
+        raise InputError(f"`extras` has an infinite {endless[0]!r}, which JSON doesn't have: write .safetensors")
+    return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
 
 
 def read(path: Path) -> Parts:
@@ -93,8 +101,12 @@ def _columns(index: NodeIndex, rows: list[dict[str, Any]]) -> tuple[dict[str, Te
     columns = {name: torch.tensor(values, dtype=torch.long) for name, values in ends.items()}
     columns["kept"] = torch.tensor([bool(row["kept"]) for row in rows], dtype=torch.bool)
     names = [name for name in (rows[0] if rows else {"score": 0, "weight": 0}) if name not in (*_ENDS, "kept")]
-    numbers = {n: torch.tensor([float(row[n]) for row in rows], dtype=torch.float64) for n in names}
+    numbers = {n: torch.tensor([_float(row[n]) for row in rows], dtype=torch.float64) for n in names}
     return columns | {name: numbers.pop(name) for name in ("score", "weight") if name in numbers}, numbers
+
+
+def _float(value: Any) -> float:
+    return math.nan if value is None else float(value)
 
 
 def _check_version(header: Mapping[str, Any], path: Path) -> None:

@@ -2,12 +2,14 @@
 
 import io
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -16,6 +18,39 @@ from torch import Tensor
 from tl_circuitlasso.errors import FormatError, InputError
 
 _HEADER = "tl_circuitlasso"
+
+
+def plain(data: Any, what: str) -> Any:
+    """`data` as JSON holds it: tuples as lists, keys and paths as text, numbers of numpy and torch as Python's.
+
+    >>> plain({"at": Path("x/y"), 1: (2, 3)}, "provenance")
+    {'at': 'x/y', '1': [2, 3]}
+
+    Raises
+    ------
+    InputError: something else, or a number that isn't finite; the message says where it stands.
+    """
+    try:
+        return _plain(data, what)
+    except RecursionError as error:
+        raise InputError(f"`{what}` is nested too deep, or holds itself: keep plain data") from error
+
+
+def _plain(data: Any, what: str) -> Any:
+    if isinstance(data, Mapping):
+        return {str(key): _plain(value, f"{what}.{key}") for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_plain(value, f"{what}[{place}]") for place, value in enumerate(data)]
+    if isinstance(data, PurePath):
+        return str(data)
+    if isinstance(data, (np.generic, np.ndarray, Tensor)) and data.ndim == 0:
+        return _plain(data.item(), what)
+    if data is None or isinstance(data, (bool, int, str)):
+        return data
+    if isinstance(data, float) and math.isfinite(data):
+        return data
+    fault = f"is {data}" if isinstance(data, float) else f"holds a {type(data).__name__}"
+    raise InputError(f"`{what}` {fault}, which a file can't say: keep text, finite numbers, lists and mappings of them")
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -56,8 +91,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> None:
-    """Write `tensors` with `data` (anything JSON can hold) in the header to `path` atomically."""
-    header = {_HEADER: json.dumps(data, allow_nan=False)}
+    """Write `tensors` with `data` (what `plain` takes) in the header to `path` atomically."""
+    header = {_HEADER: json.dumps(plain(data, "data"), allow_nan=False)}
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     write_atomically(path, lambda temporary: save_file(copies, str(temporary), header))
 

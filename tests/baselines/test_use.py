@@ -1,5 +1,8 @@
 """How the baselines behave in a user's hands: padding, strings, bad input, and a model left as it was."""
 
+import typing
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from tests import architectures
 from tl_circuitlasso import baselines
-from tl_circuitlasso.baselines import edges
+from tl_circuitlasso.baselines import edges, gradient
 from tl_circuitlasso.baselines.edges import to_matrix
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.models import adapt
@@ -195,3 +198,21 @@ def test_bad_input_is_named(changes, message):
 def test_bad_steps_are_named(steps):
     with pytest.raises(InputError, match="`steps`"):
         baselines.eap_ig(architectures.hooked("gpt2"), *pair(), last_difference, steps=steps)
+
+
+def test_attached_saes_are_warned_of():
+    """Their error terms carry no derivative: scores through them aren't the model's."""
+
+    class WithSAEs(torch.nn.Module):
+        acts_to_saes: typing.ClassVar = {"blocks.0.hook_resid_post": object()}
+
+    with pytest.warns(UserWarning, match=r"blocks\.0\.hook_resid_post.*reset_saes"):
+        gradient.warn_of_attached_saes(WithSAEs())
+    model = architectures.hooked("gpt2")
+    clean, corrupted = pair()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        baselines.eap(model, clean, corrupted, last_difference)
+    model.acts_to_saes = WithSAEs.acts_to_saes
+    with pytest.warns(UserWarning, match="aren't the model's"):
+        baselines.eap(model, clean, corrupted, last_difference)

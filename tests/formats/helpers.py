@@ -43,6 +43,18 @@ def feature_graph() -> AttributionGraph:
     return AttributionGraph.from_edges(index, edges, node_info=info, provenance={"seed": 1})
 
 
+ERROR = "blocks.0.hook_resid_post.hook_sae_error"
+
+
+def graph_with_an_error() -> AttributionGraph:
+    """Feature 0 of an SAE and what the SAE misses, both of which feed the logits."""
+    hook = ERROR.rpartition(".")[0]
+    sites = (("input", None), (hook, (0,)), (ERROR, None), ("logits", None))
+    index = NodeIndex(tuple(Block(parse_site(site), rank, own) for rank, (site, own) in enumerate(sites)))
+    edges = {("input", f"{hook}#0"): 2.0, (f"{hook}#0", "logits"): 1.0, (ERROR, "logits"): -1.0}
+    return AttributionGraph.from_edges(index, edges)
+
+
 def rows(graph: AttributionGraph) -> dict[tuple[str, str, str], tuple[float, bool]]:
     """Score and membership by source, target and port."""
     names, port = graph.index.names, [PORTS[p] for p in graph.port.tolist()]

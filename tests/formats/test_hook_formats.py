@@ -162,12 +162,25 @@ def test_auto_circuit_holds_every_score_of_a_real_graph(model: str) -> None:
     assert torch.equal(formats.from_auto_circuit(formats.to_auto_circuit(graph)).score, graph.score)
 
 
+def test_auto_circuit_caches_hold_scores_by_task_and_algorithm(tmp_path) -> None:
+    cache = {"IOI": {"EAP": formats.to_auto_circuit(small_graph())}}
+    torch.save(cache, tmp_path / "cache.pkl")
+    assert formats.read(tmp_path / "cache.pkl").pair_scores()["input", "a0.h1"] == 2.0
+    cache["IOI"]["Random"] = formats.to_auto_circuit(small_graph(), membership=True)
+    with pytest.raises(FormatError, match="EAP, Random: name one with `algo`"):
+        formats.from_auto_circuit(cache)
+    assert formats.from_auto_circuit(cache, algo="Random").pair_scores()["input", "a0.h1"] == 1.0
+    with pytest.raises(FormatError, match="`task`"):
+        formats.from_auto_circuit(cache, task="Docstring")
+
+
 BAD_SCORES = {
     "empty": (lambda d: d.clear(), "not one"),
     "unknown module": (lambda d: d.update({"blocks.0.hook_z": torch.zeros(1)}), "hook_z"),
     "a number for a name": (lambda d: d.update({3: torch.zeros(1)}), "3"),
     "another shape": (lambda d: d.update({"blocks.0.hook_mlp_in": torch.zeros(7)}), "shape"),
-    "a token axis": (lambda d: d.update({"blocks.0.hook_q_input": torch.zeros(9, 2, 1)}), "two-dimensional|shape"),
+    "a token axis": (lambda d: d.update({"blocks.0.hook_q_input": torch.zeros(9, 2, 1)}), "token axis"),
+    "a token axis at the end": (lambda d: d.update({"blocks.0.hook_resid_post": torch.zeros(9, 4)}), "token axis"),
     "NaN": (lambda d: d.update({"blocks.0.hook_mlp_in": torch.full((3,), float("nan"))}), "finite"),
     "a list": (lambda d: d.update({"blocks.0.hook_mlp_in": [0.0, 0.0, 0.0]}), "tensor"),
     "a scalar": (lambda d: d.update({"blocks.0.hook_mlp_in": torch.tensor(1.0)}), "shape"),

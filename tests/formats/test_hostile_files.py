@@ -17,11 +17,19 @@ from hypothesis import strategies as st
 from tests.formats.helpers import feature_graph, small_graph
 from tl_circuitlasso import formats
 from tl_circuitlasso.errors import FormatError
-from tl_circuitlasso.formats import _read
+from tl_circuitlasso.formats import _frontend, _read, _tracer_tensors
 from tl_circuitlasso.graph import AttributionGraph
 
 Reader = Callable[[Path], Any]
 SECONDS = 30  # far above what these small files need, far below what a hang takes
+
+
+def write_tracer_tensors(path: Path) -> None:
+    """The fields of circuit-tracer's graph without its classes, so that no package is needed."""
+    page = _frontend.page(small_graph(), slug="", scan="unknown", prompt="", supernodes=None, pinned=())
+    data = _tracer_tensors.tensors_of_page(page, small_graph())
+    torch.save(data | {"logit_targets": torch.tensor([logit.vocab_idx for logit in data["logit_targets"]])}, path)
+
 
 TEXT: dict[str, tuple[str, Reader, Callable[[Path], Any]]] = {
     "eap": (".json", formats.from_eap, lambda path: formats.to_eap(small_graph(), path)),
@@ -46,7 +54,7 @@ TENSORS: dict[str, tuple[str, Reader, Callable[[Path], Any]]] = {
     "eap": (".pt", formats.from_eap, lambda path: formats.to_eap(small_graph(), path)),
     "acdc": (".pth", formats.from_acdc, lambda path: formats.to_acdc(small_graph(), path)),
     "auto_circuit": (".pt", formats.from_auto_circuit, lambda path: formats.to_auto_circuit(small_graph(), path)),
-    "circuit_tracer": (".pt", formats.from_circuit_tracer, lambda path: formats.to_circuit_tracer(small_graph(), path)),
+    "circuit_tracer": (".pt", formats.from_circuit_tracer, lambda path: write_tracer_tensors(path)),
 }
 FILES_ONLY = ("guessed", "own")
 ALL = {f"{name}{entry[0]}": entry for group in (TEXT, TENSORS) for name, entry in group.items()}

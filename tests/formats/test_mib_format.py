@@ -31,9 +31,35 @@ def submission(tmp_path_factory):
 
 
 def test_known_models_have_the_edge_counts_that_mib_reports() -> None:
-    counts = {name: parts.n_edges for name, parts in MODELS.items() if parts is not None}
-    assert counts == {"gpt2": 32_491, "qwen2.5": 179_749, "gemma2": 74_218, "llama3": 1_592_881}
-    assert {name.rpartition("_")[2] for name in COLUMNS} == set(MODELS)
+    counts = {name: parts.n_edges for name, parts in MODELS.items()}
+    expected = {"gpt2": 32_491, "qwen2.5": 179_749, "gemma2": 74_218, "llama3": 1_592_881, "interpbench": 1_108}
+    assert counts == expected
+    assert {name.rpartition("_")[2] for name in COLUMNS} == set(MODELS) - {"interpbench"} and len(COLUMNS) == 12
+
+
+def test_folders_are_named_and_nested_as_the_evaluator_takes_them(submission, tmp_path) -> None:
+    """A method in front, underscores in the task, and folders that say by which rule to rank."""
+    for absolute in ("abs_True", "abs-False"):
+        shutil.copytree(submission / "ioi_gpt2", tmp_path / absolute / "Ours_patching_edge_ioi_gpt2")
+        shutil.copytree(submission / "arc-easy_gemma2", tmp_path / absolute / "arc_easy_gemma2")
+    assert formats.check_mib(tmp_path) == []
+    (tmp_path / "abs_True" / "arc_easy_gemma2").rename(tmp_path / "abs_True" / "arc_easy_gpt2")
+    assert any("no task and model" in fault for fault in formats.check_mib(tmp_path))
+
+
+def test_circuits_without_scores_and_scores_of_nodes_are_taken(submission, tmp_path) -> None:
+    root = tmp_path / "copy"
+    shutil.copytree(submission, root)
+    for file in (root / "ioi_gpt2").iterdir():
+        data = torch.load(file, weights_only=True)
+        torch.save({name: value for name, value in data.items() if name != "edges_scores"}, file)
+    importances = root / "arc-easy_gemma2" / "importances.pt"
+    data = torch.load(importances, weights_only=True)
+    del data["edges_scores"]
+    torch.save(data, importances)
+    assert [fault for fault in formats.check_mib(root) if "every score is 0" not in fault] == []
+    torch.save(data | {"nodes_scores": torch.randn(len(data["src_nodes"]))}, importances)
+    assert formats.check_mib(root) == []
 
 
 def test_a_good_submission_has_no_faults(submission) -> None:
@@ -41,10 +67,17 @@ def test_a_good_submission_has_no_faults(submission) -> None:
 
 
 def test_layout_of_scores(tmp_path) -> None:
-    files = formats.to_mib(small_graph(), tmp_path, task="arc_easy", model="llama3", method="Ours", ablation="mean")
-    assert list(files) == ["Ours_mean_edge/arc-easy_llama3/importances.json"]
+    files = formats.to_mib(small_graph(), tmp_path, task="arc_easy", model="tiny", method="Ours", ablation="mean")
+    assert list(files) == ["Ours_mean_edge/arc-easy_tiny/importances.json"]
     again = formats.from_mib(tmp_path / "Ours_mean_edge")
-    assert nonzero(again["arc-easy_llama3/importances.json"]) == nonzero(small_graph())
+    assert nonzero(again["arc-easy_tiny/importances.json"]) == nonzero(small_graph())
+
+
+def test_a_graph_of_another_model_is_refused() -> None:
+    with pytest.raises(InputError, match=r"1 layers of 2 heads.*gpt2 has 12 layers of 12 heads"):
+        formats.to_mib(small_graph())
+    with pytest.raises(InputError, match="in sequence"):
+        formats.to_mib(random_graph(Components(12, 12, parallel=True)))
 
 
 def test_nine_circuits_are_nested_and_within_their_limits() -> None:
@@ -59,12 +92,12 @@ def test_nine_circuits_are_nested_and_within_their_limits() -> None:
 
 def test_the_largest_scores_are_chosen_whatever_their_sign() -> None:
     graph = random_graph(Components(2, 2))
-    last = list(formats.to_mib(graph, circuits=True).values())[-1]
+    last = list(formats.to_mib(graph, circuits=True, model="tiny").values())[-1]
     assert float(graph.score[last.kept].abs().min()) >= float(graph.score[~last.kept].abs().max())
 
 
 def test_circuits_are_never_filled_up_with_edges_of_score_zero() -> None:
-    last = list(formats.to_mib(small_graph(), circuits=True).values())[-1]
+    last = list(formats.to_mib(small_graph(), circuits=True, model="tiny").values())[-1]
     assert int(last.kept.sum()) == 6
 
 
@@ -83,7 +116,8 @@ def make_all_large(folder) -> None:
 
 empty = AttributionGraph.from_edges(component_index(n_layers=26, n_heads=8), {})
 FAULTS = {
-    "unknown task": (lambda r: (r / "ioi_gpt2").rename(r / "ioi-gpt2"), "not a task and model of MIB"),
+    "unknown task": (lambda r: (r / "ioi_gpt2").rename(r / "ioi-gpt2"), "no task and model of MIB"),
+    "not on the board": (lambda r: (r / "ioi_gpt2").rename(r / "ioi_interpbench"), "no task and model of MIB"),
     "one task": (lambda r: shutil.rmtree(r / "ioi_gpt2"), "at least two"),
     "missing circuit": (lambda r: (r / "ioi_gpt2" / "circuit_5.pt").unlink(), "8 circuit files"),
     "foreign file": (lambda r: (r / "ioi_gpt2" / "notes.txt").write_text("x"), "only .json and .pt"),
@@ -127,17 +161,17 @@ def test_folders_that_are_not_there(tmp_path) -> None:
 
 def test_names_that_would_leave_the_folder_are_refused(tmp_path) -> None:
     with pytest.raises(InputError, match="`task`"):
-        formats.to_mib(small_graph(), tmp_path, task="../ioi")
+        formats.to_mib(small_graph(), tmp_path, task="../ioi", model="tiny")
     with pytest.raises(InputError, match="`suffix`"):
-        formats.to_mib(small_graph(), tmp_path, suffix=".txt")
+        formats.to_mib(small_graph(), tmp_path, suffix=".txt", model="tiny")
 
 
 def test_features_have_no_place_here() -> None:
     with pytest.raises(InputError, match="isn't a component"):
-        formats.to_mib(feature_graph(), circuits=True)
+        formats.to_mib(feature_graph(), circuits=True, model="tiny")
 
 
 def test_files_load_as_eap_data(tmp_path) -> None:
-    formats.to_mib(small_graph(), tmp_path)
-    data = json.loads((tmp_path / "CircuitLasso_patching_edge" / "ioi_gpt2" / "importances.json").read_text())
+    formats.to_mib(small_graph(), tmp_path, model="tiny")
+    data = json.loads((tmp_path / "CircuitLasso_patching_edge" / "ioi_tiny" / "importances.json").read_text())
     assert data["edges"]["m0->logits"] == {"score": 1.0, "in_graph": True}

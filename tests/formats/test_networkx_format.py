@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import networkx as nx
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -12,6 +13,11 @@ from tests.formats.helpers import GOLDEN, GRAPHS, feature_graph, random_graph, s
 from tl_circuitlasso import formats
 from tl_circuitlasso.errors import FormatError, InputError
 from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.nodes import Block, NodeIndex
+from tl_circuitlasso.sites import parse_site
+
+SUFFIX = {"auto-circuit": ".pt", "acdc": ".pth", "graphml": ".graphml", "gexf": ".gexf", "mib": ""}
+WITHOUT_PROVENANCE = {"acdc", "auto-circuit", "circuits-benchmark", "gexf"}
 
 
 def with_everything() -> AttributionGraph:
@@ -108,6 +114,54 @@ def test_weight_stands_in_for_score() -> None:
     graph = nx.DiGraph()
     graph.add_edge("input", "logits", weight=2)
     assert formats.from_networkx(graph).score.tolist() == [2.0]
+
+
+def test_numbers_of_numpy_and_torch_are_numbers() -> None:
+    for score in (np.float32(0.5), np.array(0.5), torch.tensor(0.5), np.int64(2)):
+        graph = formats.from_networkx(foreign(("input", "m0"), score=score, weight=score, p=score))
+        assert graph.score.tolist() == [float(score)] and graph.extras["p"].tolist() == [float(score)]
+
+
+@pytest.mark.parametrize("format", sorted(formats.files.WRITERS))
+@pytest.mark.parametrize("candidates", [True, False])
+def test_an_empty_circuit_survives_every_format(format: str, candidates: bool, tmp_path) -> None:
+    graph = small_graph().top_k(0) if candidates else AttributionGraph.from_edges(small_graph().index, {})
+    suffix = SUFFIX.get(format, ".json")
+    options = {"model": "tiny"} if format == "mib" else {"membership": True} if format == "auto-circuit" else {}
+    formats.write(graph, tmp_path / f"graph{suffix}", format, **options)
+    assert formats.read(tmp_path / f"graph{suffix}", format).n_kept == 0
+
+
+@pytest.mark.parametrize("suffix", [".graphml", ".gexf", ".cyjs"])
+def test_control_characters_in_names_come_back(suffix: str, tmp_path) -> None:
+    hooks = [f"blocks.0.hook_{sign}" for sign in ("\x01", "\ud800", "\\", "\\u0041", "ä")]
+    index = NodeIndex(tuple(Block(parse_site(hook), rank, (3,)) for rank, hook in enumerate(hooks)))
+    edges = {(f"{hook}#3", f"{hooks[-1]}#3"): 1.0 for hook in hooks[:-1]}
+    graph = AttributionGraph.from_edges(index, edges, node_info={f"{hooks[0]}#3": {"label": "\x02"}})
+    formats.to_networkx(graph, tmp_path / f"graph{suffix}")
+    assert formats.read(tmp_path / f"graph{suffix}").kept_edges() == graph.kept_edges()
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".json", ".graphml", ".cyjs"])
+def test_unknown_extras_and_paths_in_provenance_are_written(suffix: str, tmp_path) -> None:
+    base = small_graph()
+    effect = torch.full((len(base),), 0.5, dtype=torch.float64).index_fill(0, torch.tensor([1]), torch.nan)
+    facts = {"model": tmp_path, "seed": np.int64(3), "rate": torch.tensor(0.5), "sizes": (1, 2)}
+    graph = replace(base, extras={"effect": effect}, provenance=facts)
+    formats.write(graph, tmp_path / f"graph{suffix}", "circuit-lasso" if suffix == ".json" else None)
+    again = formats.read(tmp_path / f"graph{suffix}")
+    torch.testing.assert_close(again.extras["effect"], effect, equal_nan=True)
+    assert again.provenance == {"model": str(tmp_path), "seed": 3, "rate": 0.5, "sizes": [1, 2]}
+
+
+@pytest.mark.parametrize("format", sorted(set(formats.files.WRITERS) - WITHOUT_PROVENANCE))
+@pytest.mark.parametrize("value", [float("nan"), object(), {1, 2}])
+def test_what_a_file_cannot_say_is_refused_by_its_place(format: str, value: object, tmp_path) -> None:
+    graph = replace(small_graph(), provenance={"outer": [{"inner": value}]})
+    options = {"model": "tiny"} if format == "mib" else {}
+    with pytest.raises(InputError, match=r"outer\[0\]\.inner"):
+        formats.write(graph, tmp_path / f"graph{SUFFIX.get(format, '.json')}", format, **options)
+    assert not list(tmp_path.rglob("*.json"))
 
 
 BAD_GRAPHS = {

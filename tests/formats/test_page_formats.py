@@ -9,10 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.formats.helpers import GOLDEN, feature_graph, small_graph
+from tests.formats.helpers import ERROR, GOLDEN, feature_graph, graph_with_an_error, small_graph
 from tl_circuitlasso import formats
 from tl_circuitlasso.errors import FormatError, InputError
-from tl_circuitlasso.formats import circuit_tracer
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.nodes import Block, NodeIndex
 from tl_circuitlasso.sites import Site
@@ -59,7 +58,7 @@ def test_golden_files() -> None:
 @pytest.mark.parametrize("make", GRAPHS)
 @pytest.mark.parametrize(
     ("write", "suffix"),
-    [(formats.to_neuronpedia, ".json"), (formats.to_circuit_tracer, ".json"), (formats.to_circuit_tracer, ".pt")],
+    [(formats.to_neuronpedia, ".json"), (formats.to_circuit_tracer, ".json")],
 )
 def test_kept_circuit_comes_back(make, write, suffix: str, tmp_path) -> None:
     graph, path = make(), tmp_path / f"graph{suffix}"
@@ -160,17 +159,6 @@ def test_faulty_pages_are_named(fault: str) -> None:
         formats.from_neuronpedia(page)
 
 
-def test_matrix_has_a_row_per_target(tmp_path) -> None:
-    data = formats.to_circuit_tracer(feature_graph(), tmp_path / "graph.pt")
-    n_features, n_pos = len(data["selected_features"]), len(data["input_tokens"])
-    size = n_features + (data["cfg"]["n_layers"] + 1) * n_pos + len(data["logit_targets"])
-    assert data["adjacency_matrix"].shape == (size, size)
-    early, mlp = [0, 1, 17], [1, 2, 17]
-    place = [row.tolist() for row in data["active_features"]]
-    assert float(data["adjacency_matrix"][place.index(mlp), place.index(early)]) == -2.0
-    assert float(data["adjacency_matrix"][place.index(early), size - n_pos - 1]) == 0.5
-
-
 def real_tensors() -> dict:
     """The fields of circuit-tracer's own .pt: three features, two tokens, two layers, one logit."""
     adjacency = torch.zeros(10, 10)
@@ -230,6 +218,7 @@ BAD_TENSORS = {
     "giant": (lambda d: d.update(cfg={"n_layers": 1 << 60}), "n_layers"),
     "against the layers": (lambda d: d["adjacency_matrix"][0, 2].fill_(1.0), "order of computation"),
     "logits as text": (lambda d: d.update(logit_targets="x"), "logit_targets"),
+    "probabilities of another number": (lambda d: d.update(logit_probabilities=torch.ones(3)), "logit_probabilities"),
 }
 
 
@@ -242,29 +231,65 @@ def test_faulty_tensors_are_named(fault: str) -> None:
         formats.from_circuit_tracer(data)
 
 
-def test_too_many_nodes_for_a_matrix(monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(circuit_tracer, "_MAX_NODES", 5)
-    with pytest.raises(InputError, match="top_k"):
-        formats.to_circuit_tracer(feature_graph(), tmp_path / "graph.pt")
+def test_an_error_that_shares_its_id_with_a_feature_is_read_with_a_warning(caplog) -> None:
+    """circuit-tracer calls the error of layer 1 at token 1 `0_1_1`, as it does feature 1 of layer 0."""
+
+    def entry(name: str, layer: str, feature: int, kind: str, position: int = 1) -> dict:
+        more = {"ctx_idx": position, "feature_type": kind, "jsNodeId": name, "clerp": ""}
+        return {"node_id": name, "feature": feature, "layer": layer} | more
+
+    page = foreign_page()
+    page["nodes"] += [
+        entry("0_1_1", "0", formats.cantor_pair(0, 1), "cross layer transcoder"),
+        entry("0_1_1", "1", -1, "mlp reconstruction error"),
+    ]
+    ends = [("E_464_0", "0_1_1", 2.0), ("0_1_1", "1_3_1", 4.0), ("0_1_1", "3_11_1", 5.0), ("0_1_1", "3_11_1", 6.0)]
+    page["links"] += [{"source": s, "target": t, "weight": w} for s, t, w in ends]
+    graph = formats.from_circuit_tracer(page)
+    assert "share their ids" in caplog.text and "0 links could be" in caplog.text
+    scores, feature, error = graph.pair_scores(), "blocks.0.hook_features.pos1#1", "blocks.1.hook_error.pos1"
+    assert scores["hook_embed.pos0#464", feature] == 2.0
+    assert scores[feature, "blocks.1.hook_features.pos1#3"] == 4.0  # the error of layer 1 feeds only what is above it
+    assert {scores[feature, "hook_unembed.pos1#11"], scores[error, "hook_unembed.pos1#11"]} == {5.0, 6.0}
+    assert graph.provenance["shared_ids"] == ["0_1_1"]
+    page["links"].pop()
+    graph = formats.from_neuronpedia(page)
+    assert "1 links could be" in caplog.text and graph.pair_scores()[feature, "hook_unembed.pos1#11"] == 5.0
 
 
-def test_live_object_without_the_package_says_where_to_get_it(monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, "circuit_tracer.graph", None)
-    with pytest.raises(InputError, match="safety-research/circuit-tracer"):
-        formats.to_circuit_tracer_graph(small_graph())
+@pytest.mark.parametrize("make", GRAPHS)
+@pytest.mark.parametrize(
+    ("write", "read"),
+    [
+        (formats.to_neuronpedia, formats.from_neuronpedia),
+        (formats.to_circuit_tracer, formats.from_circuit_tracer),
+    ],
+)
+def test_an_empty_circuit_comes_back(make, write, read) -> None:
+    again = read(write(make().top_k(0)))
+    assert again.n_kept == 0 and again.provenance == make().provenance
 
 
-def test_live_object_gets_the_package_s_own_records(monkeypatch) -> None:
-    class Graph(SimpleNamespace):
-        def __init__(self, scan_name: str = "", **fields) -> None:
-            super().__init__(scan_name=scan_name, **fields)
+def test_what_an_sae_misses_is_an_error_node_and_no_feature() -> None:
+    page = formats.to_neuronpedia(graph_with_an_error())
+    (error,) = [node for node in page["nodes"] if "error" in node["feature_type"]]
+    assert error["feature"] == -1 and error["tl_name"] == ERROR
+    assert len({node["node_id"] for node in page["nodes"]}) == len(page["nodes"])
+    assert formats.from_neuronpedia(page).kept_edges() == graph_with_an_error().kept_edges()
 
-    modules = {
-        "circuit_tracer.graph": SimpleNamespace(Graph=Graph),
-        "circuit_tracer.utils.tl_nnsight_mapping": SimpleNamespace(UnifiedConfig=SimpleNamespace),
-        "circuit_tracer.attribution.targets": SimpleNamespace(LogitTarget=lambda text, token: (text, token)),
-    }
-    for name, module in modules.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    live = formats.to_circuit_tracer_graph(feature_graph(), scan="gpt2-small")
-    assert live.scan_name == "gpt2-small" and live.cfg.n_layers == 2 and live.logit_targets == [("logits", 0)]
+
+def test_the_page_takes_its_model_and_set_from_the_saes() -> None:
+    saes = {"blocks.0.hook_resid_post": sae_of("gpt2-small/0-res-jb"), "x": sae_of("gpt2-small/1-res-jb", mapping=True)}
+    metadata = formats.to_neuronpedia(feature_graph(), saes=saes)["metadata"]
+    assert metadata["scan"] == "gpt2-small"
+    assert metadata["feature_details"] == {"neuronpedia_source_set": "res-jb"}
+    assert formats.to_neuronpedia(feature_graph(), saes=saes, scan="mine")["metadata"]["scan"] == "mine"
+    with pytest.raises(InputError, match=r"gpt2-small/res-jb, gemma-2-2b/x"):
+        formats.to_neuronpedia(feature_graph(), saes=saes | {"y": sae_of("gemma-2-2b/3-x")})
+    with pytest.raises(InputError, match="no Neuronpedia id"):
+        formats.to_neuronpedia(feature_graph(), saes={"y": sae_of(None)})
+
+
+def sae_of(neuronpedia_id: str | None, *, mapping: bool = False) -> SimpleNamespace:
+    metadata = {"neuronpedia_id": neuronpedia_id}
+    return SimpleNamespace(cfg=SimpleNamespace(metadata=metadata if mapping else SimpleNamespace(**metadata)))

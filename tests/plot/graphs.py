@@ -34,7 +34,12 @@ def dense_graph(n_layers: int, n_heads: int, keep: int, *, signed: bool = False,
     index = component_index(n_layers=n_layers, n_heads=n_heads)
     pairs = [(s, t) for s in index.names for t in index.names if index.may_feed(s, t)]
     edges = {pair: draw.lognormvariate(0, 1.5) * (draw.choice([-1, 1]) if signed else 1) for pair in pairs}
-    return AttributionGraph.from_edges(index, edges).top_k(keep)
+    return strongest(AttributionGraph.from_edges(index, edges), keep)
+
+
+def strongest(graph: AttributionGraph, count: int) -> AttributionGraph:
+    """The strongest edges, on a path or not: what pictures show of a graph that has too many."""
+    return graph.threshold(graph.score.abs().sort(descending=True).values[count - 1].item())
 
 
 def feature_graph() -> AttributionGraph:

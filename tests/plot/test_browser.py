@@ -9,7 +9,7 @@ import networkx as nx
 import numpy as np
 import pytest
 
-from tests.plot.graphs import NASTY, dense_graph, feature_graph, small_graph
+from tests.plot.graphs import NASTY, dense_graph, feature_graph, small_graph, strongest
 from tl_circuitlasso import plot
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium isn't installed: pip install selenium")
@@ -138,12 +138,12 @@ def test_the_slider_shows_the_strongest_edges_and_the_button_the_circuit_again(o
     page.until(lambda: len(page.edges()) == len(graph))
     page.slide(300)
     page.until(lambda: 0 < len(page.edges()) < 12)
-    assert page.edges() == kept(graph.top_k(len(page.edges())))
+    assert page.edges() == kept(strongest(graph, len(page.edges())))
     assert "|score| ≥" in page.find("shown").text
     page.find("own").click()
     page.until(lambda: page.edges() == kept(graph))
     page.press("[")
-    page.until(lambda: page.edges() == kept(graph.top_k(11)))
+    page.until(lambda: page.edges() == kept(strongest(graph, 11)))
 
 
 def test_a_click_highlights_all_paths_to_the_target(opened):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from tests.plot.graphs import dense_graph, feature_graph, small_graph
+from tests.plot.graphs import dense_graph, feature_graph, small_graph, strongest
 from tl_circuitlasso import plot
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
@@ -49,7 +49,7 @@ def test_large_graphs_are_shown_by_block_on_their_own():
 
 def path_graphs():
     base = dense_graph(3, 3, 40)
-    return {strength: base.top_k(k) for strength, k in [(0.5, 2), (0.2, 6), (0.1, 12), (0.05, 30)]}
+    return {strength: strongest(base, k) for strength, k in [(0.5, 2), (0.2, 6), (0.1, 12), (0.05, 30)]}
 
 
 def test_strength_path_draws_scores_and_counts():
@@ -82,7 +82,7 @@ def test_strength_path_names_what_is_wrong():
 
 def test_scatter_sorts_edges_by_who_keeps_them():
     a = dense_graph(3, 3, 10)
-    b = replace(a, score=a.score * 2).top_k(15)
+    b = strongest(replace(a, score=a.score * 2), 15)
     axes = plot.scatter(a, b, names=("ours", "theirs")).axes[0]
     counts = {c.get_label(): len(c.get_offsets()) for c in axes.collections}
     assert counts[f"neither ({len(a) - 15})"] == len(a) - 15

@@ -9,7 +9,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
-from tests.plot.graphs import NASTY, dense_graph, feature_graph, small_graph
+from tests.plot.graphs import NASTY, dense_graph, feature_graph, small_graph, strongest
 from tl_circuitlasso import plot
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
@@ -80,8 +80,7 @@ def test_too_many_edges_draw_the_strongest_and_say_so():
     figure = plot.circuit(graph, max_edges=25)
     assert len(drawn(figure, "edge")) == 25
     assert any("strongest 25" in text.get_text() for text in figure.axes[0].texts)
-    strongest = graph.top_k(25)
-    assert drawn(figure, "edge") == kept_names(strongest)
+    assert drawn(figure, "edge") == kept_names(strongest(graph, 25))
 
 
 def test_a_circuit_without_edges_is_a_picture_too():

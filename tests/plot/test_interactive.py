@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.plot.graphs import NASTY, dense_graph, feature_graph, small_graph
+from tests.plot.graphs import NASTY, dense_graph, feature_graph, small_graph, strongest
 from tl_circuitlasso import plot
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
@@ -84,7 +84,7 @@ def test_only_the_strongest_edges_are_embedded_and_kept_ones_always(tmp_path):
     weakest = graph.keep(graph.score <= graph.score.kthvalue(5).values)
     _, data = read(plot.interactive(weakest, tmp_path / "graph.html", max_edges=20))
     assert edges_of(data) == rows(weakest)
-    assert edges_of(data, kept=False) == rows(graph.top_k(15))
+    assert edges_of(data, kept=False) == rows(strongest(graph, 15))
     assert data["note"].startswith(f"{len(graph) - 20} weakest")
 
 

@@ -1,8 +1,13 @@
-"""Other ways to find circuits, for comparison: each returns an `AttributionGraph` of all edges, all kept.
+"""Other ways to find circuits, for comparison: each returns an `AttributionGraph` of all edges, all kept unless the
+method chooses (`acdc`, `bootstrap_eap_ig`).
 
-Every method is called as `method(model, clean, corrupted, metric, *, steps=5, attention_mask=None, ...)`.
+Every method is called as `method(model, clean, corrupted, metric, *, steps=5, attention_mask=None, ...)`; `METHODS` has
+them by name.
 """
 
+from tl_circuitlasso.baselines.acdc import (
+    acdc as acdc,
+)
 from tl_circuitlasso.baselines.exact import (
     exact as exact,
 )
@@ -24,6 +29,12 @@ from tl_circuitlasso.baselines.gradient import (
 from tl_circuitlasso.baselines.gradient import (
     eap_ig_activations as eap_ig_activations,
 )
+from tl_circuitlasso.baselines.methods import (
+    METHODS as METHODS,
+)
+from tl_circuitlasso.baselines.methods import (
+    method as method,
+)
 from tl_circuitlasso.baselines.nodes import (
     node_scores as node_scores,
 )
@@ -35,4 +46,10 @@ from tl_circuitlasso.baselines.observational import (
 )
 from tl_circuitlasso.baselines.observational import (
     random_edges as random_edges,
+)
+from tl_circuitlasso.baselines.paths import (
+    bootstrap_eap_ig as bootstrap_eap_ig,
+)
+from tl_circuitlasso.baselines.paths import (
+    eap_gp as eap_gp,
 )

@@ -16,6 +16,7 @@ from torch import Tensor
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models import Adapter, Shape
 from tl_circuitlasso.models.attention import PORTS
+from tl_circuitlasso.models.patch import Circuits
 from tl_circuitlasso.models.patching import Written, projection
 from tl_circuitlasso.models.tracing import Trace, read_gradient
 from tl_circuitlasso.nodes import NodeIndex, component_index
@@ -136,6 +137,19 @@ def _version(package: str) -> str:
         return version(package.replace("_", "-"))
     except PackageNotFoundError:
         return "unknown"
+
+
+def as_circuits(kept: Bool[Tensor, "circuit source reader"], layout: EdgeLayout) -> Circuits:
+    """What the readers of each kind read."""
+    return Circuits(dict(_readers(kept, layout)))
+
+
+def _readers(
+    kept: Bool[Tensor, "circuit source reader"], layout: EdgeLayout
+) -> Iterator[tuple[tuple[int, str], Tensor]]:
+    for layer, port in layout.readers():
+        sources, columns = layout.sources_of(layer, port), layout.columns(layer, port)
+        yield (layer, port), kept[:, :sources, columns].transpose(1, 2).contiguous()
 
 
 # ---- the sum over tokens ------------------------------------------------------------------------------------------

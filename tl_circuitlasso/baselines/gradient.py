@@ -6,6 +6,7 @@ differ in where the derivative is taken. Scores don't depend on the batch size.
 """
 
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -62,7 +63,7 @@ def eap(
     """
     setting = Setting("eap", ablation, mean_over, input_node, 1)
     data = setting.pairs(model, clean, corrupted, attention_mask, batch_size)
-    return _attribute(data, metric, setting, at_clean)
+    return attribute(data, metric, setting, at_clean)
 
 
 def eap_ig(
@@ -85,7 +86,7 @@ def eap_ig(
     """
     setting = Setting("eap_ig", ablation, mean_over, input_node, steps)
     data = setting.pairs(model, clean, corrupted, attention_mask, batch_size)
-    return _attribute(data, metric, setting, along_inputs)
+    return attribute(data, metric, setting, along_inputs)
 
 
 def clean_corrupted(
@@ -107,7 +108,7 @@ def clean_corrupted(
     """
     setting = Setting("clean_corrupted", ablation, mean_over, input_node, 2)
     data = setting.pairs(model, clean, corrupted, attention_mask, batch_size)
-    return _attribute(data, metric, setting, _at_ends)
+    return attribute(data, metric, setting, _at_ends)
 
 
 def eap_ig_activations(
@@ -132,7 +133,7 @@ def eap_ig_activations(
     """
     setting = Setting("eap_ig_activations", ablation, mean_over, input_node, steps)
     data = setting.pairs(model, clean, corrupted, attention_mask, batch_size)
-    return _attribute(data, metric, setting, _along_activations)
+    return attribute(data, metric, setting, _along_activations)
 
 
 # ---- one pass over the data -----------------------------------------------------------------------------------------
@@ -172,7 +173,24 @@ class Setting:
             raise InputError(
                 f"`corrupted` is missing: ablation={self.ablation!r} reads it; 'zero' and clean means don't"
             )
-        return pairs_of(model, clean, corrupted, attention_mask=attention_mask, batch_size=batch_size)
+        data = pairs_of(model, clean, corrupted, attention_mask=attention_mask, batch_size=batch_size)
+        warn_of_attached_saes(data.adapter.model)
+        return data
+
+
+def warn_of_attached_saes(model: Any) -> None:
+    """A warning where SAEs are attached to the model: its derivatives aren't those of the model.
+
+    SAELens computes an attached SAE's error term without gradients. So the forward pass is the model's, but derivatives
+    flow through what the SAE reconstructs alone, and scores differ (by some percent for a good SAE).
+    """
+    attached = list(getattr(model, "acts_to_saes", None) or ())
+    if attached:
+        warnings.warn(
+            f"SAEs are attached at {', '.join(attached[:3])}: derivatives leave out what they miss, also with an error "
+            "term, so these scores aren't the model's: detach them with model.reset_saes()",
+            stacklevel=4,
+        )
 
 
 @dataclass
@@ -233,7 +251,8 @@ Step = tuple[Written, Trace, float]  # clean - ablated, derivatives, and the ste
 Path = Callable[[Job], Iterator[Step]]
 
 
-def _attribute(data: Pairs, metric: Metric, setting: Setting, path: Path) -> AttributionGraph:
+def attribute(data: Pairs, metric: Metric, setting: Setting, path: Path) -> AttributionGraph:
+    """The graph of a method that is known by where it takes the derivative."""
     began = time.perf_counter()
     layout, count = EdgeLayout(data.adapter.shape), Count()
     scores = torch.zeros(layout.n_sources, layout.n_readers, dtype=torch.float64, device=data.adapter.device)

@@ -45,7 +45,7 @@ def interpbench(
     ----------
     folder: a folder of cases (see `bench.cases`), a local copy of the published InterpBench repository, or the name of
         that repository on the hub (`cybershiptrooper/InterpBench`).
-    methods: names among `bench.METHODS`; None runs all.
+    methods: names among `bench.METHODS`; None runs all but the rivals that are on demand (`bench.methods.ON_DEMAND`).
     truth: "effective" (edges whose resampling changes the output), "flow" (the whole data flow) or "gt" (the circuit
         as circuits-benchmark counts it).
     prompts: how many prompts of each case to use; None takes all.

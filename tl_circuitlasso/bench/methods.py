@@ -17,6 +17,7 @@ from torch import Tensor
 from tl_circuitlasso import baselines
 from tl_circuitlasso.bench.cases import Case, limited
 from tl_circuitlasso.errors import InputError
+from tl_circuitlasso.evaluate.confirm import confirm
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models import adapt
 
@@ -114,6 +115,23 @@ def _circuit_lasso(**options: Any) -> Callable[..., AttributionGraph]:
     return run
 
 
+def _magnitude(case: Case, prompts: int | None, seed: int) -> AttributionGraph:
+    clean, corrupted = limited(case, prompts)
+    return baselines.METHODS["magnitude"](case.model, clean, corrupted, batch_size=BATCH)
+
+
+def _confirmed(case: Case, prompts: int | None, seed: int) -> AttributionGraph:
+    """The default circuit, each of its edges then cut once in the model."""
+    clean, corrupted = limited(case, prompts)
+    graph = _circuit_lasso()(case, prompts, seed)
+    if not bool(graph.prune().kept.any()):
+        return graph
+    metric = objective(case, clean, corrupted, "distance")
+    found = confirm(graph, case.model, clean, corrupted, metric, batch_size=BATCH, seed=seed).prune()
+    passes = graph.provenance["forward_passes"] + found.provenance["confirm"]["forward_passes"]
+    return replace(found, provenance={**found.provenance, "forward_passes": passes})
+
+
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
@@ -127,13 +145,19 @@ METHODS: dict[str, Method] = {
         Method("information-flow-routes", _watching(baselines.information_flow_routes)),
         Method("correlation", _watching(baselines.correlation, seeded=True)),
         Method("random", _watching(baselines.random_edges, seeded=True)),
+        Method("magnitude", _magnitude),
+        Method("eap-gp", _baseline(baselines.eap_gp, "distance")),
+        Method("bootstrap-eap-ig", _baseline(baselines.bootstrap_eap_ig, "distance"), chooses=True),
+        Method("acdc", _baseline(baselines.acdc, "distance"), chooses=True),
+        Method("circuit-lasso+confirm", _confirmed, chooses=True),
     )
 }
-DEFAULT = tuple(METHODS)
+ON_DEMAND = ("magnitude", "eap-gp", "bootstrap-eap-ig", "acdc", "circuit-lasso+confirm")  # run where they are named
+DEFAULT = tuple(name for name in METHODS if name not in ON_DEMAND)
 
 
 def chosen(names: Any) -> list[Method]:
-    """The methods called `names` (None: all of them).
+    """The methods called `names` (None: all but `ON_DEMAND`).
 
     Raises
     ------

@@ -11,6 +11,8 @@ from tl_circuitlasso.evaluate.edges import edges as edges
 from tl_circuitlasso.evaluate.faithfulness import Faithfulness as Faithfulness
 from tl_circuitlasso.evaluate.faithfulness import completeness as completeness
 from tl_circuitlasso.evaluate.faithfulness import faithfulness as faithfulness
+from tl_circuitlasso.evaluate.hypotheses import CircuitTests as CircuitTests
+from tl_circuitlasso.evaluate.hypotheses import tests as tests
 from tl_circuitlasso.evaluate.metrics import accuracy as accuracy
 from tl_circuitlasso.evaluate.metrics import cross_entropy as cross_entropy
 from tl_circuitlasso.evaluate.metrics import kl as kl
@@ -24,6 +26,9 @@ from tl_circuitlasso.evaluate.report import Report as Report
 from tl_circuitlasso.evaluate.report import metric_by_name as metric_by_name
 from tl_circuitlasso.evaluate.report import read_pairs as read_pairs
 from tl_circuitlasso.evaluate.report import report as report
+from tl_circuitlasso.evaluate.stability import Stability as Stability
+from tl_circuitlasso.evaluate.stability import agreement as agreement
+from tl_circuitlasso.evaluate.stability import stability as stability
 from tl_circuitlasso.evaluate.steer import Steered as Steered
 from tl_circuitlasso.evaluate.steer import steer as steer
 from tl_circuitlasso.evaluate.structure import (

@@ -4,17 +4,15 @@ An edge into a head without a port stands for its q, k and v at once. Edges that
 logits do nothing and are dropped before anything is measured or counted.
 """
 
-from collections.abc import Iterator
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_circuitlasso.baselines.edges import EdgeLayout
+from tl_circuitlasso.baselines.edges import as_circuits as as_circuits
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models import Adapter
-from tl_circuitlasso.models.patch import Circuits
 from tl_circuitlasso.sites import PORTS
 
 EdgeMatrix = Bool[Tensor, "circuit source reader"]
@@ -110,14 +108,3 @@ def prune(kept: EdgeMatrix, layout: EdgeLayout) -> EdgeMatrix:
         if torch.equal(pruned, kept):
             return pruned
         kept = pruned
-
-
-def as_circuits(kept: EdgeMatrix, layout: EdgeLayout) -> Circuits:
-    """What the readers of each kind read."""
-    return Circuits(dict(_readers(kept, layout)))
-
-
-def _readers(kept: EdgeMatrix, layout: EdgeLayout) -> Iterator[tuple[tuple[int, str], Tensor]]:
-    for layer, port in layout.readers():
-        sources, columns = layout.sources_of(layer, port), layout.columns(layer, port)
-        yield (layer, port), kept[:, :sources, columns].transpose(1, 2).contiguous()

@@ -4,7 +4,6 @@ The Mechanistic Interpretability Benchmark (Mueller et al. 2025, arXiv 2504.1315
 under faithfulness (more is better), and CMD, between faithfulness and 1 (less is better).
 """
 
-import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -32,6 +31,7 @@ from tl_circuitlasso.evaluate.interventions import Ablation, Intervention, Measu
 from tl_circuitlasso.evaluate.metrics import Metric
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
+from tl_circuitlasso.selection import Edges, grown, ranked
 
 MIB_SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
@@ -212,40 +212,14 @@ def select(
     """The circuits of so many edges; ties go to the edge that comes first in the order of computation."""
     if rule not in ("top", "greedy"):
         raise InputError(f"`rule` is {rule!r}: write 'top' or 'greedy'")
-    values = scores.abs() if absolute else scores
-    order = _ranking(values, layout) if rule == "top" else _grown(values, layout)
-    kept = torch.zeros(len(counts), layout.n_sources * layout.n_readers, dtype=torch.bool)
+    source, column = layout.mask().nonzero(as_tuple=True)
+    values = (scores.abs() if absolute else scores)[source, column]
+    edges = Edges(source, torch.tensor(layout.targets()[0])[column], layout.index.ranks)
+    order = ranked(values) if rule == "top" else grown(edges, values)
+    kept = torch.zeros(len(counts), layout.n_sources, layout.n_readers, dtype=torch.bool)
     for number, count in enumerate(counts):
-        kept[number, order[:count]] = True
-    return kept.view(len(counts), layout.n_sources, layout.n_readers)
-
-
-def _ranking(values: Tensor, layout: EdgeLayout) -> list[int]:
-    edges = layout.mask().flatten().nonzero().flatten()
-    return edges[values.flatten()[edges].argsort(descending=True, stable=True)].tolist()
-
-
-def _grown(values: Tensor, layout: EdgeLayout) -> list[int]:
-    """All edges that lead to the logits, in the order in which the circuit grows back from them."""
-    n, mask = layout.n_readers, layout.mask()
-    columns_of: dict[int, list[int]] = {}
-    for column, node in enumerate(layout.targets()[0]):
-        columns_of.setdefault(node, []).append(column)
-    inside, order, heap = {layout.n_sources}, [], []
-
-    def offer(node: int) -> None:
-        for column in columns_of.get(node, ()):
-            for source in mask[:, column].nonzero().flatten().tolist():
-                heapq.heappush(heap, (-float(values[source, column]), source * n + column))
-
-    offer(layout.n_sources)
-    while heap:
-        _, cell = heapq.heappop(heap)
-        order.append(cell)
-        if (source := cell // n) not in inside:
-            inside.add(source)
-            offer(source)
-    return order
+        kept[number, source[order[:count]], column[order[:count]]] = True
+    return kept
 
 
 # ---- what to compare with -------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@
 | circuits-benchmark | `to_circuits_benchmark`    | `from_circuits_benchmark`  | kept edges, components              |
 | circuit-tracer     | `to_circuit_tracer`, `..._graph` | `from_circuit_tracer` | kept edges, any nodes              |
 | Neuronpedia        | `to_neuronpedia`           | `from_neuronpedia`         | kept edges, any nodes               |
+| TransformerLens 4  | `to_transformer_lens`      | `from_transformer_lens`    | scores or kept edges, components    |
 | networkx           | `to_networkx`, `to_graphml`, `to_gexf`, `to_cytoscape` | `from_...` | everything      |
 
 `read(path)` opens a file of any of them, `write(graph, path, format)` writes one.
@@ -40,6 +41,7 @@ from tl_circuitlasso.formats.networkx_ import (
     to_networkx,
 )
 from tl_circuitlasso.formats.neuronpedia import check_neuronpedia, from_neuronpedia, to_neuronpedia
+from tl_circuitlasso.formats.transformer_lens_ import from_transformer_lens, to_transformer_lens
 
 __all__ = [
     "cantor_pair",
@@ -59,6 +61,7 @@ __all__ = [
     "from_mib",
     "from_networkx",
     "from_neuronpedia",
+    "from_transformer_lens",
     "guess",
     "option",
     "read",
@@ -77,5 +80,6 @@ __all__ = [
     "to_mib",
     "to_networkx",
     "to_neuronpedia",
+    "to_transformer_lens",
     "write",
 ]

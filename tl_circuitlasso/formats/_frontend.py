@@ -19,8 +19,10 @@ from typing import Any
 
 import torch
 
+from tl_circuitlasso import storage
 from tl_circuitlasso.errors import FormatError, InputError
 from tl_circuitlasso.formats import _read
+from tl_circuitlasso.formats._shared_ids import told_apart
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.nodes import Block, NodeIndex
 from tl_circuitlasso.sites import Site, parse_site
@@ -84,7 +86,7 @@ def page(
         view |= {"supernodes": groups, "pinnedIds": list(dict.fromkeys(chosen))}
     if not said:
         metadata[_NOTE] = _note(graph, nodes)
-    return _read.plain(
+    return storage.plain(
         {"metadata": metadata, "qParams": view, "nodes": list(nodes.values()), "links": _links(graph, ids)}, "graph"
     )
 
@@ -114,6 +116,8 @@ def _entry(
     name: str, site: Site, feature: int | None, columns: dict[str, int], last: int, info: Mapping[str, Any]
 ) -> dict[str, Any]:
     column = columns.setdefault(_column_name(site, feature), len(columns))
+    if is_error(site):
+        return _error_entry(name, site, column, info)
     layer = {"input": "E", "logits": str(last + 1), "target": str(last + 1)}.get(site.kind, str(max(site.layer, 0)))
     number = feature if feature is not None else max(site.head, 0)
     paired = number if not layer.isdigit() else cantor_pair(int(layer), number)
@@ -131,6 +135,26 @@ def _entry(
         label = "logits" if feature is None else str(info.get("label", feature))
         entry |= {"clerp": f'Output "{label}" (p=1.000)', "is_target_logit": True, "token_prob": 1.0}
     return entry
+
+
+def is_error(site: Site) -> bool:
+    """Whether a site is what an SAE or a transcoder misses of an activation."""
+    return re.search(r"\bhook_(sae_)?error\b", site.hook) is not None
+
+
+def _error_entry(name: str, site: Site, column: int, info: Mapping[str, Any]) -> dict[str, Any]:
+    """An error node has no feature, and no number that a feature could have."""
+    layer = str(max(site.layer, 0))
+    return {
+        "node_id": f"{layer}_-1_{column}",
+        "feature": -1,
+        "layer": layer,
+        "ctx_idx": column,
+        "feature_type": "reconstruction error",
+        "jsNodeId": f"{layer}_-1-{column}",
+        "clerp": str(info.get("label", name)),
+        "tl_name": name,
+    }
 
 
 def _column_name(site: Site, feature: int | None) -> str:
@@ -197,6 +221,8 @@ def _note(graph: AttributionGraph, nodes: Mapping[str, Any]) -> dict[str, Any]:
         if shown:
             features = None if block.features is None else shown
             blocks.append({"site": str(block.site), "rank": block.rank, "features": features})
+    if not blocks:  # an empty circuit, and an index has at least one block
+        blocks = [block for block in graph.index.to_json() if block["features"] is None] or graph.index.to_json()[-1:]
     info = {name: dict(row) for name, row in graph.node_info.items() if name in nodes}
     return {"index": blocks, "provenance": dict(graph.provenance), "node_info": info}
 
@@ -211,6 +237,7 @@ def graph_of_page(data: Any, label: str) -> AttributionGraph:
     ------
     FormatError: entries missing or of the wrong type, unknown ends, ids given twice, links against the layers.
     """
+    data, shared = told_apart(data, label)
     check_page(data, label)
     metadata, nodes = dict(data["metadata"]), data["nodes"]
     note = metadata.get(_NOTE)
@@ -225,7 +252,8 @@ def graph_of_page(data: Any, label: str) -> AttributionGraph:
     links = data["links"]
     weight = _read.number_columns([link["weight"] for link in links], label, "weight", lambda row: f"link {row}")
     page_nodes = {names[node["node_id"]]: {"page": dict(node)} for node in nodes}
-    page_said = {"metadata": metadata, "qParams": dict(data["qParams"])}
+    page_said = {"page": {"metadata": metadata, "qParams": dict(data["qParams"])}}
+    page_said |= {"shared_ids": shared} if shared else {}
     return AttributionGraph(
         index=index,
         source=torch.tensor([index.position(names[link["source"]]) for link in links], dtype=torch.long),
@@ -234,7 +262,7 @@ def graph_of_page(data: Any, label: str) -> AttributionGraph:
         score=weight,
         weight=weight.clone(),
         kept=torch.ones(len(links), dtype=torch.bool),
-        **(_said(note) if own else {"node_info": page_nodes, "provenance": {"page": page_said}}),
+        **(_said(note) if own else {"node_info": page_nodes, "provenance": page_said}),
     )
 
 

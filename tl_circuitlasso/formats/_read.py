@@ -62,8 +62,8 @@ def read_bytes(path: str | Path, limit: int = MAX_TEXT) -> bytes:
         raise FormatError(f"{path}: can't be read ({error}); name a readable file") from error
 
 
-def read_json(path: str | Path) -> Any:
-    """Any JSON value; NaN, infinities, deep nesting and floods of values are refused.
+def read_json(path: str | Path, *, constants: bool = False) -> Any:
+    """Any JSON value; NaN, infinities (unless `constants`), deep nesting and floods of values are refused.
 
     Raises
     ------
@@ -73,7 +73,7 @@ def read_json(path: str | Path) -> Any:
     if raw.count(b",") > MAX_VALUES or raw.count(b"{") + raw.count(b"[") > MAX_OPENINGS:
         raise FormatError(f"{path}: holds too many values for a graph; is it the file you meant?")
     try:
-        return json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant)
+        return json.loads(raw.decode("utf-8"), parse_constant=float if constants else _refuse_constant)
     except (ValueError, RecursionError, MemoryError) as error:
         raise FormatError(f"{path}: not whole, valid JSON ({_short(str(error))}); export it again") from error
 
@@ -119,13 +119,13 @@ def _check_archive(path: str | Path) -> None:
         raise FormatError(f"{path}: unpacks to more than {MAX_ARCHIVE:,} bytes; is it the file you meant?")
 
 
-def read_source(source: Source, stand_ins: Mapping[str, type] | None = None) -> Any:
+def read_source(source: Source, stand_ins: Mapping[str, type] | None = None, *, constants: bool = False) -> Any:
     """Plain data given as such, or read from a `.json` or a torch file (`.pt`, `.pth`, `.pkl`)."""
     if not isinstance(source, (str, Path)):
         return source
     if Path(source).suffix.lower() in (".pt", ".pth", ".pkl"):
         return read_pt(source, stand_ins)
-    return read_json(source)
+    return read_json(source, constants=constants)
 
 
 def expect_mapping(value: Any, label: str, key: str) -> Mapping[Any, Any]:
@@ -184,24 +184,13 @@ def expect_finite(column: Tensor, label: str, key: str, name: Callable[[int], st
         raise FormatError(f"{label}: `{key}` of {name(wrong)} is {float(column[wrong])}; scores must be finite numbers")
 
 
-def plain(data: Any, what: str) -> Any:
-    """`data` as JSON holds it (tuples as lists, keys as text).
-
-    Raises
-    ------
-    InputError: it holds something that JSON can't.
-    """
-    try:
-        return json.loads(json.dumps(data, allow_nan=False))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(
-            f"`{what}` holds something that isn't plain data ({error}): keep text, numbers, lists"
-        ) from error
-
-
 def write_json(path: str | Path, data: Any, indent: int | None = None) -> None:
     """Write `data` as JSON, atomically."""
-    storage.write_text(Path(path), json.dumps(data, allow_nan=False, indent=indent))
+    try:
+        text = json.dumps(data, allow_nan=False, indent=indent)
+    except ValueError as error:
+        raise InputError(f"`graph` has a number that JSON can't hold ({error}): make its extras finite") from None
+    storage.write_text(Path(path), text)
 
 
 def write_pt(path: str | Path, data: Mapping[Any, Any]) -> None:

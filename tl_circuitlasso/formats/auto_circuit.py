@@ -55,15 +55,21 @@ def to_auto_circuit(
     return scores
 
 
-def from_auto_circuit(source: Source) -> AttributionGraph:
+def from_auto_circuit(source: Source, *, task: str | None = None, algo: str | None = None) -> AttributionGraph:
     """The graph in `PruneScores`, or in a file that AutoCircuit's `save_cache` wrote of them.
 
-    Raises ------ FormatError: unknown modules, tensors of the wrong shape (another model, or a token axis), scores
-    that aren't finite.
+    Its caches hold `{task: {algorithm: PruneScores}}`: `task` and `algo` say which, where there are several.
+
+    Raises
+    ------
+    FormatError: several scores and no choice, unknown modules, tensors of the wrong shape (another model, or a token
+        axis), scores that aren't finite.
     """
     label = _read.label_of(source)
     data = _read.expect_mapping(_read.read_source(source), label, "the file")
     with _read.reading(label):
+        for what, name in (("task", task), ("algo", algo)):
+            data = _one_of(data, what, name, label)
         parts, attn_only = _shape(data, label)
         merged = not any("hook_q_input" in name for name in data)
         score = torch.zeros(parts.n_sources, parts.n_inputs, dtype=torch.float64)
@@ -158,6 +164,7 @@ def _name(component: str) -> str:
 def _shape(data: Mapping[Any, Any], label: str) -> tuple[Components, bool]:
     """The model's shape from names and sizes, and whether it has no MLPs."""
     found = {name: _MODULE.match(name) if isinstance(name, str) else None for name in data}
+    _check_token_axis(data, label)
     unknown = [name for name, match in found.items() if match is None]
     if unknown or not found:
         what = f"{str(unknown[0])[:80]!r} isn't" if unknown else "there is not one"
@@ -170,6 +177,28 @@ def _shape(data: Mapping[Any, Any], label: str) -> tuple[Components, bool]:
     mlp = next((name for name in data if "mlp_in" in name), None)
     parallel = mlp is not None and isinstance(data[mlp], Tensor) and data[mlp].numel() == _before(mlp, heads)
     return checked_components(layers, max(heads, 1), parallel, label), mlp is None
+
+
+def _check_token_axis(data: Mapping[Any, Any], label: str) -> None:
+    """Scores per token have one axis more: nothing here says which prompt's tokens they are."""
+    for name, tensor in data.items():
+        usual = 1 if str(name).endswith(("mlp_in", "resid_post")) else 2
+        if isinstance(tensor, Tensor) and tensor.ndim == usual + 1:
+            raise FormatError(
+                f"{label}: {name} has a token axis ({tuple(tensor.shape)}): an edge here is one over all tokens; "
+                "make the scores with seq_len=None, or sum them over that axis"
+            )
+
+
+def _one_of(data: Mapping[Any, Any], what: str, name: str | None, label: str) -> Mapping[Any, Any]:
+    """What a cache holds under `name`, or under its only key; scores themselves as they are."""
+    if not data or not all(isinstance(value, Mapping) for value in data.values()):
+        return data
+    keys = {str(key): key for key in data}
+    chosen = name if name is not None else next(iter(keys)) if len(keys) == 1 else None
+    if chosen not in keys:
+        raise FormatError(f"{label}: holds the scores of {', '.join(list(keys)[:6])}: name one with `{what}`")
+    return data[keys[chosen]]
 
 
 def _before(module: str, heads: int) -> int:

@@ -47,7 +47,7 @@ _log = logging.getLogger(__name__)
 
 _SHAPE = ("n_layers", "n_heads", "parallel_attn_mlp", "d_model")
 _NOTE = "tl_circuitlasso"
-_PT_KEYS = ("cfg", "src_nodes", "dst_nodes", "edges_scores", "edges_in_graph", "nodes_in_graph")
+_PT_KEYS = ("cfg", "src_nodes", "dst_nodes", "edges_in_graph", "nodes_in_graph")
 _CHUNK = 1 << 16
 
 
@@ -75,16 +75,18 @@ def from_eap(source: Source) -> AttributionGraph:
     """The graph in a file of EAP-IG (`.json` or `.pt`), or in its plain data.
 
     Edges that a JSON file leaves out have score 0 and aren't kept. The file's `cfg` is kept under
-    `provenance["eap"]`, so that writing an unchanged graph gives the same file again.
+    `provenance["eap"]`, so that writing an unchanged graph gives the same file again. Circuits without scores (no
+    `score`, no `edges_scores`), which MIB takes, have score 0 everywhere. Scores that are NaN, as EAP-IG's information
+    flow routes write them for edges without any flow, are 0, and a warning counts them.
 
     Raises
     ------
-    FormatError: not EAP-IG's data: missing keys, unknown nodes or edges, scores that aren't finite, wrong shapes.
+    FormatError: not EAP-IG's data: missing keys, unknown nodes or edges, infinite scores, wrong shapes.
     """
     label = _read.label_of(source)
-    data = _read.expect_mapping(_read.read_source(source), label, "the file")
+    data = _read.expect_mapping(_read.read_source(source, constants=True), label, "the file")
     with _read.reading(label):
-        return _from_tensors(data, label) if "edges_scores" in data else _from_rows(data, label)
+        return _from_tensors(data, label) if "src_nodes" in data else _from_rows(data, label)
 
 
 # ---- out ------------------------------------------------------------------------------------------------------------
@@ -128,7 +130,7 @@ def _cfg(graph: AttributionGraph, grid: Grid, d_model: int | None) -> dict[str, 
     shape = dict(zip(_SHAPE, (parts.n_layers, parts.n_heads, parts.parallel, width)))
     rest = {key: value for key, value in graph.provenance.items() if key != "eap"}
     note = grid.note() | ({"provenance": rest} if rest else {})
-    return _read.plain(known | shape | ({_NOTE: note} if note else {}), "graph.provenance")
+    return storage.plain(known | shape | ({_NOTE: note} if note else {}), "graph.provenance")
 
 
 def _width(graph: AttributionGraph) -> int:
@@ -185,13 +187,15 @@ def _from_rows(data: Mapping[Any, Any], label: str) -> AttributionGraph:
     score = torch.zeros(parts.n_sources, parts.n_inputs, dtype=torch.float64)
     kept = torch.zeros(score.shape, dtype=torch.bool)
     names = list(edges)
-    score[cells] = _read.number_columns(_column(rows, edges, "score", label), label, "score", names.__getitem__)
+    if any(isinstance(row, Mapping) and "score" in row for row in rows):
+        given = _without_nan(_column(rows, edges, "score", label), label)
+        score[cells] = _read.number_columns(given, label, "score", names.__getitem__)
     kept[cells] = _flags(_column(rows, edges, "in_graph", label), names, label)
     return _graph(Grid(parts, score, kept), cfg, _node_info(nodes, parts, label))
 
 
 def _shape(cfg: Any, label: str) -> tuple[Components, dict[str, Any]]:
-    cfg = _read.plain(dict(_read.expect_mapping(cfg, label, "cfg")), "cfg")
+    cfg = storage.plain(dict(_read.expect_mapping(cfg, label, "cfg")), "cfg")
     _read.expect_keys(cfg, _SHAPE, label, "`cfg`")
     layers = _read.expect_int(cfg["n_layers"], label, "cfg.n_layers", 1, 1 << 16)
     heads = _read.expect_int(cfg["n_heads"], label, "cfg.n_heads", 1, 1 << 16)
@@ -224,7 +228,16 @@ def _column(rows: list[Any], edges: Mapping[str, Any], key: str, label: str) -> 
         return [row[key] for row in rows]
     except (KeyError, TypeError, IndexError):
         bad = next(name for name, row in edges.items() if not (isinstance(row, Mapping) and key in row))
-        raise FormatError(f"{label}: edge {bad} has no `{key}`: EAP-IG needs both score and in_graph") from None
+        raise FormatError(
+            f"{label}: edge {bad} has no `{key}`: every edge needs in_graph, and score if any has one"
+        ) from None
+
+
+def _without_nan(values: list[Any], label: str) -> list[Any]:
+    missing = sum(isinstance(value, float) and math.isnan(value) for value in values)
+    if missing:
+        _log.warning("%s: %d of %d scores are NaN and count as 0", label, missing, len(values))
+    return [0.0 if isinstance(value, float) and math.isnan(value) else value for value in values]
 
 
 def _flags(values: list[Any], names: list[str], label: str) -> Bool[Tensor, " edge"]:
@@ -260,7 +273,12 @@ def _from_tensors(data: Mapping[Any, Any], label: str) -> AttributionGraph:
         if data[key] != names:
             raise FormatError(f"{label}: `{key}` aren't the nodes of a model of this `cfg`, in EAP-IG's order")
     shape = (parts.n_sources, parts.n_inputs)
-    score = _read.expect_tensor(data["edges_scores"], label, "edges_scores", shape).double()
+    score = torch.zeros(shape, dtype=torch.float64)
+    if "edges_scores" in data:
+        score = _read.expect_tensor(data["edges_scores"], label, "edges_scores", shape).double()
+    if missing := int(score.isnan().sum()):
+        _log.warning("%s: %d of %d scores are NaN and count as 0", label, missing, score.numel())
+        score = score.where(~score.isnan(), 0.0)
     member = _read.expect_tensor(data["edges_in_graph"], label, "edges_in_graph", shape).bool()
     nodes = _read.expect_tensor(data["nodes_in_graph"], label, "nodes_in_graph", shape[:1]).bool()
     grid = Grid(parts, score, _only_real(parts, score, member, data, label))

@@ -164,12 +164,16 @@ def _guess_json(path: Path) -> str | None:
 def _guess_torch(path: Path) -> str | None:
     data = _read.read_pt(path, STAND_INS)
     keys = list(data) if isinstance(data, Mapping) else []
-    if "edges_scores" in keys:
+    if "src_nodes" in keys:
         return "eap"
     if "adjacency_matrix" in keys:
         return "circuit-tracer"
     if keys and isinstance(keys[0], tuple):
         return "acdc"
+    for _ in range(2):  # AutoCircuit's caches: by task and algorithm
+        if keys and isinstance(data[keys[0]], Mapping):
+            data = data[keys[0]]
+            keys = list(data)
     return "auto-circuit" if keys and str(keys[0]).startswith("blocks.") else None
 
 

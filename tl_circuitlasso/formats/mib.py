@@ -1,8 +1,10 @@
 """MIB circuit track: submission folders of EAP-IG files, and a checker that says why one would be turned down.
 
-A submission is one folder with a sub-folder per task and model (`ioi_gpt2`, `arc-easy_llama3`), each with either one
-file of scores (`importances.json`, or `.pt`) or nine files of membership, holding at most .1, .2, .5, 1, 2, 5, 10, 20
-and 50 % of the model's edges. At least two tasks and two models are asked for.
+A submission is one folder with a sub-folder per task and model (`ioi_gpt2`, `arc_easy_llama3`; dashes do as well),
+each with either one file of scores (`importances.json`, or `.pt`), of edges or of nodes, or nine files of membership,
+holding at most .1, .2, .5, 1, 2, 5, 10, 20 and 50 % of the model's edges. Folders whose name has `abs` and `True` or
+`False` in it (`abs_True`) are looked into: what is in them is ranked by |score|, or by the signed score, only. At least
+two tasks and two models are asked for. InterpBench is judged by its known circuit and isn't on the board.
 
 What is lost: what EAP-IG's files lose (see `formats.eap`); the nine circuits hold 1 and 0 in place of scores, as
 EAP-IG's loader insists on a number. A graph with few scored edges gives circuits smaller than their limit: an edge of
@@ -10,7 +12,7 @@ score 0 is never added to fill one up.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,15 +24,15 @@ from tl_circuitlasso.formats.eap import from_eap, to_eap
 from tl_circuitlasso.graph import AttributionGraph
 
 PERCENTAGES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0)
-MODELS: Mapping[str, Components | None] = {
+MODELS: Mapping[str, Components] = {
     "gpt2": Components(12, 12),
     "qwen2.5": Components(24, 14),
     "gemma2": Components(26, 8),
     "llama3": Components(32, 32),
-    "interpbench": None,
+    "interpbench": Components(6, 4),
 }
 _MODELS_OF_TASK = {
-    "ioi": ("gpt2", "qwen2.5", "gemma2", "llama3", "interpbench"),
+    "ioi": ("gpt2", "qwen2.5", "gemma2", "llama3"),
     "mcqa": ("qwen2.5", "gemma2", "llama3"),
     "arithmetic-addition": ("llama3",),
     "arithmetic-subtraction": ("llama3",),
@@ -55,12 +57,14 @@ def to_mib(
 ) -> dict[str, AttributionGraph]:
     """One task's part of a submission: graphs by the file they go to, written under the folder `path` if one is given.
 
+    The graph must be of `model`, where that is one of MIB's; the files of any other can't be judged there.
+
     The layout is `{method}_{ablation}_{level}/{task}_{model}/importances.json`; with `circuits=True` nine files
     `circuit_0.1.json` ... `circuit_50.json` of membership instead. Each file is what `to_eap` writes.
 
     Raises
     ------
-    InputError: a name with a slash, an unknown suffix, or a graph that isn't of components.
+    InputError: a name with a slash, an unknown suffix, a graph that isn't of components, or one of another model.
     """
     task = task.replace("_", "-")
     names = {"task": task, "model": model, "method": method, "ablation": ablation, "level": level}
@@ -69,6 +73,11 @@ def to_mib(
             raise InputError(f"`{key}` is {name!r}: letters, digits and . _ + - only, as it names a folder")
     if suffix not in (".json", ".pt"):
         raise InputError(f"`suffix` is {suffix!r}: MIB reads .json and .pt")
+    if model in MODELS and (found := grid_of(graph).parts) != MODELS[model]:
+        raise InputError(
+            f"`graph` has {_described(found)}, but {model} has {_described(MODELS[model])}: name the graph's own model "
+            f"with `model` ({', '.join(MODELS)} are MIB's)"
+        )
     folder = f"{method}_{ablation}_{level}/{task}_{model}"
     parts = _circuits(graph) if circuits else {"importances": graph}
     files = {f"{folder}/{name}{suffix}": part for name, part in parts.items()}
@@ -97,17 +106,20 @@ def from_mib(path: str | Path) -> dict[str, AttributionGraph]:
 def check_mib(path: str | Path) -> list[str]:
     """Why the leaderboard would turn this submission down: one sentence per fault, none where it would be taken.
 
-    Checked: folder names, tasks and models known to MIB and how many, file counts, that every file loads in EAP-IG,
-    that its model has the right shape, scores that tell edges apart, and the size of each of the nine circuits.
+    Judged as the leaderboard's own evaluator does: it looks for a task's and a model's name at the start of a folder's
+    name or behind an underscore, walks into folders with `abs` and `true` or `false` in their names, and takes
+    circuits without scores and scores of nodes. Checked: tasks and models known to MIB and how many, file counts, that
+    every file loads, that its model has the right shape, scores that can be ranked, and the size of each of the nine
+    circuits.
     """
     root = Path(path)
     if not root.is_dir():
         return [f"{root}: no such folder; give the folder that holds one folder per task and model"]
-    folders = sorted(child for child in root.iterdir() if child.is_dir() and not child.name.startswith("."))
+    folders = list(_folders(root))
     if not folders:
         return [f"{root}: no folders such as ioi_gpt2 in it: one folder per task and model is expected"]
     faults = [fault for folder in folders for fault in _folder_faults(folder)]
-    known = [folder.name.split("_", 1) for folder in folders if folder.name in COLUMNS]
+    known = [column for folder in folders if (column := _column(folder.name)) is not None]
     for what, place in (("tasks", 0), ("models", 1)):
         found = sorted({name[place] for name in known})
         if len(found) < 2:
@@ -132,12 +144,36 @@ def _circuits(graph: AttributionGraph) -> dict[str, AttributionGraph]:
     return result
 
 
+def _folders(root: Path) -> Iterator[Path]:
+    """The folders of circuits, also those within folders such as `abs_True`."""
+    for child in sorted(root.iterdir()):
+        name = child.name.lower()
+        if not child.is_dir() or name.startswith("."):
+            continue
+        if "abs" in name and ("true" in name or "false" in name):
+            yield from _folders(child)
+        else:
+            yield child
+
+
+def _column(name: str) -> tuple[str, str] | None:
+    """The task (with dashes) and model that the evaluator finds in a folder's name; None where it finds no column."""
+    lower = name.lower()
+
+    def first(names: Iterable[str]) -> str | None:
+        return next((one for one in names if lower.startswith(one) or f"_{one}" in lower), None)
+
+    task = first(spelling for one in _MODELS_OF_TASK for spelling in (one.replace("-", "_"), one))
+    model = first(name for name in MODELS if name != "interpbench")
+    if task is None or model is None or f"{task.replace('_', '-')}_{model}" not in COLUMNS:
+        return None
+    return task.replace("_", "-"), model
+
+
 def _folder_faults(folder: Path) -> Iterator[str]:
-    if folder.name not in COLUMNS:
-        yield (
-            f"{folder.name}: not a task and model of MIB: name it as one of {', '.join(sorted(COLUMNS))} "
-            "(dashes within the task, an underscore before the model)"
-        )
+    column = _column(folder.name)
+    if column is None:
+        yield f"{folder.name}: no task and model of MIB in its name: call it one of {', '.join(sorted(COLUMNS))}"
     files = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
     circuits = [file for file in files if file.suffix in (".json", ".pt")]
     for file in files:
@@ -152,19 +188,19 @@ def _folder_faults(folder: Path) -> Iterator[str]:
         try:
             loaded[f"{folder.name}/{file.name}"] = from_eap(file)
         except FormatError as error:
-            yield f"{folder.name}/{file.name}: EAP-IG can't load it: {error}"
-    yield from _shape_faults(folder.name, loaded)
+            yield f"{folder.name}/{file.name}: MIB can't load it: {error}"
+    if column is not None:
+        yield from _shape_faults(MODELS[column[1]], loaded)
     if len(circuits) == len(PERCENTAGES) == len(loaded):
         yield from _size_faults(loaded)
     elif len(circuits) == 1:
         yield from _score_faults(loaded)
 
 
-def _shape_faults(folder: str, graphs: Mapping[str, AttributionGraph]) -> Iterator[str]:
-    wanted = MODELS.get(folder.rpartition("_")[2])
+def _shape_faults(wanted: Components, graphs: Mapping[str, AttributionGraph]) -> Iterator[str]:
     for name, graph in graphs.items():
         found = grid_of(graph).parts
-        if wanted is not None and found != wanted:
+        if found != wanted:
             yield (
                 f"{name}: {_described(found)}, but this model has {_described(wanted)}: a circuit of another model, "
                 "or a wrong folder name?"
@@ -186,5 +222,6 @@ def _size_faults(graphs: Mapping[str, AttributionGraph]) -> Iterator[str]:
 
 def _score_faults(graphs: Mapping[str, AttributionGraph]) -> Iterator[str]:
     for name, graph in graphs.items():
-        if not bool((graph.score != 0).any()):
+        of_nodes = any("eap_score" in info for info in graph.node_info.values())
+        if not of_nodes and not bool((graph.score != 0).any()):
             yield f"{name}: every score is 0, so edges can't be ranked; write scores, or nine circuits"

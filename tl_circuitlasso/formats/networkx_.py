@@ -18,12 +18,14 @@ the order that their edges give; a cycle is an error.
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import networkx as nx
+import numpy as np
 import torch
 
 from tl_circuitlasso import storage
@@ -35,6 +37,7 @@ from tl_circuitlasso.nodes import Block, NodeIndex
 from tl_circuitlasso.sites import PORTS, Site, parse_site
 
 _NOTE = "tl_circuitlasso"
+_NOTE_ESCAPED = "tl_circuitlasso_escaped"
 _OWN = {"source", "target", "id", "key", "label", "score", "weight", "kept", "port"}
 
 
@@ -51,7 +54,7 @@ def to_networkx(
     pairs = graph.source[rows] * len(graph.index) + graph.target[rows]
     result = nx.MultiDiGraph() if pairs.unique().numel() < pairs.numel() else nx.DiGraph()
     note = {"node_info": graph.node_info, "provenance": graph.provenance, "certificates": list(graph.certificates)}
-    result.graph[_NOTE] = json.dumps(_read.plain({k: _mutable(v) for k, v in note.items()}, "graph"))
+    result.graph[_NOTE] = json.dumps(storage.plain(note, "graph"))
     for block in graph.index.blocks:
         attributes = {"rank": block.rank, "site": str(block.site), "kind": block.site.kind, "layer": block.site.layer}
         result.add_nodes_from(block.names, **attributes)
@@ -80,7 +83,7 @@ def to_graphml(graph: AttributionGraph, path: str | Path, *, kept_only: bool = F
 
 def from_graphml(path: str | Path) -> AttributionGraph:
     """Read GraphML; raises FormatError as `from_networkx` does, and for anything that isn't GraphML."""
-    return _from_networkx(_read_xml(path, nx.read_graphml), str(path))
+    return _from_networkx(_unescaped(_read_xml(path, nx.read_graphml)), str(path))
 
 
 def to_gexf(graph: AttributionGraph, path: str | Path, *, kept_only: bool = False) -> None:
@@ -90,7 +93,7 @@ def to_gexf(graph: AttributionGraph, path: str | Path, *, kept_only: bool = Fals
 
 def from_gexf(path: str | Path) -> AttributionGraph:
     """Read GEXF; raises FormatError as `from_networkx` does, and for anything that isn't GEXF."""
-    return _from_networkx(_read_xml(path, nx.read_gexf), str(path))
+    return _from_networkx(_unescaped(_read_xml(path, nx.read_gexf)), str(path))
 
 
 def to_cytoscape(graph: AttributionGraph, path: str | Path | None = None, *, kept_only: bool = False) -> dict[str, Any]:
@@ -130,13 +133,6 @@ def _rows(value: Any, key: str, label: str) -> list[Mapping[str, Any]]:
 # ---- out ------------------------------------------------------------------------------------------------------------
 
 
-def _mutable(value: Any) -> Any:
-    """Mappings that JSON doesn't know as dicts."""
-    if isinstance(value, Mapping):
-        return {key: _mutable(inner) for key, inner in value.items()}
-    return [_mutable(inner) for inner in value] if isinstance(value, (list, tuple)) else value
-
-
 def _add_edges(result: "nx.DiGraph | nx.MultiDiGraph", graph: AttributionGraph, rows: list[int]) -> None:
     names = graph.index.names
     columns = {"score": graph.score, "weight": graph.weight, "kept": graph.kept} | dict(graph.extras)
@@ -146,7 +142,9 @@ def _add_edges(result: "nx.DiGraph | nx.MultiDiGraph", graph: AttributionGraph, 
     lists = {name: column.tolist() for name, column in columns.items()}
     source, target, port = graph.source.tolist(), graph.target.tolist(), graph.port.tolist()
     for row in rows:
-        attributes = {name: column[row] for name, column in lists.items()} | {"port": PORTS[port[row]]}
+        # NaN says that nothing is known of an edge, which here is the attribute left out.
+        attributes = {name: column[row] for name, column in lists.items() if column[row] == column[row]}
+        attributes |= {"port": PORTS[port[row]]}
         ends = names[source[row]], names[target[row]]
         if result.is_multigraph():
             result.add_edge(*ends, key=PORTS[port[row]], **attributes)
@@ -167,11 +165,38 @@ def _write(result: "nx.DiGraph | nx.MultiDiGraph", path: Path) -> None:
 
 
 def _write_graphml(result: "nx.DiGraph | nx.MultiDiGraph", path: Path) -> None:
-    storage.write_atomically(path, lambda temporary: nx.write_graphml_xml(result, str(temporary)))
+    storage.write_atomically(path, lambda temporary: nx.write_graphml_xml(_fit_for_xml(result), str(temporary)))
 
 
 def _write_gexf(result: "nx.DiGraph | nx.MultiDiGraph", path: Path) -> None:
-    storage.write_atomically(path, lambda temporary: nx.write_gexf(result, str(temporary)))
+    storage.write_atomically(path, lambda temporary: nx.write_gexf(_fit_for_xml(result), str(temporary)))
+
+
+# Characters that XML can't hold even as entities, and the sign that stands in front of their numbers.
+_UNFIT = re.compile("[\\\\\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
+_ESCAPED = re.compile(r"\\u([0-9a-f]{4})")
+
+
+def _fit_for_xml(result: "nx.DiGraph | nx.MultiDiGraph") -> "nx.DiGraph | nx.MultiDiGraph":
+    """The graph with such characters of its names written as numbers, and a mark that says so."""
+    if not any(_UNFIT.search(str(text)) for node in result for text in (node, result.nodes[node].get("site", ""))):
+        return result
+    escaped = nx.relabel_nodes(result, {node: _escaped(node) for node in result})
+    for _, attributes in escaped.nodes(data=True):
+        attributes["site"] = _escaped(attributes["site"])
+        attributes[_NOTE_ESCAPED] = "yes"  # GEXF has no place for it but at the nodes
+    return escaped
+
+
+def _escaped(text: str) -> str:
+    return _UNFIT.sub(lambda sign: f"\\u{ord(sign[0]):04x}", text)
+
+
+def _unescaped(source: "nx.Graph") -> "nx.Graph":
+    if not any(attributes.get(_NOTE_ESCAPED) == "yes" for _, attributes in source.nodes(data=True)):
+        return source
+    plain = {node: _ESCAPED.sub(lambda sign: chr(int(sign[1], 16)), str(node)) for node in source}
+    return nx.relabel_nodes(source, plain)
 
 
 # ---- in -------------------------------------------------------------------------------------------------------------
@@ -201,7 +226,7 @@ def _from_networkx(source: "nx.Graph", label: str) -> AttributionGraph:
         index = _index(source, edges, label)
         note = _note(source.graph.get(_NOTE))
         scores = [_score(data, f"{u}->{v}", label) for u, v, data in edges]
-        weights = [data.get("weight", score) for (_, _, data), score in zip(edges, scores)]
+        weights = [_number(data.get("weight", score)) for (_, _, data), score in zip(edges, scores)]
         name = lambda row: f"{edges[row][0]}->{edges[row][1]}"  # noqa: E731
         return AttributionGraph(
             index=index,
@@ -219,7 +244,14 @@ def _from_networkx(source: "nx.Graph", label: str) -> AttributionGraph:
 def _score(data: Mapping[str, Any], edge: str, label: str) -> Any:
     if "score" not in data and "weight" not in data:
         raise FormatError(f"{label}: edge {edge} has neither `score` nor `weight`: give every edge a number `score`")
-    return data.get("score", data.get("weight"))
+    return _number(data.get("score", data.get("weight")))
+
+
+def _number(value: Any) -> Any:
+    """A number of numpy or torch as Python's; anything else as it is."""
+    if isinstance(value, (np.generic, np.ndarray, torch.Tensor)) and value.ndim == 0:
+        return value.item()
+    return value
 
 
 def _port(data: Mapping[str, Any], label: str) -> int:
@@ -230,10 +262,19 @@ def _port(data: Mapping[str, Any], label: str) -> int:
 
 
 def _extras(rows: list[Mapping[str, Any]], label: str, name: Any) -> dict[str, torch.Tensor]:
-    """Columns that every edge has as a number, beside this library's own."""
-    shared = set.intersection(*(set(row) for row in rows)) - _OWN if rows else set()
-    numeric = [key for key in sorted(shared) if all(type(row[key]) in (int, float) for row in rows)]
-    return {key: _read.number_columns([row[key] for row in rows], label, key, name) for key in numeric}
+    """Columns beside this library's own that are numbers wherever an edge has them; NaN where one doesn't."""
+    columns = {
+        key: [_number(row.get(key)) for row in rows] for key in sorted({key for row in rows for key in row} - _OWN)
+    }
+    found = {}
+    for key, values in columns.items():
+        given = [place for place, value in enumerate(values) if value is not None]
+        if given and all(type(values[place]) in (int, float) for place in given):
+            own = [values[place] for place in given]
+            column = torch.full((len(rows),), torch.nan, dtype=torch.float64)
+            column[given] = _read.number_columns(own, label, key, lambda row, given=given: name(given[row]))
+            found[key] = column
+    return found
 
 
 def _note(text: Any) -> dict[str, Any]:

@@ -16,10 +16,13 @@ Provenance is written to `metadata.generation_settings` for readers and to `meta
 {('a0.h1', 'm0')}
 """
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from tl_circuitlasso import storage
+from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.formats import _frontend, _read
 from tl_circuitlasso.formats._frontend import Supernodes
 from tl_circuitlasso.formats._read import Source
@@ -31,9 +34,10 @@ def to_neuronpedia(
     path: str | Path | None = None,
     *,
     slug: str = "circuit-lasso",
-    scan: str = "unknown",
+    scan: str | None = None,
     prompt: str = "(a data set)",
     source_set: str | None = None,
+    saes: Mapping[str, Any] | None = None,
     supernodes: Supernodes | None = None,
     pinned: Iterable[str] = (),
     description: str = "",
@@ -41,21 +45,51 @@ def to_neuronpedia(
     """The kept circuit as Neuronpedia's graph JSON, written to `path` if one is given.
 
     `supernodes` groups nodes under a label, `{label: names}`; left out, the `group` in `graph.node_info` is taken.
-    Labels of nodes come from the `label` there.
+    Labels of nodes come from the `label` there. `saes`, {hook: SAE}, fill in `scan` and `source_set` from what SAELens
+    knows of them (`sae.cfg.metadata.neuronpedia_id`, such as `gpt2-small/8-res-jb`); without a `scan` it is "unknown".
 
     Raises
     ------
-    InputError: a supernode of unknown nodes, two nodes that share an id, or a `path` that can't be written.
+    InputError: SAEs of several models or sets, or of none, a supernode of unknown nodes, two nodes that share an id, or
+        a `path` that can't be written.
     """
+    if saes is not None:
+        known = _ids_of(saes)
+        scan, source_set = scan or known[0], source_set or known[1]
+    scan = scan or "unknown"
     data = _frontend.page(graph, slug=slug, scan=scan, prompt=prompt, supernodes=supernodes, pinned=pinned)
     if "page" not in graph.provenance:
         info = {"generator": {"name": "tl_circuitlasso"}} | ({"description": description} if description else {})
-        data["metadata"] |= {"info": info, "generation_settings": _read.plain(dict(graph.provenance), "provenance")}
+        data["metadata"] |= {"info": info, "generation_settings": storage.plain(dict(graph.provenance), "provenance")}
         if source_set is not None:
             data["metadata"]["feature_details"] = {"neuronpedia_source_set": source_set}
     if path is not None:
         _read.write_json(path, data)
     return data
+
+
+def _ids_of(saes: Mapping[str, Any]) -> tuple[str, str]:
+    """The model and the set of sources that all SAEs belong to."""
+    found = {}
+    for hook, sae in saes.items():
+        metadata = getattr(getattr(sae, "cfg", None), "metadata", None)
+        text = (
+            metadata.get("neuronpedia_id")
+            if isinstance(metadata, Mapping)
+            else getattr(metadata, "neuronpedia_id", None)
+        )
+        parts = re.fullmatch(r"([^/\s]+)/(\d+)-(\S+)", str(text))
+        if parts is None:
+            raise InputError(
+                f"`saes`: the SAE at {hook} has no Neuronpedia id ({text!r}): give `scan` and `source_set`"
+            )
+        found.setdefault((parts[1], parts[3]), hook)
+    if len(found) != 1:
+        listed = ", ".join(f"{model}/{sources}" for model, sources in found) or "none"
+        raise InputError(
+            f"`saes` are of {listed}, where a page has one model and set: leave some out, or give both names"
+        )
+    return next(iter(found))
 
 
 def from_neuronpedia(source: Source) -> AttributionGraph:

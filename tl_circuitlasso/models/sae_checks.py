@@ -27,7 +27,10 @@ def check_shapes(encoders: Mapping[str, Encoder], acts: Mapping[str, Tensor]) ->
     """InputError where an SAE is made for activations of another width than those at its hooks."""
     for encoder in encoders.values():
         weight = getattr(encoder.sae, "W_enc", None)
-        reads = weight.shape[0] if isinstance(weight, Tensor) and weight.ndim == 2 else None
+        shape = tuple(weight.shape) if isinstance(weight, Tensor) and weight.ndim == 2 else (None, None)
+        reads = (
+            shape[1] if shape[0] == encoder.features != shape[1] else shape[0]
+        )  # circuit-tracer stores it transposed
         for hook, width in ((encoder.hook, reads), (encoder.hook_out, encoder.width)):
             there = acts[hook][0, 0].numel()
             if width is not None and width != there:

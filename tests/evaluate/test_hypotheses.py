@@ -1,0 +1,150 @@
+"""The five tests of a circuit, and agreement over resamples: against counts by hand, true circuits and random ones."""
+
+import pytest
+import torch
+from scipy.stats import binom
+
+import tl_circuitlasso as tcl
+from tests import architectures
+from tl_circuitlasso import baselines, evaluate
+from tl_circuitlasso.errors import InputError
+from tl_circuitlasso.evaluate import hypotheses
+from tl_circuitlasso.evaluate.stability import _mean_jaccard
+from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.nodes import component_index
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return tcl.load_demo(prompts=16)
+
+
+@pytest.fixture(scope="module")
+def truth(demo) -> AttributionGraph:
+    index = component_index(n_layers=3, n_heads=4)
+    return AttributionGraph.from_edges(index, dict.fromkeys(demo.true_edges, 1.0))
+
+
+def run(demo, graph, **options):
+    metric = evaluate.logit_diff(demo.correct, demo.incorrect)
+    return evaluate.tests(demo.model, graph, demo.tokens, demo.corrupted, metric, circuits=40, **options)
+
+
+def test_a_true_circuit_is_sufficient_and_a_random_one_is_not(demo, truth):
+    found = run(demo, truth)
+    assert list(found.table.index) == [
+        "equivalence", "independence", "minimality", "sufficiency", "partial necessity",
+    ]  # fmt: skip
+    assert found.table.loc["sufficiency", "p_value"] == pytest.approx(0.9**40)
+    assert found.table.loc["sufficiency", "passes"]
+    wins = round(40 * found.table.loc["partial necessity", "statistic"])
+    assert found.table.loc["partial necessity", "p_value"] == pytest.approx(binom.sf(wins - 1, 40, 0.9))
+    assert len(found.edges) == truth.n_kept and found.edges.effect.is_monotonic_decreasing
+    assert found.table.loc["minimality", "p_value"] == found.edges.p_value.max()
+    assert found.forward_passes > 2 * 40 + 2 * 40 + truth.n_kept
+    assert "sufficiency" in str(found)
+    again = run(demo, truth)
+    assert again.table.equals(found.table)  # the seed draws the same circuits
+    random = baselines.random_edges(demo.model, seed=5).top_k(truth.n_kept)
+    judged = run(demo, random)
+    assert not judged.table.loc["sufficiency", "passes"] and not judged.table.loc["minimality", "passes"]
+
+
+def test_a_useless_edge_is_found(demo, truth):
+    useless = ("input", "a0.h0") if ("input", "a0.h0") not in demo.true_edges else ("input", "a0.h1")
+    edges = {**dict.fromkeys(demo.true_edges, 1.0), useless: 1.0, (useless[1], "logits"): 1.0}
+    found = run(demo, AttributionGraph.from_edges(truth.index, edges))
+    rows = found.edges.set_index(["source", "target"])
+    assert rows.loc[useless, "p_value"] > 0.05 and not found.table.loc["minimality", "passes"]
+
+
+def test_random_circuits_have_the_size_and_only_edges_on_paths(demo):
+    layout = hypotheses.EdgeLayout(tcl.models.adapt(demo.model).shape)
+    draw = hypotheses._Random(layout, 0)
+    circuits = torch.cat([draw.circuit(size) for size in (12, 12, 30)])
+    assert circuits.flatten(1).sum(1).tolist() == [12, 12, 30]
+    assert torch.equal(hypotheses.prune(circuits, layout), circuits)
+    larger, without = draw.inflated(circuits[:1])
+    assert int((larger & ~without).sum()) == 1 and bool((circuits[0] <= without).all())
+
+
+def test_p_values_are_those_of_counts():
+    wins = torch.arange(100) < 97
+    assert hypotheses._beats("x", "", wins, 0.9, 0.05)["p_value"] == pytest.approx(binom.sf(96, 100, 0.9))
+    model = torch.zeros(30, dtype=torch.float64)
+    worse = hypotheses._equivalence(model - 1, model, 0.1, 0.05, 1.0)
+    assert worse["statistic"] == 0.5 and not worse["passes"]
+    assert worse["p_value"] == pytest.approx(0.6**30 + 0.4**30)
+    same = hypotheses._equivalence(model + 1e-9, model, 0.1, 0.05, 1.0)
+    assert same["statistic"] == 0 and same["p_value"] == 1 and same["passes"]
+
+
+def test_independence_is_rejected_where_there_is_none():
+    values = torch.linspace(-1, 1, 40, dtype=torch.float64)
+    curved = hypotheses._independence(values.square(), values, 0.05, 0)  # no correlation, but no independence
+    assert curved["p_value"] < 0.01 and not curved["passes"]
+    shuffled = values[torch.randperm(40, generator=torch.Generator().manual_seed(1))]
+    assert hypotheses._independence(shuffled, values, 0.05, 0)["passes"]
+    constant = hypotheses._independence(torch.ones(40, dtype=torch.float64), values, 0.05, 0)
+    assert constant["p_value"] == 1 and constant["passes"]
+
+
+def test_what_cannot_be_tested_is_refused(demo, truth):
+    for wrong in ({"quantile": 1.0}, {"margin": 0.5}, {"level": 0}):
+        with pytest.raises(InputError, match=next(iter(wrong))):
+            run(demo, truth, **wrong)
+    with pytest.raises(InputError, match="every edge"):
+        run(demo, baselines.random_edges(demo.model))
+    metric = evaluate.logit_diff(demo.correct, demo.incorrect)
+    with pytest.raises(InputError, match="`circuits`"):
+        evaluate.tests(demo.model, truth, demo.tokens, demo.corrupted, metric, circuits=3)
+
+
+# ---- stability ------------------------------------------------------------------------------------------------------
+
+
+def test_resamples_keep_the_metric_with_its_prompts():
+    """Each prompt carries its own number in the metric: what a method sees must be its prompts' own."""
+    clean = torch.arange(6)[:, None].expand(6, 3)
+    seen = []
+
+    def method(model, clean, corrupted, metric, **options):
+        value = metric(torch.zeros(len(clean), 3, 9), torch.arange(len(clean)))
+        seen.append((clean[:, 0].tolist(), value.tolist(), corrupted[:, 0].tolist(), options))
+        return AttributionGraph.from_edges(component_index(n_layers=1, n_heads=1), {("input", "m0"): 1.0})
+
+    evaluate.stability(method, None, clean, clean + 10, lambda logits, rows: rows * 100, resamples=4, steps=7)
+    assert len(seen) == 4 and len({tuple(drawn) for drawn, *_ in seen}) > 1
+    for drawn, values, corrupted, options in seen:
+        assert values == [100 * row for row in drawn] and corrupted == [row + 10 for row in drawn]
+        assert options == {"steps": 7}
+
+
+def test_agreement_of_methods_that_always_and_never_say_the_same():
+    model = architectures.hooked("gpt2")
+    clean, corrupted = (architectures.prompts(length=5, batch=4, seed=seed) for seed in (0, 9))
+    draws = iter(range(100))
+
+    def chance(model, clean, corrupted, metric):
+        return baselines.random_edges(model, seed=next(draws))
+
+    same = evaluate.stability(baselines.random_edges, model, clean, corrupted, None, resamples=20, k=20)
+    assert same.jaccard == 1 and set(same.edges["share"]) == {1.0} and same.edges.verdict.eq("in").all()
+    assert len(same.edges) == same.sizes[0] > 0 and len(set(same.sizes)) == 1
+    other = evaluate.stability(chance, model, clean, corrupted, None, resamples=20, k=20)
+    assert other.jaccard < 0.5 and max(other.sizes) <= 20
+    assert set(other.edges.verdict) <= {"out", "abstain", "in"} and (other.edges.verdict == "out").any()
+
+
+def test_jaccard_by_hand():
+    a, b, c = {("x", "y")}, {("x", "y"), ("y", "z")}, set()
+    assert _mean_jaccard([a, b, c]) == pytest.approx((0.5 + 0 + 0) / 3)
+    assert _mean_jaccard([c, c]) == 1.0
+    with pytest.raises(InputError, match="two or more"):
+        evaluate.agreement([])
+
+
+def test_bad_resamples_are_refused():
+    for wrong in ({"resamples": 1}, {"confidence": 1.0}):
+        with pytest.raises(InputError, match=next(iter(wrong))):
+            evaluate.stability(baselines.eap, None, torch.zeros(2, 2), None, None, **wrong)

@@ -1,0 +1,152 @@
+"""The conformance checks: what is good passes, and each check fails when the thing it looks at is broken."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import tl_circuitlasso as tcl
+from tests import architectures
+from tl_circuitlasso import baselines, formats
+from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.models.encoder import Encoder
+from tl_circuitlasso.models.sae_checks import check_shapes
+from tl_circuitlasso.testing import CheckFailure, check_basis, check_format, check_method, check_model
+
+HOOK = "blocks.1.hook_resid_post"
+
+
+class PlainSAE:
+    """ReLU codes; W_enc as (feature, width), as circuit-tracer's transcoders have it, and no cfg."""
+
+    def __init__(self, width: int, features: int, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.W_enc = torch.randn(features, width, generator=generator)
+        self.W_dec = torch.randn(features, width, generator=generator)
+        self.b_dec = torch.randn(width, generator=generator)
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return (x @ self.W_enc.T).relu()
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        return codes @ self.W_dec + self.b_dec
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return architectures.hooked("gpt2")
+
+
+def plain_sae(model: Any) -> PlainSAE:
+    return PlainSAE(model.cfg.d_model, 40)
+
+
+@pytest.mark.parametrize("family", ["llama", "pythia"])
+def test_models_that_are_supported_pass(family: str) -> None:
+    assert len(check_model(architectures.hooked(family))) == 6
+
+
+def test_a_model_with_noise_or_a_hook_that_edits_fails(model: Any) -> None:
+    noisy = architectures.hooked("gpt2")
+    noisy.blocks[0].attn.hook_z.add_perma_hook(lambda act, hook: act + torch.randn_like(act))
+    with pytest.raises(CheckFailure, match="two runs agree"):
+        check_model(noisy)
+    with pytest.raises(CheckFailure, match="is supported"):
+        check_model(torch.nn.Linear(2, 2))
+
+
+def test_any_object_with_encode_decode_and_w_dec_is_a_basis(model: Any) -> None:
+    assert len(check_basis(plain_sae(model), model, HOOK)) == 8
+    acts = {HOOK: torch.zeros(1, 1, model.cfg.d_model)}
+    check_shapes({HOOK: Encoder(plain_sae(model), HOOK, HOOK)}, acts)  # a transposed W_enc says no other width
+    with pytest.raises(tcl.InputError, match="another model or hook"):
+        check_shapes({HOOK: Encoder(PlainSAE(model.cfg.d_model + 1, 40), HOOK, HOOK)}, acts)
+
+
+def negative(sae: PlainSAE) -> None:
+    sae.encode = lambda x: x @ sae.W_enc.T
+
+
+def mixing(sae: PlainSAE) -> None:
+    sae.encode = lambda x: (x - x.mean(0)).relu() @ sae.W_enc.T.relu()
+
+
+def elsewhere(sae: PlainSAE) -> None:
+    sae.decode = lambda codes: codes @ sae.W_dec.flip(0)
+
+
+def restless(sae: PlainSAE) -> None:
+    sae.encode = lambda x: (x @ sae.W_enc.T + torch.randn(40)).relu()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (negative, "codes aren't negative"),
+        (mixing, "codes stand by themselves"),
+        (elsewhere, "features write along W_dec"),
+        (restless, "two calls agree"),
+    ],
+)
+def test_a_basis_with_a_fault_fails_by_name(spoil: Any, message: str, model: Any) -> None:
+    sae = plain_sae(model)
+    spoil(sae)
+    with pytest.raises(CheckFailure, match=message):
+        check_basis(sae, model, HOOK)
+
+
+def test_a_basis_of_another_model_fails(model: Any) -> None:
+    with pytest.raises(CheckFailure, match="reads this model's activations"):
+        check_basis(PlainSAE(model.cfg.d_model + 1, 5), model, HOOK)
+    with pytest.raises(CheckFailure, match="has encode"):
+        check_basis(SimpleNamespace(), model, HOOK)
+    with pytest.raises(tcl.InputError, match="`hook`"):
+        check_basis(plain_sae(model), model)
+
+
+@pytest.mark.parametrize(
+    ("reader", "writer", "suffix"),
+    [
+        (formats.from_eap, formats.to_eap, ".json"),
+        (formats.from_eap, formats.to_eap, ".pt"),
+        (formats.from_graphml, formats.to_graphml, ".graphml"),
+        (formats.from_neuronpedia, formats.to_neuronpedia, ".json"),
+        (AttributionGraph.load, lambda graph, path: graph.save(path), ".safetensors"),
+    ],
+)
+def test_formats_pass(reader: Any, writer: Any, suffix: str) -> None:
+    assert len(check_format(reader, writer, suffix)) == 9
+
+
+def test_a_format_that_loses_or_raises_fails() -> None:
+    def loses(path: Path) -> AttributionGraph:
+        return AttributionGraph.load(path).top_k(2)
+
+    def save(graph: AttributionGraph, path: Path) -> None:
+        graph.save(path)
+
+    with pytest.raises(CheckFailure, match="other edges are kept"):
+        check_format(loses, save)
+    with pytest.raises(CheckFailure, match="refuses half a file: JSONDecodeError"):
+        check_format(lambda path: __import__("json").loads(path.read_text()), save)
+
+
+def test_methods_pass_and_faults_are_named() -> None:
+    assert len(check_method(baselines.eap)) == 5
+
+    def untidy(model: Any, clean: Any, corrupted: Any, metric: Any) -> AttributionGraph:
+        model.blocks[0].hook_resid_pre.register_forward_hook(lambda *_: None)
+        graph = baselines.random_edges(model, seed=int(torch.randint(1 << 30, (1,))))
+        return AttributionGraph(**{name: value for name, value in vars(graph).items() if name in COLUMNS})
+
+    with pytest.raises(CheckFailure) as caught:
+        check_method(untidy)
+    for name in ("same again", "leaves the model as it was", "counts its passes"):
+        assert name in str(caught.value)
+    with pytest.raises(CheckFailure, match="gives a graph"):
+        check_method(lambda *arguments: 3)
+
+
+COLUMNS = ("index", "source", "target", "port", "score", "weight", "kept")

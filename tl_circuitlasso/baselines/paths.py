@@ -1,0 +1,169 @@
+"""Relatives of EAP-IG: another path of integration, and scores with intervals over resamples of the prompts."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_circuitlasso.baselines.edges import EdgeLayout, add_products
+from tl_circuitlasso.baselines.gradient import (
+    Count,
+    Job,
+    Metric,
+    Setting,
+    Step,
+    along_inputs,
+    attribute,
+    facts,
+    jobs,
+)
+from tl_circuitlasso.errors import InputError
+from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.models.ablation import Ablated, from_run, from_values
+from tl_circuitlasso.models.patching import Written
+from tl_circuitlasso.models.prompt_forms import AnyPrompts
+from tl_circuitlasso.models.tracing import trace
+
+
+def eap_gp(
+    model: Any,
+    clean: AnyPrompts,
+    corrupted: AnyPrompts | None,
+    metric: Metric,
+    *,
+    steps: int = 5,
+    attention_mask: Tensor | None = None,
+    ablation: str = "patch",
+    mean_over: str = "clean",
+    input_node: str = "embed",
+    batch_size: int = 32,
+) -> AttributionGraph:
+    """EAP along a gradient path (EAP-GP, Zhang et al. 2025, arXiv 2502.06852); arguments as in `eap`.
+
+    A straight line between the inputs runs through regions where the output is flat. Here the path leaves the clean
+    embedding x_0 and follows the quickest way to the corrupted output, in steps of equal length:
+
+        x_{k+1} = x_k - |x_0 - x'| / steps * g_k / |g_k|,    g_k = d/dx_k of |f(x_k) - f(x')|^2 / 2,
+
+    with f the logits at real positions and norms over a prompt. The derivative is the mean of those at x_0 ...
+    x_{steps-1}. 2 steps forward and 2 steps - 1 backward passes per prompt.
+    """
+    setting = Setting("eap_gp", ablation, mean_over, input_node, steps)
+    data = setting.pairs(model, clean, corrupted, attention_mask, batch_size)
+    return attribute(data, metric, setting, _along_gradients)
+
+
+def _along_gradients(job: Job) -> Iterator[Step]:
+    steps = job.setting.steps
+    goal = _goal(job)
+    traced = job.trace()
+    difference = traced.values.map(torch.sub, goal.written)
+    at, real = traced.values.input, job.batch.mask[..., None]
+    stride = (difference.input * real).flatten(1).norm(dim=1).view(-1, 1, 1) / steps
+    for k in range(steps):
+        yield difference, traced, 1 / steps
+        if k + 1 < steps:
+            away = _towards(job, at, goal) * real
+            length = away.flatten(1).norm(dim=1).view(-1, 1, 1)
+            at = at - stride * away / length.clamp_min(torch.finfo(away.dtype).tiny)
+            traced = job.trace(start=at)
+
+
+def _goal(job: Job) -> Ablated:
+    """The run whose output the path makes for."""
+    adapter, batch = job.pairs.adapter, job.batch
+    if job.setting.ablation == "patch":
+        job.count.forward += len(batch.rows) / len(job.pairs)
+        return from_run(adapter, batch.corrupted.tokens, batch.mask)
+    return from_values(adapter, job.ablated())
+
+
+def _towards(job: Job, at: Float[Tensor, "batch pos d_model"], goal: Ablated) -> Float[Tensor, "batch pos d_model"]:
+    """The derivative at the input of half the squared distance to the goal's logits."""
+    batch, share = job.batch, len(job.batch.rows) / len(job.pairs)
+    real = batch.mask[..., None]
+
+    def distance(logits: Tensor) -> Tensor:
+        return ((logits - goal.logits) * real).square().sum() / 2
+
+    job.count.forward += share
+    job.count.backward += share
+    found = trace(job.pairs.adapter, batch.clean.tokens, batch.mask, distance, start=at, outputs=True)
+    assert found.written is not None
+    return found.written.input
+
+
+def bootstrap_eap_ig(
+    model: Any,
+    clean: AnyPrompts,
+    corrupted: AnyPrompts | None,
+    metric: Metric,
+    *,
+    steps: int = 5,
+    resamples: int = 20,
+    level: int | float = 0.95,
+    seed: int = 0,
+    attention_mask: Tensor | None = None,
+    ablation: str = "patch",
+    mean_over: str = "clean",
+    input_node: str = "embed",
+    batch_size: int = 32,
+) -> AttributionGraph:
+    """EAP-IG with an interval for each edge over resamples of the prompts (arXiv 2510.25786); arguments as in `eap_ig`.
+
+    Kept are the edges whose `level` percentile interval excludes 0. Scores are linear in the prompts' differences, so
+    the resamples share the passes of one `eap_ig`; only the products are made again.
+
+    Returns
+    -------
+    AttributionGraph: extras `low` and `high`, the interval, and `stability`, the share of resamples whose score has the
+        sign of the score over all prompts.
+
+    Raises
+    ------
+    InputError: fewer than 2 resamples, a level outside (0, 1), and as in `eap_ig`.
+    """
+    if not isinstance(resamples, int) or isinstance(resamples, bool) or resamples < 2:
+        raise InputError(f"`resamples` is {resamples!r}: how often prompts are drawn again is an integer >= 2")
+    if not 0 < level < 1:
+        raise InputError(f"`level` is {level!r}: give a share between 0 and 1, such as .95")
+    began = time.perf_counter()
+    setting = Setting("bootstrap_eap_ig", ablation, mean_over, input_node, steps)
+    data = setting.pairs(model, clean, corrupted, attention_mask, batch_size)
+    layout, count = EdgeLayout(data.adapter.shape), Count()
+    times = _times_drawn(len(data), resamples, seed)
+    device = data.adapter.device
+    scores = torch.zeros(1 + resamples, layout.n_sources, layout.n_readers, dtype=torch.float64, device=device)
+    for job in jobs(data, metric, setting, count):
+        weights = times[:, job.batch.rows].to(device)
+        for difference, traced, share in along_inputs(job):
+            for number, weight in enumerate(weights):
+                drawn = job.batch.mask & (weight > 0)[:, None]
+                if bool(drawn.any()):
+                    part = torch.zeros_like(scores[number])
+                    add_products(layout, data.adapter, part, _weighted(difference, weight), traced, drawn)
+                    scores[number] += share * part
+    found = facts(data, setting, count, began) | {"resamples": resamples, "level": level, "seed": seed}
+    graph = layout.graph(scores[0] / len(data), found)
+    source, column = layout.mask().nonzero(as_tuple=True)
+    drawn_scores = (scores[1:] / len(data)).cpu()[:, source, column]
+    tail = (1 - level) / 2
+    low, high = (drawn_scores.quantile(q, dim=0) for q in (tail, 1 - tail))
+    same = (drawn_scores.sign() == graph.score.sign()).double().mean(0)
+    return replace(graph, kept=(low > 0) | (high < 0), extras={"low": low, "high": high, "stability": same})
+
+
+def _times_drawn(prompts: int, resamples: int, seed: int) -> Float[Tensor, "resample prompt"]:
+    """How often each prompt is drawn: once in the first row, at random with replacement in the others."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(prompts, (resamples, prompts), generator=generator)
+    times = torch.zeros(resamples, prompts).scatter_add(1, drawn, torch.ones(resamples, prompts))
+    return torch.cat([torch.ones(1, prompts), times])
+
+
+def _weighted(difference: Written, weight: Float[Tensor, " batch"]) -> Written:
+    return difference.map(lambda part: part * weight.to(part).view(-1, *[1] * (part.ndim - 1)))
