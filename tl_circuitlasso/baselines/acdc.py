@@ -25,7 +25,9 @@ from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models import Adapter
 from tl_circuitlasso.models.ablation import Ablated, from_run, from_values
+from tl_circuitlasso.models.pairs import PairBatch
 from tl_circuitlasso.models.patch import run_circuits
+from tl_circuitlasso.models.prompt_forms import AnyPrompts
 
 SHARE = 0.01  # of the metric's range: the threshold where none is given
 AHEAD = 8  # edges tried at once, as if those before them were cut
