@@ -28,12 +28,13 @@ from torch import Tensor
 
 from tl_circuitlasso import graph_file
 from tl_circuitlasso.errors import FormatError, InputError
+from tl_circuitlasso.graph_verbs import Verbs
 from tl_circuitlasso.nodes import NodeIndex
 from tl_circuitlasso.sites import PORTS
 
 
 @dataclass(frozen=True, eq=False)
-class AttributionGraph:
+class AttributionGraph(Verbs):
     """Candidate edges with scores, and which of them make the circuit.
 
     Attributes
@@ -159,6 +160,18 @@ class AttributionGraph:
         """The number of kept edges, ports merged."""
         return len(self.kept_edges())
 
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """The circuit's nodes in the order of computation: those that a kept edge touches."""
+        kept = self.kept_nodes()
+        return tuple(name for name in self.index.names if name in kept)
+
+    @property
+    def edges(self) -> pd.DataFrame:
+        """The circuit's edges: the kept rows of `edge_table`, strongest first."""
+        table = self.edge_table()
+        return table[table.kept].drop(columns="kept").reset_index(drop=True)
+
     def edge_table(self) -> pd.DataFrame:
         """All candidate edges: source, target, port, weight, score, kept and the extras, largest |score| first."""
         order = self.score.abs().argsort(descending=True, stable=True)
@@ -225,9 +238,23 @@ class AttributionGraph:
 
     # ---- new graphs -------------------------------------------------------------------------------------------------
 
-    def keep(self, mask: Bool[Tensor, " edge"]) -> "AttributionGraph":
-        """The same candidates with exactly the edges of `mask` kept."""
-        return replace(self, kept=mask)
+    def keep(self, mask: Any) -> "AttributionGraph":
+        """The same candidates with exactly the edges of `mask` kept: one true or false per row, in the graph's order.
+
+        Raises
+        ------
+        InputError: not booleans, or not as many as the graph has rows.
+        """
+        try:
+            rows = torch.as_tensor(mask)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"`mask` isn't a list of booleans ({error}): give one per row of the graph") from None
+        if rows.dtype != torch.bool or tuple(rows.shape) != (len(self),):
+            raise InputError(
+                f"`mask` is {rows.dtype} of shape {tuple(rows.shape)}: give {len(self)} booleans, one per row, such as "
+                "graph.score > 0"
+            )
+        return replace(self, kept=rows)
 
     def threshold(self, x: int | float) -> "AttributionGraph":
         """Keep the edges with |score| >= x."""
@@ -241,7 +268,7 @@ class AttributionGraph:
         An edge is a (source, target) pair, as in `kept_edges`; with `ports=True` q, k and v count apart, as in EAP-IG.
         Ties go to the earlier edge.
         """
-        if not isinstance(k, int) or isinstance(k, bool) or k < 0:
+        if not isinstance(k, (int, np.integer)) or isinstance(k, bool) or k < 0:
             raise InputError(f"`k` is {k!r}: the number of edges to keep is an integer >= 0")
         order = self.score.abs().argsort(descending=True, stable=True)
         pair = (self.source * len(self.index) + self.target)[order]
@@ -277,7 +304,14 @@ class AttributionGraph:
             reached[new] = True
 
     def subgraph(self, nodes: Iterable[str]) -> "AttributionGraph":
-        """Keep only edges whose two ends are among `nodes`; the candidates stay."""
+        """Keep only edges whose two ends are among `nodes`; the candidates stay.
+
+        Raises
+        ------
+        InputError: one name instead of several, or a name that the graph doesn't have.
+        """
+        if isinstance(nodes, str):
+            raise InputError(f"`nodes` is the text {nodes!r}: give a list of names, such as [{nodes!r}, 'logits']")
         inside = torch.zeros(len(self.index), dtype=torch.bool)
         inside[[self.index.position(name) for name in nodes]] = True
         return self.keep(self.kept & inside[self.source] & inside[self.target])
@@ -321,32 +355,6 @@ class AttributionGraph:
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise FormatError(f"{path}: a graph with missing or wrong entries ({error})") from error
 
-    # ---- at work elsewhere ------------------------------------------------------------------------------------------
-
-    def confirm(self, model: Any, clean: Any, corrupted: Any, metric: Any, **options: Any) -> "AttributionGraph":
-        """The kept edges cut one at a time in the model, and the refuted ones dropped: see `evaluate.confirm`."""
-        from tl_circuitlasso import evaluate
-
-        return evaluate.confirm(self, model, clean, corrupted, metric, **options)
-
-    def explain(self, node: str, k: int = 10) -> Any:
-        """What feeds a node, what it feeds, and where it fires: see `explain.explain`; print it, or show it."""
-        from tl_circuitlasso.explain import explain
-
-        return explain(self, node, k)
-
-    def paths(self, source: str, k: int = 5, **options: Any) -> Any:
-        """The k strongest kept paths from `source` to the target: see `explain.strongest_paths`."""
-        from tl_circuitlasso.explain import strongest_paths
-
-        return strongest_paths(self, source, k, **options)
-
-    def to_eap_graph(self, **options: Any) -> Any:
-        """The same graph as a live `eap.graph.Graph` of the EAP-IG package: see `formats.to_eap_graph`."""
-        from tl_circuitlasso import formats
-
-        return formats.to_eap_graph(self, **options)
-
     # ---- showing ----------------------------------------------------------------------------------------------------
 
     def __repr__(self) -> str:
@@ -368,7 +376,3 @@ class AttributionGraph:
         pair = self.source * len(self.index) + self.target
         kept, candidates = pair[self.kept].unique().numel(), pair.unique().numel()
         return f"{len(self.index)} nodes, {kept} of {candidates} edges kept"
-
-    def _repr_html_(self) -> str:
-        shown = self._strongest(25).to_html(index=False, float_format=lambda x: f"{x:.4g}")
-        return f"<b>AttributionGraph</b>: {self._counts()}{shown}"

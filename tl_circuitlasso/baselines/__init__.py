@@ -36,3 +36,6 @@ from tl_circuitlasso.baselines.observational import (
 from tl_circuitlasso.baselines.observational import (
     random_edges as random_edges,
 )
+from tl_circuitlasso.naming import directory as _directory
+
+__dir__ = _directory(__name__)

@@ -21,6 +21,7 @@ from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.structure import structure
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models import adapt
+from tl_circuitlasso.naming import directory as _directory
 from tl_circuitlasso.sites import PORTS
 
 __all__ = ["METHODS", "Case", "Failure", "Report", "Row", "interpbench", "load_case"]
@@ -152,3 +153,6 @@ def _port_auroc(graph: AttributionGraph, case: Case) -> float:
     if case.port_truth is None or not any(port for *_, port in triples) or not case.port_truth <= triples:
         return math.nan
     return structure(graph, case.port_truth, triples).auroc
+
+
+__dir__ = _directory(__name__)

@@ -40,6 +40,7 @@ from tl_circuitlasso.formats.networkx_ import (
     to_networkx,
 )
 from tl_circuitlasso.formats.neuronpedia import check_neuronpedia, from_neuronpedia, to_neuronpedia
+from tl_circuitlasso.naming import directory as _directory
 
 __all__ = [
     "cantor_pair",
@@ -79,3 +80,5 @@ __all__ = [
     "to_neuronpedia",
     "write",
 ]
+
+__dir__ = _directory(__name__)

@@ -8,7 +8,7 @@ import pytest
 
 import tl_circuitlasso
 from tests import architectures
-from tl_circuitlasso.models import attach
+from tl_circuitlasso import attach
 
 
 def _python(program: str) -> None:
