@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 # The reference: each page's public names, in the order in which they stand; `room.*` is every public name of a room.
 REFERENCE = {
     "discover": ("Finding circuits", "circuit_lasso collect_statistics learn load_demo demo.Demo errors.*"),
-    "graph": ("The graph", "AttributionGraph load NodeIndex nodes.component_index explain supernodes "
+    "graph": ("The graph", "AttributionGraph graph_verbs.Verbs NodeIndex nodes.component_index explain supernodes "
               "explaining.Explanation explaining.Path explaining.strongest_paths"),
     "targets": ("Targets, bases and SAEs", "LogitDiff Labels Values Component Neuron Residual SAEFeatures load_sae"),
     "evaluate": ("Putting to the test", "evaluate.*"),
@@ -102,10 +102,11 @@ def _about(page: str) -> str:
 
 
 def _first_sentence(page: Path) -> str:
-    """The first sentence of prose of a page."""
-    for paragraph in page.read_text(encoding="utf-8").split("\n\n"):
-        text = " ".join(paragraph.split())
-        if (text and text[0].isalnum()) or text.startswith("**"):
-            plain = re.sub(r"\[([^\]]+)\]\([^)]*\)", r"\1", text).replace("**", "").replace("`", "")
-            return re.split(r"(?<=[.:?]) ", plain, maxsplit=1)[0].rstrip(":")
+    """The first sentence of prose of a page, code left out."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    for paragraph in text.split("\n\n"):
+        line = " ".join(paragraph.split())
+        if re.match(r"[\w\"*]", line):
+            plain = re.sub(r"\[([^\]]+)\]\([^)]*\)", r"\1", line).replace("**", "").replace("`", "")
+            return re.split(r"(?<=[.?!]) (?=[A-Z])(?<!et al\. )", plain, maxsplit=1)[0].rstrip(":")
     return ""
