@@ -268,7 +268,7 @@ class AttributionGraph(Verbs):
         An edge is a (source, target) pair, as in `kept_edges`; with `ports=True` q, k and v count apart, as in EAP-IG.
         Ties go to the earlier edge.
         """
-        if not isinstance(k, (int, np.integer)) or isinstance(k, bool) or k < 0:
+        if not isinstance(k, int) or isinstance(k, bool) or k < 0:
             raise InputError(f"`k` is {k!r}: the number of edges to keep is an integer >= 0")
         order = self.score.abs().argsort(descending=True, stable=True)
         pair = (self.source * len(self.index) + self.target)[order]

@@ -44,12 +44,14 @@ def interactive(
 
     Raises
     ------
-    InputError: the two graphs disagree on the order of computation, `max_edges` is below 1, or `path` can't be
-        written to.
+    InputError: the two graphs disagree on the order of computation, `max_edges` is below 1, or `path` isn't an .html
+        file that can be written to.
     """
     if not isinstance(max_edges, int) or max_edges < 1:
         raise InputError(f"`max_edges` is {max_edges!r}: the number of edges to embed is an integer >= 1")
     path = Path(path)
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"`path` is {str(path)!r}: the page is an .html file; pictures are drawn by plot.circuit")
     storage.write_text(path, page(graph, title=title, other=other, names=names, max_edges=max_edges))
     return path
 
