@@ -32,26 +32,27 @@ def blocks(page: Path) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
 
 
-def tokenizer(text: str) -> Any:
-    """Whole words and the marks between them; what isn't in `text` is unknown."""
+def tokenizer(text: str, folder: Path) -> Any:
+    """Whole words and the marks between them; what isn't in `text` is unknown. Read from `folder`, as is demanded."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     words = dict.fromkeys(["<unk>", "<s>", "</s>", *re.findall(r"\w+|[^\w\s]+", text)])
     plain = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
     plain.normalizer, plain.pre_tokenizer = normalizers.Strip(), pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
+    PreTrainedTokenizerFast(
         tokenizer_object=plain, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
-    )
+    ).save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Stand-ins for what pages download: call it with a page's code."""
 
     def stand_in(code: str) -> None:
-        words = tokenizer(code)
         if "HookedTransformer" in code:
+            words = tokenizer(code, tmp_path_factory.mktemp("words"))
             lens = pytest.importorskip("transformer_lens")
             model = architectures.hooked("gpt2", d_vocab=len(words))
             model.set_tokenizer(words, default_padding_side="right")
