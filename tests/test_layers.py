@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "tl_circuitlasso"
 
 FLOORS = {
-    "errors": 0, "shapes": 0, "sharing": 0, "attach": 0, "naming": 0,
+    "errors": 0, "shapes": 0, "sharing": 0, "attach": 0, "naming": 0, "progress": 0,
     "storage": 1, "sites": 1, "nodes": 1, "statistics": 1, "schema": 1, "targets": 1, "relevance": 1, "stopping": 1,
     "graph_file": 1, "graph_verbs": 1, "graph": 1, "explaining": 1, "synthetic": 1, "synthetic_codes": 1,
     "formats": 2, "models": 2, "solve": 2,

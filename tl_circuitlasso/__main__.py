@@ -34,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="circuitlasso", description="Sparse circuits of transformers by certified sparse linear regression."
     )
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
     parser.add_argument("--version", action="version", version=f"circuitlasso {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for subject in (finding, graphs, testing):

@@ -1,7 +1,6 @@
 """What several commands share: how they are declared, and how words on the command line become values."""
 
 import argparse
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -52,8 +51,8 @@ def writable_file(path: Path, suffixes: Sequence[str]) -> Path:
 
 
 def interactive(arguments: argparse.Namespace) -> bool:
-    """Whether progress bars are wanted: on a terminal, unless told to be quiet."""
-    return sys.stderr.isatty() and not arguments.quiet
+    """Whether progress is wanted: a bar on a terminal, a line now and then elsewhere, unless told to be quiet."""
+    return not arguments.quiet
 
 
 def number_or_word(text: str) -> str | float:
