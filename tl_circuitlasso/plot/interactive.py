@@ -49,6 +49,14 @@ def interactive(
     ------
     InputError: the two graphs disagree on the order of computation, `max_edges` is below 1, or `path` isn't an .html
         file that can be written to.
+
+    >>> import tempfile
+    >>> from tl_circuitlasso.graph import AttributionGraph
+    >>> from tl_circuitlasso.nodes import component_index
+    >>> edges = {("input", "m0"): 1.0, ("m0", "logits"): -0.5, ("input", "logits"): 0.1}
+    >>> graph = AttributionGraph.from_edges(component_index(n_layers=1, n_heads=1), edges)
+    >>> interactive(graph, Path(tempfile.mkdtemp()) / "circuit.html", title="A circuit").name
+    'circuit.html'
     """
     if not isinstance(max_edges, int) or max_edges < 1:
         raise InputError(f"`max_edges` is {max_edges!r}: the number of edges to embed is an integer >= 1")

@@ -42,6 +42,9 @@ def show(graph: AttributionGraph, *, height: int = 620, **options: Any) -> Page:
     Raises
     ------
     InputError: as `plot.interactive`.
+
+    >>> show(graph, title="A circuit")                                                              # doctest: +SKIP
+    interactive page: /tmp/circuit-x1/circuit.html
     """
     path = Path(tempfile.mkdtemp(prefix="circuit-")) / "circuit.html"
     page = Page(interactive(graph, path, **options), height)
