@@ -129,9 +129,11 @@ class Pane {
     ctx.font = `${size}px system-ui, sans-serif`;
     ctx.textAlign = "left";
     ctx.textBaseline = "middle";
+    let last = Infinity;
     for (const band of this.scene.bands) {
-      if (!band.label || 60 * transform.k < 10) continue;
       const y = (this.scene.rowY[band.first] + this.scene.rowY[band.last]) / 2, x = this.view.left + 12 / transform.k;
+      if (!band.label || Math.abs(y - last) < 1.2 * size) continue;
+      last = y;
       ctx.globalAlpha = 0.85;
       ctx.fillStyle = COLOURS.band;
       ctx.fillRect(x - size / 2, y - size, ctx.measureText(band.label).width + size, 2 * size);
