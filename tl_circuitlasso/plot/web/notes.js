@@ -67,8 +67,8 @@ function regroup(id) {
   } else {
     const names = [node.name, ...groupable(id)];
     if (names.length < 2) return;
-    let title = node.given, number = 1;
-    while (title in added.groups) title = `${node.given} ${++number}`;
+    let title = node.text, number = 1;
+    while (title in added.groups) title = `${node.text} ${++number}`;
     added.groups[title] = names;
     added.pins = added.pins.filter(name => !names.includes(name) || name === node.name);
   }
