@@ -1,7 +1,9 @@
 """The command line, run in this process: exit codes, files, and one line on stderr where the input is at fault."""
 
+import html
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -272,7 +274,8 @@ def test_compare_prints_and_writes(
     assert "ours" in printed and "eap" in printed and "jaccard" in printed and "shd" in printed
     assert all(out.stat().st_size > 500 for out in outs)
     page = outs[0].read_text()
-    assert page.startswith("<!doctype html>") and "http" not in page and "data:image/png;base64," in page
+    assert page.startswith("<!doctype html>") and "data:image/png;base64," in page
+    assert "<iframe" in page and not re.search(r"(src|href)=[\"']?https?:", html.unescape(page))
     assert "graph,edges" in outs[1].read_text()
     assert main(["compare", str(graph_folder), str(graph_folder), "--truth", str(graph_folder)]) == 0
     assert "(2)" in capsys.readouterr().out

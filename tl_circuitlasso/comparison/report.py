@@ -10,6 +10,8 @@ from typing import Any
 
 import pandas as pd
 
+from tl_circuitlasso.errors import InputError
+
 _MOST_ROWS = 200
 _MOST_EDGES = 5000  # of each graph, in the page to look around in
 _STYLE = """
@@ -44,13 +46,12 @@ def page(found: Any) -> str:
     found.plot().savefig(image, format="png", dpi=140)
     picture = base64.b64encode(image.getvalue()).decode("ascii")
     title = html.escape(" · ".join(found.graphs))
-    first, second = (html.escape(name) for name in list(found.graphs)[:2])
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
         f"</head><body><h1>{title}</h1><div class=wide>{as_html(found.table, index=True)}</div>"
         f"<p><small>{html.escape(found.note())}</small></p>"
         f'<img alt="Edges by graph, scores and curves" src="data:image/png;base64,{picture}">'
-        f'<h2>{first} and {second}</h2><iframe title="{first} and {second}" srcdoc="{_side_by_side(found)}"></iframe>'
+        f"{_side_by_side(found)}"
         f"<h2>Edges in at least one circuit</h2><div class='wide tall'>"
         f"{as_html(found.overlap.head(_MOST_ROWS), index=False)}</div>"
         f"<h2>Graph by graph</h2><div class=wide>{as_html(found.pairs, index=False)}</div></body></html>"
@@ -58,12 +59,17 @@ def page(found: Any) -> str:
 
 
 def _side_by_side(found: Any) -> str:
-    """The interactive page of the first two graphs, as the value of an attribute."""
+    """The first two graphs in one interactive page, inside a frame; why not, where they can't share a layout."""
     from tl_circuitlasso.plot.interactive import page as interactive_page
 
     (first, one), (second, other) = list(found.graphs.items())[:2]
-    options = {"title": f"{first} and {second}", "other": other, "names": (first, second), "max_edges": _MOST_EDGES}
-    return html.escape(interactive_page(one, **options), quote=True)
+    title = f"{first} and {second}"
+    options = {"title": title, "other": other, "names": (first, second), "max_edges": _MOST_EDGES}
+    try:
+        inside = html.escape(interactive_page(one, **options), quote=True)
+    except InputError as reason:
+        return f"<h2>{html.escape(title)}</h2><p>{html.escape(str(reason))}</p>"
+    return f'<h2>{html.escape(title)}</h2><iframe title="{html.escape(title)}" srcdoc="{inside}"></iframe>'
 
 
 def as_html(table: pd.DataFrame, *, index: bool) -> str:
