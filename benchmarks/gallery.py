@@ -1,4 +1,4 @@
-"""The pictures of the README, drawn from the bundled model's circuit by the library itself.
+"""The pictures of the README and of the documentation, drawn from the bundled model's circuit by the library itself.
 
     python -m benchmarks.gallery --out tutorials/images
     python -m benchmarks.gallery --out pictures --only circuit page
@@ -130,6 +130,21 @@ def concepts(subject: Subject, out: Path) -> Path | None:
     return out / "concepts.svg"
 
 
+def live(subject: Subject, out: Path) -> Path:
+    """The interactive page, with one graph and with two."""
+    names = ("CircuitLasso", "EAP-IG, 12 strongest")
+    plot.interactive(subject.ours, out / "live.html", title=TITLE)
+    plot.interactive(subject.ours, out / "live_two.html", title=TITLE, other=subject.eap_ig.top_k(12), names=names)
+    return out / "live.html"
+
+
+def for_the_site(out: Path) -> None:
+    """Everything that the documentation's gallery shows and that needs neither a browser nor SAEs."""
+    subject = Subject(prompts=256)
+    for draw in (circuit, heatmap, strength, scatter, comparison, live):
+        draw(subject, out)
+
+
 def _smaller(path: Path) -> Path:
     """A PNG of at most 1360 pixels across, packed as tightly as it goes."""
     from PIL import Image
@@ -145,7 +160,7 @@ def _smaller(path: Path) -> Path:
 
 
 PICTURES: dict[str, Callable[[Subject, Path], Path | None]] = {
-    made.__name__: made for made in (circuit, heatmap, strength, scatter, comparison, page, concepts)
+    made.__name__: made for made in (circuit, heatmap, strength, scatter, comparison, live, page, concepts)
 }
 
 

@@ -1,4 +1,4 @@
-"""How cost grows with samples, nodes and processes: the measured tables of tutorials/scaling.md.
+"""How cost grows with samples, nodes and processes: the measured tables of docs/scaling.md.
 
     python -m benchmarks.scaling                    all four tables, one thread
     python -m benchmarks.scaling --only nodes       one of samples, nodes, processes, saes

@@ -1,6 +1,11 @@
 """The command line, run in this process: exit codes, files, and one line on stderr where the input is at fault."""
 
+import html
 import json
+import os
+import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +17,13 @@ from safetensors.torch import save_file
 import tl_circuitlasso as tcl
 from tests import architectures
 from tests.helpers import shared_folder
+from tl_circuitlasso import discover
 from tl_circuitlasso.__main__ import main
 from tl_circuitlasso.cli.options import saes
 from tl_circuitlasso.cli.prompts import read_prompts
 from tl_circuitlasso.errors import FormatError, InputError
 from tl_circuitlasso.formats.files import READERS
+from tl_circuitlasso.models.loading import load_model
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +89,7 @@ def test_usage_errors_leave_with_two(words: list[str], capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "discover", "evaluate", "plot", "info", "bench", "compare", "convert", "check"]
+    "command", ["demo", "discover", "evaluate", "baseline", "plot", "info", "bench", "compare", "convert", "check"]
 )
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as leaving:
@@ -258,6 +265,7 @@ def test_discover_on_a_real_model(tmp_path: Path) -> None:
 def test_the_demo_finds_its_circuit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--quiet", "demo", "--out", str(tmp_path / "demo"), "--prompts", "256"]) == 0
     out = capsys.readouterr().out
+    assert out.splitlines()[-1] == f"Open {tmp_path / 'demo' / 'graph.html'} in a web browser"
     assert "SHD to the known circuit: 0 " in out and "FALSE" not in out and "missed" not in out
     assert {path.name for path in (tmp_path / "demo").iterdir()} >= {
         "graph.json", "graph.safetensors", "graph.html", "graph.png"
@@ -294,7 +302,8 @@ def test_compare_prints_and_writes(
     assert "ours" in printed and "eap" in printed and "jaccard" in printed and "shd" in printed
     assert all(out.stat().st_size > 500 for out in outs)
     page = outs[0].read_text()
-    assert page.startswith("<!doctype html>") and "http" not in page and "data:image/png;base64," in page
+    assert page.startswith("<!doctype html>") and "data:image/png;base64," in page
+    assert "<iframe" in page and not re.search(r"(src|href)=[\"']?https?:", html.unescape(page))
     assert "graph,edges" in outs[1].read_text()
     assert main(["compare", str(graph_folder), str(graph_folder), "--truth", str(graph_folder)]) == 0
     assert "(2)" in capsys.readouterr().out
@@ -474,3 +483,107 @@ def test_help_names_every_format(capsys: pytest.CaptureFixture[str]) -> None:
         main(["convert", "--help"])
     told = " ".join(capsys.readouterr().out.replace("-\n", "-").split()).replace("- ", "-")
     assert all(name in told for name in READERS)
+
+
+# ---- what is asked --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def answers_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prompts with an id in front, and a right and a wrong answer behind."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(3, 31, (12, 6), generator=generator).tolist()
+    path = tmp_path_factory.mktemp("answers") / "p.csv"
+    lines = [f"{n},{' '.join(f'w{t}' for t in row)},w{n + 3},w{n + 4}" for n, row in enumerate(rows)]
+    path.write_text("\n".join(["id,prompt,answer,wrong", *lines]))
+    return path
+
+
+def test_discover_asks_about_answers(
+    model_folder: Path, answers_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["discover", str(model_folder), str(answers_file), "--column", "prompt", "--out", str(tmp_path / "out")]
+    assert main([*words, "--quiet", "--target", "logit-diff", "--save-prompts"]) == 0
+    out = capsys.readouterr().out
+    assert "Explained: the logit of the answer minus that of the wrong one, at the last position" in out
+    assert "in logits)" in out
+    saved = (tmp_path / "out" / "prompts.csv").read_text().splitlines()
+    assert saved[0] == "prompt,answer,wrong" and saved[1].endswith(",w3,w4") and len(saved) == 13
+    from_columns = tcl.AttributionGraph.load(tmp_path / "out")
+    assert from_columns.provenance["arguments"]["target"] == "LogitDiff"
+    model, prompts = load_model(str(model_folder)), read_prompts(answers_file, "prompt", None)
+    target = tcl.LogitDiff([n + 3 for n in range(12)], [n + 4 for n in range(12)])
+    asked = tcl.circuit_lasso(model, prompts, target=target, positions="last", progress=False)
+    assert torch.allclose(asked.score, from_columns.score)
+    assert main([*words, "--answers", "w5", "--wrong", "w6"]) == 0
+    assert not torch.allclose(tcl.AttributionGraph.load(tmp_path / "out").score, from_columns.score)
+
+
+def test_answers_that_cannot_be_used_are_named(
+    model_folder: Path, answers_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["discover", str(model_folder), str(answers_file), "--column", "prompt", "--out", str(tmp_path / "out")]
+    assert "w5 w6" in refused(capsys, *words, "--answers", "w5 w6", "--wrong", "w7")
+    (tmp_path / "p.txt").write_text("w3 w4\nw5 w6\n")
+    bare = ["discover", str(model_folder), str(tmp_path / "p.txt"), "--out", str(tmp_path / "out")]
+    assert "`--wrong` is missing" in refused(capsys, *bare, "--answers", "w5")
+    assert "`--target` logits takes no answers" in refused(capsys, *words, "--target", "logits", "--answers", "w5")
+    assert "isn't numbers" in refused(capsys, *words, "--target", "values", "--answers", "answer")
+
+
+def test_out_is_tried_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(discover, "circuit_lasso", lambda *_, **__: pytest.fail("worked first"))
+    for command in (["demo"], ["discover", "demo"], ["baseline", "eap", "demo", "demo"]):
+        assert "`--out`" in refused(capsys, *command, "--out", str(tmp_path / "file" / "out"))
+
+
+def test_a_mistyped_model_gets_the_names_near_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformer_lens.HookedTransformer", reason="this TransformerLens keeps no list of names")
+    (tmp_path / "p.txt").write_text("one\n")
+    message = refused(capsys, "discover", "gpt2-smal", str(tmp_path / "p.txt"), "--out", str(tmp_path / "out"))
+    assert "did you mean gpt2-small" in message and len(message) < 400
+
+
+def test_other_methods_run_on_the_bundled_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "eap"
+    assert main(["baseline", "eap", "demo", "demo", "--limit", "16", "--top", "6", "--out", str(folder)]) == 0
+    graph = tcl.load(folder)
+    demo = tcl.load_demo(prompts=16)
+    metric = tcl.evaluate.logit_diff(demo.correct, demo.incorrect)
+    assert (
+        graph.kept_edges() == tcl.baselines.eap(demo.model, demo.tokens, demo.corrupted, metric).top_k(6).kept_edges()
+    )
+    assert main(["evaluate", "demo", "demo", str(folder), "--limit", "8"]) == 0
+    assert "eap" in capsys.readouterr().out
+    assert "its own prompts" in refused(capsys, "evaluate", "demo", "pairs.csv", str(folder))
+
+
+def test_every_baseline_has_a_name() -> None:
+    from tl_circuitlasso.cli.testing import BASELINES
+
+    taking_saes = {"feature_correlation", "feature_gradient"}
+    public = {name for name in dir(tcl.baselines) if callable(getattr(tcl.baselines, name))}
+    assert set(BASELINES.values()) <= public - taking_saes
+
+
+def test_plot_refuses_what_it_would_ignore(
+    graph_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = ["plot", str(graph_folder), "--out", str(tmp_path / "g.html")]
+    assert "`--heatmap`" in refused(capsys, *page, "--heatmap")
+    assert "`--other`" in refused(
+        capsys, "plot", str(graph_folder), "--out", str(tmp_path / "g.png"), "--other", str(graph_folder)
+    )
+    assert main([*page, "--quiet"]) == 0 and "web browser" in capsys.readouterr().out
+
+
+def test_version_and_terminals_of_few_letters(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-m", "tl_circuitlasso"]
+    told = subprocess.run([*command, "--version"], env=environment, capture_output=True, text=True, check=True)
+    assert told.stdout == f"circuitlasso {tcl.__version__}\n"
+    missing = subprocess.run([*command, "info", "schön"], env=environment, capture_output=True, text=True)
+    assert missing.returncode == 2 and "sch\\xf6n: no such file" in missing.stderr

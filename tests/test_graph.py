@@ -167,3 +167,51 @@ def test_foreign_and_broken_files_are_refused(tmp_path: Path) -> None:
     for path in [*names, *(tmp_path / name for name in wrong)]:
         with pytest.raises(FormatError, match=path.stem):
             AttributionGraph.load(path)
+
+
+# ---- verbs of other rooms -------------------------------------------------------------------------------------------
+
+
+def test_nodes_and_edges_are_those_of_the_circuit_in_order() -> None:
+    graph = random_graph()
+    assert set(graph.nodes) == graph.kept_nodes() and list(graph.nodes) == sorted(graph.nodes, key=INDEX.position)
+    edges = graph.edges
+    assert set(zip(edges.source, edges.target)) == graph.kept_edges() and len(edges) == int(graph.kept.sum())
+    assert edges.score.abs().is_monotonic_decreasing and "kept" not in edges
+
+
+@pytest.mark.parametrize("format", ["png", "svg", "html", "eap", "circuit-lasso", "graphml"])
+def test_a_graph_is_written_in_any_format_and_opened_again(format: str, tmp_path: Path) -> None:
+    import tl_circuitlasso as tcl
+
+    graph = random_graph().prune()
+    suffix = {"eap": "json", "circuit-lasso": "safetensors"}.get(format, format)
+    path = graph.to(format, tmp_path / f"graph.{suffix}")
+    assert path.stat().st_size > 500
+    if format not in ("png", "svg", "html"):
+        assert tcl.load(path).kept_edges() == graph.kept_edges()
+    if format == "png":
+        with pytest.raises(InputError, match=r"doesn't end in \.png"):
+            graph.to("png", tmp_path / "graph.jpg")
+
+
+def test_a_notebook_draws_the_circuit(monkeypatch: pytest.MonkeyPatch) -> None:
+    import webbrowser
+
+    graph = random_graph()
+    assert 'src="data:image/svg+xml;base64,' in graph._repr_html_() and graph.nodes[0] in graph._repr_html_()
+    opened: list[str] = []
+    monkeypatch.setattr(webbrowser, "open", opened.append)
+    page = graph.show(title="A title")
+    assert opened == [page.path.as_uri()] and "<iframe srcdoc=" in page._repr_html_()
+    assert "<script" not in page._repr_html_()  # the page is the value of an attribute
+
+
+def test_masks_and_names_that_fit_no_graph_are_refused() -> None:
+    graph = random_graph()
+    assert graph.keep([True] * len(graph)).n_kept == len(graph.candidate_edges())
+    for mask in ([True], [1] * len(graph), ["a"], graph.score):
+        with pytest.raises(InputError, match="`mask`"):
+            graph.keep(mask)
+    with pytest.raises(InputError, match=r"`nodes` is the text 'm0'"):
+        graph.subgraph("m0")

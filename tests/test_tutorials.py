@@ -24,9 +24,3 @@ def test_tutorial_runs(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     resources = {"metadata": {"path": str(path.parent)}}
     NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
-
-
-def test_the_code_of_the_page_on_other_tools_runs() -> None:
-    page = TUTORIALS[0].parent / "coming_from_other_tools.md"
-    code = "\n".join(part.split("```", 1)[0] for part in page.read_text(encoding="utf-8").split("```python\n")[1:])
-    exec(compile(code, str(page), "exec"), {"__name__": page.stem})

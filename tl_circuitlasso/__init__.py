@@ -5,7 +5,7 @@
     graph = model.run_circuit_lasso(tokens)                # any TransformerLens model
     graph.edge_table()
 
-Importing this package is cheap: parts that need torch's heavier neighbours or TransformerLens load on first use.
+Importing this package is cheap: it loads neither torch nor TransformerLens; every part loads on first use.
 Where TransformerLens is installed, `HookedTransformer` and `TransformerBridge` gain the method `run_circuit_lasso`.
 """
 
@@ -13,12 +13,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from tl_circuitlasso import errors as errors
+from tl_circuitlasso.attach import attach as _attach
 from tl_circuitlasso.errors import CircuitLassoError as CircuitLassoError
 from tl_circuitlasso.errors import FormatError as FormatError
 from tl_circuitlasso.errors import InputError as InputError
 from tl_circuitlasso.errors import ModelError as ModelError
 from tl_circuitlasso.errors import SolveError as SolveError
-from tl_circuitlasso.models.attach import attach as _attach
 
 if TYPE_CHECKING:
     from tl_circuitlasso import apps as apps
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from tl_circuitlasso.demo import load_demo as load_demo
     from tl_circuitlasso.discover import circuit_lasso as circuit_lasso
     from tl_circuitlasso.discover import collect_statistics as collect_statistics
+    from tl_circuitlasso.explaining import explain as explain
+    from tl_circuitlasso.explaining import supernodes as supernodes
+    from tl_circuitlasso.formats.files import read as load  # noqa: F401
     from tl_circuitlasso.graph import AttributionGraph as AttributionGraph
     from tl_circuitlasso.learning import learn as learn
     from tl_circuitlasso.models.bases import Component as Component
@@ -50,7 +53,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULES = ("apps", "baselines", "bench", "evaluate", "formats", "plot", "solve", "synthetic", "testing")
-_NAMES = {
+_NAMES = {  # public name: the module that holds it
     "AttributionGraph": "graph",
     "Component": "models.bases",
     "Labels": "targets",
@@ -64,22 +67,29 @@ _NAMES = {
     "circuit_lasso": "discover",
     "collect_statistics": "discover",
     "compare": "comparison",
+    "explain": "explaining",
     "learn": "learning",
+    "load": "formats.files",
     "load_demo": "demo",
     "load_sae": "models.sae",
+    "supernodes": "explaining",
 }
+_CALLED = {"load": "read"}  # where the function has another name at home
+_ERRORS = ("CircuitLassoError", "FormatError", "InputError", "ModelError", "SolveError")
+
+__all__ = sorted(["__version__", "errors", *_ERRORS, *_MODULES, *_NAMES])
 
 
 def __getattr__(name: str) -> Any:
     if name in _NAMES:
-        return getattr(importlib.import_module(f"{__name__}.{_NAMES[name]}"), name)
+        return getattr(importlib.import_module(f"{__name__}.{_NAMES[name]}"), _CALLED.get(name, name))
     if name in _MODULES:
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_NAMES, *_MODULES])
+    return __all__
 
 
 _attach()

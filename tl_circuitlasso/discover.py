@@ -35,7 +35,7 @@ from tl_circuitlasso.models.read import ReadDesign, affordable_draws
 from tl_circuitlasso.models.sae import SAEFeatures
 from tl_circuitlasso.models.tokens import Positions, Prompts
 from tl_circuitlasso.probing import fit_probe
-from tl_circuitlasso.provenance import passes_per_prompt, provenance
+from tl_circuitlasso.provenance import passes_per_prompt, provenance, question
 from tl_circuitlasso.refining import refine
 from tl_circuitlasso.schema import COUNT, FOLDS
 from tl_circuitlasso.sharing import Ranks, as_ranks
@@ -149,7 +149,7 @@ def circuit_lasso(
             graph = _components(job, chosen, twins, causal, max_prompts=max_prompts, refined=refined)
     record, total = dict(graph.provenance), time.perf_counter() - began
     asked = {"strength": strength, "method": method, "seed": seed} | ({"design": design} if chosen else {})
-    record["arguments"] = {**asked, **record["arguments"]}
+    record["arguments"] = {**question(target, positions), **asked, **record["arguments"]}
     return replace(graph, provenance=record | {"seconds": {**record["seconds"], "total": total}})
 
 

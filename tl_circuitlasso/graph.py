@@ -31,6 +31,7 @@ from torch import Tensor
 from tl_circuitlasso import graph_file, selection
 from tl_circuitlasso._checks import shortened, whole_number
 from tl_circuitlasso.errors import FormatError, InputError
+from tl_circuitlasso.graph_verbs import Verbs
 from tl_circuitlasso.nodes import NodeIndex
 from tl_circuitlasso.sites import PORTS
 
@@ -38,7 +39,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
-class AttributionGraph:
+class AttributionGraph(Verbs):
     """Candidate edges with scores, and which of them make the circuit.
 
     Attributes
@@ -58,6 +59,18 @@ class AttributionGraph:
     ------
     InputError: columns of different lengths, NaN or infinite scores, an edge against the order of computation, or an
         edge given twice.
+
+    >>> from tl_circuitlasso.nodes import component_index
+    >>> edges = {("input", "m0"): 1.0, ("m0", "logits"): -0.5, ("input", "a0.h0", "q"): 0.1}
+    >>> graph = AttributionGraph.from_edges(component_index(n_layers=1, n_heads=1), edges)
+    >>> graph.nodes, graph.n_kept, graph.prune().n_kept
+    (('input', 'a0.h0', 'm0', 'logits'), 3, 2)
+    >>> graph.edges[["source", "target", "port", "score"]].values.tolist()
+    [['input', 'm0', '', 1.0], ['m0', 'logits', '', -0.5], ['input', 'a0.h0', 'q', 0.1]]
+    >>> graph.threshold(0.5).kept_edges() == graph.subgraph(["input", "m0", "logits"]).kept_edges()
+    True
+    >>> float(graph.adjacency()[0, graph.index.position("m0")]), graph.keep(graph.score > 0).n_kept
+    (1.0, 2)
     """
 
     index: NodeIndex
@@ -163,6 +176,18 @@ class AttributionGraph:
     def n_kept(self) -> int:
         """The number of kept edges, ports merged."""
         return len(self.kept_edges())
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """The circuit's nodes in the order of computation: those that a kept edge touches."""
+        kept = self.kept_nodes()
+        return tuple(name for name in self.index.names if name in kept)
+
+    @property
+    def edges(self) -> pd.DataFrame:
+        """The circuit's edges: the kept rows of `edge_table`, strongest first."""
+        table = self.edge_table()
+        return table[table.kept].drop(columns="kept").reset_index(drop=True)
 
     def edge_table(self) -> pd.DataFrame:
         """All candidate edges: source, target, port, weight, score, kept and the extras, largest |score| first."""
@@ -290,7 +315,12 @@ class AttributionGraph:
         return selection.Edges(self.source, self.target, self.index.ranks)
 
     def subgraph(self, nodes: Iterable[str]) -> "AttributionGraph":
-        """Keep only edges whose two ends are among `nodes`; the candidates stay."""
+        """Keep only edges whose two ends are among `nodes`; the candidates stay.
+
+        Raises
+        ------
+        InputError: one name instead of several, or a name that the graph doesn't have.
+        """
         if isinstance(nodes, str) or not isinstance(nodes, Iterable):
             raise InputError(f"`nodes` is {shortened(nodes)}: give a list of names, such as ['input', 'm0']")
         inside = torch.zeros(len(self.index), dtype=torch.bool)
@@ -336,32 +366,6 @@ class AttributionGraph:
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise FormatError(f"{path}: a graph with missing or wrong entries ({error})") from error
 
-    # ---- at work elsewhere ------------------------------------------------------------------------------------------
-
-    def confirm(self, model: Any, clean: Any, corrupted: Any, metric: Any, **options: Any) -> "AttributionGraph":
-        """The kept edges cut one at a time in the model, and the refuted ones dropped: see `evaluate.confirm`."""
-        from tl_circuitlasso import evaluate
-
-        return evaluate.confirm(self, model, clean, corrupted, metric, **options)
-
-    def explain(self, node: str, k: int = 10) -> Any:
-        """What feeds a node, what it feeds, and where it fires: see `explain.explain`; print it, or show it."""
-        from tl_circuitlasso.explain import explain
-
-        return explain(self, node, k)
-
-    def paths(self, source: str, k: int = 5, **options: Any) -> Any:
-        """The k strongest kept paths from `source` to the target: see `explain.strongest_paths`."""
-        from tl_circuitlasso.explain import strongest_paths
-
-        return strongest_paths(self, source, k, **options)
-
-    def to_eap_graph(self, **options: Any) -> Any:
-        """The same graph as a live `eap.graph.Graph` of the EAP-IG package: see `formats.to_eap_graph`."""
-        from tl_circuitlasso import formats
-
-        return formats.to_eap_graph(self, **options)
-
     # ---- showing ----------------------------------------------------------------------------------------------------
 
     def __repr__(self) -> str:
@@ -383,7 +387,3 @@ class AttributionGraph:
         pair = self.source * len(self.index) + self.target
         kept, candidates = pair[self.kept].unique().numel(), pair.unique().numel()
         return f"{len(self.index)} nodes, {kept} of {candidates} edges kept"
-
-    def _repr_html_(self) -> str:
-        shown = self._strongest(25).to_html(index=False, float_format=lambda x: f"{x:.4g}")
-        return f"<b>AttributionGraph</b>: {self._counts()}{shown}"

@@ -9,7 +9,6 @@ import logging
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from tl_circuitlasso import solve
 from tl_circuitlasso.errors import InputError
@@ -17,6 +16,7 @@ from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.outcome import Probe
 from tl_circuitlasso.models.readout import last_only
 from tl_circuitlasso.models.tokens import Prompts
+from tl_circuitlasso.progress import bar
 from tl_circuitlasso.sharing import ALONE, Ranks
 from tl_circuitlasso.targets import Labels, Values, check_length
 
@@ -95,7 +95,7 @@ def _samples(
     streams: dict[str, Tensor] = {}
     values, count = [], 0
     with ranks.together():
-        for number, batch in enumerate(tqdm(prompts, desc="probe", unit="batch", disable=None if progress else True)):
+        for number, batch in enumerate(bar(prompts, desc="probe", unit="batch", progress=progress)):
             keep = last_only(batch.keep) if last else batch.keep
             if ranks.mine(number):
                 acts = adapter.run(batch.tokens, batch.mask, [final, "scale.final"])

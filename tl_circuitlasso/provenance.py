@@ -33,6 +33,15 @@ def provenance(
     }
 
 
+def question(target: Any, positions: Any) -> dict[str, Any]:
+    """What was asked, in words: the kind of target, and where it was read."""
+    where = positions if isinstance(positions, (str, int)) else str(positions)
+    return {
+        "target": "logits" if target is None else type(target).__name__,
+        "positions": "mask" if hasattr(positions, "shape") else where,
+    }
+
+
 def _version(name: str) -> str:
     try:
         return version(name)

@@ -158,3 +158,14 @@ def test_summary_has_means_with_intervals():
     cases = {"a": structure(graph_of(dict.fromkeys(TRUTH, 1.0)), TRUTH, CANDIDATES)}
     cases["b"] = structure(graph_of({("input", "m0"): 1.0}), TRUTH, CANDIDATES)
     assert summary(cases)["shd"].mean == pytest.approx((0 + 4) / 2)
+
+
+def test_the_graphs_own_candidates_are_the_default() -> None:
+    index = component_index(n_layers=1, n_heads=2)
+    edges = {("input", "a0.h0", "q"): 1.0, ("input", "a0.h0", "v"): 0.2, ("a0.h0", "logits", ""): 0.5}
+    graph = AttributionGraph.from_edges(index, edges).threshold(0.4)
+    for truth in ([("input", "a0.h0")], [("input", "a0.h0", "q")]):
+        own = {edge[: len(truth[0])] for edge in edges}
+        assert structure(graph, truth) == structure(graph, truth, own)
+    with pytest.raises(InputError, match="true_edges"):
+        structure(graph, [("input", "logits")])

@@ -9,7 +9,7 @@ import networkx as nx
 import numpy as np
 import pytest
 
-from tests.plot.graphs import NASTY, dense_graph, feature_graph, small_graph, strongest
+from tests.plot.graphs import NASTY, SMALL_EDGES, dense_graph, feature_graph, small_graph, strongest
 from tl_circuitlasso import plot
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium isn't installed: pip install selenium")
@@ -308,3 +308,119 @@ def test_the_page_says_what_its_graph_is(opened):
     assert page.driver.execute_script(
         "const p = document.getElementById('panel'); return p.scrollWidth <= p.clientWidth"
     )
+
+
+# ---- what readers do ------------------------------------------------------------------------------------------------
+
+
+def test_an_empty_circuit_says_what_to_try(opened):
+    page = opened(small_graph().top_k(0))
+    hint = page.driver.find_element("css selector", ".hint")
+    assert "empty" in hint.text and "Slide" in hint.text
+    page.slide(1000)
+    page.until(lambda: page.edges() and not hint.is_displayed())
+
+
+def test_filters_hide_ports_signs_layers_and_small_scores(opened):
+    graph = small_graph()
+    page = opened(graph)
+    whole = page.edges()
+    set_filter = "setFilter(arguments[0]); return window.circuitView.state().edges[0].length"
+    scores = {(s, t, p): score for (s, t, p), score in SMALL_EDGES.items() if (s, t, p) in whole}
+    for change, stays in (
+        ({"ports": "v"}, lambda edge, score: edge[2] != "v"),
+        ({"ports": "", "signs": "-"}, lambda edge, score: score > 0),
+        ({"signs": "", "least": 0.5}, lambda edge, score: abs(score) >= 0.5),
+        ({"least": 0, "from": 1}, lambda edge, score: not any(end[:2] in ("a0", "m0") for end in edge[:2])),
+    ):
+        page.driver.execute_script(set_filter, change)
+        assert page.edges() == {edge for edge, score in scores.items() if stays(edge, score)}, change
+    assert page.find("filter").get_attribute("aria-pressed") == "true"
+    page.find("filter").click()
+    page.driver.find_element("css selector", "#filter-menu > button").click()
+    assert page.edges() == whole and page.complaints() == []
+
+
+def test_names_notes_pins_and_groups_are_kept_in_the_address(opened):
+    page = opened(feature_graph())
+    low = "blocks.2.hook_resid_post#"
+    page.driver.execute_script("for (const id of arguments[0]) togglePin(ID_OF.get(id))", [f"{low}11", f"{low}12"])
+    page.driver.execute_script(
+        "const id = ID_OF.get(arguments[0]); select(id); rename(id, 'numbers'); note(id, arguments[1]);",
+        f"{low}10", NASTY,
+    )  # fmt: skip
+    before = page.edges()
+    page.driver.execute_script("regroup(ID_OF.get(arguments[0]))", f"{low}10")
+    grouped = page.edges()
+    ends = {source for source, _, _ in grouped}
+    assert f"{low}10" in ends and not {f"{low}11", f"{low}12"} & ends and len(grouped) == len(before)
+    address = page.driver.current_url
+    page.driver.get("about:blank")
+    page.driver.get(address)
+    page.until(lambda: page.driver.execute_script("return !!window.circuitView"))
+    again = page.state()
+    assert page.edges() == grouped and again["selected"] == f"{low}10"
+    assert again["added"]["notes"] == {f"{low}10": NASTY}
+    assert [names[0] for names in again["added"]["groups"].values()] == [f"{low}10"]
+    page.driver.execute_script("regroup(ID_OF.get(arguments[0]))", f"{low}10")
+    assert page.edges() == before and page.complaints() == []
+
+
+def test_parents_and_children_by_button(opened):
+    page = opened(small_graph())
+    page.point("m0", click=True)
+    page.until(lambda: page.state()["selected"] == "m0")
+    for name, end in (("Parents", 1), ("Children", 0)):
+        page.driver.find_element("xpath", f"//div[@class='tools']/button[text()='{name}']").click()
+        lit = {tuple(edge) for edge in page.state()["highlighted"][0]}
+        assert lit == {edge for edge in page.edges() if edge[end] == "m0"}
+
+
+def test_drawings_and_tables_hold_what_is_shown(opened):
+    import csv
+    import xml.etree.ElementTree as ElementTree
+
+    page = opened(feature_graph())
+    drawing = page.driver.execute_script("return window.circuitView.svg()")
+    assert NASTY not in drawing
+    parts = [element.tag.rpartition("}")[2] for element in ElementTree.fromstring(drawing).iter()]
+    assert parts.count("path") == len(page.edges())
+    rows = list(csv.DictReader(io.StringIO(page.driver.execute_script("return window.circuitView.csv()"))))
+    assert {(row["source"], row["target"], row["port"]) for row in rows} == page.edges()
+
+
+def test_features_say_layer_and_tokens_and_contexts_mark_where_they_fire(opened):
+    graph = feature_graph()
+    name = "blocks.2.hook_resid_post#12"
+    info = {
+        "top_tokens": ["a", " u", "o"],
+        "top_logits": [" x"],
+        "contexts": [{"tokens": ["one", " two"], "at": 1, "value": 2.5}],
+    }
+    page = opened(replace(graph, node_info={**graph.node_info, name: info}))
+    page.point(name, click=True)
+    page.until(lambda: page.state()["selected"] == name)
+    text = page.find("panel").text
+    assert text.startswith("L2 #12 a|u|o") and "fires on" in text and "promotes" in text and "2.5" in text
+    assert [m.text for m in page.driver.find_elements("css selector", "#panel .context .fires")] == [" two"]
+
+
+def test_hundreds_of_small_boxes_have_names_that_can_be_read(opened):
+    page = opened(dense_graph(30, 9, 400))
+    page.driver.execute_script("return window.circuitView.drawTime()")
+    assert page.state()["zoom"] * 13 < 9 and page.state()["named"] >= 60
+
+
+@pytest.mark.parametrize(("width", "height"), [(1400, 900), (800, 600), (420, 800)])
+def test_nothing_scrolls_sideways_at_any_size(opened, width, height):
+    page = opened(feature_graph())
+    try:
+        page.driver.execute_cdp_cmd(
+            "Emulation.setDeviceMetricsOverride",
+            {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False},
+        )
+        page.driver.execute_script("select(ID_OF.get('blocks.2.hook_resid_post#11'))")
+        wide = page.driver.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
+        assert wide[0] <= wide[1] == width and page.find("panel").is_displayed()
+    finally:
+        page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tl_circuitlasso.errors import InputError
-from tl_circuitlasso.explain import explain, label, strongest_paths, supernodes
+from tl_circuitlasso.explaining import explain, label, strongest_paths, supernodes
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.nodes import Block, NodeIndex, component_index
 from tl_circuitlasso.sites import Site, parse_site

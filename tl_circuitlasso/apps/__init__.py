@@ -6,3 +6,6 @@ from tl_circuitlasso.apps.contributions import Contributions as Contributions
 from tl_circuitlasso.apps.contributions import contributions as contributions
 from tl_circuitlasso.apps.labels import neuronpedia_labels as neuronpedia_labels
 from tl_circuitlasso.apps.labels import with_labels as with_labels
+from tl_circuitlasso.naming import directory as _directory
+
+__dir__ = _directory(__name__)

@@ -33,7 +33,7 @@ from typing import Any
 import pandas as pd
 
 from tl_circuitlasso.errors import InputError
-from tl_circuitlasso.explain import context_text, label
+from tl_circuitlasso.explaining import context_text, label
 from tl_circuitlasso.graph import AttributionGraph
 
 Edges = Mapping[tuple[str, str], float]

@@ -53,3 +53,6 @@ from tl_circuitlasso.baselines.paths import (
 from tl_circuitlasso.baselines.paths import (
     eap_gp as eap_gp,
 )
+from tl_circuitlasso.naming import directory as _directory
+
+__dir__ = _directory(__name__)

@@ -10,8 +10,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
 from tl_circuitlasso.bench.cases import TRUTHS, Case, case_folders, load_case
 from tl_circuitlasso.bench.measure import measured
 from tl_circuitlasso.bench.methods import METHODS, Method, chosen
@@ -21,6 +19,8 @@ from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.structure import structure
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models import adapt
+from tl_circuitlasso.naming import directory as _directory
+from tl_circuitlasso.progress import bar as counting
 from tl_circuitlasso.sites import PORTS
 
 __all__ = ["METHODS", "Case", "Failure", "Report", "Row", "interpbench", "load_case"]
@@ -69,7 +69,7 @@ def interpbench(
     failures: list[Failure] = []
     loaders, published = _loaders(folder, truth, seed)
     drawn = range(seed, seed + seeds)
-    with tqdm(total=len(loaders) * len(wanted) * seeds, disable=not progress, unit="run") as bar:
+    with counting(total=len(loaders) * len(wanted) * seeds, progress=progress, desc="bench", unit="run") as bar:
         for name, load in loaders:
             for found in _one_case(name, load, wanted, prompts, drawn):
                 (rows if isinstance(found, Row) else failures).append(found)  # type: ignore[arg-type]
@@ -152,3 +152,6 @@ def _port_auroc(graph: AttributionGraph, case: Case) -> float:
     if case.port_truth is None or not any(port for *_, port in triples) or not case.port_truth <= triples:
         return math.nan
     return structure(graph, case.port_truth, triples).auroc
+
+
+__dir__ = _directory(__name__)

@@ -1,12 +1,14 @@
 """Commands that find circuits: demo and discover."""
 
 import argparse
+import csv
+import io
 from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
-from tl_circuitlasso.cli.options import command, interactive, number_or_word, position, saes
-from tl_circuitlasso.cli.prompts import model_and_prompts
+from tl_circuitlasso.cli.asking import TARGETS, Question, question
+from tl_circuitlasso.cli.options import MODEL, command, interactive, number_or_word, position, saes, writable
 from tl_circuitlasso.errors import InputError
 
 
@@ -17,9 +19,9 @@ def add(commands: Any) -> None:
     added.add_argument("--prompts", type=int, default=512, help="number of prompts (default: 512)")
 
     added = command(commands, discover)
-    added.add_argument("model", help="a TransformerLens model name, a local folder, or demo (the bundled model)")
+    added.add_argument("model", help=MODEL)
     added.add_argument("prompts", type=Path, nargs="?", help="prompts: .txt (one a line), .csv, .tsv or .jsonl")
-    added.add_argument("--column", help="column or field that holds the prompt (default: the first)")
+    added.add_argument("--column", help="column or field that holds the prompt")
     added.add_argument("--limit", type=int, help="use the first N prompts")
     added.add_argument("--out", type=Path, default=Path("circuit"), help="folder to write to (default: circuit)")
     added.add_argument("--basis", choices=["component", "neuron", "residual"], help="default: component")
@@ -30,8 +32,17 @@ def add(commands: Any) -> None:
     added.add_argument("--design", choices=["read", "routed", "activation"], help="default: read")
     added.add_argument("--strength", default="auto", help="auto, cv, ebic, mcp, stability or a fraction of lambda_max")
     added.add_argument("--method", default="lasso", choices=["lasso", "lasso+confirm"])
-    added.add_argument("--corrupted", type=Path, help="corrupted partners of the prompts, for lasso+confirm")
-    added.add_argument("--positions", default="all", help="all, last or a position")
+    added.add_argument("--corrupted", type=Path, help="corrupted partners of the prompts")
+    added.add_argument(
+        "--target", choices=TARGETS,
+        help="the behaviour: the model's own logits (default), answers over wrong ones (default with --answers), or "
+        "labels or numbers of the prompts, in the column of --answers",
+    )  # fmt: skip
+    added.add_argument("--answers", metavar="COLUMN", help="column of the right answers, or one word for all prompts")
+    added.add_argument("--wrong", metavar="COLUMN", help="column of the wrong answers, or one word for all prompts")
+    added.add_argument("--positions", help="all, last or a position (default: last where there are answers, else all)")
+    added.add_argument("--max-prompts", type=int, default=256, help="look at so many, drawn at random (0: at all)")
+    added.add_argument("--save-prompts", action="store_true", help="write the prompts that were read to prompts.csv")
     added.add_argument("--batch-size", type=int, default=32)
     added.add_argument("--device", help="cpu, cuda, ... (default: where the model is)")
     added.add_argument("--seed", type=int, default=0)
@@ -44,37 +55,44 @@ def demo(arguments: argparse.Namespace) -> None:
     from tl_circuitlasso.discover import circuit_lasso
     from tl_circuitlasso.evaluate import structure
 
+    out = writable(arguments.out)
     bundled = load_demo(prompts=arguments.prompts)
     print(f"Model: {bundled.description}")
     for prompt, answer in list(zip(bundled.prompts, bundled.answers))[:2]:
         print(f"  {prompt} -> {answer}")
     graph = circuit_lasso(bundled.model, bundled.tokens, positions="last", progress=interactive(arguments))
     truth = structure(graph, bundled.true_edges, bundled.candidate_edges)
+    print("Explained: the model's own logits, at the last position of each prompt")
     _print_edges(graph, bundled.true_edges)
     print(f"SHD to the known circuit: {truth.shd} (empty graph: {truth.empty_shd}); AUROC {truth.auroc:.4f}")
     _print_stages(graph)
-    _write_all(graph, arguments.out, "Indirect object identification, bundled model")
+    _write_all(graph, out, "Indirect object identification, bundled model")
 
 
 def discover(arguments: argparse.Namespace) -> None:
     """Find the circuit of a model on the prompts of a file, or of the bundled model on its own task."""
+    from tl_circuitlasso.cli.prompts import model_and_prompts
     from tl_circuitlasso.discover import circuit_lasso
     from tl_circuitlasso.sharing import under_torchrun
 
-    basis = _basis(arguments)
+    basis, out = _basis(arguments), writable(arguments.out)
     model, prompts, corrupted = model_and_prompts(arguments)
+    bundled = _bundled(arguments)
+    asked = question(arguments, model, prompts, bundled)
     with under_torchrun() as ranks:  # `torchrun -m tl_circuitlasso discover ...` shares the work
         graph = circuit_lasso(
             model,
             prompts,
+            target=asked.target,
             basis=basis,
             strength=number_or_word(arguments.strength),
-            positions=position(arguments.positions),
+            positions=position(asked.positions),
             batch_size=arguments.batch_size,
             device=arguments.device,
             seed=arguments.seed,
             checkpoint=arguments.checkpoint,
             progress=interactive(arguments),
+            max_prompts=arguments.max_prompts or None,
             method=arguments.method,
             corrupted=corrupted,
             process_group=ranks,
@@ -82,9 +100,33 @@ def discover(arguments: argparse.Namespace) -> None:
         )
     if ranks.rank:  # all have the same graph, one speaks
         return
+    print(f"Explained: {asked.words}")
     _print_edges(graph, None)
     _print_stages(graph)
-    _write_all(graph, arguments.out, f"{arguments.model}: {arguments.prompts or 'its own prompts'}")
+    if arguments.save_prompts:
+        _save_prompts(out / "prompts.csv", bundled.prompts if bundled else prompts, asked)
+    _write_all(graph, out, f"{arguments.model}: {arguments.prompts or 'its own prompts'}")
+
+
+def _bundled(arguments: argparse.Namespace) -> Any:
+    """The demo, where its own prompts are used: as many as `model_and_prompts` gives."""
+    if arguments.model != "demo" or arguments.prompts is not None:
+        return None
+    from tl_circuitlasso.demo import load_demo
+
+    return load_demo(prompts=arguments.limit or 512)
+
+
+def _save_prompts(path: Path, prompts: Any, asked: Question) -> None:
+    """The prompts as they were read, with their answers, so that the run can be repeated."""
+    if not all(isinstance(prompt, str) for prompt in prompts):
+        raise InputError("`--save-prompts` writes text, and the bundled model's prompts were read from a file already")
+    from tl_circuitlasso.storage import write_text
+
+    file = io.StringIO()
+    table = csv.writer(file, lineterminator="\n")
+    table.writerows([["prompt", *asked.columns], *zip(prompts, *asked.columns.values())])
+    write_text(path, file.getvalue())
 
 
 def _basis(arguments: argparse.Namespace) -> Any:
@@ -99,8 +141,7 @@ def _basis(arguments: argparse.Namespace) -> Any:
 
 def _print_edges(graph: Any, truth: Set[tuple[str, str]] | None) -> None:
     table = graph.edge_table()
-    nats = graph.provenance.get("arguments", {}).get("design") == "read"
-    print("\nEdges kept" + (" (score: what cutting the edge is expected to cost, in nats):" if nats else ":"))
+    print(f"\nEdges kept{_unit(graph)}:")
     for row in table[table.kept].head(200).itertuples():
         mark = "" if truth is None else ("  true" if (row.source, row.target) in truth else "  FALSE")
         print(f"  {row.source:>8} -> {row.target:<8}{row.port or ' ':2}{row.score:10.4g}{mark}")
@@ -108,6 +149,15 @@ def _print_edges(graph: Any, truth: Set[tuple[str, str]] | None) -> None:
         print(f"  ... {more:,} more in the files")
     if truth is not None and (missed := sorted(truth - graph.kept_edges())):
         print("  missed: " + ", ".join(f"{source} -> {target}" for source, target in missed))
+
+
+def _unit(graph: Any) -> str:
+    """What a score means, where the graph's provenance says."""
+    asked = graph.provenance.get("arguments", {})
+    if asked.get("design") != "read":
+        return ""
+    unit = {"LogitDiff": "logits", "Values": "units of the numbers"}.get(asked.get("target"), "nats")
+    return f" (score: what cutting the edge is expected to cost, in {unit})"
 
 
 def _print_stages(graph: Any) -> None:
@@ -121,4 +171,5 @@ def _write_all(graph: Any, out: Path, title: str) -> None:
     graph.save(out)
     plots.interactive(graph, out / "graph.html", title=title)
     plots.circuit(graph, out / "graph.png", title=title)
-    print(f"Wrote graph.json, graph.safetensors, graph.html and graph.png to {out}")
+    print(f"Wrote graph.json, graph.safetensors and graph.png to {out}")
+    print(f"Open {out / 'graph.html'} in a web browser")

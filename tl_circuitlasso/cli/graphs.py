@@ -5,10 +5,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tl_circuitlasso.cli.options import GRAPH, command, load_graph, load_graphs, load_truth
+from tl_circuitlasso.cli.judging import judged
+from tl_circuitlasso.cli.options import (
+    GRAPH,
+    PICTURES,
+    command,
+    load_graph,
+    load_graphs,
+    load_truth,
+    writable_file,
+)
 from tl_circuitlasso.errors import InputError
-
-_PICTURES = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
 
 
 def add(commands: Any) -> None:
@@ -30,7 +37,7 @@ def add(commands: Any) -> None:
     added.add_argument("--edges", type=int, help="cut every circuit to so many edges")
     added.add_argument(
         "--faithfulness", nargs=2, metavar=("MODEL", "PROMPTS"),
-        help="measure each circuit on the model, on prompt pairs as in `evaluate`",
+        help="measure each circuit on the model, on prompt pairs as in `evaluate` (demo demo: the bundled ones)",
     )  # fmt: skip
     added.add_argument("--metric", default="logit-diff")
     added.add_argument("--ablation", default="patch", choices=["patch", "mean", "mean-all", "zero", "optimal"])
@@ -75,29 +82,32 @@ def plot(arguments: argparse.Namespace) -> None:
     """Draw a saved graph as HTML, PNG or SVG by the suffix of --out."""
     from tl_circuitlasso import plot as plots
 
+    page = arguments.out.suffix.lower() in (".html", ".htm")
+    writable_file(arguments.out, (".html", ".htm", *PICTURES))
+    if arguments.heatmap and page:
+        raise InputError(f"`--heatmap` is a picture: write one of {', '.join(PICTURES)}, not {arguments.out.name}")
+    if arguments.other and not page:
+        raise InputError(f"`--other` stands beside the graph in a page: write an .html file, not {arguments.out.name}")
+
     graph = load_graph(arguments.graph)
     if arguments.threshold is not None:
         graph = graph.threshold(arguments.threshold)
-    if arguments.out.suffix == ".html":
-        names = [path.stem for path in (arguments.graph, arguments.other) if path]
+    if page:
         other = load_graph(arguments.other) if arguments.other else None
+        names = [path.stem for path in (arguments.graph, arguments.other) if path]
         distinct = names if len(set(names)) == 2 else None
         plots.interactive(graph, arguments.out, title=arguments.title, other=other, names=distinct)
-    elif arguments.other:
-        raise InputError(f"`--other` stands beside the graph in a page: write an .html file, not {arguments.out.name}")
     else:
         (plots.adjacency if arguments.heatmap else plots.circuit)(graph, arguments.out, title=arguments.title)
-    print(f"wrote {arguments.out}")
+    print(f"Wrote {arguments.out}: {graph.n_kept} edges. Open it in a {'web browser' if page else 'picture viewer'}")
 
 
 def compare(arguments: argparse.Namespace) -> None:
     """Put graphs side by side: agreement, distance to a known circuit, faithfulness, and what they cost."""
     from tl_circuitlasso.comparison import compare as compare_graphs
 
-    if bad := [path for path in arguments.out if path.suffix not in (".html", ".csv", *_PICTURES)]:
-        raise InputError(
-            f"`--out` {bad[0]} ends in {bad[0].suffix!r}: write .html, .csv or one of {', '.join(_PICTURES)}"
-        )
+    for path in arguments.out:
+        writable_file(path, (".html", ".csv", *PICTURES))
     truth = load_truth(arguments.truth) if arguments.truth else None
     found = compare_graphs(load_graphs(arguments.graphs), truth, edges=arguments.edges, **_on_model(arguments))
     print(found)
@@ -110,19 +120,9 @@ def compare(arguments: argparse.Namespace) -> None:
 def _on_model(arguments: argparse.Namespace) -> dict[str, Any]:
     if not arguments.faithfulness:
         return {}
-    from tl_circuitlasso import evaluate
-    from tl_circuitlasso.models.loading import load_model
-
-    model = load_model(arguments.faithfulness[0])
-    pairs = evaluate.read_pairs(Path(arguments.faithfulness[1]), arguments.limit)
-    metric = evaluate.metric_by_name(arguments.metric, model, pairs)
-    return {
-        "model": model,
-        "clean": pairs.clean,
-        "corrupted": pairs.corrupted,
-        "metric": metric,
-        "ablation": arguments.ablation,
-    }
+    name, prompts = arguments.faithfulness
+    asked = judged(name, Path(prompts), arguments.metric, arguments.limit)
+    return {**asked.as_options(), "ablation": arguments.ablation}
 
 
 def convert(arguments: argparse.Namespace) -> None:

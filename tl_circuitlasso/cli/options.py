@@ -1,13 +1,15 @@
 """What several commands share: how they are declared, and how words on the command line become values."""
 
 import argparse
-import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from tl_circuitlasso.errors import FormatError, InputError
 
+PICTURES = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
+MODEL = "a TransformerLens model name, a local folder, or demo (the bundled model)"
 GRAPH = "a graph: .safetensors, .json or a folder of ours, or a file of any format of `convert`"
 
 
@@ -15,13 +17,42 @@ def command(commands: Any, run: Callable[[argparse.Namespace], Any]) -> argparse
     """A parser for the command that `run` carries out, with its docstring for help."""
     about = (run.__doc__ or "").strip()
     added = commands.add_parser(run.__name__, help=about.splitlines()[0], description=about)
+    added.add_argument("--quiet", action="store_true", default=argparse.SUPPRESS, help="no progress")
     added.set_defaults(run=run)
     return added
 
 
+def writable(folder: Path) -> Path:
+    """`folder`, made where it isn't there; tried before the work, whose result would have nowhere to go.
+
+    Raises
+    ------
+    InputError: it can't be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise InputError(f"`--out` {folder} can't be written to ({error.strerror}): name another folder") from None
+
+
+def writable_file(path: Path, suffixes: Sequence[str]) -> Path:
+    """`path`, if it ends in one of `suffixes` and its folder can be written to.
+
+    Raises
+    ------
+    InputError: another suffix, or a folder that can't be written to.
+    """
+    if path.suffix.lower() not in suffixes:
+        raise InputError(f"`--out` {path} ends in {path.suffix!r}: write one of {', '.join(suffixes)}")
+    writable(path.parent)
+    return path
+
+
 def interactive(arguments: argparse.Namespace) -> bool:
-    """Whether progress bars are wanted: on a terminal, unless told to be quiet."""
-    return sys.stderr.isatty() and not arguments.quiet
+    """Whether progress is wanted: a bar on a terminal, a line now and then elsewhere, unless told to be quiet."""
+    return not arguments.quiet
 
 
 def number_or_word(text: str) -> str | float:
@@ -38,7 +69,14 @@ def position(text: str) -> str | int:
 
 
 def load_graph(path: Path, format: str | None = None) -> Any:
-    """The graph in a file of any format."""
+    """The graph in a file of any format.
+
+    Raises
+    ------
+    FormatError: no such file, or none that can be read.
+    """
+    if not path.exists():
+        raise FormatError(f"{path}: no such file or folder")
     from tl_circuitlasso import formats
 
     return formats.read(path, format)

@@ -4,14 +4,41 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from tl_circuitlasso.cli.options import GRAPH, command, interactive, load_graphs, saes
+from tl_circuitlasso.cli.judging import judged
+from tl_circuitlasso.cli.options import (
+    GRAPH,
+    MODEL,
+    PICTURES,
+    command,
+    interactive,
+    load_graphs,
+    saes,
+    writable,
+    writable_file,
+)
+from tl_circuitlasso.errors import InputError
+
+# names on the command line, and what they are called in `baselines`; each takes (model, clean, corrupted, metric)
+BASELINES = {
+    "clean-corrupted": "clean_corrupted",
+    "correlation": "correlation",
+    "eap": "eap",
+    "eap-ig": "eap_ig",
+    "eap-ig-activations": "eap_ig_activations",
+    "exact": "exact",
+    "information-flow-routes": "information_flow_routes",
+    "random": "random_edges",
+}
+
+
+PAIRS = "prompt pairs: .csv, .tsv or .jsonl with clean, corrupted, correct, incorrect; demo: the bundled model's own"
 
 
 def add(commands: Any) -> None:
     """Declare the commands."""
     added = command(commands, evaluate)
-    added.add_argument("model", help="a TransformerLens model name, or a local folder")
-    added.add_argument("prompts", type=Path, help=".csv, .tsv or .jsonl with clean, corrupted, correct, incorrect")
+    added.add_argument("model", help=MODEL)
+    added.add_argument("prompts", type=Path, help=PAIRS)
     added.add_argument("graphs", type=Path, nargs="+", metavar="GRAPH", help=f"{GRAPH}; NAME=PATH to name it")
     added.add_argument("--metric", default="logit-diff")
     added.add_argument("--ablation", default="patch", choices=["patch", "mean", "mean-all", "zero", "optimal"])
@@ -30,6 +57,16 @@ def add(commands: Any) -> None:
     added.add_argument("--limit", type=int, help="use the first N prompts")
     added.add_argument("--out", type=Path, help="draw the curves to this .png or .svg")
 
+    added = command(commands, baseline)
+    added.add_argument("method", choices=list(BASELINES), metavar="METHOD", help=f"one of {', '.join(BASELINES)}")
+    added.add_argument("model", help=MODEL)
+    added.add_argument("prompts", type=Path, help=PAIRS)
+    added.add_argument("--metric", default="logit-diff")
+    added.add_argument("--steps", type=int, default=5, help="steps of integrated gradients (default: 5)")
+    added.add_argument("--top", type=int, help="keep the N strongest edges (default: all, as a ranking)")
+    added.add_argument("--limit", type=int, help="use the first N prompts")
+    added.add_argument("--out", type=Path, default=Path("baseline"), help="folder to write to (default: baseline)")
+
     added = command(commands, bench)
     added.add_argument("suite", choices=["interpbench"])
     added.add_argument("folder", help="a folder of cases, or a hub repository such as cybershiptrooper/InterpBench")
@@ -44,17 +81,34 @@ def evaluate(arguments: argparse.Namespace) -> None:
     """Put saved graphs to the test on the model: faithfulness, completeness and curves by intervention."""
     from tl_circuitlasso import evaluate as evaluation
     from tl_circuitlasso import plot as plots
-    from tl_circuitlasso.models.loading import load_model
 
-    model = load_model(arguments.model)
-    pairs = evaluation.read_pairs(arguments.prompts, arguments.limit)
-    metric = evaluation.metric_by_name(arguments.metric, model, pairs)
+    if arguments.out:
+        writable_file(arguments.out, PICTURES)
+    asked = judged(arguments.model, arguments.prompts, arguments.metric, arguments.limit)
     graphs, options = load_graphs(arguments.graphs), _features(arguments)
-    report = evaluation.report(model, graphs, pairs.clean, pairs.corrupted, metric, arguments.ablation, **options)
+    report = evaluation.report(
+        asked.model, graphs, asked.clean, asked.corrupted, asked.metric, arguments.ablation, **options
+    )
     print(report)
     if arguments.out:
         plots.curves(report.curves, arguments.out)
-        print(f"wrote {arguments.out}")
+        print(f"Wrote {arguments.out}")
+
+
+def baseline(arguments: argparse.Namespace) -> None:
+    """Score a model's edges by another method, such as EAP-IG: every edge with a score, in a graph like ours."""
+    from tl_circuitlasso import baselines
+
+    if arguments.top is not None and arguments.top < 1:
+        raise InputError(f"`--top` is {arguments.top}: how many edges to keep is a whole number, 1 or more")
+    out = writable(arguments.out)
+    asked = judged(arguments.model, arguments.prompts, arguments.metric, arguments.limit)
+    method = getattr(baselines, BASELINES[arguments.method])
+    graph = method(asked.model, asked.clean, asked.corrupted, asked.metric, steps=arguments.steps)
+    graph = graph if arguments.top is None else graph.top_k(arguments.top)
+    graph.save(out)
+    print(graph)
+    print(f"Wrote graph.json and graph.safetensors to {out}; draw it with circuitlasso plot {out} --out graph.html")
 
 
 def _features(arguments: argparse.Namespace) -> dict[str, Any]:

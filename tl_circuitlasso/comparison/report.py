@@ -1,4 +1,7 @@
-"""A comparison as HTML: a fragment for notebooks, and a page of its own that needs no network."""
+"""A comparison as HTML: a fragment for notebooks, and a page of its own that needs no network.
+
+The page holds the tables, the figure and, side by side in one layout, the first two graphs to look around in.
+"""
 
 import base64
 import html
@@ -7,16 +10,22 @@ from typing import Any
 
 import pandas as pd
 
+from tl_circuitlasso.errors import InputError
+
 _MOST_ROWS = 200
+_MOST_EDGES = 5000  # of each graph, in the page to look around in
 _STYLE = """
 :root { color-scheme: light; }
-body { max-width: 1180px; margin: 32px auto; padding: 0 24px; color: #1b2430; background: #fbfcfd;
+body { max-width: 1320px; margin: 32px auto; padding: 0 24px; color: #1b2430; background: #fbfcfd;
   font: 14px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 h1 { font-size: 21px; letter-spacing: -.01em; } h2 { font-size: 15px; margin: 28px 0 6px; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px; }
-th, td { padding: 4px 12px; text-align: right; border-bottom: 1px solid #dfe5eb; white-space: nowrap; }
-thead th { color: #5d6a79; font-weight: 600; vertical-align: bottom; }
-.wide { overflow-x: auto; } img { max-width: 100%; margin-top: 18px; } small { color: #5d6a79; }
+th, td { padding: 4px 10px; text-align: right; border-bottom: 1px solid #dfe5eb; }
+tbody th, td { white-space: nowrap; }
+thead th { color: #5d6a79; font-weight: 600; vertical-align: bottom; max-width: 110px; }
+.wide { overflow-x: auto; } .tall { max-height: 560px; overflow: auto; }
+iframe { width: 100%; height: 720px; margin-top: 8px; border: 1px solid #dfe5eb; border-radius: 8px; }
+img { max-width: 100%; margin-top: 18px; } small { color: #5d6a79; }
 """
 
 
@@ -42,9 +51,25 @@ def page(found: Any) -> str:
         f"</head><body><h1>{title}</h1><div class=wide>{as_html(found.table, index=True)}</div>"
         f"<p><small>{html.escape(found.note())}</small></p>"
         f'<img alt="Edges by graph, scores and curves" src="data:image/png;base64,{picture}">'
-        f"<h2>Edges in at least one circuit</h2>{as_html(found.overlap.head(_MOST_ROWS), index=False)}"
+        f"{_side_by_side(found)}"
+        f"<h2>Edges in at least one circuit</h2><div class='wide tall'>"
+        f"{as_html(found.overlap.head(_MOST_ROWS), index=False)}</div>"
         f"<h2>Graph by graph</h2><div class=wide>{as_html(found.pairs, index=False)}</div></body></html>"
     )
+
+
+def _side_by_side(found: Any) -> str:
+    """The first two graphs in one interactive page, inside a frame; why not, where they can't share a layout."""
+    from tl_circuitlasso.plot.interactive import page as interactive_page
+
+    (first, one), (second, other) = list(found.graphs.items())[:2]
+    title = f"{first} and {second}"
+    options = {"title": title, "other": other, "names": (first, second), "max_edges": _MOST_EDGES}
+    try:
+        inside = html.escape(interactive_page(one, **options), quote=True)
+    except InputError as reason:
+        return f"<h2>{html.escape(title)}</h2><p>{html.escape(str(reason))}</p>"
+    return f'<h2>{html.escape(title)}</h2><iframe title="{html.escape(title)}" srcdoc="{inside}"></iframe>'
 
 
 def as_html(table: pd.DataFrame, *, index: bool) -> str:

@@ -52,3 +52,6 @@ from tl_circuitlasso.evaluate.structure import (
 from tl_circuitlasso.evaluate.structure import (
     summary as summary,
 )
+from tl_circuitlasso.naming import directory as _directory
+
+__dir__ = _directory(__name__)

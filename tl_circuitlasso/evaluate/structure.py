@@ -77,7 +77,8 @@ def structure(
     Parameters
     ----------
     true_edges, candidate_edges: pairs (source, target), for which ports merge to the largest |score|; or triples
-        (source, target, port) to compare q, k and v apart. Without candidates they are the graph's own.
+        (source, target, port) to compare q, k and v apart. The candidates are the graph's own unless others are given;
+        a true edge that isn't among them is refused, not dropped.
     true_nodes: the nodes of the circuit; by default the ends of the true edges.
 
     Raises
@@ -85,8 +86,8 @@ def structure(
     InputError: no true edges, a true edge that isn't a candidate, or a node that the graph doesn't know.
     """
     truth = _edges(true_edges, "true_edges")
-    own = set(_scores(graph, len(next(iter(truth))) == 3)) if candidate_edges is None else candidate_edges
-    candidates = _edges(own, "candidate_edges")
+    given = _own_candidates(graph, ports=len(next(iter(truth))) == 3) if candidate_edges is None else candidate_edges
+    candidates = _edges(given, "candidate_edges")
     _check(graph, truth, candidates)
     ports = len(next(iter(candidates))) == 3
     scores, kept = _scores(graph, ports), _kept(graph, ports)
@@ -112,6 +113,14 @@ def structure(
         empty_node_shd=len(nodes.true),
         node_auroc=_node_auroc(nodes, candidates, scores),
     )
+
+
+def _own_candidates(graph: AttributionGraph, *, ports: bool) -> set[Edge]:
+    if not ports:
+        return set(graph.candidate_edges())
+    names = graph.index.names
+    ends = zip(graph.source.tolist(), graph.target.tolist(), graph.port.tolist())
+    return {(names[s], names[t], PORTS[p]) for s, t, p in ends}
 
 
 def _edges(edges: Collection[Sequence[str]], name: str) -> set[Edge]:

@@ -42,6 +42,7 @@ from tl_circuitlasso.formats.networkx_ import (
 )
 from tl_circuitlasso.formats.neuronpedia import check_neuronpedia, from_neuronpedia, to_neuronpedia
 from tl_circuitlasso.formats.transformer_lens_ import from_transformer_lens, to_transformer_lens
+from tl_circuitlasso.naming import directory as _directory
 
 __all__ = [
     "cantor_pair",
@@ -83,3 +84,5 @@ __all__ = [
     "to_transformer_lens",
     "write",
 ]
+
+__dir__ = _directory(__name__)

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from jaxtyping import Bool
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from tl_circuitlasso.errors import InputError, ModelError
 from tl_circuitlasso.models import readout
@@ -25,6 +24,7 @@ from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.closure import closure_check
 from tl_circuitlasso.models.designs import Design, Sample
 from tl_circuitlasso.models.tokens import Batch, Prompts
+from tl_circuitlasso.progress import bar as counting
 from tl_circuitlasso.sharing import ALONE, Ranks
 from tl_circuitlasso.statistics import Statistics
 from tl_circuitlasso.targets import Target, check_length
@@ -115,7 +115,7 @@ def _collect_own(
     number = -1
     if plan.target is not None and prompts.n_prompts is not None:
         check_length(plan.target, prompts.n_prompts)
-    with tqdm(total=prompts.n_prompts, desc="collect", unit="prompt", disable=None if progress else True) as bar:
+    with counting(total=prompts.n_prompts, desc="collect", unit="prompt", progress=progress) as bar:
         for number, batch in enumerate(_batches(prompts, twins)):
             batch = left_aligned(batch)
             if seen < SAMPLE:

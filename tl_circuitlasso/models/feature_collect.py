@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
 
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.models.adapter import Adapter
@@ -21,6 +20,7 @@ from tl_circuitlasso.models.feature_setup import Setup, set_up
 from tl_circuitlasso.models.feature_store import CodeStore
 from tl_circuitlasso.models.sae import SAEFeatures
 from tl_circuitlasso.models.tokens import Prompts
+from tl_circuitlasso.progress import bar as counting
 from tl_circuitlasso.sharing import ALONE, Ranks
 from tl_circuitlasso.targets import Target, check_length
 
@@ -108,8 +108,8 @@ def _collect_own(
         check_length(target, prompts.n_prompts)
     setup: Setup | None = None
     number = passes = seen = 0
-    off = None if progress and ranks.rank == 0 else True
-    with tqdm(total=prompts.n_prompts, desc="encode", unit="prompt", disable=off) as bar:
+    shown = progress and ranks.rank == 0
+    with counting(total=prompts.n_prompts, desc="encode", unit="prompt", progress=shown) as bar:
         for number, batch in enumerate(prompts):
             setup = setup or set_up(adapter, basis, target, batch, last, checkpoint, ranks)
             seen += len(batch.tokens)

@@ -1,5 +1,6 @@
 """Models by name or from a folder, for the command line."""
 
+import difflib
 import json
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,24 @@ def _by_name(name: str) -> Any:
         return HookedTransformer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"`model` {name!r} is neither a folder nor a model that could be loaded: {first}") from error
+        near = _near(name)
+        why = f"did you mean {near}?" if near else first[:300]
+        raise InputError(f"`model` {name!r} is neither a folder nor a model that could be loaded: {why}") from error
+
+
+def _near(name: str) -> str:
+    """The names that TransformerLens knows and that look most like an unknown `name`; empty where it knows it."""
+    try:
+        from transformer_lens import loading_from_pretrained as known
+
+        aliases = [alias for some in known.MODEL_ALIASES.values() for alias in some]
+        names = [*known.OFFICIAL_MODEL_NAMES, *aliases]
+    except (ImportError, AttributeError):  # another TransformerLens keeps no list
+        return ""
+    if name in names:
+        return ""
+    by_lower = {one.lower(): one for one in reversed(names)}
+    return ", ".join(by_lower[one] for one in difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.4))
 
 
 def _bridge(name: str) -> Any:

@@ -56,6 +56,13 @@ def strength_path(
     Raises
     ------
     InputError: fewer than two strengths, one that isn't above 0, or a `chosen` that isn't among them.
+
+    >>> from tl_circuitlasso.graph import AttributionGraph
+    >>> from tl_circuitlasso.nodes import component_index
+    >>> edges = {("input", "m0"): 1.0, ("m0", "logits"): -0.5, ("input", "logits"): 0.1}
+    >>> graph = AttributionGraph.from_edges(component_index(n_layers=1, n_heads=1), edges)
+    >>> len(strength_path({0.3: graph.threshold(0.5), 0.1: graph}).axes) >= 2
+    True
     """
     instance("graphs", graphs, Mapping, "{strength: graph, ...}, a graph for each strength")
     strengths = sorted(graphs, reverse=True)
@@ -168,6 +175,13 @@ def scatter(
     Raises
     ------
     InputError: the graphs share no candidate edge.
+
+    >>> from tl_circuitlasso.graph import AttributionGraph
+    >>> from tl_circuitlasso.nodes import component_index
+    >>> edges = {("input", "m0"): 1.0, ("m0", "logits"): -0.5, ("input", "logits"): 0.1}
+    >>> graph = AttributionGraph.from_edges(component_index(n_layers=1, n_heads=1), edges)
+    >>> scatter(graph, graph.threshold(0.5), names=("all", "strong")).axes[0].get_xlabel()
+    '|score| / largest, all'
     """
     common = Common.of({names[0]: a, names[1]: b}, None)
     x, y = (_shares(np.abs(scores)) for scores in common.score)
@@ -274,6 +288,8 @@ def curves(
     Raises
     ------
     InputError: no curve, or one whose `sizes` and `faithfulness` differ in length.
+
+    >>> curves({"CircuitLasso": tcl.evaluate.curve(model, graph, clean, corrupted, metric)})        # doctest: +SKIP
     """
     instance("named", named, Mapping, "{name: curve, ...}, with curves as evaluate.curve returns them")
     if not named:

@@ -47,6 +47,13 @@ def adjacency(
     Raises
     ------
     InputError: an unknown `by`, or `by="node"` with more than 400 nodes.
+
+    >>> from tl_circuitlasso.graph import AttributionGraph
+    >>> from tl_circuitlasso.nodes import component_index
+    >>> edges = {("input", "m0"): 1.0, ("m0", "logits"): -0.5, ("input", "logits"): 0.1}
+    >>> graph = AttributionGraph.from_edges(component_index(n_layers=1, n_heads=1), edges)
+    >>> adjacency(graph, title="Scores").axes[0].get_ylabel()
+    'source'
     """
     table = _table(graph, by)
     side = 1.6 + min(9.0, max(3.2, 0.2 * len(table.names)))

@@ -20,7 +20,10 @@ from tl_circuitlasso.plot.circuit import node_look
 from tl_circuitlasso.plot.rows import ENDS, columns_of, node_label, row_label, site_ranks
 from tl_circuitlasso.sites import Site, parse_site
 
-_SCRIPTS = ("d3.min", "model", "layout", "scene", "pane", "panel", "app", "search", "keys", "start")
+_SCRIPTS = (  # in this order: each uses what stands before it while it loads
+    "d3.min", "model", "filter", "notes", "layout", "scene", "pane", "panel", "app", "search", "keys", "export",
+    "start",
+)  # fmt: skip
 _ROW_WIDTH = 16  # heads; more of them take several rows
 _WHOLE_INDEX = 2000  # nodes; in a larger graph nodes without an embedded edge stay out of the page
 
@@ -44,12 +47,22 @@ def interactive(
 
     Raises
     ------
-    InputError: the two graphs disagree on the order of computation, `max_edges` is below 1, or `path` can't be
-        written to.
+    InputError: the two graphs disagree on the order of computation, `max_edges` is below 1, or `path` isn't an .html
+        file that can be written to.
+
+    >>> import tempfile
+    >>> from tl_circuitlasso.graph import AttributionGraph
+    >>> from tl_circuitlasso.nodes import component_index
+    >>> edges = {("input", "m0"): 1.0, ("m0", "logits"): -0.5, ("input", "logits"): 0.1}
+    >>> graph = AttributionGraph.from_edges(component_index(n_layers=1, n_heads=1), edges)
+    >>> interactive(graph, Path(tempfile.mkdtemp()) / "circuit.html", title="A circuit").name
+    'circuit.html'
     """
     if not isinstance(max_edges, int) or max_edges < 1:
         raise InputError(f"`max_edges` is {max_edges!r}: the number of edges to embed is an integer >= 1")
     path = Path(path)
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"`path` is {str(path)!r}: the page is an .html file; pictures are drawn by plot.circuit")
     storage.write_text(path, page(graph, title=title, other=other, names=names, max_edges=max_edges))
     return path
 
@@ -187,6 +200,7 @@ def _node(graph: AttributionGraph, name: str, rank: int) -> dict[str, Any]:
     return {
         "name": name,
         "rank": rank,
+        "layer": None if name in ENDS else graph.index.site(name).layer,
         "look": node_look(graph, name),
         "end": name in ENDS,
         "goal": name in ("logits", "target"),
@@ -212,12 +226,21 @@ def _short(values: Sequence[float]) -> list[float]:
 
 
 def _about(graph: AttributionGraph) -> list[list[str]]:
-    """What the provenance says of the graph's making, in few words, for the page's side panel."""
+    """What was asked and how the graph was made, in few words, for the page's side panel."""
     known = graph.provenance
-    seconds = known.get("seconds")
-    arguments = known.get("arguments")
+    seconds, arguments = known.get("seconds"), known.get("arguments")
+    asked = arguments if isinstance(arguments, Mapping) else {}
     total = {"seconds": seconds["total"]} if isinstance(seconds, Mapping) and "total" in seconds else {}
-    flat = {**known, **(arguments if isinstance(arguments, Mapping) else {}), **total}
+    first = {"target": asked.get("target"), "positions": asked.get("positions"), "score": _unit(asked)}
+    flat = {**first, **known, **asked, **total}
     rows = [(key, value) for key, value in flat.items() if isinstance(value, (str, int, float, bool)) and value != ""]
     shown = [(key.replace("_", " "), value) for key, value in rows if not key.endswith("_hash")]
-    return [[key, f"{value:.4g}" if isinstance(value, float) else str(value)[:60]] for key, value in shown[:14]]
+    return [[key, f"{value:.4g}" if isinstance(value, float) else str(value)[:60]] for key, value in shown[:16]]
+
+
+def _unit(asked: Mapping[str, Any]) -> str | None:
+    """What a score says, where it's known."""
+    if asked.get("design") != "read":
+        return None
+    unit = {"LogitDiff": "logits", "Values": "units of the numbers"}.get(str(asked.get("target")), "nats")
+    return f"expected cost of the cut, {unit}"

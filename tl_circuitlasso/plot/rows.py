@@ -72,12 +72,20 @@ def short_hook(hook: str) -> str:
 
 
 def node_label(name: str, info: Mapping[str, Any] | None = None) -> str:
-    """What is written on a node: its name, or the label that `node_info` gives it, or the feature's number."""
-    label = (info or {}).get("label")
-    if label:
+    """What is written on a node: its name, or the label that `node_info` gives it, or layer, number and top tokens.
+
+    >>> node_label("blocks.2.hook_resid_post#79", {"top_tokens": ["a", " u", "o", "e"]})
+    'L2 #79 a|u|o'
+    """
+    known = info or {}
+    if label := known.get("label"):
         return str(label)
-    _, mark, feature = name.rpartition("#")
-    return f"#{feature}" if mark else name
+    hook, mark, feature = name.rpartition("#")
+    if not mark:
+        return name
+    layer = parse_site(hook).layer
+    tokens = "|".join(repr(str(token))[1:-1].strip() for token in list(known.get("top_tokens") or ())[:3])
+    return " ".join(filter(None, (f"L{layer}" if layer >= 0 else "", f"#{feature}", tokens)))
 
 
 def shorten(text: str, length: int) -> str:

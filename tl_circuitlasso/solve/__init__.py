@@ -15,6 +15,7 @@ Strengths are fractions of the smallest one with an empty solution unless `stren
 chooses a strength (`select`, `stability`) works from `Moments`, so the data are read once.
 """
 
+from tl_circuitlasso.naming import directory as _directory
 from tl_circuitlasso.solve.base import AbstractLoss as AbstractLoss
 from tl_circuitlasso.solve.base import AbstractPenalty as AbstractPenalty
 from tl_circuitlasso.solve.base import AbstractSolver as AbstractSolver
@@ -66,3 +67,5 @@ from tl_circuitlasso.solve.strength import select as select
 from tl_circuitlasso.solve.strength import stability as stability
 from tl_circuitlasso.solve.torch_set import TorchSet as TorchSet
 from tl_circuitlasso.solve.working_set import WorkingSet as WorkingSet
+
+__dir__ = _directory(__name__)

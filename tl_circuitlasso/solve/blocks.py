@@ -17,9 +17,9 @@ from jaxtyping import Float
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from tl_circuitlasso.errors import FormatError, InputError
+from tl_circuitlasso.progress import bar
 from tl_circuitlasso.solve.base import AbstractPenalty, Solution, Status
 from tl_circuitlasso.solve.checkpoint import fingerprint
 from tl_circuitlasso.solve.groups import Group
@@ -76,7 +76,7 @@ def block_lasso(
     check_finite("gram", gram, labels)
     key = fingerprint(gram, layout, strength, grouped, penalty, options) if checkpoint is not None else ""
     state = _State.open(checkpoint, key, len(gram))
-    for rank in tqdm(sorted(set(nodes.tolist())), disable=not progress, desc="solve"):
+    for rank in bar(sorted(set(nodes.tolist())), progress=progress, desc="solve", unit="block"):
         if rank in state.done:
             continue
         sources, targets = (nodes < rank).nonzero()[:, 0], (nodes == rank).nonzero()[:, 0]

@@ -2,10 +2,11 @@
 
 const at = id => document.getElementById(id);
 const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
+const MODES = ["paths", "parents", "children"];
 const panes = GRAPHS.map((graph, number) => new Pane(graph, number, at("panes")));
 const state = {
   count: null, selected: null, hovered: null, edge: null, focused: null, upstream: false, differences: false,
-  untouched: true, everything: NODES.length <= SMALL_MODEL && DATA.numbered, numbered: DATA.numbered, matches: new Set(), pinned: new Set(), transform: d3.zoomIdentity,
+  mode: "paths", filter: { ...NO_FILTER }, untouched: true, everything: NODES.length <= SMALL_MODEL && DATA.numbered, numbered: DATA.numbered, matches: new Set(), pinned: new Set(), transform: d3.zoomIdentity,
 };
 let scene = null, waiting = false;
 
@@ -14,7 +15,9 @@ let scene = null, waiting = false;
 function relayout(animate) {
   const shown = GRAPHS.map(graph => visibleEdges(graph, state.count));
   const before = scene, aspect = (panes[0].height - 92) / Math.max(panes[0].width - 124, 100);
-  scene = buildScene(shown, state.everything, state.pinned, aspect, state.numbered);
+  const pinned = new Set([...state.pinned, ...added.pins.map(name => NODES[ID_OF.get(name)].stands)]);
+  scene = buildScene(shown, state.everything, pinned, aspect, state.numbered);
+  if (state.selected !== null) state.selected = NODES[state.selected].stands;
   panes.forEach((pane, n) => pane.show(scene, shown[n], before));
   markShared();
   describe();
@@ -60,9 +63,22 @@ function lookOf(pane) {
   const centre = state.selected ?? state.hovered;
   const paths = centre === null ? null : state.selected === null
     ? new Set(pane.edges.filter(edge => edge.source === centre || edge.target === centre).map(edge => edge.key))
-    : new Set([...pathEdges(pane.edges, centre, state.upstream)].map(edge => edge.key));
+    : new Set(chosenEdges(pane, centre).map(edge => edge.key));
   const nodes = paths && new Set([centre, ...pane.edges.filter(edge => paths.has(edge.key)).flatMap(edge => [edge.source, edge.target])]);
   return { ...state, paths, nodes };
+}
+
+// What is bright around a selected node: its paths to the target, or what feeds it, or what it feeds.
+function chosenEdges(pane, id) {
+  if (state.mode === "paths") return [...pathEdges(pane.edges, id, state.upstream)];
+  return pane.edges.filter(edge => (state.mode === "parents" ? edge.target : edge.source) === id);
+}
+
+function setMode(mode) {
+  state.mode = mode;
+  remember();
+  describe();
+  redraw();
 }
 
 function describe() {
@@ -90,9 +106,19 @@ function summary() {
 
 function captionOf(pane) {
   pane.caption.replaceChildren();
+  pane.hint.hidden = pane.edges.length > 0;
+  pane.hint.textContent = pane.edges.length ? "" : emptiness(pane.graph);
   if (panes.length < 2) return;
   const only = countPairs(pane.edges.filter(edge => !pane.shared.has(edge.pair)));
   pane.caption.append(pane.graph.name, make("small", `${plural(countPairs(pane.edges), "edge")}, ${only.toLocaleString("en")} only here`));
+}
+
+// Why nothing is drawn, and what to try.
+function emptiness(graph) {
+  if (filtering()) return "The filter lets no edge through: Filter, Show all.";
+  if (state.count === 0) return "No edge is shown: slide to the right for the strongest ones.";
+  if (graph.edges.length) return "The circuit is empty: no edge stood out. Slide to the right for the strongest candidates; more prompts, or a target such as LogitDiff, may bring them out.";
+  return "The circuit is empty, and no candidate edge has a score: does the model do this on the prompts at all?";
 }
 
 function legend() {
@@ -115,11 +141,13 @@ function legend() {
 function setCount(count) {
   state.count = count;
   relayout(true);
+  remember();
 }
 
 function select(id) {
-  state.selected = id;
+  state.selected = id = id === null ? null : NODES[id].stands;
   state.hovered = state.edge = null;
+  remember();
   if (id !== null) {
     state.focused = id;
     if (!scene.boxes.has(id)) { state.pinned.add(id); relayout(true); }
@@ -206,6 +234,7 @@ for (const pane of panes) {
   pane.canvas.addEventListener("pointerleave", () => hover(pane, null));
   pane.canvas.addEventListener("click", event => {
     const found = pane.find(state.transform, event.clientX, event.clientY);
-    select(found && found.node !== undefined && found.node !== state.selected ? found.node : null);
+    if (event.shiftKey && found && found.node !== undefined) togglePin(found.node);
+    else select(found && found.node !== undefined && found.node !== state.selected ? found.node : null);
   });
 }

@@ -28,19 +28,11 @@ function nudge(direction) {
 }
 
 function clearAll() {
+  for (const menu of ["filter-menu", "save-menu"]) at(menu).hidden = true;
   state.selected = state.focused = null;
+  remember();
   describe();
   redraw();
-}
-
-function savePicture() {
-  const link = document.createElement("a"), sheet = document.createElement("canvas");
-  sheet.width = panes.reduce((sum, pane) => sum + pane.canvas.width, 0);
-  sheet.height = panes[0].canvas.height;
-  panes.reduce((x, pane) => { sheet.getContext("2d").drawImage(pane.canvas, x, 0); return x + pane.canvas.width; }, 0);
-  link.href = sheet.toDataURL("image/png");
-  link.download = "circuit.png";
-  link.click();
 }
 
 function switchTheme() {
@@ -49,7 +41,7 @@ function switchTheme() {
 
 const KEYS = {
   "/": () => at("search").focus(), ArrowLeft: () => walk(-1, 0), ArrowRight: () => walk(1, 0), ArrowUp: () => walk(0, 1), ArrowDown: () => walk(0, -1),
-  Enter: () => { if (state.focused !== null) select(state.selected === state.focused ? null : state.focused); }, u: () => toggle("upstream"),
+  Enter: () => { if (state.focused !== null) select(state.selected === state.focused ? null : state.focused); }, u: () => toggle("upstream"), p: () => { if (state.selected !== null) togglePin(state.selected); },
   "[": () => nudge(-1), "]": () => nudge(1), 0: () => setCount(null), f: () => fit(true), a: () => toggle("everything"), n: () => { if (DATA.numbered) toggle("numbered"); }, s: savePicture, t: switchTheme,
   d: () => { if (panes.length > 1) toggle("differences"); }, "?": () => at("keys").showModal(), Escape: clearAll,
   "+": () => d3.select(panes[0].canvas).call(zoom.scaleBy, 1.3), "=": () => d3.select(panes[0].canvas).call(zoom.scaleBy, 1.3), "-": () => d3.select(panes[0].canvas).call(zoom.scaleBy, 1 / 1.3),
@@ -57,6 +49,7 @@ const KEYS = {
 
 addEventListener("keydown", event => {
   if (event.ctrlKey || event.metaKey || event.altKey || at("keys").open) return;
+  if (event.target.matches("textarea, select, .tools input, .menu input") && event.key !== "Escape") return;
   const typing = event.target.matches("input, button, tr") && /^(Arrow|Enter)/.test(event.key);
   if (typing || !(event.key in KEYS)) return;
   event.preventDefault();

@@ -2,7 +2,7 @@
 
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const PORTS = ["", "q", "k", "v"];
-const NODES = DATA.nodes.map((node, id) => ({ ...node, id, text: node.label || node.name }));
+const NODES = DATA.nodes.map((node, id) => ({ ...node, id, stands: id, members: null, text: node.label || node.name }));
 const ID_OF = new Map(NODES.map(node => [node.name, node.id]));
 const GRAPHS = DATA.graphs.map(graph => {
   const largest = graph.edges.length ? Math.abs(graph.edges[0][3]) || 1 : 1;
@@ -14,9 +14,18 @@ const GRAPHS = DATA.graphs.map(graph => {
 });
 const MOST = Math.max(...GRAPHS.map(graph => graph.edges.length));
 
-// count === null: each graph's own kept edges
+// count === null: each graph's own kept edges. Of these, what the filter lets through, between what is drawn.
 function visibleEdges(graph, count) {
-  return count === null ? graph.own : graph.edges.slice(0, count);
+  return merged((count === null ? graph.own : graph.edges.slice(0, count)).filter(passes));
+}
+
+// How thick and how opaque an edge is: by a power of its share, so that one of a thousandth of the strongest is seen.
+function widthOf(edge) {
+  return 0.9 + 4.1 * edge.share ** 0.5;
+}
+
+function opacityOf(edge) {
+  return 0.6 + 0.4 * Math.sqrt(edge.share);
 }
 
 // How many edges there are with q, k and v merged, as in every count of the library.

@@ -1,5 +1,6 @@
 // One canvas: draws a graph's share of the scene, finds what lies under the pointer.
 
+const READABLE = 9; // pixels: no letter is drawn smaller
 const HEAVY = 1500; // edges; past that, drawing once and moving the picture is smoother
 
 let COLOURS = {};
@@ -9,6 +10,10 @@ function readColours() {
   const names = ["paper", "ink", "soft", "faint", "rule", "band", "accent", "focus", "q", "k", "v", "plain", "negative",
     "head-face", "head-rim", "mlp-face", "mlp-rim", "other-face", "other-rim", "end-face", "end-rim", "end-ink"];
   COLOURS = Object.fromEntries(names.map(name => [name, style.getPropertyValue(`--${name}`).trim()]));
+}
+
+function shortLabel(text) {
+  return text.length > 16 ? `${text.slice(0, 15).trimEnd()}…` : text;
 }
 
 function edgeColour(edge) {
@@ -28,6 +33,8 @@ class Pane {
     this.canvas.setAttribute("aria-label", `${graph.name}: circuit drawing. Arrow keys move between nodes, Enter shows paths.`);
     this.caption = this.root.appendChild(document.createElement("div"));
     this.caption.className = "caption";
+    this.hint = this.root.appendChild(document.createElement("p"));
+    this.hint.className = "hint";
     this.context = this.canvas.getContext("2d");
     this.edges = [];
     this.shared = new Set();
@@ -71,6 +78,7 @@ class Pane {
       this.drawEdges(ctx, look);
     }
     for (const id of this.scene.boxes.keys()) this.drawNode(ctx, NODES[id], look, transform.k);
+    if (13 * transform.k < READABLE) this.drawLabelsApart(ctx, look, transform.k);
     this.drawBandLabels(ctx, transform);
   }
 
@@ -121,9 +129,11 @@ class Pane {
     ctx.font = `${size}px system-ui, sans-serif`;
     ctx.textAlign = "left";
     ctx.textBaseline = "middle";
+    let last = Infinity;
     for (const band of this.scene.bands) {
-      if (!band.label || 60 * transform.k < 10) continue;
       const y = (this.scene.rowY[band.first] + this.scene.rowY[band.last]) / 2, x = this.view.left + 12 / transform.k;
+      if (!band.label || Math.abs(y - last) < 1.2 * size) continue;
+      last = y;
       ctx.globalAlpha = 0.85;
       ctx.fillStyle = COLOURS.band;
       ctx.fillRect(x - size / 2, y - size, ctx.measureText(band.label).width + size, 2 * size);
@@ -142,10 +152,10 @@ class Pane {
       (busy && !look.paths.has(edge.key) ? faded : bright).push(edge);
     }
     for (const edge of faded) this.drawEdge(ctx, edge, 0.1, false);
-    const fade = few || busy ? 1 : this.edges.length <= HEAVY ? 0.8 : 0.55;
+    const fade = few || busy ? 1 : this.edges.length <= HEAVY ? 0.9 : 0.6;
     for (const edge of bright) {
       const shared = look.differences && this.shared.has(edge.pair);
-      this.drawEdge(ctx, edge, shared ? 0.13 : (0.5 + 0.5 * Math.sqrt(edge.share)) * fade, few && !shared);
+      this.drawEdge(ctx, edge, shared ? 0.13 : opacityOf(edge) * fade, few && !shared);
     }
     if (look.edge && this.edges.some(edge => edge.key === look.edge)) {
       this.drawEdge(ctx, this.edges.find(edge => edge.key === look.edge), 1, true, 1.5);
@@ -153,7 +163,7 @@ class Pane {
   }
 
   drawEdge(ctx, edge, alpha, rim, extra = 0) {
-    const curve = this.scene.curves.get(edge.key), width = 0.8 + 4.2 * edge.share ** 0.7 + extra;
+    const curve = this.scene.curves.get(edge.key), width = widthOf(edge) + extra;
     if (!curve || this.outside(curve)) return;
     const appear = this.progress < 1 ? this.progress ** 2 : 1;
     if (rim) {
@@ -208,8 +218,41 @@ class Pane {
     ctx.lineWidth = marked ? 2.6 : 1.2;
     ctx.stroke();
     if (look.matches.has(node.id) || look.focused === node.id) this.drawRing(ctx, x, y, box.width, radius, look.focused === node.id);
-    if (zoom * 13 >= 4.5) this.drawLabel(ctx, node, box, used);
+    if (added.pins.includes(node.name)) this.drawPin(ctx, x + box.width, y);
+    if (13 * zoom >= READABLE) this.drawLabel(ctx, node, box, used);
     ctx.globalAlpha = 1;
+  }
+
+  drawPin(ctx, x, y) {
+    ctx.beginPath();
+    ctx.arc(x - 3, y + 3, 5, 0, 2 * Math.PI);
+    ctx.fillStyle = COLOURS.focus;
+    ctx.fill();
+  }
+
+  // Where boxes are too small for their names, as many names as have room at a readable size, what matters most first.
+  drawLabelsApart(ctx, look, zoom) {
+    const size = READABLE / zoom, taken = [], rank = new Map();
+    this.edges.forEach((edge, n) => { for (const id of [edge.source, edge.target]) if (!rank.has(id)) rank.set(id, n); });
+    const first = id => id === look.selected || id === look.hovered || look.matches.has(id) ? -2 : NODES[id].end || added.pins.includes(NODES[id].name) ? -1 : rank.get(id) ?? Infinity;
+    const shown = [...this.scene.boxes.keys()].filter(id => first(id) < Infinity && (!look.nodes || look.nodes.has(id) || first(id) < 0));
+    ctx.font = `600 ${size}px system-ui, sans-serif`;
+    ctx.textAlign = "center";
+    ctx.textBaseline = "middle";
+    for (const id of shown.sort((a, b) => first(a) - first(b)).slice(0, 400)) {
+      const box = this.place(id), text = shortLabel(NODES[id].text), half = ctx.measureText(text).width / 2 + 0.2 * size;
+      const frame = [box.x - half, box.x + half, box.y - 0.62 * size, box.y + 0.62 * size];
+      if (taken.some(other => frame[0] < other[1] && other[0] < frame[1] && frame[2] < other[3] && other[2] < frame[3])) continue;
+      taken.push(frame);
+      const inside = 2 * half <= box.width && 1.2 * size <= NODE_HEIGHT;
+      ctx.globalAlpha = 0.85;
+      ctx.fillStyle = COLOURS.paper;
+      if (!inside) ctx.fillRect(frame[0], frame[2], 2 * half, 1.24 * size);
+      ctx.globalAlpha = 1;
+      ctx.fillStyle = inside && NODES[id].look === "end" && this.used.has(id) ? COLOURS["end-ink"] : COLOURS.ink;
+      ctx.fillText(text, box.x, box.y);
+    }
+    this.named = taken.length;
   }
 
   drawRing(ctx, x, y, width, radius, dashed) {

@@ -43,6 +43,7 @@ function describeNode(node, edges) {
   out.push(definitions(rows));
   const first = contextsOf(node)[0];
   if (first) out.push(contextBox(first));
+  if (added.notes[node.name]) out.push(make("p", added.notes[node.name], "note"));
   return out;
 }
 
@@ -50,6 +51,16 @@ function plainInfo(node) {
   return Object.entries(node.info || {})
     .filter(([key, value]) => key !== "label" && value !== null && typeof value !== "object")
     .map(([key, value]) => [key, typeof value === "number" ? showNumber(value) : String(value)]);
+}
+
+// Lists of tokens, each in quotes that show its spaces.
+function tokenRows(node) {
+  const rows = [["top_tokens", "fires on"], ["top_logits", "promotes"]].map(([key, title]) => [title, (node.info || {})[key]]);
+  return rows.filter(([, tokens]) => Array.isArray(tokens) && tokens.length).map(([title, tokens]) => {
+    const line = make("p", `${title} `, "tokens");
+    for (const token of tokens) line.append(make("code", String(token).replaceAll(" ", "␣").replaceAll("\n", "⏎")), " ");
+    return line;
+  });
 }
 
 function contextsOf(node) {
@@ -64,15 +75,18 @@ function contextBox(context) {
     box.textContent = typeof context === "string" ? context : JSON.stringify(context);
     return box;
   }
-  const values = Array.isArray(context.values) ? context.values : [];
+  const single = Number.isInteger(context.at) ? context.tokens.map((_, n) => (n === context.at ? context.value ?? 1 : 0)) : [];
+  const values = Array.isArray(context.values) ? context.values : single;
   const largest = Math.max(...values.map(Math.abs), 1e-12);
   context.tokens.forEach((token, n) => {
     const part = make("mark", String(token));
     const strength = Math.abs(values[n] || 0) / largest;
     const hue = (values[n] || 0) < 0 ? "var(--negative)" : "var(--accent)";
     part.style.background = strength < 0.02 ? "none" : `color-mix(in srgb, ${hue} ${Math.round(55 * strength)}%, transparent)`;
+    if (n === context.at) part.className = "fires";
     box.append(part);
   });
+  if (typeof context.value === "number") box.append(make("small", ` ${showNumber(context.value)}`));
   return box;
 }
 
@@ -103,14 +117,53 @@ function fillPanel(panel, panes, selected, select) {
   panel.replaceChildren(...(selected === null ? overview(panes, select) : nodeDetails(panes, NODES[selected], select)));
 }
 
+// Buttons for what can be done with a node, and fields for what a reader wants to remember of it.
+function tools(node) {
+  const box = make("div", undefined, "tools"), others = groupable(node.id).length;
+  const button = (text, pressed, act, title) => {
+    const one = make("button", text);
+    if (pressed !== null) one.setAttribute("aria-pressed", String(pressed));
+    one.title = title;
+    one.onclick = act;
+    box.append(one);
+  };
+  button("Paths", state.mode === "paths", () => setMode("paths"), "Paths to the target");
+  button("Parents", state.mode === "parents", () => setMode("parents"), "What feeds it");
+  button("Children", state.mode === "children", () => setMode("children"), "What it feeds");
+  button("Pin", added.pins.includes(node.name), () => togglePin(node.id), "Keep in the drawing (p, or shift and click)");
+  if (node.members) button("Ungroup", null, () => regroup(node.id), "Show the members again");
+  else if (others) button(`Group with ${others} pinned`, null, () => regroup(node.id), "Draw it and the pinned nodes of its row as one");
+  const name = make("input"), words = make("textarea");
+  name.value = node.members ? node.text.replace(/ \(\d+\)$/, "") : node.text;
+  name.setAttribute("aria-label", "Name");
+  name.onchange = () => rename(node.id, name.value.trim());
+  words.value = added.notes[node.name] || "";
+  words.placeholder = "Note";
+  words.setAttribute("aria-label", "Note");
+  words.onchange = () => note(node.id, words.value);
+  box.append(name, words);
+  return box;
+}
+
 function overview(panes, select) {
   const out = [];
+  if (added.pins.length) out.push(make("h3", "Pinned"), pinnedRows(select));
   for (const pane of panes) {
     out.push(make("h3", panes.length > 1 ? `Strongest in ${pane.graph.name}` : "Strongest edges"));
     out.push(...edgeRows(pane.edges, edge => `${NODES[edge.source].text} → ${NODES[edge.target].text}`, edge => select(edge.source), panes.length > 1 ? 12 : 24));
     if (pane.graph.about.length) out.push(make("h3", panes.length > 1 ? `About ${pane.graph.name}` : "About"), aboutTable(pane.graph.about));
   }
   return out;
+}
+
+function pinnedRows(select) {
+  const box = make("p");
+  for (const name of added.pins) {
+    const link = make("button", NODES[ID_OF.get(name)].text);
+    link.onclick = () => select(ID_OF.get(name));
+    box.append(link, " ");
+  }
+  return box;
 }
 
 function aboutTable(rows) {
@@ -126,8 +179,8 @@ function aboutTable(rows) {
 }
 
 function nodeDetails(panes, node, select) {
-  const out = [make("h2", node.text)];
-  if (node.text !== node.name) out.push(make("p", node.name));
+  const out = [make("h2", node.text), ...(node.text === node.name ? [] : [make("p", node.name)]), tools(node), ...tokenRows(node)];
+  if (node.members) out.push(make("p", node.members.map(id => NODES[id].given).join(", ")));
   const info = plainInfo(node);
   if (info.length) out.push(aboutTable(info));
   for (const pane of panes) {

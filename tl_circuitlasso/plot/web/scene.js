@@ -11,7 +11,7 @@ function buildScene(shown, everything, pinned, aspect, numbered) {
   }
   const edges = [...union.values()].sort((a, b) => b.share - a.share);
   const used = new Set(edges.flatMap(edge => [edge.source, edge.target]));
-  const drawn = NODES.filter(node => everything || used.has(node.id) || node.end || pinned.has(node.id));
+  const drawn = NODES.filter(node => node.stands === node.id && (everything || used.has(node.id) || node.end || pinned.has(node.id)));
   const { rows, bands } = foldRows(drawn, numbered);
   const widths = nodeWidths(drawn, edges);
   const layout = placeNodes(rows, edges, id => widths.get(id), aspect, numbered ? id => NODES[id].column : null);
@@ -99,20 +99,21 @@ function pastNodes(points) {
 // A smooth curve through the points that never overshoots: cubic pieces whose slopes are limited (Fritsch and Carlson
 // 1980, and so that no curve cuts the corner of a node beside its bend point), upright at both ends.
 function curveOf(points) {
-  const path = new Path2D(), samples = [], last = points.length - 1;
+  const samples = [], last = points.length - 1;
   const tip = { x: points[last].x, y: points[last].y };
   const knots = [...points.slice(0, last), { x: tip.x, y: tip.y + 7 }];
   const steep = knots.slice(1).map((p, n) => (p.x - knots[n].x) / (p.y - knots[n].y));
   const slope = knots.map((_, n) => n && n < last && steep[n - 1] * steep[n] > 0
     ? Math.max(-knots[n].most, Math.min(knots[n].most, 2 * steep[n - 1] * steep[n] / (steep[n - 1] + steep[n]))) : 0);
-  path.moveTo(knots[0].x, knots[0].y);
+  const spot = ({ x, y }) => `${x.toFixed(1)} ${y.toFixed(1)}`;
+  let d = `M${spot(knots[0])}`;
   for (let n = 0; n < last; n++) {
     const [a, b] = [knots[n], knots[n + 1]], h = (b.y - a.y) * 0.46;
-    const c = { x: a.x + slope[n] * h, y: a.y + h }, d = { x: b.x - slope[n + 1] * h, y: b.y - h };
-    path.bezierCurveTo(c.x, c.y, d.x, d.y, b.x, b.y);
-    for (let step = n ? 1 : 0; step <= 6; step++) samples.push(bezierPoint(a, c, d, b, step / 6));
+    const c = { x: a.x + slope[n] * h, y: a.y + h }, e = { x: b.x - slope[n + 1] * h, y: b.y - h };
+    d += `C${spot(c)} ${spot(e)} ${spot(b)}`;
+    for (let step = n ? 1 : 0; step <= 6; step++) samples.push(bezierPoint(a, c, e, b, step / 6));
   }
-  return { path, samples, tip };
+  return { path: new Path2D(d), d, samples, tip };
 }
 
 function bezierPoint(a, b, c, d, t) {

@@ -12,7 +12,14 @@ at("all").onclick = () => toggle("everything");
 at("number").onclick = () => toggle("numbered");
 at("number").hidden = !DATA.numbered;
 at("diff").onclick = () => toggle("differences");
-at("png").onclick = savePicture;
+for (const [name, fill] of [["filter", fillFilter], ["save", fillSaves]]) {
+  at(name).onclick = () => {
+    const menu = at(`${name}-menu`), open = menu.hidden;
+    for (const other of ["filter-menu", "save-menu"]) at(other).hidden = true;
+    menu.hidden = !open;
+    if (open) fill();
+  };
+}
 at("theme").onclick = switchTheme;
 at("help").onclick = () => at("keys").showModal();
 at("diff").hidden = panes.length < 2;
@@ -22,6 +29,10 @@ const dark = matchMedia("(prefers-color-scheme: dark)");
 dark.addEventListener("change", event => setTheme(event.matches ? "dark" : "light"));
 setTheme(dark.matches ? "dark" : "light");
 panes.forEach(pane => pane.resize());
+if (location.hash.length > 1) {
+  try { recall(decodeURIComponent(location.hash.slice(1))); } catch { /* not an address of ours */ }
+}
+at("filter").setAttribute("aria-pressed", String(filtering()));
 relayout(false);
 fit(false);
 new ResizeObserver(() => {
@@ -42,8 +53,10 @@ window.circuitView = {
     edges: panes.map(pane => pane.edges.map(edge => [NODES[edge.source].name, NODES[edge.target].name, edge.port])),
     highlighted: panes.map(pane => { const { paths } = lookOf(pane); return pane.edges.filter(edge => paths && paths.has(edge.key)).map(edge => [NODES[edge.source].name, NODES[edge.target].name, edge.port]); }),
     selected: state.selected === null ? null : NODES[state.selected].name,
-    zoom: state.transform.k,
+    zoom: state.transform.k, named: panes[0].named || 0, added: JSON.parse(JSON.stringify(added)), text: NODES.map(node => node.text),
   }),
+  svg: () => drawingAsSvg(),
+  csv: () => edgesAsCsv(),
   drawTime() { // milliseconds for one full drawing
     for (const pane of panes) pane.sheet = null;
     return timeDrawing(state.transform);

@@ -1,5 +1,6 @@
 """`run_circuit_lasso` is on every model class, whichever is imported first, and imports nothing itself."""
 
+import inspect
 import subprocess
 import sys
 from types import ModuleType
@@ -8,7 +9,7 @@ import pytest
 
 import tl_circuitlasso
 from tests import architectures
-from tl_circuitlasso.models import attach
+from tl_circuitlasso import attach
 
 
 def _python(program: str) -> None:
@@ -55,6 +56,33 @@ def test_the_method_calls_circuit_lasso(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(vars(tl_circuitlasso), "circuit_lasso", record)
     model.run_circuit_lasso("tokens", strength=0.1)
     assert calls == [((model, "tokens"), {"strength": 0.1})]
+
+
+def test_the_method_shows_the_signature_and_the_documentation_of_circuit_lasso() -> None:
+    model = architectures.small()
+    told = inspect.signature(type(model).run_circuit_lasso).parameters
+    behind = inspect.signature(tl_circuitlasso.circuit_lasso).parameters
+    assert list(told) == ["self", *list(behind)[1:]]
+    assert [p.default for p in told.values()][1:] == [p.default for p in behind.values()][1:]
+    assert [p.kind for p in told.values()] == [p.kind for p in behind.values()]
+    assert inspect.getdoc(type(model).run_circuit_lasso) == inspect.getdoc(tl_circuitlasso.circuit_lasso)
+
+
+def test_the_package_loads_without_torch_and_quickly() -> None:
+    _python(
+        "import sys, time; start = time.process_time(); import tl_circuitlasso; spent = time.process_time() - start;"
+        "assert not {'torch', 'numpy', 'pandas', 'transformer_lens'} & set(sys.modules);"
+        "assert spent < 0.3, spent"
+    )
+
+
+def test_the_package_shows_its_public_names_only() -> None:
+    names = dir(tl_circuitlasso)
+    assert {"circuit_lasso", "load", "explain", "supernodes", "LogitDiff", "plot"} <= set(names)
+    assert all(getattr(tl_circuitlasso, name) is not None for name in names)
+    assert not {"Any", "TYPE_CHECKING", "importlib"} & set(names)
+    for room in (tl_circuitlasso.evaluate, tl_circuitlasso.baselines, tl_circuitlasso.solve, tl_circuitlasso.apps):
+        assert all(callable(getattr(room, name)) or name.isupper() for name in dir(room)), room
 
 
 def test_attaching_twice_changes_nothing() -> None:

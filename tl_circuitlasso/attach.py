@@ -2,13 +2,18 @@
 
 The method is set on the class, so models made before and after the import have it, and so do subclasses
 (HookedSAETransformer, SAETransformerBridge). transformer_lens takes seconds to import, so it is not imported for
-this: where it isn't loaded yet, the method is set at the moment it is.
+this: where it isn't loaded yet, the method is set at the moment it is. The method's signature and documentation are
+those of `circuit_lasso`, read from its source, so that they are there before that is imported, too.
 """
 
+import ast
 import importlib.abc
 import importlib.machinery
+import inspect
 import sys
 from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -21,10 +26,7 @@ METHOD = "run_circuit_lasso"
 
 
 def run_circuit_lasso(self: Any, tokens: Any, **options: Any) -> Any:
-    """The circuit that explains this model's behaviour on `tokens`: `tl_circuitlasso.circuit_lasso(self, tokens, ...)`.
-
-    Takes the options of `tl_circuitlasso.circuit_lasso` and returns its AttributionGraph.
-    """
+    """`tl_circuitlasso.circuit_lasso(self, tokens, ...)`; `_describe` puts that function's documentation here."""
     import tl_circuitlasso
 
     return tl_circuitlasso.circuit_lasso(self, tokens, **options)
@@ -42,7 +44,42 @@ def attach() -> None:
 def _set_on(module: ModuleType) -> None:
     model_class = vars(module).get(HOMES[module.__name__])
     if isinstance(model_class, type) and METHOD not in vars(model_class):  # a method of the class's own stays
+        _describe()
         setattr(model_class, METHOD, run_circuit_lasso)
+
+
+def _describe() -> None:
+    """Give the method the signature and the documentation of the function behind it, with `self` for `model`."""
+    tree = ast.parse(Path(__file__).with_name("discover.py").read_text(encoding="utf-8"))
+    function = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "circuit_lasso")
+    spec, kinds = function.args, inspect.Parameter
+    first = [_parameter(argument, kinds.POSITIONAL_OR_KEYWORD, None) for argument in spec.args]
+    rest = [_parameter(a, kinds.KEYWORD_ONLY, value) for a, value in zip(spec.kwonlyargs, spec.kw_defaults)]
+    parameters = [kinds("self", kinds.POSITIONAL_OR_KEYWORD), *first[1:], *rest]
+    returned = ast.unparse(function.returns) if function.returns else inspect.Signature.empty
+    vars(run_circuit_lasso)["__signature__"] = inspect.Signature(parameters, return_annotation=returned)
+    run_circuit_lasso.__doc__ = ast.get_docstring(function)
+
+
+def _parameter(argument: ast.arg, kind: Any, default: ast.expr | None) -> inspect.Parameter:
+    said = ast.unparse(argument.annotation) if argument.annotation else inspect.Parameter.empty
+    value = inspect.Parameter.empty if default is None else _value(default)
+    return inspect.Parameter(argument.arg, kind, default=value, annotation=said)
+
+
+def _value(expression: ast.expr) -> Any:
+    try:
+        return ast.literal_eval(expression)
+    except ValueError:  # a name: said as it is written
+        return _Written(ast.unparse(expression))
+
+
+@dataclass(frozen=True)
+class _Written:
+    text: str
+
+    def __repr__(self) -> str:
+        return self.text
 
 
 class _Watcher(importlib.abc.MetaPathFinder):

@@ -1,0 +1,26 @@
+"""What `dir` of a room shows: its public names, and nothing that is there only because the room's code needs it."""
+
+import sys
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any
+
+
+def directory(room: str) -> Callable[[], list[str]]:
+    """A `__dir__` for the module `room`: `__all__` where there is one, else what the room holds without an underscore.
+
+    >>> from tl_circuitlasso import plot
+    >>> "circuit" in dir(plot), "Path" in dir(plot), "storage" in dir(plot)
+    (True, False, False)
+    """
+    return lambda: sorted(_public(vars(sys.modules[room]), room))
+
+
+def _public(names: Mapping[str, Any], room: str) -> list[str]:
+    listed = names.get("__all__")
+    return list(listed) if listed is not None else [name for name, value in names.items() if _own(name, value, room)]
+
+
+def _own(name: str, value: Any, room: str) -> bool:
+    home = getattr(value, "__module__", room)  # plain data has none
+    return not (name.startswith("_") or isinstance(value, ModuleType)) and str(home).startswith(room)
