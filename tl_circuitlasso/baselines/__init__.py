@@ -24,6 +24,18 @@ from tl_circuitlasso.baselines.gradient import (
 from tl_circuitlasso.baselines.gradient import (
     eap_ig_activations as eap_ig_activations,
 )
+from tl_circuitlasso.baselines.neurons import (
+    gradient_activation as gradient_activation,
+)
+from tl_circuitlasso.baselines.neurons import (
+    integrated_gradients as integrated_gradients,
+)
+from tl_circuitlasso.baselines.neurons import (
+    random_nodes as random_nodes,
+)
+from tl_circuitlasso.baselines.neurons import (
+    relp as relp,
+)
 from tl_circuitlasso.baselines.nodes import (
     node_scores as node_scores,
 )
