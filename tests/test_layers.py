@@ -19,7 +19,7 @@ FLOORS = {
     "formats": 2, "models": 2, "solve": 2,
     "evaluate": 3, "baselines": 3, "apps": 3, "demo": 3,
     "learning": 4, "learning_read": 4, "probing": 4, "refining": 4, "confirming": 4, "provenance": 4,
-    "features": 4, "discover": 4, "plot": 4, "bench": 4, "comparison": 4,
+    "features": 4, "neurons": 4, "discover": 4, "plot": 4, "bench": 4, "comparison": 4,
     "cli": 5, "__main__": 5, "__init__": 5,
 }  # fmt: skip
 WITHIN_FLOOR_1 = [

@@ -24,15 +24,16 @@ from tl_circuitlasso.features import FeatureSetup, Rule, learn_features
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.learning import RESAMPLED, learn
 from tl_circuitlasso.models.adapter import Adapter, adapt
-from tl_circuitlasso.models.bases import Basis, as_basis
+from tl_circuitlasso.models.bases import Basis, Neuron, as_basis
 from tl_circuitlasso.models.collect import Plan, collect
 from tl_circuitlasso.models.designs import Activation, Design, Routed
 from tl_circuitlasso.models.device import on_device
 from tl_circuitlasso.models.read import ReadDesign, affordable_draws
 from tl_circuitlasso.models.sae import SAEFeatures
 from tl_circuitlasso.models.tokens import Positions, Prompts
+from tl_circuitlasso.neurons import Behaviour, neuron_circuit
 from tl_circuitlasso.probing import fit_probe
-from tl_circuitlasso.provenance import passes_per_prompt, provenance
+from tl_circuitlasso.provenance import made_of, passes_per_prompt, provenance
 from tl_circuitlasso.refining import refine
 from tl_circuitlasso.schema import FOLDS
 from tl_circuitlasso.sharing import Ranks, as_ranks
@@ -113,6 +114,9 @@ def circuit_lasso(
     if isinstance(basis, SAEFeatures):
         _check_features(basis, design, method, strength)
         chosen = None
+    elif design == "read" and isinstance(neurons := as_basis(basis), Neuron):
+        chosen = None
+        _check_neurons(neurons, method, strength, checkpoint, ranks)
     else:
         chosen = as_design(design, as_basis(basis))
         check_method(method, corrupted, metric, chosen.basis.name, target)
@@ -125,9 +129,10 @@ def circuit_lasso(
         adapter = adapt(model)
         prompts = Prompts(adapter, tokens, attention_mask=attention_mask, positions=positions, batch_size=batch_size)
         job = Job(adapter, prompts, target, positions, checked, batch_size, progress, seed, checkpoint, ranks)
-        if chosen is None:
-            assert isinstance(basis, SAEFeatures)
+        if isinstance(basis, SAEFeatures):
             graph = _features(job, basis)
+        elif chosen is None:
+            graph = _neurons(job, as_basis(basis), corrupted, max_prompts)
         else:
             causal = None
             if method == "lasso+confirm":
@@ -205,6 +210,44 @@ def _features(job: Job, basis: SAEFeatures) -> AttributionGraph:
     graph, codes = learn_features(job.adapter, job.prompts, basis, setup)
     record = provenance(job.adapter, job.prompts, codes, basis.arguments()) | {"processes": job.ranks.size}
     return replace(graph, provenance=record | dict(graph.provenance))
+
+
+def _neurons(job: Job, basis: Basis, corrupted: Tensor | list[str] | None, max_prompts: int | None) -> AttributionGraph:
+    """Neurons by design `read`: one sweep per pair of prompts."""
+    assert isinstance(basis, Neuron)
+    prompts, partners = job.prompts, None
+    if corrupted is not None:
+        batch, mask = job.batch_size, None if not isinstance(corrupted, Tensor) else prompts.whole().mask
+        partners = Prompts(job.adapter, corrupted, attention_mask=mask, positions=job.positions, batch_size=batch)
+        if partners.n_prompts != prompts.n_prompts:
+            raise InputError(
+                f"`corrupted` has {partners.n_prompts} prompts, `tokens` {prompts.n_prompts}: give one partner for each"
+            )
+    behaviour = Behaviour(job.adapter, prompts, job.target, partners, job.last, job.seed)
+    behaviour = behaviour if max_prompts is None else behaviour.some(max_prompts)
+    graph = neuron_circuit(behaviour, basis, strength=job.strength, progress=job.progress)
+    arguments = {"basis": basis.name, "max_nodes": basis.max_nodes, "linked": basis.linked, "max_prompts": max_prompts}
+    return replace(graph, provenance={**made_of(job.adapter, behaviour.prompts, arguments), **graph.provenance})
+
+
+def _check_neurons(
+    basis: Neuron, method: str, strength: str | int | float, checkpoint: str | Path | None, ranks: Ranks
+) -> None:
+    if method != "lasso":
+        raise InputError(
+            f"`method` {method!r} cuts edges between components; test neurons with `evaluate.faithfulness`"
+        )
+    if strength != "auto" and (isinstance(strength, str) or not basis.linked):
+        raise InputError(
+            f"`strength` {strength!r} is for regressions: neurons of design 'read' have them only between linked ones, "
+            "as a fraction of lambda_max: use basis=Neuron(linked=...), or leave it at 'auto'"
+        )
+    if checkpoint is not None:
+        raise InputError(
+            "`checkpoint`: basis 'neuron' with design 'read' keeps no statistics to resume from; leave it out"
+        )
+    if ranks.size > 1:
+        raise InputError("`process_group`: basis 'neuron' with design 'read' runs in one process; leave it out")
 
 
 def _check_features(basis: SAEFeatures, design: str, method: str, strength: str | int | float) -> None:

@@ -22,6 +22,10 @@ def last_difference(logits, rows):
     return (logits[:, -1, 3] - logits[:, -1, 4]).sum()
 
 
+def goal(logits, batch):
+    return last_difference(logits, batch.rows)
+
+
 def bias_free(family, **changes):
     """A model without any bias: what relevance is conserved in."""
     model = architectures.hooked(family, dtype=torch.float64, **changes)
@@ -123,7 +127,7 @@ def test_without_rules_and_in_one_run_the_sweep_is_the_gradient(family):
 
 def by(adapter, tokens, mask, basis, way):
     batch = Batch(tokens, None, mask, torch.arange(len(tokens)))
-    return scores(Scoring(adapter, last_difference, basis, "zero"), lambda: iter([batch]), len(tokens), way)
+    return scores(Scoring(adapter, goal, basis, "zero"), lambda: iter([batch]), len(tokens), way)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "pythia", "no_norm"])
@@ -132,7 +136,7 @@ def test_secants_between_two_runs_add_up_to_the_difference(family):
     clean, other = architectures.prompts(length=6), architectures.prompts(length=6, seed=5)
     adapter, mask = adapt(model), torch.ones_like(clean, dtype=torch.bool)
     batch = Batch(clean, other, mask, torch.arange(len(clean)))
-    scoring = Scoring(adapter, last_difference, "residual", "corrupted")
+    scoring = Scoring(adapter, goal, "residual", "corrupted")
     found = {
         key: product.sum()
         for _, key, product in products(scoring, lambda: iter([batch]), len(clean), BySweep(SECANT, False))

@@ -115,7 +115,7 @@ def random_nodes(
 ) -> AttributionGraph:
     """A score drawn uniformly from (0, 1) for every node: its k highest are k nodes drawn at random."""
     adapter = model if isinstance(model, Adapter) else adapt(model)
-    setup = Scoring(adapter, lambda logits, rows: logits.sum(), basis, "zero")
+    setup = Scoring(adapter, lambda logits, batch: logits.sum(), basis, "zero")
     generator = torch.Generator().manual_seed(seed)
     shape = adapter.shape
     width = {"neuron": shape.d_mlp, "head": shape.n_heads}.get(basis, shape.d_model)
@@ -143,7 +143,7 @@ def _graph(
     max_nodes: int | None,
 ) -> AttributionGraph:
     began = time.perf_counter()
-    setup = Scoring(data.adapter, metric, basis, reference)
+    setup = Scoring(data.adapter, lambda logits, batch: metric(logits, batch.rows), basis, reference)
     found = scores(setup, lambda: batches(data, corrupted is not None), len(data), way)
     facts = provenance(
         data.adapter,

@@ -175,8 +175,8 @@ def _check_sizes(sizes: Sequence[int | float]) -> None:
     mixed = not _whole(sizes) and any(isinstance(size, int) and size > 1 for size in sizes)
     if len(sizes) < 2 or not rising or not good or mixed:
         raise InputError(
-            f"`sizes` are {tuple(sizes)}: give at least two rising shares of all edges, above 0, up to 1, or at least two "
-            "rising whole numbers of them"
+            f"`sizes` are {tuple(sizes)}: give at least two rising shares of all edges, above 0, up to 1, or at least "
+            "two rising whole numbers of them"
         )
 
 

@@ -108,13 +108,22 @@ class Component:
 
 @dataclass(frozen=True)
 class Neuron:
-    """MLP neurons after their nonlinearity; the `max_nodes` that vary most over the pilot, dead ones left out."""
+    """MLP neurons after their nonlinearity.
+
+    max_nodes: with design "activation" those that vary most over the pilot, dead ones left out; with design "read"
+        those that contribute most to the target.
+    linked: with design "read", how many of them are joined by edges, their direct effects on one another (0: none).
+        Each costs a sweep through attention alone on a small sample of the prompts.
+    """
 
     max_nodes: int = 4096
+    linked: int = 0
     name: str = "neuron"
 
     def __post_init__(self) -> None:
         _check_limit(self.max_nodes)
+        if not isinstance(self.linked, int) or isinstance(self.linked, bool) or self.linked < 0:
+            raise InputError(f"`linked` is {self.linked!r}: give the number of neurons to join by edges, 0 for none")
 
     def wanted(self, adapter: Adapter) -> tuple[str, ...]:
         if adapter.shape.attn_only:

@@ -24,7 +24,6 @@ from tl_circuitlasso.models.patching import real_mask
 from tl_circuitlasso.models.rotary import position_ids
 from tl_circuitlasso.models.tracing import differentiable
 
-Goal = Callable[[Tensor, Tensor], Tensor]  # (logits of a batch, its rows in the data set) -> sum over the rows
 Multiplied = tuple[str, Tensor]  # an activation's key and the multiplier there, (prompt pos *width)
 
 NODE_BASES = {"neuron": "mlp_post", "mlp_out": "mlp_out", "head": "z", "residual": "resid_pre"}
@@ -33,20 +32,28 @@ REFERENCES = ("corrupted", "mean", "zero")
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Some prompts with their partners (None where there are none) and their numbers in the data set."""
+    """Some prompts with their partners (None where there are none) and their numbers in the data set.
+
+    keep: where the target is read, for goals that ask.
+    """
 
     clean: Int[Tensor, "batch pos"]
     corrupted: Int[Tensor, "batch pos"] | None
     mask: Bool[Tensor, "batch pos"]
     rows: Int[Tensor, " batch"]
+    keep: Bool[Tensor, "batch pos"] | None = None
+
+
+Goal = Callable[[Tensor, Batch], Tensor]  # (logits, the batch they are of) -> sum over its prompts
 
 
 @dataclass
 class Count:
-    """Passes per prompt; a sweep counts as a backward pass."""
+    """Passes per prompt (a sweep counts as a backward pass), and the sum over prompts of what the target differs by."""
 
     forward: float = 0.0
     backward: float = 0.0
+    difference: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +122,9 @@ class BySweep:
         scoring, batch = given.scoring, given.batch
         other = given.own if self.alone or given.other is None else given.other
         ends = Ends(scoring.adapter, given.own, other, batch.mask, position_ids(batch.mask))
-        at_logits = goal_gradient(scoring.goal, given.own["logits"], batch.rows)
+        value, at_logits = goal_gradient(scoring.goal, given.own["logits"], batch)
+        if not self.alone:
+            scoring.count.difference += value - float(scoring.goal(other["logits"], batch))
         start = unembedded(scoring.adapter, given.own["logits"], other["logits"], at_logits)
         scoring.count.backward += given.share
         for layer in sweep(ends, start, self.rules):
@@ -131,9 +140,9 @@ def _at(layer: Layer, basis: str) -> Float[Tensor, "prompt pos *width"]:
 
 
 def goal_gradient(
-    goal: Goal, logits: Float[Tensor, "batch pos vocab"], rows: Int[Tensor, " batch"]
-) -> Float[Tensor, "batch pos vocab"]:
-    """The derivative of the goal in the logits.
+    goal: Goal, logits: Float[Tensor, "batch pos vocab"], batch: Batch
+) -> tuple[float, Float[Tensor, "batch pos vocab"]]:
+    """The goal's value and its derivative in the logits.
 
     Raises
     ------
@@ -141,8 +150,8 @@ def goal_gradient(
     """
     with torch.enable_grad():
         leaf = logits.detach().requires_grad_()
-        value = checked(goal(leaf, rows))
-        return torch.autograd.grad(value, leaf)[0]
+        value = checked(goal(leaf, batch))
+        return float(value.detach()), torch.autograd.grad(value, leaf)[0]
 
 
 def checked(value: Any) -> Float[Tensor, ""]:
@@ -202,7 +211,7 @@ def gradients(scoring: Scoring, batch: Batch, start: Float[Tensor, "batch pos d_
     points.append((_point(adapter, "blocks.0.hook_resid_pre"), begin))
     with differentiable(adapter), observe(points):
         logits = adapter.model(batch.clean.to(adapter.device), attention_mask=mask.long(), return_type="logits")
-        value = checked(scoring.goal(logits, batch.rows))
+        value = checked(scoring.goal(logits, batch))
         needed = [made.needed[0] for made in plans.values()]
         if silent := [path for path in needed if path not in heard]:
             raise ModelError(f"the hook `{silent[0]}` of `model` ({adapter.architecture}) did not fire")

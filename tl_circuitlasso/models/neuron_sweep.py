@@ -193,16 +193,15 @@ def through_mlp(
 ) -> Float[Tensor, "prompt direction pos d_model"]:
     """From the neurons back to the residual stream that they read."""
     mlp = ends.adapter.mlp(layer)
-    pre = ends.both(f"mlp_pre.{layer}")
     if mlp.w_gate is None:
-        read = _through_act(mlp, pre, at_post, rules) @ mlp.w_in.T
+        read = _through_act(ends, layer, at_post, rules) @ mlp.w_in.T
     else:
-        linear, active = slopes_of_gate(ends, layer, rules)
-        read = _through_act(mlp, pre, at_post * linear, rules) @ mlp.w_gate.T + (at_post * active) @ mlp.w_in.T
+        linear, active = gate_slopes(ends, layer, rules)
+        read = _through_act(ends, layer, at_post * linear, rules) @ mlp.w_gate.T + (at_post * active) @ mlp.w_in.T
     return through_norm(ends, layer, read, rules, mlp=True)
 
 
-def slopes_of_gate(
+def gate_slopes(
     ends: Ends, layer: int, rules: Rules
 ) -> tuple[Float[Tensor, "prompt 1 pos d_mlp"], Float[Tensor, "prompt 1 pos d_mlp"]]:
     """By what each factor of a gated MLP is multiplied: the activation, then the linear one."""
@@ -212,14 +211,25 @@ def slopes_of_gate(
     return share * ends.mean(f"mlp_linear.{layer}").unsqueeze(1), share * active.unsqueeze(1)
 
 
-def _through_act(mlp: MLP, pre: tuple[Tensor, Tensor], m: Tensor, rules: Rules) -> Tensor:
-    own, other = pre
-    if rules.activation:
-        return m * _ratio(mlp, (own + other) / 2).unsqueeze(1)
-    if mlp.elementwise:
-        return m * slope(mlp, own, other).unsqueeze(1)
-    pull = torch.func.vjp(mlp.act, (own + other) / 2)[1]  # neurons that mix (SoLU) have no secant each
+def _through_act(
+    ends: Ends, layer: int, m: Float[Tensor, "prompt direction pos d_mlp"], rules: Rules
+) -> Float[Tensor, "prompt direction pos d_mlp"]:
+    mlp = ends.adapter.mlp(layer)
+    if rules.activation or mlp.elementwise:
+        return m * slope_of_act(ends, layer, rules).unsqueeze(1)
+    pull = torch.func.vjp(mlp.act, ends.mean(f"mlp_pre.{layer}"))[1]  # neurons that mix (SoLU) have no secant each
     return torch.stack([pull(one)[0] for one in m.unbind(1)], dim=1)
+
+
+def slope_of_act(ends: Ends, layer: int, rules: Rules) -> Float[Tensor, "prompt pos d_mlp"]:
+    """What the activation function multiplies a change of its argument by.
+
+    Raises
+    ------
+    ModelError: an activation that mixes neurons (SoLU) where its ratio isn't constant.
+    """
+    mlp, (own, other) = ends.adapter.mlp(layer), ends.both(f"mlp_pre.{layer}")
+    return _ratio(mlp, (own + other) / 2) if rules.activation else slope(mlp, own, other)
 
 
 def _ratio(mlp: MLP, x: Float[Tensor, "*x"]) -> Float[Tensor, "*x"]:

@@ -1,0 +1,123 @@
+"""A behaviour as neuron circuits see it: pairs of prompts, and the target as a function of the logits."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_circuitlasso.errors import InputError
+from tl_circuitlasso.models import readout
+from tl_circuitlasso.models.adapter import Adapter
+from tl_circuitlasso.models.collect import left_aligned
+from tl_circuitlasso.models.neuron_scores import Batch
+from tl_circuitlasso.models.read import make_pairs
+from tl_circuitlasso.models.tokens import Batch as PromptBatch
+from tl_circuitlasso.models.tokens import Prompts
+from tl_circuitlasso.targets import LogitDiff, Target, check_length, take
+
+
+@dataclass(frozen=True, eq=False)
+class Behaviour:
+    """What is explained, and in which prompts.
+
+    partners: a corrupted partner of the same shape for each prompt, or None for partners drawn at random. last: whether
+    the target is read at each prompt's last position only.
+    """
+
+    adapter: Adapter
+    prompts: Prompts
+    target: Target
+    partners: Prompts | None
+    last: bool
+    seed: int
+
+    def __post_init__(self) -> None:
+        if not (self.target is None or isinstance(self.target, LogitDiff)):
+            raise InputError(
+                f"`target` {type(self.target).__name__} is read by a probe, neurons by design 'read' explain logits: "
+                "give a LogitDiff or None, or use design='activation'"
+            )
+        if self.prompts.n_prompts is None:
+            raise InputError(
+                "`tokens` is a stream: basis 'neuron' with design 'read' needs a tensor or a list of prompts"
+            )
+        check_length(self.target, self.prompts.n_prompts)
+
+    def pairs(self) -> Iterator[Batch]:
+        """The pairs, batch by batch, with the places where the target is read."""
+        partners = iter(self.partners) if self.partners is not None else None
+        for number, given in enumerate(self.prompts):
+            if partners is None:
+                generator = torch.Generator().manual_seed(self.seed + number)
+                batch = _with_random_partners(left_aligned(given), generator)
+            else:
+                batch = _with_partners(given, next(partners))
+            if len(batch.rows):
+                assert batch.keep is not None
+                yield replace(batch, keep=readout.last_only(batch.keep)) if self.last else batch
+
+    def some(self, count: int) -> "Behaviour":
+        """The same in at most `count` of the prompts, drawn at random."""
+        rows = self.prompts.draw(count, self.seed)
+        if rows is None:
+            return self
+        partners = None if self.partners is None else self.partners.take(rows)
+        return replace(self, prompts=self.prompts.take(rows), target=take(self.target, rows), partners=partners)
+
+    @property
+    def n_prompts(self) -> int:
+        return self.prompts.n_prompts or 0
+
+    def context(self, row: int, position: int, value: float, words: Any) -> dict[str, Any]:
+        """A place as `explain` shows it; `position` counts from the first real token."""
+        batch = self.whole
+        ids = batch.tokens[row][batch.mask[row]].tolist()
+        tokens = [words([token]) if words else str(token) for token in ids]
+        return {"value": value, "tokens": tokens, "at": position, "prompt": row}
+
+    @cached_property
+    def whole(self) -> PromptBatch:
+        return self.prompts.whole()
+
+    def goal(self, logits: Float[Tensor, "batch pos vocab"], batch: Batch) -> Float[Tensor, ""]:
+        """The target's mean over the positions where it's read, summed over the prompts; without a target, the model's
+        first choice less its second."""
+        assert batch.keep is not None
+        share = batch.keep.to(logits) / batch.keep.sum(1, keepdim=True).clamp_min(1)
+        if self.target is None:
+            first, second = logits.topk(2, dim=-1).values.unbind(-1)
+            return ((first - second) * share).sum()
+        return (_logit_difference(logits, self.target, batch.rows) * share).sum()
+
+
+def _logit_difference(
+    logits: Float[Tensor, "batch pos vocab"], target: Target, rows: Int[Tensor, " batch"]
+) -> Float[Tensor, "batch pos"]:
+    assert isinstance(target, LogitDiff)
+    ids = torch.stack([torch.as_tensor(target.correct), torch.as_tensor(target.incorrect)])[:, rows]
+    if not 0 <= int(ids.min()) <= int(ids.max()) < logits.shape[-1]:
+        raise InputError(f"`target` names token {int(ids.max())}, the model has logits 0 to {logits.shape[-1] - 1}")
+    ids = ids.to(logits.device)[:, :, None, None].expand(2, *logits.shape[:2], 1)
+    return (logits.gather(2, ids[0]) - logits.gather(2, ids[1])).squeeze(2)
+
+
+def _with_partners(own: PromptBatch, other: PromptBatch) -> Batch:
+    if own.tokens.shape != other.tokens.shape or not torch.equal(own.mask, other.mask):
+        raise InputError(
+            f"`corrupted`: the partners of prompts {own.start} to {own.start + len(own.tokens) - 1} have other lengths "
+            "than the prompts: both prompts of a pair must have the same number of tokens"
+        )
+    return Batch(own.tokens, other.tokens, own.mask, own.start + torch.arange(len(own.tokens)), own.keep)
+
+
+def _with_random_partners(given: PromptBatch, generator: torch.Generator) -> Batch:
+    """Each prompt with another of at least its length, cut to it; a prompt that has none is left out."""
+    drawn = make_pairs(given.mask, given.keep, generator)
+    own, other = drawn.own, drawn.partner
+    mask = given.mask[own]
+    tokens = torch.where(mask, given.tokens[other], given.tokens[own])
+    return Batch(given.tokens[own], tokens, mask, given.start + own.cpu(), given.keep[own])
