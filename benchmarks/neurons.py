@@ -3,7 +3,6 @@
     python -m benchmarks.neurons agreement MODEL DATA            faithfulness at each number of neurons, every method
     python -m benchmarks.neurons patching MODEL DATA             correlation of scores with exact patching of neurons
     python -m benchmarks.neurons edges MODEL DATA                edge circuits: |attribution| against the garrote
-    python -m benchmarks.neurons steering MODEL CAPITALS TEXT    clusters of neurons behind states and capitals, scaled
 
 MODEL is a folder as `load_model` reads it (SmolLM2-135M in the tables of the documentation), DATA the folder of
 `simple`, `nounpp` and `within_rc` pairs as JSON lines. Neurons are found on training pairs and judged on test pairs:
@@ -12,29 +11,25 @@ test prompts at the same position; faithfulness = (F(circuit) - F(none)) / (F(mo
 """
 
 import argparse
-import csv
 import json
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
 from tl_circuitlasso import LogitDiff, Neuron, baselines, circuit_lasso, evaluate
 from tl_circuitlasso.bench.measure import measured
-from tl_circuitlasso.evaluate.features import circuit_of, feature_sites
-from tl_circuitlasso.evaluate.features import FeatureOptions
+from tl_circuitlasso.evaluate.features import FeatureOptions, circuit_of, feature_sites
 from tl_circuitlasso.evaluate.interventions import intervention
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models import adapt
 from tl_circuitlasso.models.feature_patch import Carried, run_features
-from tl_circuitlasso.models.loading import load_model
 from tl_circuitlasso.neurons.links import rank_by
 
 SIZES = (100, 200, 300, 500, 1000, 3000)
@@ -100,9 +95,6 @@ METHODS: dict[str, Method] = {
         model, data.clean, data.corrupted, data.metric, attention="moving"
     ),
     "RelP, MLP outputs": lambda model, data: baselines.relp(
-        model, data.clean, data.corrupted, data.metric, basis="mlp_out"
-    ),
-    "CircuitLasso, MLP outputs": lambda model, data: baselines.secant(
         model, data.clean, data.corrupted, data.metric, basis="mlp_out"
     ),
     "gradient x activation": lambda model, data: baselines.gradient_activation(
@@ -204,11 +196,25 @@ def main() -> None:
         added = commands.add_parser(command)
         added.add_argument("model")
         added.add_argument("data", type=Path)
-        added.add_argument("--sets", default="nounpp", help="comma-separated: simple, nounpp, within_rc")
+        added.add_argument("--sets", nargs="+", default=["nounpp"], choices=["simple", "nounpp", "within_rc"])
         added.add_argument("--train", type=int, default=300)
         added.add_argument("--test", type=int, default=40)
-        added.add_argument("--methods", default=",".join(METHODS).replace(", ", "; "), help="names joined by |")
-        added.add_argument("--sizes", default=",".join(map(str, SIZES)))
+        added.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+        added.add_argument("--sizes", nargs="+", type=int, default=list(SIZES))
         added.add_argument("--count", type=int, default=300, help="neurons patched one by one")
         added.add_argument("--linked", type=int, default=128, help="neurons joined by edges")
     arguments = parser.parse_args()
+    model, data = load_model(arguments.model), arguments.data
+    if arguments.command == "agreement":
+        agreement(model, data, arguments.sets, arguments.methods, arguments.sizes, arguments.train, arguments.test)
+    for name in arguments.sets if arguments.command == "patching" else ():
+        table = patching(model, data, name, arguments.methods, arguments.count, arguments.train)
+        print(f"{name}: {arguments.count} neurons, {arguments.train} pairs")
+        print(table.round(3).to_string(index=False))
+    for name in arguments.sets if arguments.command == "edges" else ():
+        print(f"{name}: direct effects between {arguments.linked} neurons")
+        edge_circuits(model, data, name, arguments.linked, arguments.train, arguments.test)
+
+
+if __name__ == "__main__":
+    main()
