@@ -126,11 +126,6 @@ def test_target_that_names_no_token(model: Any, design: str) -> None:
             found(model, target=tcl.LogitDiff(ids, [3] * 8), design=design)
 
 
-def test_a_stream_cannot_be_read_twice_for_a_probe(model: Any) -> None:
-    with pytest.raises(InputError, match="`tokens`"):
-        found(model, iter(TOKENS.split(4)), target=tcl.Values([0.5, 1.0] * 4))
-
-
 # ---- models ---------------------------------------------------------------------------------------------------------
 
 

@@ -4,7 +4,6 @@ A search by intervention costs a forward pass for every edge that the model has;
 kept. The metric is the behaviour that was asked for, unless the user gives another.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,32 +16,29 @@ from tl_circuitlasso.evaluate.confirm import confirm
 from tl_circuitlasso.evaluate.metrics import PromptMetric
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models.adapter import Adapter
-from tl_circuitlasso.models.tokens import Batch, Prompts, kept_positions
+from tl_circuitlasso.models.pairs import Metric, Pairs, pairs_of
+from tl_circuitlasso.models.positions import kept_positions
+from tl_circuitlasso.models.tokens import Batch, Prompts
 from tl_circuitlasso.sharing import ALONE, Ranks
 from tl_circuitlasso.targets import LogitDiff, Target, check_length
 
 METHODS = ("lasso", "lasso+confirm")
-
-Metric = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class Confirmation:
     """What `method="lasso+confirm"` needs beside the graph: prompts with their corrupted partners, and the metric."""
 
-    clean: Batch
-    corrupted: Int[Tensor, "batch pos"]
+    pairs: Pairs
     metric: Metric
 
-    def apply(
-        self, graph: AttributionGraph, adapter: Adapter, *, batch_size: int, seed: int, ranks: Ranks = ALONE
-    ) -> AttributionGraph:
+    def apply(self, graph: AttributionGraph, adapter: Adapter, *, seed: int, ranks: Ranks = ALONE) -> AttributionGraph:
         """The graph with measured effects, less the refuted edges and what no longer lies on a path; `ranks` share the
         edges."""
         if not bool(graph.prune().kept.any()):  # no path was found, so there's nothing to measure
             return graph
-        options = {"attention_mask": self.clean.mask, "batch_size": batch_size, "seed": seed, "process_group": ranks}
-        return confirm(graph, adapter, self.clean.tokens, self.corrupted, self.metric, **options).prune()
+        options = {"seed": seed, "process_group": ranks}
+        return confirm(graph, adapter, self.pairs.clean, self.pairs.corrupted, self.metric, **options).prune()
 
 
 def check_method(method: str, corrupted: Any, metric: Metric | None, basis: str, target: Target) -> None:
@@ -84,50 +80,16 @@ def prepare(
 
     Raises
     ------
-    InputError: prompts that come as a stream, or corrupted prompts of another number or other lengths.
+    InputError: corrupted prompts of another number or other lengths.
     """
-    if prompts.n_prompts is None:
-        raise InputError("`tokens` is a stream: method='lasso+confirm' reads prompts twice; give a tensor or a list")
-    check_length(target, prompts.n_prompts)
-    clean = prompts.whole()
+    pairs = pairs_of(adapter, prompts, corrupted)
+    check_length(target, len(pairs))
+    clean = pairs.clean.whole()
     if target is not None and isinstance(prompts.positions, str) and prompts.positions == "all":
         clean = replace(clean, keep=kept_positions(clean.tokens, clean.mask, "last", None))
-    tokens = _partners(adapter, corrupted, clean)
-    rows = prompts.draw(count, seed)
+    rows = pairs.clean.draw(count, seed)
     behaviour = _behaviour(adapter, clean, target) if metric is None else metric
-    if rows is None:
-        return Confirmation(clean, tokens, behaviour)
-    return Confirmation(_some(clean, rows), tokens[rows], _by_row(behaviour, rows))
-
-
-def _partners(adapter: Adapter, corrupted: Any, clean: Batch) -> Int[Tensor, "batch pos"]:
-    """The corrupted prompts, each of its partner's length."""
-    if isinstance(corrupted, Tensor) and tuple(corrupted.shape) != tuple(clean.tokens.shape):
-        raise InputError(
-            f"`corrupted` has shape {tuple(corrupted.shape)}, the prompts {tuple(clean.tokens.shape)}: give one "
-            "corrupted prompt of the same length for each prompt"
-        )
-    mask = clean.mask if isinstance(corrupted, Tensor) else None
-    others = Prompts(adapter, corrupted, attention_mask=mask)
-    if others.n_prompts != len(clean.tokens):
-        raise InputError(
-            f"`corrupted` has {others.n_prompts} prompts, `tokens` {len(clean.tokens)}: give one for each, as a tensor "
-            "or a list of strings"
-        )
-    made = others.whole()
-    lengths = made.mask.sum(1), clean.mask.sum(1)
-    if bool((lengths[0] != lengths[1]).any()):
-        prompt = int((lengths[0] != lengths[1]).nonzero()[0])
-        theirs, ours = (int(length[prompt]) for length in lengths)
-        raise InputError(
-            f"`corrupted`: prompt {prompt} has {theirs} tokens, its partner {ours}: both prompts of a pair must have "
-            "the same length"
-        )
-    return made.tokens
-
-
-def _some(batch: Batch, rows: Int[Tensor, " row"]) -> Batch:
-    return replace(batch, tokens=batch.tokens[rows], mask=batch.mask[rows], keep=batch.keep[rows])
+    return Confirmation(pairs, behaviour) if rows is None else Confirmation(pairs.take(rows), _by_row(behaviour, rows))
 
 
 def _by_row(metric: Metric, rows: Int[Tensor, " row"]) -> Metric:

@@ -10,13 +10,11 @@ graph        AttributionGraph
 """
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from tl_circuitlasso.confirming import Confirmation, Metric, check_method, prepare
 from tl_circuitlasso.errors import InputError
@@ -28,6 +26,8 @@ from tl_circuitlasso.models.bases import Basis, Neuron, as_basis
 from tl_circuitlasso.models.collect import Plan, collect
 from tl_circuitlasso.models.designs import Activation, Design, Routed
 from tl_circuitlasso.models.device import on_device
+from tl_circuitlasso.models.pairs import pairs_of
+from tl_circuitlasso.models.prompt_forms import AnyPrompts
 from tl_circuitlasso.models.read import ReadDesign, affordable_draws
 from tl_circuitlasso.models.sae import SAEFeatures
 from tl_circuitlasso.models.tokens import Positions, Prompts
@@ -35,24 +35,25 @@ from tl_circuitlasso.neurons import Behaviour, neuron_circuit
 from tl_circuitlasso.probing import fit_probe
 from tl_circuitlasso.provenance import made_of, passes_per_prompt, provenance
 from tl_circuitlasso.refining import refine
-from tl_circuitlasso.schema import FOLDS
+from tl_circuitlasso.schema import FOLDS, PAIRS
 from tl_circuitlasso.sharing import Ranks, as_ranks
 from tl_circuitlasso.statistics import Statistics
 from tl_circuitlasso.targets import Labels, Target, Values, check_length, take
 
+PAIR = 2  # prompts in a pair, so the fewest of a batch
 DESIGNS = {"activation": Activation, "read": ReadDesign, "routed": Routed}
 
 
 def circuit_lasso(
     model: Any,
-    tokens: Tensor | list[str] | Mapping[str, Tensor] | Iterable[Any],
+    tokens: AnyPrompts,
     *,
     target: Target = None,
     basis: str | Basis | SAEFeatures = "component",
     design: str = "read",
     strength: str | int | float = "auto",
     positions: Positions = "all",
-    attention_mask: Tensor | None = None,
+    attention_mask: Any = None,
     batch_size: int = 32,
     device: Any = None,
     progress: bool = True,
@@ -61,7 +62,7 @@ def circuit_lasso(
     max_prompts: int | None = 256,
     refined: bool = True,
     method: str = "lasso",
-    corrupted: Tensor | list[str] | None = None,
+    corrupted: AnyPrompts = None,
     metric: Metric | None = None,
     process_group: Any = None,
 ) -> AttributionGraph:
@@ -74,24 +75,30 @@ def circuit_lasso(
     Parameters
     ----------
     model: HookedTransformer, HookedSAETransformer or TransformerBridge; left exactly as it was.
-    tokens: int tensor (batch, pos), a list of prompts, or an iterable of batches (tensors, or (tokens, mask) pairs).
+    tokens: int tensor or array (prompt, pos), strings, lists of token ids of any lengths, `tokenizer(...)` output, or
+        an iterable of batches such as a DataLoader (models/prompt_forms.py).
     target: None = the model's own logits at `positions`; LogitDiff, Labels or Values, one entry per prompt, read at the
         last real position unless `positions` says otherwise.
     basis: "component" (heads and MLPs), "neuron", "residual", a basis object, or `SAEFeatures` for circuits among SAE
-        features (scores are then local, in standard deviations; `checkpoint` is a folder; see models/sae.py).
+        features (scores are then local, in standard deviations; `checkpoint` is a folder; see models/sae.py). "neuron"
+        with design "read" scores every MLP neuron, attention seen, in logits of the target; `Neuron(linked=128)` adds
+        the edges between the foremost ones.
     design: "read" (what a child reads of a parent through its own weights), "routed" or "activation" (the paper's).
     strength: sparsity as a fraction of lambda_max in [0, 1], or "auto", "cv", "ebic", "mcp" (the minimax concave
         penalty, for single coefficients: not for components of several directions), "stability".
-    positions: "all" (without BOS and pads), "last", an index, a slice or a bool mask.
+    positions: "all" (without BOS and pads), "last", an index, a slice, a range, a bool mask, or one index per prompt.
     attention_mask: (batch, pos), 1 at real tokens, for padded token tensors.
-    batch_size: prompts per forward pass; device: where to run (the model moves there and back).
+    batch_size: prompts per forward pass (design "read" pairs the prompts of a batch, so it runs two at least); device:
+        where to run (the model moves there and back).
     progress: bars on a terminal; seed: of everything drawn at random; checkpoint: a file to resume collection from.
     max_prompts: design "read" compares pairs of prompts, and is done after a few hundred: of more, so many are drawn at
-        random (None: all). Raise it for a behaviour that is rare among the prompts. Streams are read whole.
+        random (None: all). Raise it for a behaviour that is rare among the prompts. A stream's tokens are read to its
+        end first, so it gives the graph that a tensor of the same prompts gives.
     refined: give kept edges of design "read" a second, exact look on a small sample of the prompts (refining.py).
     method: "lasso", or "lasso+confirm": each kept edge is then measured by intervention, and dropped where it has no
         effect; `graph.provenance["confirm"]` says how many forward passes that took, and what all edges would have.
-    corrupted: for "lasso+confirm", a partner of the same length for each prompt: what cut edges carry.
+    corrupted: a partner of the same length for each prompt: what cut edges carry in "lasso+confirm"; for basis "neuron"
+        with design "read" what each prompt is compared with (None: another prompt, drawn at random).
     metric: for "lasso+confirm", `metric(logits, rows)` as in `evaluate.faithfulness`. The default is the behaviour that
         was asked for: minus the KL divergence from the model's prediction, or a LogitDiff target's logit difference.
     process_group: "world" shares the work among the processes that torchrun started, a torch.distributed group among
@@ -110,13 +117,14 @@ def circuit_lasso(
     {('input', 'a0.h1'), ('a0.h1', 'm1'), ('m1', 'logits')}
     """
     began, ranks = time.perf_counter(), as_ranks(process_group)
-    checked = as_strength(strength)
+    checked, chosen, neurons = as_strength(strength), None, None
     if isinstance(basis, SAEFeatures):
         _check_features(basis, design, method, strength)
-        chosen = None
-    elif design == "read" and isinstance(neurons := as_basis(basis), Neuron):
-        chosen = None
-        _check_neurons(neurons, method, strength, checkpoint, ranks)
+    elif design == "read" and isinstance(as_basis(basis), Neuron):
+        neurons = as_basis(basis)
+        assert isinstance(neurons, Neuron)
+        refused = {"checkpoint": checkpoint, "metric": metric, "process_group": None if ranks.size == 1 else ranks}
+        _check_neurons(neurons, method, strength, refused)
     else:
         chosen = as_design(design, as_basis(basis))
         check_method(method, corrupted, metric, chosen.basis.name, target)
@@ -127,19 +135,21 @@ def circuit_lasso(
             )
     with ranks.together(), on_device(model, device):
         adapter = adapt(model)
-        prompts = Prompts(adapter, tokens, attention_mask=attention_mask, positions=positions, batch_size=batch_size)
-        job = Job(adapter, prompts, target, positions, checked, batch_size, progress, seed, checkpoint, ranks)
+        paired = isinstance(chosen, ReadDesign) or neurons is not None
+        prompts = _prompts(adapter, tokens, paired, attention_mask, positions, batch_size)
+        size = prompts.batch_size
+        job = Job(adapter, prompts, target, prompts.positions, checked, size, progress, seed, checkpoint, ranks)
         if isinstance(basis, SAEFeatures):
             graph = _features(job, basis)
-        elif chosen is None:
-            graph = _neurons(job, as_basis(basis), corrupted, max_prompts)
+        elif neurons is not None:
+            graph = _neurons(job, neurons, corrupted, max_prompts)
         else:
             causal = None
             if method == "lasso+confirm":
                 causal = prepare(adapter, prompts, corrupted, target, metric, count=max_prompts, seed=seed)
             graph = _components(job, chosen, causal, max_prompts=max_prompts, refined=refined)
     record, total = dict(graph.provenance), time.perf_counter() - began
-    asked = {"strength": strength, "method": method, "seed": seed} | ({"design": design} if chosen else {})
+    asked = {"strength": strength, "method": method, "seed": seed} | ({"design": design} if chosen or neurons else {})
     record["arguments"] = {**asked, **record["arguments"]}
     return replace(graph, provenance=record | {"seconds": {**record["seconds"], "total": total}})
 
@@ -183,7 +193,7 @@ def _components(
         graph, looks = refine(job.adapter, collected.sample, plan, graph, prompts=collected.prompts, ranks=job.ranks)
     clock.append(time.perf_counter())
     if causal is not None:
-        graph = causal.apply(graph, job.adapter, batch_size=job.batch_size, seed=job.seed, ranks=job.ranks)
+        graph = causal.apply(graph, job.adapter, seed=job.seed, ranks=job.ranks)
     clock.append(time.perf_counter())
     solve, second, confirmed = (after - before for before, after in pairwise(clock))
     seconds = {"forward and statistics": collected.seconds, "solve": solve, "second look": second}
@@ -193,8 +203,11 @@ def _components(
     record = provenance(job.adapter, prompts, collected, arguments) | {
         "processes": job.ranks.size,
         "prompts_given": job.prompts.n_prompts,
+        "batch_size": job.batch_size,
         "forward_passes": collected.forward_passes + looks,
     }
+    if PAIRS in collected.statistics.sums:
+        record["pairs"] = int(collected.statistics.sums[PAIRS].sum())
     if causal is not None:
         seconds["confirm"] = confirmed
         record |= {name: graph.provenance[name] for name in ("confirm",) if name in graph.provenance}
@@ -212,27 +225,20 @@ def _features(job: Job, basis: SAEFeatures) -> AttributionGraph:
     return replace(graph, provenance=record | dict(graph.provenance))
 
 
-def _neurons(job: Job, basis: Basis, corrupted: Tensor | list[str] | None, max_prompts: int | None) -> AttributionGraph:
+def _neurons(job: Job, basis: Neuron, corrupted: AnyPrompts | None, max_prompts: int | None) -> AttributionGraph:
     """Neurons by design `read`: one sweep per pair of prompts."""
-    assert isinstance(basis, Neuron)
-    prompts, partners = job.prompts, None
-    if corrupted is not None:
-        batch, mask = job.batch_size, None if not isinstance(corrupted, Tensor) else prompts.whole().mask
-        partners = Prompts(job.adapter, corrupted, attention_mask=mask, positions=job.positions, batch_size=batch)
-        if partners.n_prompts != prompts.n_prompts:
-            raise InputError(
-                f"`corrupted` has {partners.n_prompts} prompts, `tokens` {prompts.n_prompts}: give one partner for each"
-            )
-    behaviour = Behaviour(job.adapter, prompts, job.target, partners, job.last, job.seed)
+    prompts = job.prompts.gathered()
+    pairs = None if corrupted is None else pairs_of(job.adapter, prompts, corrupted)
+    behaviour = Behaviour(job.adapter, prompts, job.target, pairs, job.last, job.seed)
     behaviour = behaviour if max_prompts is None else behaviour.some(max_prompts)
+    for _ in behaviour.prompts:  # their hash is known once all have been read
+        pass
     graph = neuron_circuit(behaviour, basis, strength=job.strength, progress=job.progress)
     arguments = {"basis": basis.name, "max_nodes": basis.max_nodes, "linked": basis.linked, "max_prompts": max_prompts}
     return replace(graph, provenance={**made_of(job.adapter, behaviour.prompts, arguments), **graph.provenance})
 
 
-def _check_neurons(
-    basis: Neuron, method: str, strength: str | int | float, checkpoint: str | Path | None, ranks: Ranks
-) -> None:
+def _check_neurons(basis: Neuron, method: str, strength: str | int | float, refused: Mapping[str, Any]) -> None:
     if method != "lasso":
         raise InputError(
             f"`method` {method!r} cuts edges between components; test neurons with `evaluate.faithfulness`"
@@ -242,12 +248,9 @@ def _check_neurons(
             f"`strength` {strength!r} is for regressions: neurons of design 'read' have them only between linked ones, "
             "as a fraction of lambda_max: use basis=Neuron(linked=...), or leave it at 'auto'"
         )
-    if checkpoint is not None:
-        raise InputError(
-            "`checkpoint`: basis 'neuron' with design 'read' keeps no statistics to resume from; leave it out"
-        )
-    if ranks.size > 1:
-        raise InputError("`process_group`: basis 'neuron' with design 'read' runs in one process; leave it out")
+    for name, given in refused.items():
+        if given is not None:
+            raise InputError(f"`{name}` isn't used by basis 'neuron' with design 'read': leave it out")
 
 
 def _check_features(basis: SAEFeatures, design: str, method: str, strength: str | int | float) -> None:
@@ -262,6 +265,15 @@ def _check_features(basis: SAEFeatures, design: str, method: str, strength: str 
         )
 
 
+def _prompts(
+    adapter: Adapter, tokens: AnyPrompts, paired: bool, attention_mask: Any, positions: Any, batch_size: Any
+) -> Prompts:
+    """The checked prompts; design "read" compares those of a batch, and draws them, so it knows all of them."""
+    options = {"attention_mask": attention_mask, "positions": positions, "batch_size": batch_size}
+    prompts = Prompts(adapter, tokens, **options, fewest=PAIR if paired else 1)
+    return prompts.gathered() if paired else prompts
+
+
 def _some(prompts: Prompts, target: Target, count: int, seed: int) -> tuple[Prompts, Target]:
     """At most `count` of the prompts, drawn at random, with their part of the target."""
     rows = prompts.draw(count, seed)
@@ -273,14 +285,14 @@ def _some(prompts: Prompts, target: Target, count: int, seed: int) -> tuple[Prom
 
 def collect_statistics(
     model: Any,
-    tokens: Tensor | list[str] | Mapping[str, Tensor] | Iterable[Any],
+    tokens: AnyPrompts,
     *,
     target: Target = None,
     basis: str | Basis = "component",
     design: str = "read",
     folds: int = 1,
     positions: Positions = "all",
-    attention_mask: Tensor | None = None,
+    attention_mask: Any = None,
     batch_size: int = 32,
     progress: bool = True,
     seed: int = 0,
@@ -300,8 +312,9 @@ def collect_statistics(
     chosen, ranks = as_design(design, as_basis(basis)), as_ranks(process_group)
     with ranks.together():
         adapter = adapt(model)
-        prompts = Prompts(adapter, tokens, attention_mask=attention_mask, positions=positions, batch_size=batch_size)
-        job = Job(adapter, prompts, target, positions, "auto", batch_size, progress, seed, checkpoint, ranks)
+        prompts = _prompts(adapter, tokens, isinstance(chosen, ReadDesign), attention_mask, positions, batch_size)
+        size = prompts.batch_size
+        job = Job(adapter, prompts, target, prompts.positions, "auto", size, progress, seed, checkpoint, ranks)
         plan = replace(_plan(job, chosen), folds=folds)
         options = {"progress": progress, "checkpoint": checkpoint, "start": start, "ranks": ranks}
         return collect(adapter, prompts, plan, **options).statistics

@@ -162,14 +162,17 @@ def test_random_edges_repeat_by_seed():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"clean": torch.zeros(2, 5)}, "`clean` has dtype"),
+        ({"clean": torch.zeros(2, 5)}, "`clean` are torch.float32"),
         ({"clean": torch.zeros(0, 5, dtype=torch.long)}, "`clean` has shape"),
-        ({"clean": torch.full((3, 7), 99)}, "`clean` has token 99"),
-        ({"clean": []}, "`clean` must be"),
-        ({"corrupted": architectures.prompts(length=8)}, "`corrupted` has shape"),
+        ({"clean": torch.full((3, 7), 99)}, "`clean` run from 99 to 99"),
+        ({"clean": []}, "`clean` is empty"),
+        (
+            {"corrupted": architectures.prompts(length=8)},
+            "`corrupted`: prompt 0 has 8 tokens, its partner in `clean` 7",
+        ),
         ({"corrupted": None}, "`corrupted` is missing"),
         ({"attention_mask": torch.ones(3, 6)}, "`attention_mask` has shape"),
-        ({"attention_mask": torch.zeros(3, 7)}, "`attention_mask` hides all of prompt 0"),
+        ({"attention_mask": torch.zeros(3, 7)}, "`attention_mask`: all positions of prompt 0 are masked"),
         ({"ablation": "noise"}, "`ablation`"),
         ({"input_node": "tokens"}, "`input_node`"),
         ({"batch_size": 0}, "`batch_size`"),

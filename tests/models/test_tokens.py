@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests import architectures
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.models import Adapter, Prompts, adapt
-from tl_circuitlasso.models.tokens import kept_positions
+from tl_circuitlasso.models.positions import kept_positions
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +172,7 @@ def test_slices_are_python_slices_of_the_real_tokens(seed: int, start: int, stop
         ([], {}, "`tokens` is empty"),
         ([""], {}, "prompt 0 is empty"),
         (["w3", ""], {}, "prompt 1 is empty"),
-        (["w3", 4], {}, "item 0 is a str"),
+        (["w3", 4], {}, "item 1 is a int"),
         (7, {}, "`tokens` is a int"),
         (torch.zeros(0, 5, dtype=torch.long), {}, "there are no prompts or they are empty"),
         (torch.zeros(5, 0, dtype=torch.long), {}, "there are no prompts or they are empty"),
@@ -190,9 +190,9 @@ def test_slices_are_python_slices_of_the_real_tokens(seed: int, start: int, stop
         (TOKENS, {"positions": "first"}, "`positions` is 'first'"),
         (TOKENS, {"positions": 1.5}, "`positions` is 1.5"),
         (TOKENS, {"positions": True}, "`positions` is True"),
-        (TOKENS, {"positions": torch.tensor([1, 2])}, "must be a bool mask"),
-        (TOKENS, {"positions": torch.ones(4, dtype=torch.bool)}, r"`positions` has shape \(4,\)"),
-        ([TOKENS], {"positions": torch.ones(5, dtype=torch.bool)}, "needs `tokens` as one tensor"),
+        (TOKENS, {"positions": torch.tensor([1, 2])}, r"one index per prompt has shape \(2,\)"),
+        (TOKENS, {"positions": torch.ones(4, dtype=torch.bool)}, r"has shape \(4,\); it must be \(3, 5\) or \(5,\)"),
+        (iter([TOKENS]), {"positions": torch.ones(5, dtype=torch.bool)}, "needs all prompts at once"),
         (TOKENS, {"positions": 5}, "has 5 tokens only"),
         (TOKENS, {"positions": 3, "attention_mask": MASK}, "has 3 tokens only"),
         (TOKENS, {"positions": slice(7, 9)}, "leaves no sample in any prompt"),

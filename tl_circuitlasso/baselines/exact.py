@@ -10,21 +10,21 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from tl_circuitlasso.baselines.data import Prompts
 from tl_circuitlasso.baselines.edges import EdgeLayout, written_out
 from tl_circuitlasso.baselines.gradient import Count, Job, Metric, Setting, facts, jobs
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models.patching import Edit, Record, record_all, run_edited, unembed
+from tl_circuitlasso.models.prompt_forms import AnyPrompts
 
 
 def exact(
     model: Any,
-    clean: Prompts,
-    corrupted: Prompts | None,
+    clean: AnyPrompts,
+    corrupted: AnyPrompts,
     metric: Metric,
     *,
-    attention_mask: Tensor | None = None,
+    attention_mask: Any = None,
     ablation: str = "patch",
     mean_over: str = "clean",
     input_node: str = "embed",
@@ -51,7 +51,7 @@ def exact(
 
 def _one_batch(job: Job, layout: EdgeLayout, scores: Tensor, done: Callable[[int], object]) -> None:
     adapter, batch = job.pairs.adapter, job.batch
-    plain = record_all(adapter, batch.clean, batch.mask)
+    plain = record_all(adapter, batch.clean.tokens, batch.mask)
     job.count.forward += len(batch.rows) / len(job.pairs)
     ablated = job.ablated()
     difference = plain.written.map(torch.sub, ablated)
@@ -98,12 +98,12 @@ def _patched(job: Job, layout: EdgeLayout, plain: Record, deltas: Tensor, reader
         for source, column in cells
     ]
     job.count.forward += len(cells) * len(batch.rows) / len(job.pairs)
-    return run_edited(adapter, batch.clean, batch.mask, layer, edits, plain.streams.attn[layer])
+    return run_edited(adapter, batch.clean.tokens, batch.mask, layer, edits, plain.streams.attn[layer])
 
 
 def _value(job: Job, logits: Tensor) -> float:
     with torch.no_grad():
-        value = job.metric(logits, job.batch.rows)
+        value = job.metric(job.batch.shown(logits), job.batch.rows)
     if not isinstance(value, Tensor) or value.numel() != 1:
         raise InputError("`metric` must return one number, the sum over the batch's rows")
     return float(value)

@@ -11,26 +11,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from tl_circuitlasso.baselines.data import Batch, Pairs, Prompts, pairs
 from tl_circuitlasso.baselines.edges import EdgeLayout, add_products, provenance
 from tl_circuitlasso.baselines.means import for_batch, mean_written, zeros_written
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.models.pairs import Metric, PairBatch, Pairs, pairs_of
 from tl_circuitlasso.models.patching import Written, record
+from tl_circuitlasso.models.prompt_forms import AnyPrompts
 from tl_circuitlasso.models.tracing import Trace, trace
-
-Metric = Callable[[Tensor, Tensor], Tensor]  # (logits of a batch, its rows in the data set) -> sum over the rows
 
 
 def eap(
     model: Any,
-    clean: Prompts,
-    corrupted: Prompts | None,
+    clean: AnyPrompts,
+    corrupted: AnyPrompts,
     metric: Metric,
     *,
-    attention_mask: Tensor | None = None,
+    attention_mask: Any = None,
     ablation: str = "patch",
     mean_over: str = "clean",
     input_node: str = "embed",
@@ -43,11 +41,11 @@ def eap(
 
     Parameters
     ----------
-    clean, corrupted: token ids (prompt, pos) or strings, pairs of equal length; `corrupted` may be None where it isn't
-        read: for `ablation="zero"`, and for "mean" over the clean prompts.
+    clean, corrupted: whatever `circuit_lasso` takes as prompts; both of a pair have the same length. `corrupted` may be
+        None where it isn't read: for `ablation="zero"`, and for "mean" over the clean prompts.
     metric: `metric(logits, rows)` returns the sum over a batch of what the circuit should keep high (a logit
-        difference; for a loss, its negative); `rows` are the prompts' numbers in the data set. A positive score means
-        that the edge helps.
+        difference; for a loss, its negative); `rows` are the prompts' numbers in the data set. Index -1 of the logits
+        is each prompt's last real token, whatever the lengths. A positive score means that the edge helps.
     attention_mask: True at real positions; left and right padding are both right.
     ablation: what a cut edge carries: the corrupted activation ("patch"), nothing ("zero"), its mean over prompts at
         the same position ("mean"), or over prompts and positions ("mean-all"), as in `evaluate.faithfulness`.
@@ -68,12 +66,12 @@ def eap(
 
 def eap_ig(
     model: Any,
-    clean: Prompts,
-    corrupted: Prompts | None,
+    clean: AnyPrompts,
+    corrupted: AnyPrompts,
     metric: Metric,
     *,
     steps: int = 5,
-    attention_mask: Tensor | None = None,
+    attention_mask: Any = None,
     ablation: str = "patch",
     mean_over: str = "clean",
     input_node: str = "embed",
@@ -91,11 +89,11 @@ def eap_ig(
 
 def clean_corrupted(
     model: Any,
-    clean: Prompts,
-    corrupted: Prompts | None,
+    clean: AnyPrompts,
+    corrupted: AnyPrompts,
     metric: Metric,
     *,
-    attention_mask: Tensor | None = None,
+    attention_mask: Any = None,
     ablation: str = "patch",
     mean_over: str = "clean",
     input_node: str = "embed",
@@ -113,12 +111,12 @@ def clean_corrupted(
 
 def eap_ig_activations(
     model: Any,
-    clean: Prompts,
-    corrupted: Prompts | None,
+    clean: AnyPrompts,
+    corrupted: AnyPrompts,
     metric: Metric,
     *,
     steps: int = 5,
-    attention_mask: Tensor | None = None,
+    attention_mask: Any = None,
     ablation: str = "patch",
     mean_over: str = "clean",
     input_node: str = "embed",
@@ -165,7 +163,7 @@ class Setting:
             raise InputError(f"`steps` is {self.steps!r}: the number of integration steps is an integer >= 1")
 
     def pairs(
-        self, model: Any, clean: Prompts, corrupted: Prompts | None, attention_mask: Tensor | None, batch_size: int
+        self, model: Any, clean: AnyPrompts, corrupted: AnyPrompts, attention_mask: Any, batch_size: int
     ) -> Pairs:
         """The checked prompt pairs."""
         over_corrupted = self.ablation.startswith("mean") and self.mean_over == "corrupted"
@@ -173,7 +171,7 @@ class Setting:
             raise InputError(
                 f"`corrupted` is missing: ablation={self.ablation!r} reads it; 'zero' and clean means don't"
             )
-        return pairs(model, clean, corrupted, attention_mask=attention_mask, batch_size=batch_size)
+        return pairs_of(model, clean, corrupted, attention_mask=attention_mask, batch_size=batch_size)
 
 
 @dataclass
@@ -189,7 +187,7 @@ class Job:
     """One batch, and the passes that a method may ask for."""
 
     pairs: Pairs
-    batch: Batch
+    batch: PairBatch
     metric: Metric
     setting: Setting
     mean: Written | None
@@ -203,28 +201,28 @@ class Job:
     def clean(self) -> Written:
         """What each component writes on the clean prompts."""
         self.count.forward += self._share
-        return record(self.pairs.adapter, self.batch.clean, self.batch.mask)
+        return record(self.pairs.adapter, self.batch.clean.tokens, self.batch.mask)
 
     def ablated(self) -> Written:
         """What each component's cut edges carry."""
         adapter, batch = self.pairs.adapter, self.batch
         if self.setting.ablation == "patch":
             self.count.forward += self._share
-            return record(adapter, batch.corrupted, batch.mask)
+            return record(adapter, batch.corrupted.tokens, batch.mask)
         values = zeros_written(adapter) if self.mean is None else self.mean
-        return for_batch(adapter, values, batch, self.setting.input_node)
+        return for_batch(adapter, values, batch.clean, self.setting.input_node)
 
     def trace(self, *, corrupted: bool = False, **replaced: Any) -> Trace:
         """The metric's derivatives on the clean (or corrupted) prompts, with some activations replaced."""
         self.count.forward += self._share
         self.count.backward += self._share
         batch, rows = self.batch, self.batch.rows
-        tokens = batch.corrupted if corrupted else batch.clean
+        tokens = (batch.corrupted if corrupted else batch.clean).tokens
         return trace(
             self.pairs.adapter,
             tokens,
             batch.mask,
-            lambda logits: self.metric(logits, rows),
+            lambda logits: self.metric(batch.shown(logits), rows),
             outputs=self.outputs,
             **replaced,
         )
@@ -248,6 +246,7 @@ def _attribute(data: Pairs, metric: Metric, setting: Setting, path: Path) -> Att
 
 def jobs(data: Pairs, metric: Metric, setting: Setting, count: Count, *, outputs: bool = False) -> Iterator[Job]:
     """The batches of a data set, ready for the passes of a method."""
+    data.check_metric(metric)
     mean = None
     if setting.ablation.startswith("mean"):
         everywhere = setting.ablation == "mean-all"

@@ -12,8 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from tl_circuitlasso.baselines.data import Batch, Pairs
-from tl_circuitlasso.models import Adapter
+from tl_circuitlasso.models import Adapter, Batch
+from tl_circuitlasso.models.pairs import Pairs
 from tl_circuitlasso.models.patching import Written, learned_positions, record
 
 
@@ -23,15 +23,15 @@ def mean_written(data: Pairs, *, over: str, input_node: str, everywhere: bool = 
     `over` is "clean" or "corrupted"; learned positions are part of the input only with input_node="resid". One forward
     pass per prompt.
     """
-    total, count = None, torch.zeros(1, data.clean.shape[1], dtype=torch.float64, device=data.adapter.device)
+    total, count = None, torch.zeros(1, data.width, dtype=torch.float64, device=data.adapter.device)
     for batch in _over(data, over):
-        written = record(data.adapter, batch.clean, batch.mask)
+        written = record(data.adapter, batch.tokens, batch.mask)
         if (positions := kept_positions(data.adapter, batch, input_node)) is not None:
             written = replace(written, input=written.input - positions)
         summed = written.map(partial(_masked_sum, mask=batch.mask))
         total = summed if total is None else total.map(torch.add, summed)
         count += batch.mask.sum(0, keepdim=True)
-    assert total is not None  # `pairs` refuses an empty data set
+    assert total is not None  # an empty data set is refused
     if everywhere:
         total, count = total.map(lambda part: part.sum(1, keepdim=True)), count.sum(1, keepdim=True)
     dtype = data.adapter.compute_dtype
@@ -48,18 +48,19 @@ def zeros_written(adapter: Adapter) -> Written:
 
 def for_batch(adapter: Adapter, values: Written, batch: Batch, input_node: str) -> Written:
     """Values of `mean_written` or `zeros_written` for every prompt of a batch, learned positions put back."""
-    values = values.map(lambda part: part.expand(*batch.clean.shape, *part.shape[2:]))
+    values = values.map(lambda part: part.expand(*batch.tokens.shape, *part.shape[2:]))
     positions = kept_positions(adapter, batch, input_node)
     return values if positions is None else replace(values, input=values.input + positions)
 
 
 def kept_positions(adapter: Adapter, batch: Batch, input_node: str) -> Tensor | None:
     """Learned positions where they aren't part of the input node and there are any, else None."""
-    return learned_positions(adapter, batch.clean, batch.mask) if input_node == "embed" else None
+    return learned_positions(adapter, batch.tokens, batch.mask) if input_node == "embed" else None
 
 
 def _over(data: Pairs, over: str) -> Iterator[Batch]:
-    yield from data if over == "clean" else replace(data, clean=data.corrupted)
+    for clean, corrupted in data:
+        yield clean if over == "clean" else corrupted
 
 
 def _masked_sum(part: Tensor, mask: Tensor) -> Tensor:

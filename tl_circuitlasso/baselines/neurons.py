@@ -12,14 +12,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_circuitlasso.baselines.data import Pairs, Prompts, pairs
 from tl_circuitlasso.baselines.edges import provenance
-from tl_circuitlasso.baselines.gradient import Metric
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models import Adapter, adapt
 from tl_circuitlasso.models.neuron_scores import Batch, ByGradient, BySweep, Scoring, scores
 from tl_circuitlasso.models.neuron_sweep import RELP, Rules
+from tl_circuitlasso.models.pairs import Metric, Pairs, pairs_of, shown
+from tl_circuitlasso.models.prompt_forms import AnyPrompts
 from tl_circuitlasso.nodes import Block, NodeIndex
 from tl_circuitlasso.sites import Site
 
@@ -28,8 +28,8 @@ MAX_NODES = 4096  # nodes that a graph keeps of those that are scored
 
 def relp(
     model: Any,
-    clean: Prompts,
-    corrupted: Prompts | None,
+    clean: AnyPrompts,
+    corrupted: AnyPrompts | None,
     metric: Metric,
     *,
     basis: str = "neuron",
@@ -62,15 +62,15 @@ def relp(
     if attention not in ("frozen", "moving"):
         raise InputError(f"`attention` is {attention!r}: write 'frozen' or 'moving'")
     rules = RELP if attention == "frozen" else Rules(norm=True, activation=True, half=True)
-    data = pairs(model, clean, corrupted, attention_mask=attention_mask, batch_size=batch_size)
+    data = pairs_of(model, clean, corrupted, attention_mask=attention_mask, batch_size=batch_size)
     chosen = _reference(reference, corrupted)
     return _graph("relp", data, corrupted, metric, basis, chosen, BySweep(rules, alone=True), max_nodes)
 
 
 def gradient_activation(
     model: Any,
-    clean: Prompts,
-    corrupted: Prompts | None,
+    clean: AnyPrompts,
+    corrupted: AnyPrompts | None,
     metric: Metric,
     *,
     basis: str = "neuron",
@@ -80,15 +80,15 @@ def gradient_activation(
     max_nodes: int | None = MAX_NODES,
 ) -> AttributionGraph:
     """Activation (less its reference) times the gradient on the clean prompt: attribution patching; as in `relp`."""
-    data = pairs(model, clean, corrupted, attention_mask=attention_mask, batch_size=batch_size)
+    data = pairs_of(model, clean, corrupted, attention_mask=attention_mask, batch_size=batch_size)
     chosen = _reference(reference, corrupted)
     return _graph("gradient_activation", data, corrupted, metric, basis, chosen, ByGradient(), max_nodes)
 
 
 def integrated_gradients(
     model: Any,
-    clean: Prompts,
-    corrupted: Prompts | None,
+    clean: AnyPrompts,
+    corrupted: AnyPrompts | None,
     metric: Metric,
     *,
     steps: int = 10,
@@ -105,7 +105,7 @@ def integrated_gradients(
     """
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise InputError(f"`steps` is {steps!r}: the number of integration steps is an integer >= 1")
-    data = pairs(model, clean, corrupted, attention_mask=attention_mask, batch_size=batch_size)
+    data = pairs_of(model, clean, corrupted, attention_mask=attention_mask, batch_size=batch_size)
     chosen = _reference(reference, corrupted)
     return _graph("integrated_gradients", data, corrupted, metric, basis, chosen, ByGradient(steps), max_nodes)
 
@@ -124,7 +124,7 @@ def random_nodes(
     return score_graph(adapter, basis, found, Site("logits"), max_nodes, facts)
 
 
-def _reference(given: str | None, corrupted: Prompts | None) -> str:
+def _reference(given: str | None, corrupted: AnyPrompts | None) -> str:
     if given is None:
         return "zero" if corrupted is None else "corrupted"
     if given == "corrupted" and corrupted is None:
@@ -135,7 +135,7 @@ def _reference(given: str | None, corrupted: Prompts | None) -> str:
 def _graph(
     method: str,
     data: Pairs,
-    corrupted: Prompts | None,
+    corrupted: AnyPrompts | None,
     metric: Metric,
     basis: str,
     reference: str,
@@ -143,7 +143,8 @@ def _graph(
     max_nodes: int | None,
 ) -> AttributionGraph:
     began = time.perf_counter()
-    setup = Scoring(data.adapter, lambda logits, batch: metric(logits, batch.rows), basis, reference)
+    data.check_metric(metric)
+    setup = Scoring(data.adapter, lambda logits, batch: metric(shown(logits, batch.mask), batch.rows), basis, reference)
     found = scores(setup, lambda: batches(data, corrupted is not None), len(data), way)
     facts = provenance(
         data.adapter,
@@ -164,7 +165,7 @@ def _graph(
 def batches(data: Pairs, paired: bool) -> Iterator[Batch]:
     """The prompts as scoring takes them."""
     for batch in data:
-        yield Batch(batch.clean, batch.corrupted if paired else None, batch.mask, batch.rows)
+        yield Batch(batch.clean.tokens, batch.corrupted.tokens if paired else None, batch.mask, batch.rows)
 
 
 # ---- from scores to a graph -----------------------------------------------------------------------------------------

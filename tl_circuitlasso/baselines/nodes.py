@@ -7,21 +7,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_circuitlasso.baselines.data import Prompts
 from tl_circuitlasso.baselines.edges import EdgeLayout
-from tl_circuitlasso.baselines.gradient import Count, Job, Metric, Path, Setting, Step, at_clean, jobs
+from tl_circuitlasso.baselines.gradient import Count, Job, Path, Setting, Step, at_clean, jobs
 from tl_circuitlasso.errors import InputError
+from tl_circuitlasso.models.pairs import Metric
+from tl_circuitlasso.models.prompt_forms import AnyPrompts
 
 
 def node_scores(
     model: Any,
-    clean: Prompts,
-    corrupted: Prompts | None,
+    clean: AnyPrompts,
+    corrupted: AnyPrompts,
     metric: Metric,
     *,
     method: str = "eap",
     steps: int = 5,
-    attention_mask: Tensor | None = None,
+    attention_mask: Any = None,
     ablation: str = "patch",
     mean_over: str = "clean",
     input_node: str = "embed",

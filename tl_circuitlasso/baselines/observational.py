@@ -4,27 +4,27 @@ import time
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
-from tl_circuitlasso.baselines.data import Batch, Pairs, Prompts, pairs
 from tl_circuitlasso.baselines.edges import EdgeLayout, pieces_of, provenance, written_out
-from tl_circuitlasso.baselines.gradient import Metric
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
-from tl_circuitlasso.models import Adapter, adapt
+from tl_circuitlasso.models import Adapter, Batch, adapt
+from tl_circuitlasso.models.pairs import Metric, Pairs, pairs_of
 from tl_circuitlasso.models.patching import Written, learned_positions, record_all
+from tl_circuitlasso.models.prompt_forms import AnyPrompts
 
 SKETCH = 32  # dimensions to which what a component writes is projected before correlations are taken
 
 
 def information_flow_routes(
     model: Any,
-    clean: Prompts,
-    corrupted: Prompts | None = None,
+    clean: AnyPrompts,
+    corrupted: AnyPrompts = None,
     metric: Metric | None = None,
     *,
-    attention_mask: Tensor | None = None,
+    attention_mask: Any = None,
     input_node: str = "embed",
     batch_size: int = 32,
     steps: int = 1,
@@ -36,10 +36,10 @@ def information_flow_routes(
     for all heads and ports of a layer. One forward pass; corrupted prompts, the metric and steps aren't used.
     """
     began = time.perf_counter()
-    data = pairs(model, clean, None, attention_mask=attention_mask, batch_size=batch_size)
+    data = pairs_of(model, clean, None, attention_mask=attention_mask, batch_size=batch_size)
     layout = EdgeLayout(data.adapter.shape)
     scores = torch.zeros(layout.n_sources, layout.n_readers, dtype=torch.float64, device=data.adapter.device)
-    for batch in data:
+    for batch, _ in data:
         _add_nearness(layout, data.adapter, scores, batch, input_node)
     facts = {"input_node": input_node, "prompts": len(data), "forward_passes": 1.0, "backward_passes": 0.0}
     made = provenance(data.adapter, "information_flow_routes", **facts, seconds=time.perf_counter() - began)
@@ -47,9 +47,9 @@ def information_flow_routes(
 
 
 def _add_nearness(layout: EdgeLayout, adapter: Adapter, scores: Tensor, batch: Batch, input_node: str) -> None:
-    plain = record_all(adapter, batch.clean, batch.mask)
+    plain = record_all(adapter, batch.tokens, batch.mask)
     written, streams = plain.written, plain.streams
-    if input_node == "embed" and (positions := learned_positions(adapter, batch.clean, batch.mask)) is not None:
+    if input_node == "embed" and (positions := learned_positions(adapter, batch.tokens, batch.mask)) is not None:
         written = Written(written.input - positions, written.heads, written.mlps)
     weight = 1 / batch.mask.sum(1, dtype=torch.float64)
     for chosen in pieces_of(layout, batch.mask, written.input.element_size()):
@@ -77,11 +77,11 @@ def _nearness(
 
 def correlation(
     model: Any,
-    clean: Prompts,
-    corrupted: Prompts | None = None,
+    clean: AnyPrompts,
+    corrupted: AnyPrompts = None,
     metric: Metric | None = None,
     *,
-    attention_mask: Tensor | None = None,
+    attention_mask: Any = None,
     batch_size: int = 32,
     steps: int = 1,
     seed: int = 0,
@@ -93,7 +93,7 @@ def correlation(
     to 32 random ones first. One forward pass; corrupted prompts, the metric and steps aren't used.
     """
     began = time.perf_counter()
-    data = pairs(model, clean, None, attention_mask=attention_mask, batch_size=batch_size)
+    data = pairs_of(model, clean, None, attention_mask=attention_mask, batch_size=batch_size)
     layout = EdgeLayout(data.adapter.shape)
     rv = _rv(_covariance(data, layout, seed), len(layout.index)).cpu()
     facts = {"prompts": len(data), "forward_passes": 1.0, "backward_passes": 0.0, "seed": seed}
@@ -109,7 +109,7 @@ def _covariance(data: Pairs, layout: EdgeLayout, seed: int) -> Float[Tensor, "no
     columns = len(layout.index) * project.width
     total = torch.zeros(columns, dtype=torch.float64, device=adapter.device)
     gram, count, pilot = torch.zeros(columns, columns).to(total), 0, None
-    for batch in data:
+    for batch, _ in data:
         values = _outputs(layout, adapter, batch, project)
         pilot = values.mean(0) if pilot is None else pilot  # centring before the products keeps their digits
         values = values - pilot
@@ -137,7 +137,7 @@ class _Sketch:
 
 
 def _outputs(layout: EdgeLayout, adapter: Adapter, batch: Batch, project: _Sketch) -> Float[Tensor, "token column"]:
-    plain = record_all(adapter, batch.clean, batch.mask)
+    plain = record_all(adapter, batch.tokens, batch.mask)
     pieces = []
     for chosen in pieces_of(layout, batch.mask, plain.written.input.element_size()):
         sources = written_out(adapter, plain.written, chosen).double() @ project.stream
@@ -155,11 +155,11 @@ def _rv(covariance: Float[Tensor, "node sketch node sketch"], nodes: int) -> Flo
 
 def random_edges(
     model: Any,
-    clean: Prompts | None = None,
-    corrupted: Prompts | None = None,
+    clean: AnyPrompts = None,
+    corrupted: AnyPrompts = None,
     metric: Metric | None = None,
     *,
-    attention_mask: Bool[Tensor, "batch pos"] | None = None,
+    attention_mask: Any = None,
     batch_size: int = 32,
     steps: int = 1,
     seed: int = 0,

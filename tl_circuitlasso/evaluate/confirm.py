@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_circuitlasso.baselines.data import Prompts
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.circuits import check_graph, kept_matrix
 from tl_circuitlasso.evaluate.faithfulness import mean_interval
@@ -19,14 +18,15 @@ from tl_circuitlasso.evaluate.interventions import Ablation, intervention
 from tl_circuitlasso.evaluate.metrics import Metric
 from tl_circuitlasso.evaluate.minimal import Without, live_rows, without_each
 from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.models.prompt_forms import AnyPrompts
 from tl_circuitlasso.sharing import Ranks, as_ranks
 
 
 def confirm(
     graph: AttributionGraph,
     model: Any,
-    clean: Prompts,
-    corrupted: Prompts | None,
+    clean: AnyPrompts,
+    corrupted: AnyPrompts,
     metric: Metric,
     ablation: Ablation = "patch",
     *,

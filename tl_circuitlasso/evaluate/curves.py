@@ -16,7 +16,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_circuitlasso.baselines.data import Prompts
 from tl_circuitlasso.baselines.edges import EdgeLayout, provenance
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.circuits import EdgeMatrix, check_graph, prune, score_matrix
@@ -32,6 +31,7 @@ from tl_circuitlasso.evaluate.features import (
 from tl_circuitlasso.evaluate.interventions import Ablation, Intervention, Measured, changes, intervention, measure
 from tl_circuitlasso.evaluate.metrics import Metric
 from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.models.prompt_forms import AnyPrompts
 
 MIB_SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
@@ -72,8 +72,8 @@ class Curve:
 def curve(
     model: Any,
     graph: AttributionGraph,
-    clean: Prompts,
-    corrupted: Prompts | None,
+    clean: AnyPrompts,
+    corrupted: AnyPrompts,
     metric: Metric,
     ablation: Ablation = "patch",
     *,
@@ -112,8 +112,8 @@ def curve(
 def curves(
     model: Any,
     graphs: Mapping[str, AttributionGraph],
-    clean: Prompts,
-    corrupted: Prompts | None,
+    clean: AnyPrompts,
+    corrupted: AnyPrompts,
     metric: Metric,
     ablation: Ablation = "patch",
     *,
@@ -280,8 +280,8 @@ def _grown(values: Tensor, layout: EdgeLayout) -> list[int]:
 
 def magnitude(
     model: Any,
-    clean: Prompts,
-    corrupted: Prompts | None,
+    clean: AnyPrompts,
+    corrupted: AnyPrompts,
     ablation: Ablation = "patch",
     **options: Any,
 ) -> AttributionGraph:
@@ -290,7 +290,9 @@ def magnitude(
     It looks at nothing downstream, so a ranking that isn't better has learned nothing. Two forward passes per prompt;
     arguments as in `faithfulness`.
     """
-    setup: Intervention = intervention(model, clean, corrupted, lambda logits, rows: logits.sum(), ablation, **options)
+    setup: Intervention = intervention(
+        model, clean, corrupted, lambda logits, rows: logits[:, -1].sum(), ablation, **options
+    )
     layout = EdgeLayout(setup.adapter.shape)
     scores = changes(setup)[:, None].expand(-1, layout.n_readers) * layout.mask()
     return layout.graph(scores, provenance(setup.adapter, "magnitude", ablation=ablation))

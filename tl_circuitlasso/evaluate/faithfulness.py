@@ -21,7 +21,6 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_circuitlasso.baselines.data import Prompts
 from tl_circuitlasso.baselines.edges import EdgeLayout
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.circuits import EdgeMatrix, check_graph, kept_matrix, prune
@@ -35,6 +34,7 @@ from tl_circuitlasso.evaluate.features import (
 from tl_circuitlasso.evaluate.interventions import Ablation, Intervention, Measured, intervention, measure
 from tl_circuitlasso.evaluate.metrics import Metric
 from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.models.prompt_forms import AnyPrompts
 
 DRAWS, LEVEL = 2000, 0.95
 
@@ -76,8 +76,8 @@ class Faithfulness:
 def faithfulness(
     model: Any,
     graph: AttributionGraph,
-    clean: Prompts,
-    corrupted: Prompts | None,
+    clean: AnyPrompts,
+    corrupted: AnyPrompts,
     metric: Metric,
     ablation: Ablation = "patch",
     *,
@@ -85,7 +85,7 @@ def faithfulness(
     saes: Mapping[str, Any] | None = None,
     error: str = "graph",
     rest: str = "ablate",
-    attention_mask: Tensor | None = None,
+    attention_mask: Any = None,
     mean_over: str = "clean",
     input_node: str = "embed",
     batch_size: int = 32,
@@ -95,10 +95,11 @@ def faithfulness(
 
     Parameters
     ----------
-    clean, corrupted: token ids (prompt, pos) or strings, pairs of equal length. `corrupted` may be None unless it is
-        patched from ("patch") or averaged over.
+    clean, corrupted: whatever `circuit_lasso` takes as prompts; both of a pair have the same length. `corrupted` may be
+        None unless it is patched from ("patch") or averaged over.
     metric: `metric(logits, rows)` returns the sum over a batch's rows of what the circuit should keep high; `rows` are
-        the prompts' numbers in the data set. `evaluate.logit_diff` and its neighbours make some.
+        the prompts' numbers in the data set. Index -1 of the logits is each prompt's last real token, whatever the
+        lengths. `evaluate.logit_diff` and its neighbours make some.
     ablation: what an edge outside the circuit carries: the source's output on the corrupted prompt ("patch"), its mean
         over prompts at the same position ("mean"), over prompts and positions ("mean-all"), the constants that hurt
         the metric least ("optimal", or an `evaluate.Optimal`), or nothing ("zero").
@@ -136,8 +137,8 @@ def faithfulness(
 def completeness(
     model: Any,
     graph: AttributionGraph,
-    clean: Prompts,
-    corrupted: Prompts | None,
+    clean: AnyPrompts,
+    corrupted: AnyPrompts,
     metric: Metric,
     ablation: Ablation = "patch",
     *,

@@ -14,13 +14,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_circuitlasso.baselines.data import Batch
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.interventions import Intervention, Measured, prompt_values
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models import Adapter
 from tl_circuitlasso.models.encoder import Encoder
 from tl_circuitlasso.models.feature_patch import Carried, FeatureSite, Kept, hooks_of, run_features
+from tl_circuitlasso.models.pairs import PairBatch
 from tl_circuitlasso.nodes import Block
 
 ERROR = ".hook_sae_error"  # how the node of an SAE's error ends, behind its hook
@@ -207,21 +207,21 @@ def measure_features(setup: Intervention, sites: Sequence[FeatureSite], circuits
     values = torch.zeros(1 + len(circuits), len(setup.pairs), dtype=torch.float64)
     means = _means(setup, sites) if setup.ablation.startswith("mean") else None
     for batch in setup.pairs:
-        logits = setup.adapter.run(batch.clean, batch.mask, ["logits"])["logits"]
+        logits = setup.adapter.run(batch.clean.tokens, batch.mask, ["logits"])["logits"]
         values[0, batch.rows] = prompt_values(setup.metric, logits, batch, "the model")
         carried = _carried(setup, sites, batch, means)
         for number, circuit in enumerate(circuits, 1):
-            logits = run_features(setup.adapter, batch.clean, batch.mask, sites, circuit, carried)
+            logits = run_features(setup.adapter, batch.clean.tokens, batch.mask, sites, circuit, carried)
             values[number, batch.rows] = prompt_values(setup.metric, logits, batch, "a circuit")
     passes = 1.0 + (setup.ablation != "zero") + len(circuits)
     return Measured(values[0], values[-1], values[1:-1], passes)
 
 
-def _carried(setup: Intervention, sites: Sequence[FeatureSite], batch: Batch, means: Carried | None) -> Carried:
+def _carried(setup: Intervention, sites: Sequence[FeatureSite], batch: PairBatch, means: Carried | None) -> Carried:
     if means is not None:
         return means
     if setup.ablation == "patch":
-        return Carried({}, {}, setup.adapter.run(batch.corrupted, batch.mask, hooks_of(sites)))
+        return Carried({}, {}, setup.adapter.run(batch.corrupted.tokens, batch.mask, hooks_of(sites)))
     zeros = {site.name: torch.zeros(1, 1, site.features, device=setup.adapter.device) for site in sites}
     widths = {site.name: site.encoder.width for site in sites if site.encoder is not None}
     return Carried(
@@ -231,9 +231,9 @@ def _carried(setup: Intervention, sites: Sequence[FeatureSite], batch: Batch, me
 
 def _means(setup: Intervention, sites: Sequence[FeatureSite]) -> Carried:
     """The mean codes and errors over real positions, at each position or ("mean-all") at all."""
-    sums = _Sums(setup.adapter, setup.pairs.clean.shape[1])
+    sums = _Sums(setup.adapter, setup.pairs.width)
     for batch in setup.pairs:
-        tokens = batch.clean if setup.mean_over == "clean" else batch.corrupted
+        tokens = (batch.clean if setup.mean_over == "clean" else batch.corrupted).tokens
         acts = setup.adapter.run(tokens, batch.mask, hooks_of(sites))
         for site in sites:
             read, written = acts[site.reads], acts[site.writes]
@@ -242,7 +242,7 @@ def _means(setup: Intervention, sites: Sequence[FeatureSite]) -> Carried:
     return sums.means(everywhere=setup.ablation == "mean-all")
 
 
-def _by_row(activation: Tensor, batch: Batch) -> Float[Tensor, "row *width"]:
+def _by_row(activation: Tensor, batch: PairBatch) -> Float[Tensor, "row *width"]:
     return activation if len(activation) == batch.mask.numel() else activation.flatten(0, 1)
 
 

@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_circuitlasso.baselines.data import Batch, Pairs, Prompts, pairs
 from tl_circuitlasso.baselines.edges import EdgeLayout
 from tl_circuitlasso.baselines.means import for_batch, mean_written, zeros_written
 from tl_circuitlasso.errors import InputError
@@ -21,8 +20,10 @@ from tl_circuitlasso.evaluate.metrics import Metric, PromptMetric
 from tl_circuitlasso.evaluate.optimal import Optimal, fit
 from tl_circuitlasso.models import Adapter
 from tl_circuitlasso.models.ablation import Ablated, from_run, from_values
+from tl_circuitlasso.models.pairs import PairBatch, Pairs, pairs_of
 from tl_circuitlasso.models.patch import Circuits, run_circuits
 from tl_circuitlasso.models.patching import Written, record
+from tl_circuitlasso.models.prompt_forms import AnyPrompts
 
 ABLATIONS = ("patch", "zero", "mean", "mean-all", "optimal")
 Ablation = str | Optimal
@@ -57,12 +58,12 @@ class Intervention:
 
 def intervention(
     model: Any,
-    clean: Prompts,
-    corrupted: Prompts | None,
+    clean: AnyPrompts,
+    corrupted: AnyPrompts,
     metric: Metric,
     ablation: Ablation = "patch",
     *,
-    attention_mask: Tensor | None = None,
+    attention_mask: Any = None,
     mean_over: str = "clean",
     input_node: str = "embed",
     batch_size: int = 32,
@@ -87,7 +88,8 @@ def intervention(
             f"`corrupted` is missing: ablation={ablation!r} reads it; without corrupted prompts use ablation='mean', "
             "'mean-all', 'optimal' or 'zero', and means over the clean prompts"
         )
-    data = pairs(model, clean, corrupted, attention_mask=attention_mask, batch_size=batch_size)
+    data = pairs_of(model, clean, corrupted, attention_mask=attention_mask, batch_size=batch_size)
+    data.check_metric(metric)
     return Intervention(data, metric, ablation, mean_over, input_node, how)
 
 
@@ -128,11 +130,11 @@ def measure(setup: Intervention, kept: EdgeMatrix) -> Measured:
     constants, spent = _constants(setup, None)
     for batch in setup.pairs:
         cut = _ablated(setup, batch, constants)
-        logits = setup.adapter.run(batch.clean, batch.mask, ["logits"])["logits"]
+        logits = setup.adapter.run(batch.clean.tokens, batch.mask, ["logits"])["logits"]
         model[batch.rows] = prompt_values(setup.metric, logits, batch, "the model")
         ablated[batch.rows] = prompt_values(setup.metric, cut.logits, batch, "the ablated model")
         for some in partly.split(_copies(setup.adapter, batch)) if setup.ablation != "optimal" else ():
-            made = run_circuits(setup.adapter, batch.clean, batch.mask, as_circuits(kept[some], layout), cut)
+            made = run_circuits(setup.adapter, batch.clean.tokens, batch.mask, as_circuits(kept[some], layout), cut)
             for circuit, logits in zip(some.tolist(), made):
                 circuits[circuit, batch.rows] = prompt_values(setup.metric, logits, batch, "a circuit")
     for circuit in partly.tolist() if setup.ablation == "optimal" else ():
@@ -161,25 +163,28 @@ def _with_own_constants(setup: Intervention, circuits: Circuits) -> tuple[Float[
     constants, spent = _constants(setup, circuits)
     values = torch.zeros(len(setup.pairs), dtype=torch.float64)
     for batch in setup.pairs:
-        (logits,) = run_circuits(setup.adapter, batch.clean, batch.mask, circuits, _ablated(setup, batch, constants))
+        (logits,) = run_circuits(
+            setup.adapter, batch.clean.tokens, batch.mask, circuits, _ablated(setup, batch, constants)
+        )
         values[batch.rows] = prompt_values(setup.metric, logits, batch, "a circuit")
     return values, spent
 
 
-def _copies(adapter: Adapter, batch: Batch) -> int:
+def _copies(adapter: Adapter, batch: PairBatch) -> int:
     shape = adapter.shape
     per_token = shape.d_vocab_out + shape.d_mlp + (6 + 3 * shape.n_heads // 4) * shape.d_model
-    attention = shape.n_heads * batch.clean.shape[1]
-    return max(1, AT_ONCE // (4 * batch.clean.numel() * (per_token + attention)))
+    attention = shape.n_heads * batch.mask.shape[1]
+    return max(1, AT_ONCE // (4 * batch.mask.numel() * (per_token + attention)))
 
 
-def prompt_values(metric: Metric, logits: Tensor, batch: Batch, whose: str) -> Float[Tensor, " batch"]:
+def prompt_values(metric: Metric, logits: Tensor, batch: PairBatch, whose: str) -> Float[Tensor, " batch"]:
     """Each prompt's metric, asked for one prompt at a time; `whose` names the logits in messages.
 
     Raises
     ------
     InputError: not one finite number per prompt.
     """
+    logits = batch.shown(logits)
     with torch.no_grad():
         if isinstance(metric, PromptMetric):
             values = metric.each(logits, batch.rows).double().cpu()
@@ -215,7 +220,7 @@ def changes(setup: Intervention) -> Float[Tensor, " source"]:
     constants, _ = _constants(setup, None)
     total, count = torch.zeros(EdgeLayout(setup.adapter.shape).n_sources, dtype=torch.float64), 0
     for batch in setup.pairs:
-        written = record(setup.adapter, batch.clean, batch.mask)
+        written = record(setup.adapter, batch.clean.tokens, batch.mask)
         difference = written.map(torch.sub, _ablated(setup, batch, constants).written)
         total += torch.cat([part[batch.mask].double().sum(0).cpu() for part in _norms(setup.adapter, difference)])
         count += int(batch.mask.sum())
@@ -232,7 +237,7 @@ def _norms(adapter: Adapter, parts: Written) -> Iterator[Float[Tensor, "batch po
             yield parts.mlps[layer].norm(dim=-1, keepdim=True)
 
 
-def _ablated(setup: Intervention, batch: Batch, constants: Written | None) -> Ablated:
+def _ablated(setup: Intervention, batch: PairBatch, constants: Written | None) -> Ablated:
     if constants is None:
-        return from_run(setup.adapter, batch.corrupted, batch.mask)
-    return from_values(setup.adapter, for_batch(setup.adapter, constants, batch, setup.input_node))
+        return from_run(setup.adapter, batch.corrupted.tokens, batch.mask)
+    return from_values(setup.adapter, for_batch(setup.adapter, constants, batch.clean, setup.input_node))

@@ -1,10 +1,10 @@
 """What a circuit should keep high: metrics as `metric(logits, rows)`, for `evaluate` and for `baselines`.
 
 A metric returns the sum over the batch's rows; `rows` are the prompts' numbers in the data set. Higher is better, so
-losses and divergences are negative. Those made here read the last position unless told otherwise.
+losses and divergences are negative. Those made here read each prompt's last real token unless told otherwise.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,17 +12,21 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_circuitlasso.errors import InputError
+from tl_circuitlasso.models.pairs import Metric as Metric
 
-Metric = Callable[[Tensor, Tensor], Tensor]  # (logits of a batch, its rows in the data set) -> sum over the rows
 Ids = Tensor | Sequence[int]
 Places = int | Tensor | Sequence[int]
 
 
 @dataclass(frozen=True, eq=False)
 class PromptMetric:
-    """A metric that also gives one value per prompt, `each(logits, rows)`; called, it returns their sum."""
+    """A metric that also gives one value per prompt, `each(logits, rows)`; called, it returns their sum.
+
+    position: the one column that it reads of every prompt, where it reads one.
+    """
 
     each: Metric
+    position: int | None = None
 
     def __call__(self, logits: Float[Tensor, "batch pos vocab"], rows: Int[Tensor, " batch"]) -> Float[Tensor, ""]:
         return self.each(logits, rows).sum()
@@ -34,7 +38,7 @@ def logit_diff(correct: Ids, incorrect: Ids, *, position: Places = -1) -> Prompt
     Parameters
     ----------
     correct, incorrect: one token id per prompt.
-    position: where it is read: one for all prompts, or one per prompt (the last real one, where prompts are padded).
+    position: the column where it is read: one for all prompts (-1 is each one's last real token), or one per prompt.
 
     >>> metric = logit_diff([1], [0])
     >>> float(metric(torch.tensor([[[1.0, 3.0]]]), torch.tensor([0])))
@@ -51,7 +55,7 @@ def logit_diff(correct: Ids, incorrect: Ids, *, position: Places = -1) -> Prompt
         last = place(logits, rows)
         return _pick(last, right[rows]) - _pick(last, wrong[rows])
 
-    return PromptMetric(each)
+    return PromptMetric(each, _single(position))
 
 
 def prob_diff(correct: Ids, incorrect: Ids, *, position: Places = -1) -> PromptMetric:
@@ -63,19 +67,23 @@ def prob_diff(correct: Ids, incorrect: Ids, *, position: Places = -1) -> PromptM
         probability = place(logits, rows).softmax(-1)
         return _pick(probability, right[rows]) - _pick(probability, wrong[rows])
 
-    return PromptMetric(each)
+    return PromptMetric(each, _single(position))
 
 
 def cross_entropy(correct: Ids, *, position: Places = -1) -> PromptMetric:
     """log P(correct), the negative cross-entropy in nats, of each prompt; arguments as in `logit_diff`."""
     right, place = _ids(correct, "correct"), _place(position)
-    return PromptMetric(lambda logits, rows: _pick(place(logits, rows).log_softmax(-1), right[rows]))
+    return PromptMetric(lambda logits, rows: _pick(place(logits, rows).log_softmax(-1), right[rows]), _single(position))
 
 
 def accuracy(correct: Ids, *, position: Places = -1) -> PromptMetric:
     """1 where the largest logit is the correct one's, else 0. It has no derivative: not for `baselines`."""
     right, place = _ids(correct, "correct"), _place(position)
-    return PromptMetric(lambda logits, rows: (place(logits, rows).argmax(-1) == right[rows].to(logits.device)).float())
+
+    def each(logits: Tensor, rows: Tensor) -> Tensor:
+        return (place(logits, rows).argmax(-1) == right[rows].to(logits.device)).float()
+
+    return PromptMetric(each, _single(position))
 
 
 def kl(reference: Float[Tensor, "prompt vocab"], *, position: Places = -1) -> PromptMetric:
@@ -88,7 +96,7 @@ def kl(reference: Float[Tensor, "prompt vocab"], *, position: Places = -1) -> Pr
         mine, own = place(logits, rows).log_softmax(-1), expected[rows.to(expected.device)].to(logits.device)
         return (own.exp() * (mine - own)).sum(-1)
 
-    return PromptMetric(each)
+    return PromptMetric(each, _single(position))
 
 
 def next_token(tokens: Int[Tensor, "prompt pos"], mask: Bool[Tensor, "prompt pos"] | None = None) -> PromptMetric:
@@ -101,6 +109,10 @@ def next_token(tokens: Int[Tensor, "prompt pos"], mask: Bool[Tensor, "prompt pos
         return (found * counts).sum(1) / counts.sum(1).clamp_min(1)
 
     return PromptMetric(each)
+
+
+def _single(position: Places) -> int | None:
+    return position if isinstance(position, int) else None
 
 
 def _place(position: Places) -> Metric:

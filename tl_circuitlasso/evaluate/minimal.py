@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_circuitlasso.baselines.data import Prompts
 from tl_circuitlasso.baselines.edges import EdgeLayout
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.circuits import EdgeMatrix, check_graph, edge_cells, kept_matrix, prune
@@ -24,6 +23,7 @@ from tl_circuitlasso.evaluate.features import (
 from tl_circuitlasso.evaluate.interventions import Ablation, Intervention, intervention, measure
 from tl_circuitlasso.evaluate.metrics import Metric
 from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.models.prompt_forms import AnyPrompts
 from tl_circuitlasso.sites import PORTS
 
 TOGETHER = 512  # circuits whose edges are held in memory at once
@@ -32,8 +32,8 @@ TOGETHER = 512  # circuits whose edges are held in memory at once
 def minimality(
     model: Any,
     graph: AttributionGraph,
-    clean: Prompts,
-    corrupted: Prompts | None,
+    clean: AnyPrompts,
+    corrupted: AnyPrompts,
     metric: Metric,
     ablation: Ablation = "patch",
     *,

@@ -14,14 +14,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_circuitlasso.baselines.data import Batch, Pairs
 from tl_circuitlasso.baselines.means import kept_positions
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.metrics import Metric
 from tl_circuitlasso.models.ablation import from_values
+from tl_circuitlasso.models.pairs import PairBatch, Pairs
 from tl_circuitlasso.models.patch import Circuits, run_circuits
 from tl_circuitlasso.models.patching import Written
 
@@ -103,24 +103,28 @@ class _Problem:
 
     def __init__(self, data: Pairs, metric: Metric, how: Optimal, circuits: Circuits | None, input_node: str) -> None:
         self.adapter, self.metric, self.circuits = data.adapter, metric, circuits
-        self.batches = [(batch, kept_positions(data.adapter, batch, input_node)) for batch in _drawn(data, how)]
-        self.count = sum(len(batch.rows) for batch, _ in self.batches)
+        self.batches = [
+            (batch, rows, kept_positions(data.adapter, batch.clean, input_node)) for batch, rows in _drawn(data, how)
+        ]
+        self.count = sum(len(rows) for _, rows, _ in self.batches)
         self.share = self.count / len(data)
 
     def parts(self, constants: Written) -> "list[Callable[[], Tensor]]":
         """Each batch's part of the mean, to be computed (and differentiated) one at a time."""
-        return [lambda batch=batch, at=at: self._part(constants, batch, at) for batch, at in self.batches]
+        return [lambda one=one: self._part(constants, *one) for one in self.batches]
 
-    def _part(self, constants: Written, batch: Batch, positions: Tensor | None) -> Float[Tensor, ""]:
+    def _part(
+        self, constants: Written, batch: PairBatch, rows: Int[Tensor, " batch"], positions: Tensor | None
+    ) -> Float[Tensor, ""]:
         adapter = self.adapter
-        values = constants.map(lambda part: part.expand(*batch.clean.shape, *part.shape[2:]))
+        values = constants.map(lambda part: part.expand(*batch.mask.shape, *part.shape[2:]))
         if positions is not None:
             values = replace(values, input=values.input + positions)
         cut = from_values(adapter, values)
         logits = cut.logits
         if self.circuits is not None:
-            logits = run_circuits(adapter, batch.clean, batch.mask, self.circuits, cut, gradients=True)[0]
-        value = self.metric(logits, batch.rows)
+            logits = run_circuits(adapter, batch.clean.tokens, batch.mask, self.circuits, cut, gradients=True)[0]
+        value = self.metric(batch.shown(logits), rows)
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
             raise InputError(
                 "`metric` has no derivative, so optimal constants can't be fitted by it: give another for the fit, "
@@ -129,12 +133,12 @@ class _Problem:
         return value.reshape(()) / self.count
 
 
-def _drawn(data: Pairs, how: Optimal) -> list[Batch]:
+def _drawn(data: Pairs, how: Optimal) -> list[tuple[PairBatch, Int[Tensor, " batch"]]]:
+    """Batches of the pairs that constants are fitted on, with their numbers among all pairs."""
     if how.prompts is None or how.prompts >= len(data):
-        return list(data)
+        return [(batch, batch.rows) for batch in data]
     rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(how.seed))[: how.prompts].sort().values
-    some = replace(data, clean=data.clean[rows], corrupted=data.corrupted[rows], mask=data.mask[rows])
-    return [replace(batch, rows=rows[batch.rows]) for batch in some]
+    return [(batch, rows[batch.rows]) for batch in data.take(rows)]
 
 
 class _Search:

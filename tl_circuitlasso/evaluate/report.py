@@ -13,7 +13,6 @@ import pandas as pd
 import torch
 
 from tl_circuitlasso import storage
-from tl_circuitlasso.baselines.data import Prompts
 from tl_circuitlasso.baselines.observational import random_edges
 from tl_circuitlasso.errors import FormatError, InputError
 from tl_circuitlasso.evaluate.curves import Curve, curves, magnitude
@@ -31,6 +30,8 @@ from tl_circuitlasso.evaluate.metrics import (
 )
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models import Adapter, adapt
+from tl_circuitlasso.models.pairs import last_places
+from tl_circuitlasso.models.prompt_forms import AnyPrompts
 from tl_circuitlasso.models.rotary import position_ids
 
 METRICS = ("logit-diff", "prob-diff", "cross-entropy", "accuracy", "kl", "next-token")
@@ -59,8 +60,8 @@ class Report:
 def report(
     model: Any,
     graphs: Mapping[str, AttributionGraph],
-    clean: Prompts,
-    corrupted: Prompts | None,
+    clean: AnyPrompts,
+    corrupted: AnyPrompts,
     metric: Metric,
     ablation: Ablation = "patch",
     *,
@@ -95,8 +96,8 @@ def report(
 def _ignorant(
     adapter: Adapter,
     graphs: Mapping[str, AttributionGraph],
-    clean: Prompts,
-    corrupted: Prompts | None,
+    clean: AnyPrompts,
+    corrupted: AnyPrompts,
     ablation: Ablation,
     seed: int,
     options: Mapping[str, Any],
@@ -176,15 +177,14 @@ def metric_by_name(name: str, model: Any, prompts: PairFile) -> Metric:
     tokens, mask = adapter.to_tokens(prompts.clean)
     if name == "next-token":
         return next_token(tokens.cpu(), mask.cpu())
-    place = torch.arange(tokens.shape[1]).mul(mask.cpu()).amax(1)
     if name == "kl":
         logits = adapter.run(tokens, mask, ["logits"])["logits"]
-        return kl(logits[torch.arange(len(tokens)), place].cpu(), position=place)
+        return kl(logits[torch.arange(len(tokens)), last_places(mask)].cpu())
     right = _answers(adapter, prompts.correct, "correct")
     if name in ("cross-entropy", "accuracy"):
-        return (cross_entropy if name == "cross-entropy" else accuracy)(right, position=place)
+        return (cross_entropy if name == "cross-entropy" else accuracy)(right)
     wrong = _answers(adapter, prompts.incorrect, "incorrect")
-    return (logit_diff if name == "logit-diff" else prob_diff)(right, wrong, position=place)
+    return (logit_diff if name == "logit-diff" else prob_diff)(right, wrong)
 
 
 def _answers(adapter: Adapter, answers: list[str] | None, name: str) -> list[int]:

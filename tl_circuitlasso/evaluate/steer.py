@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_circuitlasso.baselines.data import Pairs, Prompts, pairs
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.circuits import check_graph
 from tl_circuitlasso.evaluate.faithfulness import mean_interval
@@ -18,6 +17,8 @@ from tl_circuitlasso.evaluate.metrics import Metric, next_token
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models import Adapter
 from tl_circuitlasso.models.feature_patch import Carried, run_features
+from tl_circuitlasso.models.pairs import Pairs, pairs_of
+from tl_circuitlasso.models.prompt_forms import AnyPrompts
 from tl_circuitlasso.models.sources import scaled_nodes
 
 
@@ -50,12 +51,12 @@ def steer(
     graph: AttributionGraph,
     nodes: Collection[str] | None,
     scale: int | float,
-    prompts: Prompts,
+    prompts: AnyPrompts,
     metric: Metric,
     *,
     saes: Mapping[str, Any] | None = None,
-    other: Prompts | None = None,
-    attention_mask: Tensor | None = None,
+    other: AnyPrompts = None,
+    attention_mask: Any = None,
     batch_size: int = 32,
     seed: int = 0,
 ) -> Steered:
@@ -78,14 +79,16 @@ def steer(
     """
     if not isinstance(scale, (int, float)) or not -float("inf") < scale < float("inf"):
         raise InputError(f"`scale` is {scale!r}: give a finite factor, 0 to turn nodes off")
-    data = pairs(model, prompts, None, attention_mask=attention_mask, batch_size=batch_size)
+    options = {"attention_mask": attention_mask, "batch_size": batch_size, "name": "prompts"}
+    data = pairs_of(model, prompts, None, **options)
+    data.check_metric(metric)
     adapter, factor = data.adapter, float(scale)
     chosen, steered = _steering(adapter, graph, nodes, factor, {} if saes is None else saes)
     before, after = _measured(data, metric, steered)
     (low, high), change = mean_interval((after - before)[None], seed)[0], float((after - before).mean())
     losses: tuple[float, float] | None = None
     if other is not None:
-        text = pairs(adapter, other, None, batch_size=batch_size)
+        text = pairs_of(adapter, other, None, batch_size=batch_size, name="other")
         losses = _losses(text, steered)
     return Steered(
         nodes=chosen,
@@ -141,14 +144,17 @@ def _chosen(graph: AttributionGraph, nodes: Collection[str] | None, able: set[st
 def _measured(data: Pairs, metric: Metric, steered: Run) -> Float[Tensor, "state prompt"]:
     values = torch.zeros(2, len(data), dtype=torch.float64)
     for batch in data:
-        plain = data.adapter.run(batch.clean, batch.mask, ["logits"])["logits"]
+        plain = data.adapter.run(batch.clean.tokens, batch.mask, ["logits"])["logits"]
         values[0, batch.rows] = prompt_values(metric, plain, batch, "the model")
-        values[1, batch.rows] = prompt_values(metric, steered(batch.clean, batch.mask), batch, "the steered model")
+        values[1, batch.rows] = prompt_values(
+            metric, steered(batch.clean.tokens, batch.mask), batch, "the steered model"
+        )
     return values
 
 
 def _losses(text: Pairs, steered: Run) -> tuple[float, float]:
-    metric = next_token(text.clean, text.mask)
+    whole = text.clean.whole()
+    metric = next_token(whole.tokens, whole.mask)
     before, after = _measured(text, metric, steered)
-    weights = (text.mask[:, 1:] & text.mask[:, :-1]).sum(1).double()
+    weights = (whole.mask[:, 1:] & whole.mask[:, :-1]).sum(1).double()
     return tuple(-float((values * weights).sum() / weights.sum()) for values in (before, after))  # type: ignore[return-value]

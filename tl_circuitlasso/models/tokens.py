@@ -1,20 +1,12 @@
 """Prompts: from whatever the user gives to batches of tokens, a mask of real tokens, and the positions to sample.
 
-Which positions are samples (`positions`), always among the real tokens of a prompt:
-
-- "all": every real token but the BOS token. BOS is the tokenizer's BOS id at a prompt's first real position. Without
-  a tokenizer, a first token that is the same in every prompt and occurs nowhere else counts as BOS: in a causal model
-  its activations are the same in every prompt, so no information is lost. (Of an iterable of batches, the first one
-  decides.)
-- "last": the last real token, under left or right padding.
-- an int: the token at this index among the real tokens (0 is the first, BOS included; -1 the last).
-- a slice: those of the real tokens, BOS included.
-- a bool tensor of shape (pos,) or (batch, pos): its true places in `tokens`, pads left out.
+This is the only door for prompts: what is accepted is said in prompt_forms.py, which positions are samples in
+positions.py, and pairs of clean and corrupted prompts are two of these (pairs.py).
 """
 
 import copy
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,11 +14,12 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from tl_circuitlasso._checks import whole_number
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.models.adapter import Adapter
-from tl_circuitlasso.models.rotary import position_ids
-
-Positions = str | int | slice | Tensor
+from tl_circuitlasso.models.positions import Checked, as_positions, check_alignment, find_bos, kept_positions, of_rows
+from tl_circuitlasso.models.positions import Positions as Positions
+from tl_circuitlasso.models.prompt_forms import AnyPrompts, Held, held_or_stream, joined, pieces
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +42,14 @@ class Batch:
         """The real tokens but BOS, samples or not."""
         return kept_positions(self.tokens, self.mask, "all", self.bos)
 
+    def trimmed(self) -> "Batch":
+        """Without the columns that are pads in every prompt: they only cost time."""
+        used = self.mask.any(0).nonzero().flatten()
+        window = slice(int(used[0]), int(used[-1]) + 1)
+        return replace(
+            self, tokens=self.tokens[:, window], mask=self.mask[:, window], keep=self.keep[:, window]
+        )  # fmt: skip
+
 
 def first_prompts(batch: Batch, count: int) -> Batch:
     """The first `count` prompts of a batch."""
@@ -58,29 +59,37 @@ def first_prompts(batch: Batch, count: int) -> Batch:
 class Prompts:
     """Checked prompts, to be read batch by batch: `for batch in Prompts(adapter, tokens): ...`.
 
-    `tokens`: an int tensor (batch, pos), a list of strings, a mapping with "input_ids" and "attention_mask", or an
-    iterable whose items are int tensors or pairs (tokens, mask). Tensors and lists can be read many times, an
-    iterator once. `attention_mask` (batch, pos) is 1 at real tokens and goes with a tensor; without it all are real.
+    Parameters
+    ----------
+    tokens: what prompt_forms.py accepts. Tensors and lists can be read many times, an iterator once.
+    attention_mask: (batch, pos), 1 at real tokens; goes with a tensor, without it all are real.
+    positions: which are samples, as in positions.py.
+    batch_size: the most prompts of a batch. fewest: the least, where there are as many: of the last two batches one
+        may be smaller so that the other isn't too small.
+    name: what the caller calls the prompts, for messages.
 
-    Raises InputError: no prompts, an empty prompt, token ids that are no integers or outside the vocabulary, prompts
-    longer than the model's context, a mask of another shape, and prompts without a single sample.
+    Raises
+    ------
+    InputError: no prompts, an empty prompt, token ids that are no integers or outside the vocabulary, prompts
+        longer than the model's context, a mask of another shape, and prompts without a single sample.
     """
 
     def __init__(
         self,
         adapter: Adapter,
-        tokens: Any,
+        tokens: AnyPrompts,
         *,
-        attention_mask: Tensor | None = None,
+        attention_mask: Any = None,
         positions: Any = "all",
-        batch_size: int = 32,
+        batch_size: Any = 32,
+        fewest: int = 1,
+        name: str = "tokens",
     ) -> None:
-        _check_positions(positions)
-        if batch_size < 1:
-            raise InputError(f"`batch_size` is {batch_size}; it must be at least 1")
-        self._adapter, self._positions, self._batch_size = adapter, positions, batch_size
-        self._whole, self._stream = _normalise(adapter, tokens, attention_mask)
-        self._check_alignment()
+        self.adapter, self.name, self.fewest = adapter, name, fewest
+        self.batch_size = max(fewest, whole_number("batch_size", batch_size, what="of prompts"))
+        self._positions: Checked = as_positions(positions)
+        self._whole, self._stream, self.knows_pads = held_or_stream(adapter, tokens, attention_mask, name)
+        check_alignment(self._positions, None if self._whole is None else tuple(self._whole[0].shape))  # type: ignore[arg-type]
         self._bos: int | None = None if self._whole is None else find_bos(adapter, *self._whole)
         self._digest = hashlib.sha256()
         self._finished = self._started = False
@@ -95,6 +104,24 @@ class Prompts:
         """The number of positions, pads included; 0 for a stream."""
         return 0 if self._whole is None else self._whole[0].shape[1]
 
+    @property
+    def positions(self) -> Checked:
+        """Which positions are samples, in one of the forms of positions.py."""
+        return self._positions
+
+    def gathered(self) -> "Prompts":
+        """The same prompts, a stream read to its end first: token ids alone take little room, and what draws prompts
+        or pairs at random has to know them all, so that a stream and a tensor of the same prompts give the same.
+
+        Raises
+        ------
+        InputError: the stream has no prompts, or is an iterator that has been read already.
+        """
+        if self._whole is not None:
+            return self
+        self._begin()
+        return self._with(joined(self._pairs(), self.name))
+
     def take(self, rows: Int[Tensor, " row"]) -> "Prompts":
         """Some of the prompts, where all are known beforehand; positions stay with their prompts.
 
@@ -102,15 +129,16 @@ class Prompts:
         ------
         InputError: the prompts are a stream.
         """
-        if self._whole is None:
-            raise InputError("`tokens` is a stream: prompts can't be picked from it")
-        some = copy.copy(self)
-        some._whole = (self._whole[0][rows], self._whole[1][rows])
-        if isinstance(self._positions, Tensor) and self._positions.ndim == 2:
-            some._positions = self._positions[rows.to(self._positions.device)]
-        some._digest = hashlib.sha256()
-        some._finished = some._started = False
+        tokens, mask = self._held()
+        some = self._with((tokens[rows], mask[rows]))
+        some._positions = of_rows(self._positions, rows, len(tokens))
         return some
+
+    def with_tokens(self, tokens: Int[Tensor, "prompt pos"], name: str) -> "Prompts":
+        """Other prompts of the same lengths in these prompts' places; positions and BOS stay as they are."""
+        other = self._with((tokens, self._held()[1].to(tokens.device)))
+        other.name = name
+        return other
 
     def draw(self, count: int | None, seed: int) -> Int[Tensor, " row"] | None:
         """The numbers of `count` prompts drawn at random, ascending; None where there are no more, or it's a stream."""
@@ -125,10 +153,17 @@ class Prompts:
         ------
         InputError: the prompts are a stream.
         """
-        if self._whole is None:
-            raise InputError("`tokens` is a stream: its prompts are never held together")
-        tokens, mask = (part.cpu() for part in self._whole)
-        return Batch(tokens, mask, self._kept(tokens, mask, 0), 0, self._bos)
+        tokens, mask = (part.cpu() for part in self._held())
+        return self._batch(tokens, mask, 0)
+
+    def parts(self) -> Iterator[Batch]:
+        """The batches of prompts that are all known beforehand, on the model's device; no column is left out.
+
+        Raises
+        ------
+        InputError: the prompts are a stream.
+        """
+        yield from self._batches(*self._held(), 0)
 
     def data_hash(self) -> str:
         """sha256 of the real tokens of every prompt, whatever the batches and the padding; known once all are read."""
@@ -140,25 +175,17 @@ class Prompts:
         """The data hash of the batches that this pass has given out; tells whether a checkpoint saw the same."""
         return self._digest.hexdigest()
 
-    @property
-    def positions(self) -> Any:
-        """Which positions are samples, as given."""
-        return self._positions
-
     def __iter__(self) -> Iterator[Batch]:
-        if self._started and isinstance(self._stream, Iterator):
-            raise InputError("`tokens` is an iterator and has been read already; give a list or a tensor instead")
-        self._started, self._finished = True, False
-        self._digest = hashlib.sha256()
+        self._begin()
         samples = start = 0
-        for tokens, mask in self._chunks():
-            batch = self._batch(tokens, mask, start)
-            _add_to(self._digest, tokens, mask)
+        for tokens, mask in self._pairs():
+            for batch in self._batches(tokens, mask, start):
+                _add_to(self._digest, batch.tokens, batch.mask)
+                samples += batch.n_samples
+                yield batch.trimmed()
             start += len(tokens)
-            samples += batch.n_samples
-            yield batch
         if start == 0:
-            raise InputError("`tokens` has no prompts")
+            raise InputError(f"`{self.name}` has no prompts")
         if samples == 0:
             raise InputError(
                 f"`positions` = {self._positions!r} leaves no sample in any prompt (all positions masked); choose "
@@ -166,181 +193,62 @@ class Prompts:
             )
         self._finished = True
 
-    def _chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for tokens, mask in self._pairs():
-            for first in range(0, len(tokens), self._batch_size):
-                part = slice(first, first + self._batch_size)
-                yield tokens[part], mask[part]
+    def _begin(self) -> None:
+        if self._started and isinstance(self._stream, Iterator):
+            raise InputError(f"`{self.name}` is an iterator and has been read already; give a list or a tensor instead")
+        self._started, self._finished = True, False
+        self._digest = hashlib.sha256()
 
-    def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _with(self, held: Held) -> "Prompts":
+        other = copy.copy(self)
+        other._whole, other._stream = held, ()
+        if self._whole is None:
+            other._bos = find_bos(self.adapter, *held)
+        other._digest = hashlib.sha256()
+        other._finished = other._started = False
+        return other
+
+    def _held(self) -> Held:
+        if self._whole is None:
+            raise InputError(
+                f"`{self.name}` is a stream, whose prompts are never held together: give a tensor or a list"
+            )
+        return self._whole
+
+    def _pairs(self) -> Iterator[Held]:
         if self._whole is not None:
             yield self._whole
             return
-        for number, item in enumerate(self._stream):
-            tokens, mask = checked_pair(self._adapter, *_split_item(item, number))
+        for number, held in enumerate(pieces(self.adapter, self._stream, self.batch_size, self.name)):
             if number == 0:
-                self._bos = find_bos(self._adapter, tokens, mask)
-            yield tokens, mask
+                self._bos = find_bos(self.adapter, *held)
+            yield held
+
+    def _batches(self, tokens: Tensor, mask: Tensor, start: int) -> Iterator[Batch]:
+        device = self.adapter.device
+        for part in cuts(len(tokens), self.batch_size, self.fewest):
+            yield self._batch(tokens[part].to(device), mask[part].to(device), start + part.start)
 
     def _batch(self, tokens: Tensor, mask: Tensor, start: int) -> Batch:
-        device, keep = self._adapter.device, self._kept(tokens, mask, start)
-        used = mask.any(0).nonzero().flatten()
-        window = slice(int(used[0]), int(used[-1]) + 1)  # columns of pads only cost time
-        tokens, mask, keep = (part[:, window].to(device) for part in (tokens, mask, keep))
-        return Batch(tokens, mask, keep, start, self._bos)
-
-    def _kept(self, tokens: Tensor, mask: Tensor, start: int) -> Tensor:
-        given = self._positions
-        if not isinstance(given, Tensor):
-            return kept_positions(tokens, mask, given, self._bos)
-        chosen = given if given.ndim == 1 else given[start : start + len(tokens)]
-        return chosen.to(mask.device).expand_as(mask) & mask
-
-    def _check_alignment(self) -> None:
-        given = self._positions
-        if not isinstance(given, Tensor):
-            return
-        if self._whole is None:
-            raise InputError("`positions` as a bool mask needs `tokens` as one tensor; use an int, a slice or 'last'")
-        shape = tuple(self._whole[0].shape)
-        if tuple(given.shape) not in (shape, shape[1:]):
-            raise InputError(
-                f"`positions` has shape {tuple(given.shape)}; it must be {shape} or {shape[1:]}, as tokens"
-            )
+        rows = slice(start, start + len(tokens))
+        chosen = of_rows(self._positions, rows, self.n_prompts or 0)
+        return Batch(tokens, mask, kept_positions(tokens, mask, chosen, self._bos), start, self._bos)
 
 
-def _check_positions(positions: Any) -> None:
-    if isinstance(positions, Tensor):
-        if positions.dtype != torch.bool:
-            raise InputError(f"`positions` is a tensor of {positions.dtype}; as a tensor it must be a bool mask")
-    elif isinstance(positions, bool) or not (isinstance(positions, int | slice) or positions in ("all", "last")):
-        raise InputError(f"`positions` is {positions!r}; it must be 'all', 'last', an int, a slice or a bool mask")
+def cuts(count: int, size: int, fewest: int = 1) -> Iterator[slice]:
+    """`count` things in parts of at most `size`, the last two evened out so that none has fewer than `fewest`.
 
-
-def _normalise(
-    adapter: Adapter, tokens: Any, attention_mask: Tensor | None
-) -> tuple[tuple[Tensor, Tensor] | None, Iterable[Any]]:
-    """Either one checked pair (tokens, mask), or a stream of unchecked items."""
-    if isinstance(tokens, str):
-        raise InputError("`tokens` is one string; put it in a list")
-    if isinstance(tokens, Tensor):
-        return checked_pair(adapter, tokens, attention_mask), ()
-    if attention_mask is not None:
-        raise InputError("`attention_mask` goes with `tokens` as one tensor; in an iterable give pairs (tokens, mask)")
-    if isinstance(tokens, Mapping):
-        return checked_pair(adapter, *_split_item(tokens, 0)), ()
-    if not isinstance(tokens, Iterable):
-        raise InputError(f"`tokens` is a {type(tokens).__name__}; give an int tensor, a list of strings, or batches")
-    if isinstance(tokens, list | tuple):
-        if not tokens:
-            raise InputError("`tokens` is empty; give at least one prompt")
-        if all(isinstance(prompt, str) for prompt in tokens):
-            return checked_pair(adapter, *_tokenise(adapter, list(tokens))), ()
-    return None, tokens
-
-
-def _tokenise(adapter: Adapter, prompts: list[str]) -> tuple[Tensor, Tensor]:
-    for index, prompt in enumerate(prompts):
-        if not prompt:
-            raise InputError(f"`tokens`: prompt {index} is empty; leave it out")
-    return adapter.to_tokens(prompts)
-
-
-def _split_item(item: Any, number: int) -> tuple[Tensor, Tensor | None]:
-    if isinstance(item, Mapping) and isinstance(item.get("input_ids"), Tensor):
-        return item["input_ids"], item.get("attention_mask")
-    if isinstance(item, Tensor):
-        return item, None
-    if isinstance(item, tuple | list) and len(item) == 2 and all(isinstance(part, Tensor) for part in item):
-        return item[0], item[1]
-    raise InputError(
-        f"`tokens`: item {number} is a {type(item).__name__}; each batch must be an int tensor (batch, pos) or a pair "
-        "(tokens, mask), a list of prompts must hold strings only"
-    )
-
-
-def checked_pair(adapter: Adapter, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Tokens as int64 and mask as bool; raises InputError for what can't be run."""
-    tokens = _checked_tokens(adapter, tokens)
-    if mask is None:
-        return tokens, torch.ones_like(tokens, dtype=torch.bool)
-    if tuple(mask.shape) != tuple(tokens.shape):
-        raise InputError(
-            f"`attention_mask` has shape {tuple(mask.shape)}, tokens have {tuple(tokens.shape)}; they must be equal"
-        )
-    if bool(((mask != 0) & (mask != 1)).any()):
-        raise InputError("`attention_mask` must hold 1 at real tokens and 0 at pads only")
-    mask = mask.to(tokens.device).bool()
-    empty = (~mask.any(1)).nonzero().flatten()
-    if len(empty):
-        raise InputError(f"`attention_mask`: all positions of prompt {int(empty[0])} are masked; leave the prompt out")
-    return tokens, mask
-
-
-def _checked_tokens(adapter: Adapter, tokens: Tensor) -> Tensor:
-    if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
-        raise InputError(
-            f"`tokens` are {tokens.dtype}; they must be integer token ids (a mask goes to `attention_mask`)"
-        )
-    if tokens.ndim != 2:
-        raise InputError(f"`tokens` has {tokens.ndim} axes; it needs two, (batch, pos): one prompt is `tokens[None]`")
-    if tokens.numel() == 0:
-        raise InputError(f"`tokens` has shape {tuple(tokens.shape)}: there are no prompts or they are empty")
-    low, high = int(tokens.min()), int(tokens.max())
-    if low < 0 or high >= adapter.shape.d_vocab:
-        raise InputError(
-            f"`tokens` run from {low} to {high}, outside the vocabulary of {adapter.shape.d_vocab}; were they made by "
-            "another tokenizer?"
-        )
-    if tokens.shape[1] > adapter.n_ctx:
-        raise InputError(f"`tokens` are {tokens.shape[1]} long, the model reads {adapter.n_ctx}; shorten the prompts")
-    return tokens.long()
-
-
-def find_bos(adapter: Adapter, tokens: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"]) -> int | None:
-    """The id that counts as BOS at a prompt's first real position; see the module's text for the rule."""
-    if adapter.has_tokenizer:
-        return adapter.special_ids()[0]
-    firsts = tokens[mask & (position_ids(mask) == 0)]
-    if len(firsts) < 2 or bool((firsts != firsts[0]).any()):
-        return None
-    later = tokens[mask & (position_ids(mask) > 0)]
-    return None if bool((later == firsts[0]).any()) else int(firsts[0])
-
-
-def kept_positions(
-    tokens: Int[Tensor, "batch pos"],
-    mask: Bool[Tensor, "batch pos"],
-    positions: str | int | slice,
-    bos: int | None,
-) -> Bool[Tensor, "batch pos"]:
-    """Which positions are samples.
-
-    >>> mask = torch.tensor([[False, True, True], [True, True, False]])
-    >>> kept_positions(torch.zeros(2, 3, dtype=torch.long), mask, "last", None).int().tolist()
-    [[0, 0, 1], [0, 1, 0]]
+    >>> [(part.start, part.stop) for part in cuts(7, 3, fewest=2)]
+    [(0, 3), (3, 5), (5, 7)]
     """
-    rank, length = position_ids(mask), mask.sum(1, keepdim=True)
-    if positions == "all":
-        return mask if bos is None else mask & ~((rank == 0) & (tokens == bos))
-    if positions == "last":
-        return mask & (rank == length - 1)
-    if isinstance(positions, slice):
-        return mask & _in_slice(rank, length, positions)
-    assert isinstance(positions, int)
-    wanted = length + positions if positions < 0 else torch.full_like(length, positions)
-    outside = ((wanted < 0) | (wanted >= length)).flatten().nonzero().flatten()
-    if len(outside):
-        short = int(length[outside[0]])
-        raise InputError(f"`positions` is {positions}, but one of the prompts has {short} tokens only; use a slice")
-    return mask & (rank == wanted)
-
-
-def _in_slice(rank: Tensor, length: Tensor, chosen: slice) -> Tensor:
-    table = torch.zeros(int(length.max()) + 1, rank.shape[1], dtype=torch.bool, device=rank.device)
-    for size in length.unique().tolist():
-        table[size, list(range(size)[chosen])] = True
-    return table[length.expand_as(rank), rank]
+    start = 0
+    while start < count:
+        stop = min(start + size, count)
+        missing = fewest - (count - stop) if stop < count else 0
+        if missing > 0:
+            stop = stop - missing if stop - missing - start >= fewest else count
+        yield slice(start, stop)
+        start = stop
 
 
 def _add_to(digest: Any, tokens: Tensor, mask: Tensor) -> None:

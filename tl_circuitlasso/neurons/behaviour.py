@@ -14,6 +14,7 @@ from tl_circuitlasso.models import readout
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.collect import left_aligned
 from tl_circuitlasso.models.neuron_scores import Batch
+from tl_circuitlasso.models.pairs import PairBatch, Pairs
 from tl_circuitlasso.models.read import make_pairs
 from tl_circuitlasso.models.tokens import Batch as PromptBatch
 from tl_circuitlasso.models.tokens import Prompts
@@ -31,7 +32,7 @@ class Behaviour:
     adapter: Adapter
     prompts: Prompts
     target: Target
-    partners: Prompts | None
+    partners: Pairs | None
     last: bool
     seed: int
 
@@ -41,24 +42,18 @@ class Behaviour:
                 f"`target` {type(self.target).__name__} is read by a probe, neurons by design 'read' explain logits: "
                 "give a LogitDiff or None, or use design='activation'"
             )
-        if self.prompts.n_prompts is None:
-            raise InputError(
-                "`tokens` is a stream: basis 'neuron' with design 'read' needs a tensor or a list of prompts"
-            )
-        check_length(self.target, self.prompts.n_prompts)
+        check_length(self.target, self.n_prompts)
 
     def pairs(self) -> Iterator[Batch]:
         """The pairs, batch by batch, with the places where the target is read."""
-        partners = iter(self.partners) if self.partners is not None else None
-        for number, given in enumerate(self.prompts):
-            if partners is None:
-                generator = torch.Generator().manual_seed(self.seed + number)
-                batch = _with_random_partners(left_aligned(given), generator)
-            else:
-                batch = _with_partners(given, next(partners))
+        for batch in self._random_pairs() if self.partners is None else map(_given_pair, self.partners):
             if len(batch.rows):
                 assert batch.keep is not None
                 yield replace(batch, keep=readout.last_only(batch.keep)) if self.last else batch
+
+    def _random_pairs(self) -> Iterator[Batch]:
+        for number, given in enumerate(self.prompts):
+            yield _with_random_partners(left_aligned(given), torch.Generator().manual_seed(self.seed + number))
 
     def some(self, count: int) -> "Behaviour":
         """The same in at most `count` of the prompts, drawn at random."""
@@ -105,13 +100,8 @@ def _logit_difference(
     return (logits.gather(2, ids[0]) - logits.gather(2, ids[1])).squeeze(2)
 
 
-def _with_partners(own: PromptBatch, other: PromptBatch) -> Batch:
-    if own.tokens.shape != other.tokens.shape or not torch.equal(own.mask, other.mask):
-        raise InputError(
-            f"`corrupted`: the partners of prompts {own.start} to {own.start + len(own.tokens) - 1} have other lengths "
-            "than the prompts: both prompts of a pair must have the same number of tokens"
-        )
-    return Batch(own.tokens, other.tokens, own.mask, own.start + torch.arange(len(own.tokens)), own.keep)
+def _given_pair(pair: PairBatch) -> Batch:
+    return Batch(pair.clean.tokens, pair.corrupted.tokens, pair.mask, pair.rows, pair.clean.keep)
 
 
 def _with_random_partners(given: PromptBatch, generator: torch.Generator) -> Batch:
