@@ -3,6 +3,7 @@
     python -m benchmarks.neurons agreement MODEL DATA            faithfulness at each number of neurons, every method
     python -m benchmarks.neurons patching MODEL DATA             correlation of scores with exact patching of neurons
     python -m benchmarks.neurons edges MODEL DATA                edge circuits: |attribution| against the garrote
+    python -m benchmarks.neurons steering MODEL CAPITALS         neurons behind states and capitals, scaled
 
 MODEL is a folder as `load_model` reads it (SmolLM2-135M in the tables of the documentation), DATA the folder of
 `simple`, `nounpp` and `within_rc` pairs as JSON lines. Neurons are found on training pairs and judged on test pairs:
@@ -11,6 +12,7 @@ test prompts at the same position; faithfulness = (F(circuit) - F(none)) / (F(mo
 """
 
 import argparse
+import csv
 import json
 import random
 from collections import Counter
@@ -30,6 +32,8 @@ from tl_circuitlasso.evaluate.interventions import intervention
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models import adapt
 from tl_circuitlasso.models.feature_patch import Carried, run_features
+from tl_circuitlasso.models.tokens import Prompts
+from tl_circuitlasso.neurons import Behaviour, recurring
 from tl_circuitlasso.neurons.links import rank_by
 
 SIZES = (100, 200, 300, 500, 1000, 3000)
@@ -188,6 +192,71 @@ def edge_circuits(
     return pd.DataFrame(rows)
 
 
+# ---- steering -------------------------------------------------------------------------------------------------------
+
+HOPS = {
+    "state": ("The city of {city} is in the state of", "state"),
+    "capital": ("The capital of {state} is", "capital"),
+}
+FACTORS = (-4, -2, -1, 0, 1, 2, 4)
+OTHER = "Once upon a time there was a little girl who lived with her mother in a small house near the forest."
+
+
+@dataclass(frozen=True, eq=False)
+class Facts:
+    """Prompts of one hop that the model answers right, their answers' first tokens, and the same of other rows."""
+
+    prompts: list[str]
+    answers: Tensor
+    others: Tensor
+
+
+def known_facts(model: Any, file: Path, hop: str) -> Facts:
+    """The prompts of a hop whose answer is the model's first choice: only what it knows can be steered."""
+    text, answer = HOPS[hop]
+    with file.open(encoding="utf-8", newline="") as opened:
+        rows = list(csv.DictReader(opened))
+    adapter = adapt(model)
+    kept: list[tuple[str, int]] = []
+    for row in rows:
+        prompt, first = text.format(**row), int(model.to_tokens(f" {row[answer]}", prepend_bos=False)[0, 0])
+        logits = adapter.run(model.to_tokens(prompt), None, ["logits"])["logits"]
+        if int(logits[0, -1].argmax()) == first:
+            kept.append((prompt, first))
+    answers = torch.tensor([first for _, first in kept])
+    return Facts([prompt for prompt, _ in kept], answers, answers.roll(1))
+
+
+def steering(model: Any, file: Path, *, foremost: int = 50, share: float = 0.5) -> pd.DataFrame:
+    """What scaling the neurons that recur in one hop, and not in the other, does to the answers of both."""
+    adapter = adapt(model)
+    facts = {hop: known_facts(model, file, hop) for hop in HOPS}
+    found, graphs = {}, {}
+    for hop, known in facts.items():
+        prompts, target = Prompts(adapter, known.prompts, fewest=2), LogitDiff(known.answers, known.others)
+        found[hop] = recurring(Behaviour(adapter, prompts, target, None, True, 0), foremost=foremost)
+        graphs[hop] = circuit_lasso(
+            model, known.prompts, basis="neuron", design="read", target=target, progress=False
+        ).threshold(0)  # fmt: skip
+    rows = []
+    for hop, other in (("state", "capital"), ("capital", "state")):
+        cluster = [name for name, seen in found[hop].items() if seen >= share and found[other].get(name, 0) < share]
+        cluster = [name for name in cluster if name in graphs[hop].index]
+        for factor in FACTORS if cluster else ():
+            row: dict[str, Any] = {"cluster": hop, "neurons": len(cluster), "factor": factor}
+            for asked, known in facts.items():
+                metric = evaluate.metrics.PromptMetric(_probability(known.answers))
+                done = evaluate.steer(model, graphs[hop], cluster, factor, known.prompts, metric, other=[OTHER])
+                row |= {f"p({asked})": done.after, "loss on other text": done.loss_after}
+            rows.append(row)
+            print(pd.DataFrame(rows[-1:]).round(3).to_string(index=False, header=len(rows) == 1), flush=True)
+    return pd.DataFrame(rows)
+
+
+def _probability(answers: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda logits, rows: logits[:, -1].softmax(-1)[torch.arange(len(rows)), answers[rows]]
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -203,10 +272,16 @@ def main() -> None:
         added.add_argument("--sizes", nargs="+", type=int, default=list(SIZES))
         added.add_argument("--count", type=int, default=300, help="neurons patched one by one")
         added.add_argument("--linked", type=int, default=128, help="neurons joined by edges")
+    added = commands.add_parser("steering")
+    added.add_argument("model")
+    added.add_argument("data", type=Path, help="the table city_state_capital.csv")
     arguments = parser.parse_args()
     model, data = load_model(arguments.model), arguments.data
     if arguments.command == "agreement":
         agreement(model, data, arguments.sets, arguments.methods, arguments.sizes, arguments.train, arguments.test)
+    if arguments.command == "steering":
+        steering(model, data)
+        return
     for name in arguments.sets if arguments.command == "patching" else ():
         table = patching(model, data, name, arguments.methods, arguments.count, arguments.train)
         print(f"{name}: {arguments.count} neurons, {arguments.train} pairs")

@@ -99,8 +99,11 @@ def _basis(arguments: argparse.Namespace) -> Any:
 
 def _print_edges(graph: Any, truth: Set[tuple[str, str]] | None) -> None:
     table = graph.edge_table()
-    nats = graph.provenance.get("arguments", {}).get("design") == "read"
-    print("\nEdges kept" + (" (score: what cutting the edge is expected to cost, in nats):" if nats else ":"))
+    record = graph.provenance
+    nats = record.get("arguments", {}).get("design") == "read" and "unit" not in record
+    unit = " (score: what cutting the edge is expected to cost, in nats)" if nats else ""
+    unit = f" (score: contribution to the target, in {record['unit']})" if "unit" in record else unit
+    print(f"\nEdges kept{unit}:")
     for row in table[table.kept].head(200).itertuples():
         mark = "" if truth is None else ("  true" if (row.source, row.target) in truth else "  FALSE")
         print(f"  {row.source:>8} -> {row.target:<8}{row.port or ' ':2}{row.score:10.4g}{mark}")

@@ -160,14 +160,18 @@ def _kept(site: FeatureSite, blocks: Mapping[str, Block], options: FeatureOption
 def node_scores(graph: AttributionGraph) -> dict[str, float]:
     """How much each feature matters to the target, to rank features by.
 
-    Scores of neurons and residual dimensions say it of each edge already: the largest |score| out of a node. Those of
-    SAE features are local, from feature to feature, so they're followed to the end of the graph (u's children v):
+    Where the graph knows what each node contributes in all (`node_info`), that. Else scores of neurons and residual
+    dimensions say it of each edge already: the largest |score| out of a node. Those of SAE features are local, from
+    feature to feature, so they're followed to the end of the graph (u's children v):
 
         relevance(u) = sum over v of |score(u -> v)| relevance(v),    relevance = 1 where nothing is fed.
     """
+    named = {name for block in graph.index.blocks if block.features is not None for name in block.names}
+    whole = {name: graph.node_info.get(name, {}).get("contribution") for name in graph.index.names if name in named}
+    if all(isinstance(value, (int, float)) for value in whole.values()):
+        return {name: abs(value) for name, value in whole.items()}
     local = any(block.site.kind == "hook" for block in graph.index.blocks)
     scores = _followed(graph) if local else _largest(graph)
-    named = {name for block in graph.index.blocks if block.features is not None for name in block.names}
     return {name: score for name, score in zip(graph.index.names, scores.tolist()) if name in named}
 
 

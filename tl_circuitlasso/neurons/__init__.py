@@ -2,3 +2,4 @@
 
 from tl_circuitlasso.neurons.behaviour import Behaviour as Behaviour
 from tl_circuitlasso.neurons.circuit import neuron_circuit as neuron_circuit
+from tl_circuitlasso.neurons.recurring import recurring as recurring
