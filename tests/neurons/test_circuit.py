@@ -105,14 +105,22 @@ def test_the_difference_is_the_target_s():
     )
 
 
-def test_without_a_target_the_models_own_choice_is_explained():
+def test_without_a_target_the_first_choices_of_both_runs_are_compared():
     model, (clean, corrupted) = architectures.hooked("llama", dtype=torch.float64), pair()
     graph = circuit(model, clean, corrupted, target=None, positions="last")
-    top = [model(tokens)[:, -1] for tokens in (clean, corrupted)]
-    ids = top[0].topk(2).indices
-    expected = (top[0].gather(1, ids) @ torch.tensor([1.0, -1.0]).double()).mean()
-    own_second = top[1].topk(2).values @ torch.tensor([1.0, -1.0]).double()
-    assert graph.provenance["difference"] == pytest.approx(float(expected - own_second.mean()))
+    own, other = (model(tokens)[:, -1] for tokens in (clean, corrupted))
+    first, second = own.topk(2).indices.unbind(1)
+    theirs = other.argmax(1)
+    ids = torch.stack([first, torch.where(theirs == first, second, theirs)], 1)
+    change = (own - other).gather(1, ids) @ torch.tensor([1.0, -1.0]).double()
+    assert graph.provenance["difference"] == pytest.approx(float(change.mean()))
+
+
+def test_random_pairs_count_from_the_lower_target_to_the_higher():
+    """Over a random cycle signed differences cancel; oriented ones don't."""
+    model, (clean, _) = architectures.hooked("llama", dtype=torch.float64), pair()
+    graph = circuit(model, clean)
+    assert graph.provenance["difference"] > 0.1 and graph.n_kept < len(graph)
 
 
 def test_graphs_go_into_files_and_explanations(tmp_path):

@@ -45,6 +45,7 @@ class Batch:
 
 
 Goal = Callable[[Tensor, Batch], Tensor]  # (logits, the batch they are of) -> sum over its prompts
+Contrast = Callable[[Tensor, Tensor, Batch], Tensor]  # (logits of both runs, batch) -> what the target reads of logits
 
 
 @dataclass
@@ -56,15 +57,28 @@ class Count:
     difference: float = 0.0
 
 
+@dataclass(frozen=True)
+class Reading:
+    """A target that is linear in the logits: what it reads of them, given both runs of each pair.
+
+    oriented: every pair counts from its lower to its higher value. Partners drawn at random need it: over a random
+    cycle of prompts the differences themselves add up to nothing.
+    """
+
+    contrast: Contrast
+    oriented: bool
+
+
 @dataclass(frozen=True, eq=False)
 class Scoring:
     """What is scored, and against what.
 
-    basis: a key of `NODE_BASES`; reference: one of `REFERENCES`; goal: the target as a function of the logits.
+    basis: a key of `NODE_BASES`; reference: one of `REFERENCES`; goal: the target as a function of the logits, or as
+        what it reads of them in each pair (`Reading`).
     """
 
     adapter: Adapter
-    goal: Goal
+    goal: Goal | Reading
     basis: str
     reference: str
     count: Count = field(default_factory=Count)
@@ -122,9 +136,8 @@ class BySweep:
         scoring, batch = given.scoring, given.batch
         other = given.own if self.alone or given.other is None else given.other
         ends = Ends(scoring.adapter, given.own, other, batch.mask, position_ids(batch.mask))
-        value, at_logits = goal_gradient(scoring.goal, given.own["logits"], batch)
-        if not self.alone:
-            scoring.count.difference += value - float(scoring.goal(other["logits"], batch))
+        at_logits, difference = read_logits(scoring.goal, given.own["logits"], other["logits"], batch)
+        scoring.count.difference += difference
         start = unembedded(scoring.adapter, given.own["logits"], other["logits"], at_logits)
         scoring.count.backward += given.share
         for layer in sweep(ends, start, self.rules):
@@ -137,6 +150,20 @@ def _at(layer: Layer, basis: str) -> Float[Tensor, "prompt pos *width"]:
     found = {"neuron": layer.neurons, "mlp_out": layer.behind, "residual": layer.front}[basis]
     assert found is not None  # Scoring refuses models without MLPs
     return found[:, 0]
+
+
+def read_logits(
+    goal: Goal | Reading, own: Float[Tensor, "batch pos vocab"], other: Float[Tensor, "batch pos vocab"], batch: Batch
+) -> tuple[Float[Tensor, "batch pos vocab"], float]:
+    """What the target reads of the logits, and the sum over prompts of what it differs by between the runs."""
+    if not isinstance(goal, Reading):
+        value, at_logits = goal_gradient(goal, own, batch)
+        return at_logits, value - float(goal(other, batch))
+    at_logits = goal.contrast(own, other, batch)
+    change = (at_logits * (own - other)).sum((1, 2))
+    if goal.oriented:
+        at_logits, change = at_logits * change.sign()[:, None, None], change.abs()
+    return at_logits, float(change.sum())
 
 
 def goal_gradient(
@@ -211,6 +238,7 @@ def gradients(scoring: Scoring, batch: Batch, start: Float[Tensor, "batch pos d_
     points.append((_point(adapter, "blocks.0.hook_resid_pre"), begin))
     with differentiable(adapter), observe(points):
         logits = adapter.model(batch.clean.to(adapter.device), attention_mask=mask.long(), return_type="logits")
+        assert not isinstance(scoring.goal, Reading)  # methods by gradient are given metrics
         value = checked(scoring.goal(logits, batch))
         needed = [made.needed[0] for made in plans.values()]
         if silent := [path for path in needed if path not in heard]:

@@ -10,10 +10,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_circuitlasso.errors import InputError
-from tl_circuitlasso.models import readout
+from tl_circuitlasso.models import outcome, readout
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.collect import left_aligned
-from tl_circuitlasso.models.neuron_scores import Batch
+from tl_circuitlasso.models.neuron_scores import Batch, Reading
 from tl_circuitlasso.models.pairs import PairBatch, Pairs
 from tl_circuitlasso.models.read import make_pairs
 from tl_circuitlasso.models.tokens import Batch as PromptBatch
@@ -78,26 +78,35 @@ class Behaviour:
     def whole(self) -> PromptBatch:
         return self.prompts.whole()
 
-    def goal(self, logits: Float[Tensor, "batch pos vocab"], batch: Batch) -> Float[Tensor, ""]:
-        """The target's mean over the positions where it's read, summed over the prompts; without a target, the model's
-        first choice less its second."""
+    @property
+    def reading(self) -> Reading:
+        """The target as what it reads of the logits."""
+        return Reading(self.contrast, oriented=self.partners is None)
+
+    def contrast(
+        self, own: Float[Tensor, "batch pos vocab"], other: Float[Tensor, "batch pos vocab"], batch: Batch
+    ) -> Float[Tensor, "batch pos vocab"]:
+        """Plus one at one token and minus one at another, shared among the positions where the target is read.
+
+        Without a target these are the first choices of both runs, or the own runner-up where they agree.
+        """
         assert batch.keep is not None
-        share = batch.keep.to(logits) / batch.keep.sum(1, keepdim=True).clamp_min(1)
         if self.target is None:
-            first, second = logits.topk(2, dim=-1).values.unbind(-1)
-            return ((first - second) * share).sum()
-        return (_logit_difference(logits, self.target, batch.rows) * share).sum()
+            plus, minus = outcome.contrast(own.flatten(0, 1), other.flatten(0, 1))
+            tokens = torch.stack([plus, minus]).view(2, *own.shape[:2], 1)
+        else:
+            tokens = self._answers(batch.rows, own.shape[-1]).to(own.device).expand(2, *own.shape[:2], 1)
+        share = batch.keep.to(own) / batch.keep.sum(1, keepdim=True).clamp_min(1)
+        at_logits = torch.zeros_like(own)
+        at_logits.scatter_add_(2, tokens[0], share[..., None])
+        return at_logits.scatter_add_(2, tokens[1], -share[..., None])
 
-
-def _logit_difference(
-    logits: Float[Tensor, "batch pos vocab"], target: Target, rows: Int[Tensor, " batch"]
-) -> Float[Tensor, "batch pos"]:
-    assert isinstance(target, LogitDiff)
-    ids = torch.stack([torch.as_tensor(target.correct), torch.as_tensor(target.incorrect)])[:, rows]
-    if not 0 <= int(ids.min()) <= int(ids.max()) < logits.shape[-1]:
-        raise InputError(f"`target` names token {int(ids.max())}, the model has logits 0 to {logits.shape[-1] - 1}")
-    ids = ids.to(logits.device)[:, :, None, None].expand(2, *logits.shape[:2], 1)
-    return (logits.gather(2, ids[0]) - logits.gather(2, ids[1])).squeeze(2)
+    def _answers(self, rows: Int[Tensor, " batch"], vocabulary: int) -> Int[Tensor, "2 batch 1 1"]:
+        assert isinstance(self.target, LogitDiff)
+        ids = torch.stack([torch.as_tensor(self.target.correct), torch.as_tensor(self.target.incorrect)])[:, rows]
+        if not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+            raise InputError(f"`target` names token {int(ids.max())}, the model has logits 0 to {vocabulary - 1}")
+        return ids[:, :, None, None]
 
 
 def _given_pair(pair: PairBatch) -> Batch:

@@ -5,7 +5,8 @@ is replaced by its secant, so that the contributions of all neurons, attention i
 
     score(u) = mean over prompts of sum_p m_u[p] (u[p] - u'[p])
 
-is how much of the target's difference runs through neuron u, positive where it helps. Two forward passes and one sweep
+is how much of the target's difference runs through neuron u, positive where it helps. Pairs drawn at random count from
+the lower value of the target to the higher one. Two forward passes and one sweep
 per prompt for all neurons together; what is kept does not grow with the prompts.
 """
 
@@ -47,7 +48,7 @@ def neuron_circuit(behaviour: Behaviour, basis: Neuron, *, strength: str | float
     if basis.linked > max(total, 0) > 0:
         raise InputError(f"`linked` is {basis.linked}, but the model has only {total} neurons")
     adapter, tally = behaviour.adapter, Tally(behaviour.prompts.width)
-    scoring = Scoring(adapter, behaviour.goal, "neuron", "corrupted")
+    scoring = Scoring(adapter, behaviour.reading, "neuron", "corrupted")
     bar = tqdm(behaviour.pairs(), disable=None if progress else True, desc="neurons", unit="batch")
     for batch, key, product in products(scoring, lambda: bar, behaviour.n_prompts, BySweep(SECANT, alone=False)):
         tally.add(key, batch, product)

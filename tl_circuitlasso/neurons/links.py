@@ -19,7 +19,7 @@ from tl_circuitlasso import solve
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.neuron_edges import direct_effects, memory
-from tl_circuitlasso.models.neuron_scores import Batch, goal_gradient
+from tl_circuitlasso.models.neuron_scores import Batch, read_logits
 from tl_circuitlasso.models.neuron_sweep import SECANT, Ends, unembedded, wanted
 from tl_circuitlasso.models.rotary import position_ids
 from tl_circuitlasso.neurons.behaviour import Behaviour
@@ -105,7 +105,7 @@ def _effects(
     keys = {"logits", "resid_pre.0", *wanted(adapter)}
     own, other = (adapter.run(tokens, batch.mask, keys) for tokens in (batch.clean, batch.corrupted))
     ends = Ends(adapter, own, other, batch.mask, position_ids(batch.mask))
-    _, at_logits = goal_gradient(behaviour.goal, own["logits"], batch)
+    at_logits, _ = read_logits(behaviour.reading, own["logits"], other["logits"], batch)
     start = unembedded(adapter, own["logits"], other["logits"], at_logits)
     return direct_effects(ends, start, chosen, SECANT).value
 

@@ -19,7 +19,7 @@ def recurring(behaviour: Behaviour, *, foremost: int = 50) -> dict[str, float]:
     ------
     InputError: `foremost` isn't a whole number from 1 to the number of neurons.
     """
-    scoring = Scoring(behaviour.adapter, behaviour.goal, "neuron", "corrupted")
+    scoring = Scoring(behaviour.adapter, behaviour.reading, "neuron", "corrupted")
     width = behaviour.adapter.shape.d_mlp
     total = width * len(scoring.keys)
     if not isinstance(foremost, int) or isinstance(foremost, bool) or not 1 <= foremost <= total:
