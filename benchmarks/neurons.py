@@ -95,6 +95,9 @@ METHODS: dict[str, Method] = {
     "CircuitLasso": ours,
     "CircuitLasso, unpaired": unpaired,
     "RelP": lambda model, data: baselines.relp(model, data.clean, data.corrupted, data.metric),
+    "RelP, mean reference": lambda model, data: baselines.relp(
+        model, data.clean, data.corrupted, data.metric, reference="mean"
+    ),
     "RelP, attention moving": lambda model, data: baselines.relp(
         model, data.clean, data.corrupted, data.metric, attention="moving"
     ),
@@ -104,6 +107,7 @@ METHODS: dict[str, Method] = {
     "gradient x activation": lambda model, data: baselines.gradient_activation(
         model, data.clean, data.corrupted, data.metric
     ),
+    "CircuitLasso, corrupted reference": lambda model, data: ours(model, data, reference="corrupted"),
     "IG-10": lambda model, data: baselines.integrated_gradients(model, data.clean, data.corrupted, data.metric),
     "random": lambda model, data: baselines.random_nodes(model),
 }

@@ -234,7 +234,13 @@ def _neurons(job: Job, basis: Neuron, corrupted: AnyPrompts | None, max_prompts:
     for _ in behaviour.prompts:  # their hash is known once all have been read
         pass
     graph = neuron_circuit(behaviour, basis, strength=job.strength, progress=job.progress)
-    arguments = {"basis": basis.name, "max_nodes": basis.max_nodes, "linked": basis.linked, "max_prompts": max_prompts}
+    arguments = {
+        "basis": basis.name,
+        "max_nodes": basis.max_nodes,
+        "linked": basis.linked,
+        "reference": basis.reference,
+        "max_prompts": max_prompts,
+    }
     return replace(graph, provenance={**made_of(job.adapter, behaviour.prompts, arguments), **graph.provenance})
 
 

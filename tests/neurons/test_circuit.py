@@ -8,7 +8,7 @@ from tests import architectures
 from tl_circuitlasso.errors import InputError, ModelError
 from tl_circuitlasso.models import adapt
 from tl_circuitlasso.models.neuron_edges import direct_effects
-from tl_circuitlasso.models.neuron_scores import Batch, goal_gradient
+from tl_circuitlasso.models.neuron_scores import Batch, BySweep, Pass, Scoring, goal_gradient
 from tl_circuitlasso.models.neuron_sweep import SECANT, Ends, unembedded, wanted
 from tl_circuitlasso.models.rotary import position_ids
 
@@ -46,10 +46,10 @@ def test_a_neuron_that_only_attention_reads_is_found_at_its_position():
     model, (clean, corrupted) = architectures.hooked("llama", dtype=torch.float64), pair()
     model.blocks[1].mlp.W_out.data.zero_()
     corrupted[:, -3:] = clean[:, -3:]  # the prompts differ in early positions alone
-    graph = circuit(model, clean, corrupted)
+    graph = circuit(model, clean, corrupted, basis=tcl.Neuron(reference="corrupted"))
     best = graph.edge_table().source[0]
     early = graph.node_info[best]["by_position"]
-    assert abs(early["-4"]) > 0 and graph.node_info[best]["contexts"][0]["at"] <= 5
+    assert "0" not in early and abs(early["2"]) > 0  # the first token is the same in all prompts
     assert sum(early.values()) == pytest.approx(graph.node_info[best]["contribution"])
 
 
@@ -58,7 +58,7 @@ def test_scores_are_what_patching_single_neurons_does():
     model, (clean, _) = architectures.hooked("gpt2", dtype=torch.float64), pair()
     corrupted = clean.clone()
     corrupted[:, 2] = (clean[:, 2] - 3 + 1) % 28 + 3
-    graph = circuit(model, clean, corrupted)
+    graph = circuit(model, clean, corrupted, basis=tcl.Neuron(reference="corrupted"))
     own, other = (model.run_with_cache(tokens)[1] for tokens in (clean, corrupted))
     full = difference(model(clean))
     truth = {}
@@ -95,6 +95,21 @@ def test_batches_and_padding_change_nothing():
         ours, theirs = ([place["at"] for place in graph.node_info[name]["contexts"]] for graph in (whole, padded))
         assert ours == theirs, name
     assert padded.provenance["passes_per_prompt"] == {"forward": 2.0, "sweep": 1.0}
+
+
+def test_one_pass_against_the_mean_is_what_two_passes_give():
+    model, (clean, corrupted) = architectures.hooked("llama", dtype=torch.float64), pair()
+    graph = circuit(model, clean, corrupted, batch_size=3)
+    scoring = Scoring(adapt(model), lambda logits, batch: 8 * difference(logits), "neuron", "mean")
+    batch = Batch(clean, corrupted, torch.ones_like(clean, dtype=torch.bool), torch.arange(PROMPTS))
+    own, other = (
+        adapt(model).run(tokens, None, {*wanted(scoring.adapter), "logits", *scoring.keys})
+        for tokens in (clean, corrupted)
+    )
+    mean = {key: other[key].mean(0) for key in scoring.keys}
+    found = dict(BySweep(SECANT, alone=False).multipliers(Pass(scoring, batch, 1.0, own, other)))
+    expected = torch.cat([(found[key] * (own[key] - mean[key])).sum((0, 1)) / PROMPTS for key in scoring.keys])
+    assert torch.allclose(torch.tensor([scores(graph)[f"m{i // 40}#{i % 40}"] for i in range(80)]).double(), expected)
 
 
 def test_the_difference_is_the_target_s():
@@ -198,12 +213,15 @@ def test_bad_input_is_named():
         ({"checkpoint": "x.safetensors"}, "checkpoint"),
         ({"method": "lasso+confirm"}, "method"),
         ({"basis": tcl.Neuron(linked=81)}, "linked"),
+        ({"metric": difference}, "metric"),
     )
     for options, message in bad:
         with pytest.raises(InputError, match=message):
             circuit(model, clean, **options)
     with pytest.raises(InputError, match="linked"):
         tcl.Neuron(linked=-1)
+    with pytest.raises(InputError, match="reference"):
+        tcl.Neuron(reference="median")
     with pytest.raises(InputError, match="pairs"):
         circuit(model, clean[:1], target=None)
     with pytest.raises(ModelError, match="no MLPs"):

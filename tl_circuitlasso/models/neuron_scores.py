@@ -278,6 +278,16 @@ def products(
 ) -> Iterator[tuple[Batch, str, Float[Tensor, "prompt pos node"]]]:
     """Every batch's contributions, prompt by prompt and position by position, one activation at a time."""
     means = _means(scoring, batches, prompts) if scoring.reference == "mean" else None
+    for batch, key, at, own, other in multiplied(scoring, batches, prompts, way):
+        real = batch.mask.view(*batch.mask.shape, *[1] * (at.ndim - 2))
+        product = torch.where(real, at * (own - _reference(scoring, key, other, means)), 0.0).double()
+        yield batch, key, product.sum(-1) if scoring.basis == "head" else product
+
+
+def multiplied(
+    scoring: Scoring, batches: Callable[[], Iterator[Batch]], prompts: int, way: BySweep | ByGradient
+) -> Iterator[tuple[Batch, str, Tensor, Tensor, Tensor | None]]:
+    """Every batch's multipliers at each activation, with the activation in the clean run and in the partner's."""
     for batch in batches():
         share = len(batch.rows) / prompts
         own = scoring.run(batch.clean, batch.mask, way.wanted(scoring.adapter), share)
@@ -285,9 +295,7 @@ def products(
         if batch.corrupted is not None and _reads_partner(scoring, way):
             other = scoring.run(batch.corrupted, batch.mask, way.wanted(scoring.adapter), share)
         for key, at in way.multipliers(Pass(scoring, batch, share, own, other)):
-            real = batch.mask.view(*batch.mask.shape, *[1] * (at.ndim - 2))
-            product = torch.where(real, at * (own[key] - _reference(scoring, key, other, means)), 0.0).double()
-            yield batch, key, product.sum(-1) if scoring.basis == "head" else product
+            yield batch, key, at, own[key], None if other is None else other[key]
 
 
 def _reads_partner(scoring: Scoring, way: BySweep | ByGradient) -> bool:
@@ -295,16 +303,14 @@ def _reads_partner(scoring: Scoring, way: BySweep | ByGradient) -> bool:
     return scoring.reference == "corrupted" or along
 
 
-def _reference(
-    scoring: Scoring, key: str, other: Mapping[str, Tensor] | None, means: Mapping[str, Tensor] | None
-) -> Tensor | float:
+def _reference(scoring: Scoring, key: str, other: Tensor | None, means: Mapping[str, Tensor] | None) -> Tensor | float:
     if scoring.reference == "zero":
         return 0.0
     if means is not None:
         return means[key]
     if other is None:
         raise InputError("`corrupted` is missing: reference='corrupted' reads it; without it use 'mean' or 'zero'")
-    return other[key]
+    return other
 
 
 def _means(scoring: Scoring, batches: Callable[[], Iterator[Batch]], prompts: int) -> dict[str, Tensor]:

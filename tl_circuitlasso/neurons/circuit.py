@@ -3,11 +3,12 @@
 Each prompt has a partner: its corrupted one, or another prompt drawn at random. Between the two runs every nonlinearity
 is replaced by its secant, so that the contributions of all neurons, attention included, come from one linear sweep:
 
-    score(u) = mean over prompts of sum_p m_u[p] (u[p] - u'[p])
+    score(u) = mean over prompts of sum_p m_u[p] (u[p] - r_u[p])
 
-is how much of the target's difference runs through neuron u, positive where it helps. Pairs drawn at random count from
-the lower value of the target to the higher one. Two forward passes and one sweep
-per prompt for all neurons together; what is kept does not grow with the prompts.
+where r_u[p] is the mean of u over the partners at that position (or what u does in the prompt's own partner): how much
+of the target's difference runs through neuron u, positive where it helps. Pairs drawn at random count from the lower
+value of the target to the higher one. Two forward passes and one sweep per prompt for all neurons together; what is
+kept does not grow with the prompts.
 """
 
 import time
@@ -23,7 +24,7 @@ from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models import readout
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.bases import Neuron
-from tl_circuitlasso.models.neuron_scores import BySweep, Scoring, products
+from tl_circuitlasso.models.neuron_scores import BySweep, Scoring, multiplied
 from tl_circuitlasso.models.neuron_sweep import SECANT
 from tl_circuitlasso.neurons.behaviour import Behaviour
 from tl_circuitlasso.neurons.links import link
@@ -44,20 +45,24 @@ def neuron_circuit(behaviour: Behaviour, basis: Neuron, *, strength: str | float
     InputError: no prompt has a partner, or the target can't be read from logits. ModelError: no MLPs, or experts.
     """
     began = time.perf_counter()
-    total = behaviour.adapter.shape.n_layers * behaviour.adapter.shape.d_mlp
-    if basis.linked > max(total, 0) > 0:
-        raise InputError(f"`linked` is {basis.linked}, but the model has only {total} neurons")
-    adapter, tally = behaviour.adapter, Tally(behaviour.prompts.width)
+    adapter = behaviour.adapter
     scoring = Scoring(adapter, behaviour.reading, "neuron", "corrupted")
+    total = adapter.shape.n_layers * adapter.shape.d_mlp
+    if basis.linked > total:
+        raise InputError(f"`linked` is {basis.linked}, but the model has only {total} neurons")
+    tally = Tally(behaviour.prompts.width, total, basis.reference)
     bar = tqdm(behaviour.pairs(), disable=None if progress else True, desc="neurons", unit="batch")
-    for batch, key, product in products(scoring, lambda: bar, behaviour.n_prompts, BySweep(SECANT, alone=False)):
-        tally.add(key, batch, product)
+    way = BySweep(SECANT, alone=False)
+    for batch, key, at, own, other in multiplied(scoring, lambda: iter(bar), behaviour.n_prompts, way):
+        assert other is not None  # every pair has a partner
+        tally.add(key, batch, at, own, other)
     if not tally.prompts:
         raise InputError("`tokens` gave no pairs of prompts: design 'read' needs two or more prompts in each batch")
-    found = {key: tally.total[key].cpu() / tally.prompts for key in scoring.keys}
+    found = {key: tally.contributions(key).sum(0) for key in scoring.keys}
     difference = scoring.count.difference / tally.prompts
     facts = {
         "unit": "logits",
+        "reference": basis.reference,
         "difference": difference,
         "pairs": tally.prompts,
         "prompts": behaviour.n_prompts,
@@ -83,16 +88,17 @@ def _about(adapter: Adapter, behaviour: Behaviour, graph: AttributionGraph, tall
     info: dict[str, dict[str, Any]] = {}
     for name, score in zip(graph.index.names, graph.score.tolist()):
         info[name] = {"contribution": score}
-    kept = [graph.index.names[i] for i in graph.source[graph.kept].tolist()]
+    kept = {graph.index.names[i] for i in graph.source[graph.kept].tolist()}
     words = _words(adapter)
     for block in graph.index.blocks[:-1]:
-        own = [neuron for neuron in block.features or () if f"{block.site}#{neuron}" in set(kept)]
+        own = [neuron for neuron in block.features or () if f"{block.site}#{neuron}" in kept]
         if not own:
             continue
         favoured = _favoured(adapter, block.site.layer, own) if words else None
+        places = tally.places(f"mlp_post.{block.site.layer}", own, behaviour, words)
         for number, neuron in enumerate(own):
             facts = info[f"{block.site}#{neuron}"]
-            facts |= tally.places(f"mlp_post.{block.site.layer}", neuron, behaviour, words)
+            facts |= places[number]
             if favoured is not None:
                 facts["top_logits"] = [words([token]) for token in favoured[number]]
     return info
