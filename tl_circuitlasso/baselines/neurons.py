@@ -58,6 +58,13 @@ def relp(
     Raises
     ------
     InputError: arguments that can't be used; ModelError: no MLPs, or a mixture of experts.
+
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=8)
+    >>> metric = tcl.evaluate.logit_diff(demo.correct, demo.incorrect)
+    >>> graph = relp(demo.model, demo.tokens, demo.corrupted, metric, basis="head")
+    >>> sorted(graph.kept_nodes())[:2]
+    ['a0.h0', 'a0.h1']
     """
     if attention not in ("frozen", "moving"):
         raise InputError(f"`attention` is {attention!r}: write 'frozen' or 'moving'")
