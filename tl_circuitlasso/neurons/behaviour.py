@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_circuitlasso.errors import InputError
+from tl_circuitlasso.features.graph import Text
 from tl_circuitlasso.models import outcome, readout
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.collect import left_aligned
@@ -67,12 +68,11 @@ class Behaviour:
     def n_prompts(self) -> int:
         return self.prompts.n_prompts or 0
 
-    def context(self, row: int, position: int, value: float, words: Any) -> dict[str, Any]:
+    def context(self, row: int, position: int, value: float, text: Text) -> dict[str, Any]:
         """A place as `explain` shows it; `position` counts from the first real token."""
         batch = self.whole
         ids = batch.tokens[row][batch.mask[row]].tolist()
-        tokens = [words([token]) if words else str(token) for token in ids]
-        return {"value": value, "tokens": tokens, "at": position, "prompt": row}
+        return {"value": value, "tokens": [text.of(token) for token in ids], "at": position, "prompt": row}
 
     @cached_property
     def whole(self) -> PromptBatch:

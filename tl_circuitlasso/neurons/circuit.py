@@ -12,7 +12,6 @@ kept does not grow with the prompts.
 """
 
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +19,7 @@ from tqdm.auto import tqdm
 
 from tl_circuitlasso.baselines.neurons import score_graph
 from tl_circuitlasso.errors import InputError
+from tl_circuitlasso.features.graph import Text
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models import readout
 from tl_circuitlasso.models.adapter import Adapter
@@ -89,24 +89,18 @@ def _about(adapter: Adapter, behaviour: Behaviour, graph: AttributionGraph, tall
     for name, score in zip(graph.index.names, graph.score.tolist()):
         info[name] = {"contribution": score}
     kept = {graph.index.names[i] for i in graph.source[graph.kept].tolist()}
-    words = _words(adapter)
+    text = Text(adapter)
     for block in graph.index.blocks[:-1]:
         own = [neuron for neuron in block.features or () if f"{block.site}#{neuron}" in kept]
         if not own:
             continue
-        favoured = _favoured(adapter, block.site.layer, own) if words else None
-        places = tally.places(f"mlp_post.{block.site.layer}", own, behaviour, words)
+        favoured = _favoured(adapter, block.site.layer, own)
+        places = tally.places(f"mlp_post.{block.site.layer}", own, behaviour, text)
         for number, neuron in enumerate(own):
             facts = info[f"{block.site}#{neuron}"]
             facts |= places[number]
-            if favoured is not None:
-                facts["top_logits"] = [words([token]) for token in favoured[number]]
+            facts["top_logits"] = [text.of(token) for token in favoured[number]]
     return info
-
-
-def _words(adapter: Adapter) -> Callable[[list[int]], str] | None:
-    tokenizer = getattr(adapter.model, "tokenizer", None)
-    return None if tokenizer is None else tokenizer.decode
 
 
 def _favoured(adapter: Adapter, layer: int, neurons: list[int]) -> list[list[int]]:

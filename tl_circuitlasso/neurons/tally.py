@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_circuitlasso.errors import InputError
+from tl_circuitlasso.features.graph import Text
 from tl_circuitlasso.models.neuron_scores import Batch
 from tl_circuitlasso.models.rotary import position_ids
 from tl_circuitlasso.neurons.behaviour import Behaviour
@@ -86,14 +87,14 @@ class Tally:
             places = places.gather(1, order.expand(2, *order.shape))
         self.best[key] = values, places
 
-    def places(self, key: str, neurons: list[int], behaviour: Behaviour, words: Any) -> list[dict[str, Any]]:
+    def places(self, key: str, neurons: list[int], behaviour: Behaviour, text: Text) -> list[dict[str, Any]]:
         """Of some neurons contributions by position and the contexts of the largest differences."""
         own = self.contributions(key)[:, neurons]
         values, places = (part[..., neurons].cpu() for part in self.best[key])
         found: list[dict[str, Any]] = []
         for number in range(len(neurons)):
             contexts = [
-                behaviour.context(int(row), int(position), float(value), words)
+                behaviour.context(int(row), int(position), float(value), text)
                 for value, row, position in zip(values[:, number], *places[:, :, number])
             ]
             found.append({"contexts": contexts})
