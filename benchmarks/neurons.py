@@ -29,9 +29,11 @@ from tl_circuitlasso import LogitDiff, Neuron, baselines, circuit_lasso, evaluat
 from tl_circuitlasso.bench.measure import measured
 from tl_circuitlasso.evaluate.features import FeatureOptions, circuit_of, feature_sites
 from tl_circuitlasso.evaluate.interventions import intervention
+from tl_circuitlasso.evaluate.metrics import PromptMetric
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models import adapt
 from tl_circuitlasso.models.feature_patch import Carried, run_features
+from tl_circuitlasso.models.loading import load_model
 from tl_circuitlasso.models.tokens import Prompts
 from tl_circuitlasso.neurons import Behaviour, recurring
 from tl_circuitlasso.neurons.links import rank_by
@@ -50,7 +52,7 @@ class Agreement:
     incorrect: Tensor
 
     @property
-    def metric(self) -> evaluate.metrics.PromptMetric:
+    def metric(self) -> PromptMetric:
         return evaluate.logit_diff(self.correct, self.incorrect)
 
 
@@ -249,7 +251,7 @@ def steering(model: Any, file: Path, *, foremost: int = 50, share: float = 0.5) 
         for factor in FACTORS if cluster else ():
             row: dict[str, Any] = {"cluster": hop, "neurons": len(cluster), "factor": factor}
             for asked, known in facts.items():
-                metric = evaluate.metrics.PromptMetric(_probability(known.answers))
+                metric = PromptMetric(_probability(known.answers))
                 done = evaluate.steer(model, graphs[hop], cluster, factor, known.prompts, metric, other=[OTHER])
                 row |= {f"p({asked})": done.after, "loss on other text": done.loss_after}
             rows.append(row)

@@ -144,6 +144,7 @@ def circuit_lasso(
         elif neurons is not None:
             graph = _neurons(job, neurons, corrupted, max_prompts)
         else:
+            assert chosen is not None
             causal = None
             if method == "lasso+confirm":
                 causal = prepare(adapter, prompts, corrupted, target, metric, count=max_prompts, seed=seed)

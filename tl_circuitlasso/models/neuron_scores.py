@@ -234,6 +234,7 @@ def gradients(scoring: Scoring, batch: Batch, start: Float[Tensor, "batch pos d_
 
     paths = dict.fromkeys(made.needed[0] for made in plans.values())
     paths.pop("blocks.0.hook_resid_pre", None)
+    points: list[tuple[Any, Callable[[Tensor], Tensor | None]]]
     points = [(_point(adapter, path), partial(keep, path)) for path in paths]
     points.append((_point(adapter, "blocks.0.hook_resid_pre"), begin))
     with differentiable(adapter), observe(points):

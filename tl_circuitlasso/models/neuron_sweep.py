@@ -311,6 +311,6 @@ def unembedded(
     used = at_logits.abs().amax((0, 1)).nonzero().flatten()  # a metric reads a few tokens, the vocabulary is wide
     m, cap = at_logits[..., used], adapter.logit_soft_cap
     if cap is not None:
-        raw = [cap * torch.atanh((side[..., used] / cap).clamp(-1 + 1e-7, 1 - 1e-7)) for side in (own, other)]
-        m = m * secant(lambda x: cap * torch.tanh(x / cap), *raw)
+        low, high = (cap * torch.atanh((side[..., used] / cap).clamp(-1 + 1e-7, 1 - 1e-7)) for side in (own, other))
+        m = m * secant(lambda x: cap * torch.tanh(x / cap), low, high)
     return (m @ weight[:, used].T).unsqueeze(1)
