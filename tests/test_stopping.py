@@ -41,7 +41,9 @@ def test_order_does_not_matter(scores: list[float], seed: int) -> None:
     [
         ([1.0, 0.5, 0.012, 0.011, 0.009, 0.008, 0.002], 2),  # a cluster around one percent stays together: here out
         ([1.0, 0.2, 0.1, 0.02, 0.011, 0.009, 0.0001], 6),  # and here in
-        ([1.0, 0.5, 0.004, 0.0], 3),  # nothing at all lies further from a small score than it from a large one
+        ([1.0, 0.5, 0.004, 0.0], 2),  # of a gap only the part near one percent counts
+        ([1.0, 0.255, 0.015], 3),  # so one that begins far above it cuts no deeper than the window allows
+        ([1.0, 0.255, 0.015, 0.0], 3),
         ([1.0, 0.5, 0.0, 0.0], 2),
         ([1.0], 1),
         ([3.0, 3.0, 3.0], 3),

@@ -41,14 +41,20 @@ class Confirmation:
         return confirm(graph, adapter, self.pairs.clean, self.pairs.corrupted, self.metric, **options).prune()
 
 
-def check_method(method: str, corrupted: Any, metric: Metric | None, basis: str, target: Target) -> None:
-    """Raise an InputError for a method that there isn't, or arguments that don't go with it."""
+def check_method(
+    method: str, corrupted: Any, metric: Metric | None, basis: str, target: Target, *, paired: bool
+) -> None:
+    """Raise an InputError for a method that there isn't, or arguments that don't go with it; `paired` says whether the
+    design compares prompts in pairs."""
     if method not in METHODS:
         raise InputError(f"`method` {method!r} is unknown: use one of {', '.join(map(repr, METHODS))}")
     if method == "lasso":
-        for name, given in (("corrupted", corrupted), ("metric", metric)):
-            if given is not None:
-                raise InputError(f"`{name}` is used by method='lasso+confirm' only: ask for that, or leave it out")
+        if metric is not None:
+            raise InputError("`metric` is used by method='lasso+confirm' only: ask for that, or leave it out")
+        if corrupted is not None and not paired:
+            raise InputError(
+                "`corrupted` is compared with the prompts in design 'read' only: use that, or leave `corrupted` out"
+            )
         return
     if basis != "component":
         raise InputError(

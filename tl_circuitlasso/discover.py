@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tl_circuitlasso.confirming import Confirmation, Metric, check_method, prepare
+from tl_circuitlasso.drawing import draw_by_output
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.features import FeatureSetup, Rule, learn_features
 from tl_circuitlasso.graph import AttributionGraph
@@ -35,10 +36,10 @@ from tl_circuitlasso.neurons import Behaviour, neuron_circuit
 from tl_circuitlasso.probing import fit_probe
 from tl_circuitlasso.provenance import made_of, passes_per_prompt, provenance
 from tl_circuitlasso.refining import refine
-from tl_circuitlasso.schema import FOLDS, PAIRS
+from tl_circuitlasso.schema import COUNT, FOLDS
 from tl_circuitlasso.sharing import Ranks, as_ranks
 from tl_circuitlasso.statistics import Statistics
-from tl_circuitlasso.targets import Labels, Target, Values, check_length, take
+from tl_circuitlasso.targets import Labels, Target, Values, take
 
 PAIR = 2  # prompts in a pair, so the fewest of a batch
 DESIGNS = {"activation": Activation, "read": ReadDesign, "routed": Routed}
@@ -127,7 +128,8 @@ def circuit_lasso(
         _check_neurons(neurons, method, strength, refused)
     else:
         chosen = as_design(design, as_basis(basis))
-        check_method(method, corrupted, metric, chosen.basis.name, target)
+        paired = isinstance(chosen, ReadDesign)
+        check_method(method, corrupted, metric, chosen.basis.name, target, paired=paired)
         if checked == "mcp" and design != "read" and getattr(chosen.basis, "directions", 1) > 1:
             raise InputError(
                 f"`strength` 'mcp' weighs single coefficients, and in design {design!r} components are groups of them: "
@@ -145,10 +147,13 @@ def circuit_lasso(
             graph = _neurons(job, neurons, corrupted, max_prompts)
         else:
             assert chosen is not None
-            causal = None
+            twins, causal = None, None
+            if corrupted is not None and isinstance(chosen, ReadDesign):
+                pairs = pairs_of(adapter, prompts, corrupted)
+                job, twins, chosen = replace(job, prompts=pairs.clean), pairs.corrupted, replace(chosen, contrast=True)
             if method == "lasso+confirm":
                 causal = prepare(adapter, prompts, corrupted, target, metric, count=max_prompts, seed=seed)
-            graph = _components(job, chosen, causal, max_prompts=max_prompts, refined=refined)
+            graph = _components(job, chosen, twins, causal, max_prompts=max_prompts, refined=refined)
     record, total = dict(graph.provenance), time.perf_counter() - began
     asked = {"strength": strength, "method": method, "seed": seed} | ({"design": design} if chosen or neurons else {})
     record["arguments"] = {**asked, **record["arguments"]}
@@ -177,15 +182,28 @@ class Job:
 
 
 def _components(
-    job: Job, design: Design, causal: Confirmation | None, *, max_prompts: int | None, refined: bool
+    job: Job,
+    design: Design,
+    twins: Prompts | None,
+    causal: Confirmation | None,
+    *,
+    max_prompts: int | None,
+    refined: bool,
 ) -> AttributionGraph:
     """Components, neurons or residual dimensions: statistics, regressions, a second look, and confirmation if asked."""
-    prompts, target = job.prompts, job.target
-    if isinstance(design, ReadDesign) and max_prompts is not None:
-        prompts, target = _some(prompts, target, max_prompts, job.seed)
-    drawn = replace(job, prompts=prompts, target=target)
-    plan = _plan(drawn, design)
-    collected = collect(job.adapter, prompts, plan, progress=job.progress, checkpoint=job.checkpoint, ranks=job.ranks)
+    prompts, target, drawn = job.prompts, job.target, None
+    many = max_prompts is not None and prompts.n_prompts is not None and prompts.n_prompts > max_prompts
+    if isinstance(design, ReadDesign) and many:
+        assert max_prompts is not None
+        drawn = draw_by_output(
+            job.adapter, prompts, target, max_prompts, job.seed, progress=job.progress, ranks=job.ranks
+        )
+        prompts, target = prompts.take(drawn.rows), take(target, drawn.rows)
+        twins = None if twins is None else twins.take(drawn.rows)
+        design = replace(design, weight=drawn.weight)
+    plan = _plan(replace(job, prompts=prompts, target=target), design)
+    options = {"progress": job.progress, "checkpoint": job.checkpoint, "ranks": job.ranks}
+    collected = collect(job.adapter, prompts, plan, twins=twins, **options)
     clock = [time.perf_counter()]
     graph = learn(collected.statistics, strength=job.strength, seed=job.seed, process_group=job.ranks)
     clock.append(time.perf_counter())
@@ -201,17 +219,21 @@ def _components(
     arguments: dict[str, Any] = {"basis": plan.design.basis.name}
     if isinstance(plan.design, ReadDesign):
         arguments |= {"max_prompts": max_prompts, "refined": refined}
-    record = provenance(job.adapter, prompts, collected, arguments) | {
+    before = 0 if drawn is None else drawn.forward_passes
+    record = dict(graph.provenance) | provenance(job.adapter, prompts, collected, arguments)
+    record |= {
         "processes": job.ranks.size,
         "prompts_given": job.prompts.n_prompts,
         "batch_size": job.batch_size,
-        "forward_passes": collected.forward_passes + looks,
+        "forward_passes": before + collected.forward_passes + looks,
     }
-    if PAIRS in collected.statistics.sums:
-        record["pairs"] = int(collected.statistics.sums[PAIRS].sum())
+    if COUNT in collected.statistics.sums:
+        record["pairs"] = int(collected.statistics.sums[COUNT].sum())
+        record["partners"] = "random" if twins is None else "corrupted"
+    if drawn is not None:
+        record["drawn"] = {"prompts": len(drawn.rows), "strata": drawn.strata}
     if causal is not None:
         seconds["confirm"] = confirmed
-        record |= {name: graph.provenance[name] for name in ("confirm",) if name in graph.provenance}
     record |= passes_per_prompt(record, job.batch_size)
     return replace(graph, provenance=record | {"seconds": seconds})
 
@@ -281,15 +303,6 @@ def _prompts(
     return prompts.gathered() if paired else prompts
 
 
-def _some(prompts: Prompts, target: Target, count: int, seed: int) -> tuple[Prompts, Target]:
-    """At most `count` of the prompts, drawn at random, with their part of the target."""
-    rows = prompts.draw(count, seed)
-    if rows is None or prompts.n_prompts is None:
-        return prompts, target
-    check_length(target, prompts.n_prompts)
-    return prompts.take(rows), take(target, rows)
-
-
 def collect_statistics(
     model: Any,
     tokens: AnyPrompts,
@@ -330,7 +343,8 @@ def collect_statistics(
 def _plan(job: Job, design: Design) -> Plan:
     adapter, prompts, target = job.adapter, job.prompts, job.target
     if isinstance(design, ReadDesign) and prompts.n_prompts is not None:
-        design = replace(design, draws=affordable_draws(adapter, prompts.n_prompts, prompts.width))
+        draws = 1 if design.contrast else affordable_draws(adapter, prompts.n_prompts, prompts.width)
+        design = replace(design, draws=draws)
     if isinstance(design, ReadDesign) and isinstance(target, (Labels, Values)):
         probe = fit_probe(adapter, prompts, target, last=job.last, progress=job.progress, ranks=job.ranks)
         design = replace(design, probe=probe)

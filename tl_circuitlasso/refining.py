@@ -11,10 +11,10 @@ from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.collect import Plan
 from tl_circuitlasso.models.read import ReadDesign, operations
-from tl_circuitlasso.models.reread import Costs, Edge, reread
+from tl_circuitlasso.models.reread import Costs, Edge, order, reread
 from tl_circuitlasso.models.tokens import Batch, first_prompts
 from tl_circuitlasso.sharing import ALONE, Ranks
-from tl_circuitlasso.stopping import widest_gap
+from tl_circuitlasso.stopping import CENTRE, widest_gap
 
 logger = logging.getLogger(__name__)
 
@@ -38,34 +38,38 @@ def refine(
 ) -> tuple[AttributionGraph, int]:
     """The graph without edges that cost the target too little when read alone and exactly; and the passes it took.
 
-    The rule is the one by which they were kept: the widest gap near 1 % of the largest, for edges and for nodes. A
-    dropped edge's score falls to what it was found to cost. Rounds are repeated until nothing more is dropped.
-    `prompts` is how many were behind the graph: the look is kept small beside them. `ranks` share the sample.
+    The rule is the one by which they were kept: the widest gap near 1 % of the costliest edge into the target (10 % of
+    a number), for edges and for nodes. Edges that were looked at have the score that was measured. Rounds are repeated
+    until nothing more is dropped. `prompts` is how many were behind the graph: the look is kept small beside them.
+    `ranks` share the sample. The provenance says what came of it.
     """
-    passes = 0
+    passes, came_of_it = 0, "no edge dropped"
+    number, before = graph.provenance["unit"] == "target", len(graph.kept_edges())
     for _ in range(ROUNDS):
         edges = graph.kept_edges()
         if not 0 < len(edges) <= MANY_EDGES:
-            logger.info("the second look was left out: %d edges are kept", len(edges))
+            came_of_it = f"left out: {len(edges)} pairs of components are kept"
             break
         wanted = _affordable(adapter, sample[0].tokens.shape[1], edges, prompts)
         if wanted < FEWEST:
-            logger.info("the second look was left out: beside so few prompts it would take too long")
+            came_of_it = "left out: beside so few prompts it would take too long"
             break
         costs = _costs(adapter, sample, plan, sorted(edges), wanted, ranks)
         passes += costs.passes
         if not _sees_behaviour(graph, costs):
-            logger.info("the second look was left out: its sample of %d pairs misses the behaviour", costs.pairs)
+            came_of_it = f"left out: its sample of {costs.pairs} pairs misses the behaviour"
             break
-        survivors = edges & _worth(costs)
-        if survivors == edges:
-            break
-        refined = _without(graph, {edge: costs.edges[edge] for edge in edges - survivors}).prune()
+        survivors = edges & _worth(costs, graph.index.names[-1], CENTRE**0.5 if number else CENTRE)
+        refined = _measured(graph, costs, survivors).prune()
         if not bool(refined.kept.any()):
-            logger.info("the second look was left out: no path would have survived it")
+            came_of_it = "left out: no path would have survived it"
             break
         graph = refined
-    return graph, passes
+        came_of_it = f"{before - len(graph.kept_edges())} edges dropped"
+        if survivors == edges:
+            break
+    logger.info("second look: %s", came_of_it)
+    return replace(graph, provenance={**graph.provenance, "second_look": came_of_it}), passes
 
 
 def _costs(
@@ -91,16 +95,22 @@ def _costs(
         return dict(zip(names, (ranks.sum(torch.tensor(total, dtype=torch.float64)) / pairs).tolist()))
 
     nodes = sorted({source for source, _ in edges})
-    return Costs(mean("edges", edges), mean("nodes", nodes), pairs, passes=len(chosen))
+    return Costs(mean("edges", edges), mean("nodes", nodes), mean("effects", edges), pairs, passes=len(chosen))
 
 
 def _affordable(adapter: Adapter, positions: int, edges: Collection[Edge], prompts: int) -> int:
     """How many pairs a round may look at: operations for one pair against those of the forward passes."""
     mlp, head, forward = operations(adapter)
-    into_mlps = sum(target.startswith("m") for _, target in edges)
-    into_heads = sum(target.startswith("a") for _, target in edges)
+    below: dict[str, set[str]] = {}  # all that each node feeds
+    for name in sorted({name for edge in edges for name in edge}, key=order, reverse=True):
+        fed = {target for source, target in edges if source == name}
+        below[name] = fed.union(*(below[child] for child in fed))
+    walked = [node for _, target in edges for node in {target, *below[target]}]
+    walked += [node for source in {source for source, _ in edges} for node in below[source]]
+    vocabulary = 2.0 * adapter.shape.d_model * adapter.shape.d_vocab_out / max(positions, 1)  # at one position
+    walk = sum(mlp if node.startswith("m") else head if node.startswith("a") else vocabulary for node in walked)
     budget = max(CHEAP, SHARE * forward * positions * prompts)
-    return int(min(PAIRS, budget / (positions * (forward + into_mlps * mlp + into_heads * head))))
+    return int(min(PAIRS, budget / (positions * (forward + walk))))
 
 
 def _sees_behaviour(graph: AttributionGraph, costs: Costs) -> bool:
@@ -113,19 +123,33 @@ def _sees_behaviour(graph: AttributionGraph, costs: Costs) -> bool:
     return costs.edges[largest] >= EVIDENCE * first[largest]
 
 
-def _worth(costs: Costs) -> set[Edge]:
+def _worth(costs: Costs, end: str, centre: float) -> set[Edge]:
+    """The edges that cost enough, between nodes that do; `end` is the target's name."""
     inner = {name: cost for name, cost in costs.nodes.items() if name != "input"}
-    least = widest_gap(torch.tensor(list(inner.values()))) if inner else 0.0
+    least = widest_gap(torch.tensor(list(inner.values())), centre) if inner else 0.0
     idle = {name for name, cost in inner.items() if cost <= least}
     inside = {edge: cost for edge, cost in costs.edges.items() if not idle & set(edge)}
-    bar = widest_gap(torch.tensor(list(inside.values())))
+    largest = max((cost for (_, target), cost in inside.items() if target == end), default=None)
+    bar = widest_gap(torch.tensor(list(inside.values())), centre, largest=largest)
     return {edge for edge, cost in inside.items() if cost > bar}
 
 
-def _without(graph: AttributionGraph, dropped: dict[Edge, float]) -> AttributionGraph:
-    score, kept = graph.score.clone(), graph.kept.clone()
-    for (source, target), cost in dropped.items():
-        rows = (graph.source == graph.index.position(source)) & (graph.target == graph.index.position(target))
-        score[rows] = score[rows].clamp(-cost, cost)
-        kept[rows] = False
-    return replace(graph, score=score, kept=kept)
+def _measured(graph: AttributionGraph, costs: Costs, survivors: Collection[Edge]) -> AttributionGraph:
+    """The graph with what was measured as scores, ports in proportion, and only the survivors of what was looked at."""
+    score, kept, names = graph.score.clone(), graph.kept.clone(), graph.index.names
+    extras = {name: values.clone() for name, values in graph.extras.items()}
+    signed = "mean_abs" in extras
+    first = replace(graph, score=extras["mean_abs"]).pair_scores() if signed else graph.pair_scores()
+    for edge, cost in costs.edges.items():
+        source, target = (names.index(name) for name in edge)
+        rows = (graph.source == source) & (graph.target == target)
+        ratio = cost / max(first[edge], 1e-300)
+        if signed:
+            extras["mean_abs"][rows] *= ratio
+            total = float(score[rows].sum())
+            score[rows] *= -costs.effects[edge] / total if abs(total) > 1e-300 else 0.0
+        else:
+            score[rows] *= ratio
+        if edge not in survivors:
+            kept[rows] = False
+    return replace(graph, score=score, kept=kept, extras=extras)

@@ -4,10 +4,13 @@
 |------------------------|-----------------------------------------------------------------------------------|
 | moments `nodes`        | design `activation`: all feature columns; a head's own name: what it saw (`routed`) |
 | moments `target`       | all feature columns, then the target's                                             |
-| sums `pairs`, `node`   | design `read`: pairs of prompts, and what each node costs the target, by fold       |
+| sums `pairs`, `count`  | design `read`: pairs that the sample stands for, and that were looked at, by fold   |
+| sums `node`            | what each node costs the target, by fold                                           |
 | sums `cost/<child>/`   | what each parent of a group of children costs, all ports together, by fold          |
 | sums `cost/<child>/q`  | the same through one port                                                          |
-| sums `gram/<child>`    | second moments of the parents' contributions, by part                              |
+| sums `effect/<child>/` | the mean change of a target that is a number, with its sign, by port and fold       |
+| rows `contributions`   | what every edge contributes, a row a pair and direction, times the root of its      |
+|                        | weight; rows `weight`: how many pairs of the data each row stands for              |
 
 Children come in groups: `a3` are the heads of layer 3, `m3` its MLP, `target` what is explained.
 """
@@ -16,6 +19,7 @@ from tl_circuitlasso.sites import PORTS, Site
 
 NODES, TARGET = "nodes", "target"
 PAIRS, NODE_COSTS = "pairs", "node"
+COUNT, CONTRIBUTIONS, WEIGHT = "count", "contributions", "weight"
 FOLDS = 10  # parts of the data that are kept apart where intervals, stability or cross-validation compare parts
 
 
@@ -52,6 +56,6 @@ def cost(children: str, port: str = "") -> str:
     return f"cost/{children}/{port}"
 
 
-def gram(children: str) -> str:
-    """Where a group's second moments are."""
-    return f"gram/{children}"
+def effect(children: str, port: str = "") -> str:
+    """Where a group's mean changes are, one port at a time."""
+    return f"effect/{children}/{port}"

@@ -1,11 +1,12 @@
 """How many edges: a rule that knows no truth.
 
-An edge counts if cutting it would cost at least about one percent of what the costliest edge costs. Scores are
-estimates, so the cut isn't made at one percent exactly, through the middle of a cluster, but in the widest gap near it.
+An edge counts if cutting it would cost at least about one percent of what the costliest edge into the target costs.
+Scores are estimates, so the cut isn't made at one percent exactly, through the middle of a cluster, but in the widest
+gap near it.
 
 >>> import torch
->>> round(widest_gap(torch.tensor([1.0, .5, .05, .004, .003])), 4)       # the gap from .05 to .004 is the widest
-0.0141
+>>> round(widest_gap(torch.tensor([1.0, .5, .02, .004, .003])), 4)       # the gap from .02 to .004 is the widest
+0.0089
 """
 
 import torch
@@ -18,21 +19,23 @@ CLEAR = 2.0  # the least ratio across a gap; where there is none, the cut is at 
 _NOTHING = 1e-12
 
 
-def widest_gap(scores: Float[Tensor, " edge"], centre: float = CENTRE, width: float = WIDTH) -> float:
+def widest_gap(
+    scores: Float[Tensor, " edge"], centre: float = CENTRE, width: float = WIDTH, *, largest: float | None = None
+) -> float:
     """The threshold, in units of the scores, in the middle (on a log scale) of the widest gap near `centre`.
 
-    With r_1 >= r_2 >= ... the scores over the largest, the gaps (r_i+1, r_i) that meet [centre / width, centre * width]
-    are candidates, and the one of largest ratio r_i / r_i+1 wins; if even that isn't clear, the cut is at `centre`.
-    Infinite when no score is positive.
+    With r_1 >= r_2 >= ... the scores over `largest` (None: over their largest), the gaps (r_i+1, r_i) count as far as
+    they lie in [centre / width, centre * width]; the one of largest ratio there wins, and if even that isn't clear,
+    the cut is at `centre`. Infinite when no score is positive.
     """
     if not scores.numel() or not float(scores.max()) > 0:
         return float("inf")
-    largest = float(scores.max())
-    relative = (scores.double() / largest).clamp_min(_NOTHING).sort(descending=True).values
+    unit = float(scores.max()) if largest is None else largest
+    relative = (scores.double() / unit).clamp_min(_NOTHING).sort(descending=True).values
     low = torch.cat([relative[1:], relative.new_tensor([_NOTHING])])
-    near = (relative > centre / width) & (low < centre * width)
-    ratio = torch.where(near, relative / low, 0.0)
+    high, low = (side.clamp(centre / width, centre * width) for side in (relative, low))
+    ratio = high / low
     best = int(ratio.argmax())
     if float(ratio[best]) < CLEAR:
-        return centre * largest
-    return float((relative[best] * low[best]).sqrt()) * largest
+        return centre * unit
+    return float((high[best] * low[best]).sqrt()) * unit

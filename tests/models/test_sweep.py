@@ -13,7 +13,7 @@ from tests import architectures
 from tl_circuitlasso.models import sweep as sweep_module
 from tl_circuitlasso.models.adapter import Adapter, adapt
 from tl_circuitlasso.models.rotary import position_ids
-from tl_circuitlasso.models.sweep import Pairs, Read, secant, softmax_secant, sweep, wanted
+from tl_circuitlasso.models.sweep import Pairing, Read, secant, softmax_secant, sweep, wanted
 
 F64 = torch.float64
 NORM_FREE = ["no_norm", "bidirectional"]
@@ -28,7 +28,7 @@ class Swept:
 
     adapter: Adapter
     acts: dict[str, Tensor]
-    pairs: Pairs
+    pairs: Pairing
     directions: Tensor
     reads: list[Read]
 
@@ -83,7 +83,7 @@ def swept(
     acts = {**adapter.run(tokens, mask, (*wanted(adapter), final)), "positions": position_ids(mask)}
     own, partner = (torch.tensor(side) for side in rows)
     last = tokens.shape[1] - 1 - mask[own].flip(1).int().argmax(1)
-    pairs = Pairs(own, partner, last, mask[own] & mask[partner])
+    pairs = Pairing(own, partner, last, mask[own] & mask[partner])
     at = torch.randn(len(own), 2, adapter.shape.d_model, generator=torch.Generator().manual_seed(5), dtype=F64)
     at = at.to(adapter.compute_dtype) * acts["scale.final"][mask].mean()
     return Swept(adapter, acts, pairs, at, list(sweep(adapter, acts, pairs, at)))

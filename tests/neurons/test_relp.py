@@ -142,8 +142,8 @@ def test_secants_between_two_runs_add_up_to_the_difference(family):
         for _, key, product in products(scoring, lambda: iter([batch]), len(clean), BySweep(SECANT, False))
     }
     difference = last_difference(model(clean), None) - last_difference(model(other), None)
-    assert torch.allclose(found["resid_pre.1"], difference, rtol=0.02, atol=1e-3)
-    assert torch.allclose(found["resid_pre.0"], difference, rtol=0.02, atol=1e-3)
+    assert torch.allclose(found["resid_pre.1"], difference, atol=1e-6)
+    assert torch.allclose(found["resid_pre.0"], difference, atol=1e-6)
 
 
 def test_integrated_gradients_average_over_the_inputs():

@@ -24,10 +24,12 @@ from tl_circuitlasso.models.architecture import (
     check_weights,
     kind_of,
     layout_of,
+    norm_at,
     refuse_unsupported,
     shape_of,
 )
 from tl_circuitlasso.models.hooks import COSTLY_FLAGS, find_module, observe, resting, without_costly_flags
+from tl_circuitlasso.models.norms import Norm, read_norm
 from tl_circuitlasso.models.weights import MLP, Port, Reader, read_mlp, read_port, read_unembed, read_writer
 
 CACHE_BYTES = 2 << 30  # folded weights kept in memory; beyond it they are folded again at each use
@@ -181,6 +183,15 @@ class Adapter:
         """Weight and bias: logits = soft_cap((resid_post @ weight) / scale.final + bias)."""
         return self.folded("unembed", 0, lambda: read_unembed(self.model, self.compute_dtype))
 
+    def norm(self, scale: str) -> Norm | None:
+        """The norm whose divisor is called `scale` ("scale.attn.3", "scale.mlp.3", "scale.final"); None without one."""
+        kind, _, layer = scale.removeprefix("scale.").partition(".")
+        if kind == "final":
+            return self.folded(scale, 0, lambda: read_norm(find_module(self.model, "ln_final"), self.compute_dtype))
+        number = int(layer)
+        name = self.layouts[number].attn_norm if kind == "attn" else self.layouts[number].mlp_norm
+        return self.folded(scale, number, lambda: norm_at(self.model, number, name, self.compute_dtype))
+
     def folded(self, what: str, layer: int, make: Callable[[], Any]) -> Any:
         """What `make` makes of the weights of a layer, made once where it fits the memory set aside for that."""
         if (what, layer) in self._folded:
@@ -299,7 +310,7 @@ def _assert_fired(plans: list[Plan], heard: Heard, architecture: str) -> None:
 
 
 def _tensors(made: Any) -> list[Tensor]:
-    parts = made if isinstance(made, tuple) else vars(made).values()
+    parts = made if isinstance(made, tuple) else () if made is None else vars(made).values()
     return [part for part in parts if isinstance(part, Tensor)]
 
 

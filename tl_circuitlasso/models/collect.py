@@ -9,6 +9,7 @@ pilot, takes the pilot's choices from process 0, runs its own batches, and all g
 import hashlib
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -69,12 +70,14 @@ def collect(
     prompts: Prompts,
     plan: Plan,
     *,
+    twins: Prompts | None = None,
     progress: bool = True,
     checkpoint: str | Path | None = None,
     start: Statistics | None = None,
     ranks: Ranks = ALONE,
 ) -> Collected:
-    """Stream `prompts` through the model into the statistics that `plan` asks for.
+    """Stream `prompts` through the model into the statistics that `plan` asks for, with their counterparts (`twins`, of
+    the same masks) where the design compares them with those.
 
     `start` gives the pilot directions of another worker's statistics (`statistics.fresh()`), so that the two merge.
     `ranks` share the batches, each with the same prompts and a model of its own; all return the same statistics, and
@@ -88,7 +91,7 @@ def collect(
     began = time.perf_counter()
     file = None if checkpoint is None else _own_file(Path(checkpoint), ranks)
     with ranks.together():
-        own = _collect_own(adapter, prompts, plan, progress and ranks.rank == 0, file, start, ranks)
+        own = _collect_own(adapter, prompts, twins, plan, progress and ranks.rank == 0, file, start, ranks)
     statistics, passes = own.statistics.shared(ranks), int(ranks.sum(torch.tensor(own.forward_passes)))
     return replace(own, statistics=statistics, forward_passes=passes, seconds=time.perf_counter() - began)
 
@@ -96,6 +99,7 @@ def collect(
 def _collect_own(
     adapter: Adapter,
     prompts: Prompts,
+    twins: Prompts | None,
     plan: Plan,
     progress: bool,
     file: Path | None,
@@ -112,32 +116,32 @@ def _collect_own(
     if plan.target is not None and prompts.n_prompts is not None:
         check_length(plan.target, prompts.n_prompts)
     with tqdm(total=prompts.n_prompts, desc="collect", unit="prompt", disable=None if progress else True) as bar:
-        for number, batch in enumerate(prompts):
+        for number, batch in enumerate(_batches(prompts, twins)):
+            batch = left_aligned(batch)
             if seen < SAMPLE:
                 sample.append(batch)
             seen += len(batch.tokens)
             bar.update(len(batch.tokens))
-            batch = left_aligned(batch)
             if number == 0:  # of a resumed collection too: its second look runs this very model
                 closure = closure_check(adapter, batch.tokens, batch.mask, ports=plan.design.name == "read")
                 statistics, tried = _agreed_start(statistics, adapter, plan, batch, ranks)
                 passes += tried
             if number < done:
                 if number == done - 1:
-                    _check_origin(statistics, prompts, plan)
+                    _check_origin(statistics, _origin(prompts, twins, plan))
                 continue
             if not ranks.mine(number):
                 continue
             statistics = _add(statistics, adapter, plan, batch, number)
             passes += 1
             if file and time.perf_counter() - saved > CHECKPOINT_SECONDS:
-                replace(statistics, origin=_origin(prompts, plan)).save(file)
+                replace(statistics, origin=_origin(prompts, twins, plan)).save(file)
                 saved = time.perf_counter()
     check_length(plan.target, seen)
     assert statistics is not None  # Prompts never yields nothing
     if number + 1 < done:
-        _check_origin(statistics, prompts, plan)
-    statistics = replace(statistics, done=number + 1, origin=_origin(prompts, plan))
+        _check_origin(statistics, _origin(prompts, twins, plan))
+    statistics = replace(statistics, done=number + 1, origin=_origin(prompts, twins, plan))
     if file and passes:
         statistics.save(file)
     return Collected(statistics, tuple(sample), seen, passes, time.perf_counter() - began, closure)
@@ -174,8 +178,16 @@ def left_aligned(batch: Batch) -> Batch:
     if bool(batch.mask[:, :-1].ge(batch.mask[:, 1:]).all()):
         return batch
     order = batch.mask.logical_not().long().argsort(dim=1, stable=True)[:, : int(batch.mask.sum(1).max())]
-    moved = {name: getattr(batch, name).gather(1, order) for name in ("tokens", "mask", "keep")}
-    return replace(batch, **moved)
+    return batch.each(lambda part: part.gather(1, order))
+
+
+def _batches(prompts: Prompts, twins: Prompts | None) -> Iterator[Batch]:
+    """The prompts by batch, each with its counterpart where there are any."""
+    if twins is None:
+        yield from prompts
+        return
+    for batch, other in zip(prompts, twins, strict=True):
+        yield replace(batch, partners=other.tokens)
 
 
 def _add(statistics: Statistics | None, adapter: Adapter, plan: Plan, batch: Batch, number: int) -> Statistics:
@@ -194,8 +206,8 @@ def _sample(adapter: Adapter, plan: Plan, batch: Batch, number: int, *, run: boo
     """A batch as a design sees it, with its activations if the model is to `run`."""
     if plan.target is not None and batch.start + len(batch.tokens) > len(plan.target):
         check_length(plan.target, batch.start + len(batch.tokens))
-    acts = adapter.run(batch.tokens, batch.mask, set(plan.design.wanted(adapter, plan.target))) if run else {}
-    _check_finite(acts, batch.keep)
+    acts = adapter.run(*batch.run, set(plan.design.wanted(adapter, plan.target))) if run else {}
+    _check_finite(acts, batch.keep if batch.partners is None else torch.cat([batch.keep, batch.keep]))
     return Sample(
         acts=acts,
         mask=batch.mask,
@@ -231,17 +243,19 @@ def _identity(adapter: Adapter, plan: Plan) -> dict[str, Any]:
     }
 
 
-def _origin(prompts: Prompts, plan: Plan) -> str:
+def _origin(prompts: Prompts, twins: Prompts | None, plan: Plan) -> str:
     """A hash of the data read so far and of what was asked about them."""
     digest = hashlib.sha256(prompts.hash_so_far().encode())
+    if twins is not None:
+        digest.update(twins.hash_so_far().encode())
     asked = [prompts.positions, plan.last, *(vars(plan.target).values() if plan.target is not None else ())]
     for part in asked:
         digest.update(part.cpu().numpy().tobytes() if isinstance(part, Tensor) else repr(part).encode())
     return digest.hexdigest()
 
 
-def _check_origin(statistics: Statistics | None, prompts: Prompts, plan: Plan) -> None:
-    if statistics is not None and statistics.origin != _origin(prompts, plan):
+def _check_origin(statistics: Statistics | None, origin: str) -> None:
+    if statistics is not None and statistics.origin != origin:
         raise InputError(
             "`checkpoint` holds other data: `tokens`, `batch_size`, `positions` or `target` have changed since; delete "
             "it, or name another file"

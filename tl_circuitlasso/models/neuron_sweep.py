@@ -7,7 +7,7 @@ two runs, every map is an exact secant, so that what flows adds up to the target
 
     product   a b                da mean(b) + mean(a) db
     norm      x / s              mean(1/s) dx - mean(x) (2 / d) (mean(x) . dx) / (s s' (s + s'))
-    softmax   the derivative averaged over the straight line of scores
+    softmax   w = L (b - sum L b / sum L), L the logarithmic mean of the patterns
     act       (act(x') - act(x)) / (x' - x)
 
 With all rules on and a single run it is RelP (arXiv 2508.21258): norms and patterns constant, act(x) = x (act(x) / x)
@@ -23,11 +23,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_circuitlasso.models.adapter import Adapter
-from tl_circuitlasso.models.architecture import norm_at
-from tl_circuitlasso.models.hooks import find_module
-from tl_circuitlasso.models.norms import Norm, read_norm
 from tl_circuitlasso.models.rotary import is_rotary
-from tl_circuitlasso.models.sweep import NEAR, secant, softmax_secant
+from tl_circuitlasso.models.views import NEAR, secant, softmax_secant
 from tl_circuitlasso.models.weights import MLP, repeat_heads
 
 
@@ -158,27 +155,13 @@ def through_norm(
     n_layers = ends.adapter.shape.n_layers
     key = "scale.final" if layer == n_layers else f"scale.{'mlp' if mlp else 'attn'}.{layer}"
     back = m * ends.inverse(key).unsqueeze(1)
-    centred = _centring(ends.adapter, layer, mlp=mlp)
-    if rules.norm or centred is None:
+    norm = ends.adapter.norm(key)
+    if rules.norm or norm is None:
         return back
     x = ends.stream(layer, mlp=mlp).unsqueeze(1)
-    x = x - x.mean(-1, keepdim=True) if centred else x
+    x = x - x.mean(-1, keepdim=True) if norm.centred else x
     own, other = (scale.unsqueeze(1) for scale in ends.both(key))
     return back - x * ((m * x).sum(-1, keepdim=True) * 2 / (x.shape[-1] * own * other * (own + other)))
-
-
-def _centring(adapter: Adapter, layer: int, *, mlp: bool) -> bool | None:
-    """Whether the norm in front of a reader centres; None where there is none."""
-
-    def read() -> tuple[Norm | None]:
-        if layer == adapter.shape.n_layers:
-            return (read_norm(find_module(adapter.model, "ln_final"), adapter.compute_dtype),)
-        layout = adapter.layouts[layer]
-        name = layout.mlp_norm if mlp else layout.attn_norm
-        return (norm_at(adapter.model, layer, name, adapter.compute_dtype),)
-
-    (norm,) = adapter.folded("norm.mlp" if mlp else "norm.attn", layer, read)
-    return None if norm is None else norm.centred
 
 
 def at_neurons(

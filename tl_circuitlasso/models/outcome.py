@@ -2,14 +2,20 @@
 
 | target          | directions of the final residual stream            | cost of a change                     |
 |-----------------|-----------------------------------------------------|--------------------------------------|
-| logits, <= 32   | every column of W_U                                 | KL to the model's prediction, in nats |
-| logits, more    | own top token minus the partner's top token         | the same between these two tokens     |
+| logits, <= 32   | every column of W_U, less their mean                | KL to the model's prediction, in nats |
+| logits, more    | the token that loses most minus the one that gains, | the same between these two tokens,    |
+|                 | and a random direction of the others                | and half its square                   |
 | one logit       | the column of W_U                                   | absolute change                      |
 | LogitDiff       | correct minus incorrect column                      | absolute change                      |
-| Labels          | the columns of a linear probe on the final stream   | KL to the probe's prediction, in nats |
+| Labels          | the columns of a linear probe, less their mean      | KL to the probe's prediction, in nats |
 | Values          | a linear probe                                      | absolute change                      |
 
-A component that moves all logits without moving the prediction costs nothing and gets no edge.
+A component that moves all logits without moving the prediction costs nothing and gets no edge. Of a large vocabulary the
+two tokens are those that contribute most to the divergence between the two prompts' predictions. What happens among the
+others, and between them and the two, is seen to second order: with p the prediction, the two tokens one class of mean
+column w, and signs s drawn at random,
+
+    KL = (p_a + p_b) KL_ab + 1/2 E (sum_i s_i sqrt(p_i) (w_i - w_mean) . x)^2 + ...
 """
 
 from collections.abc import Mapping
@@ -21,7 +27,7 @@ from torch import Tensor
 
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.models.adapter import Adapter
-from tl_circuitlasso.models.sweep import Pairs
+from tl_circuitlasso.models.views import Pairing
 from tl_circuitlasso.targets import LogitDiff, Target, Values
 
 FEW_LOGITS = 32  # up to so many logits are all followed; of a larger vocabulary, the two that the pair is about
@@ -39,20 +45,65 @@ class Probe:
 class Outcome:
     """The target's directions for every pair and its value at the pair's own prompt.
 
-    base: logits at the own prompt before any soft cap; None where the cost is the absolute change.
+    base: logits at the own prompt before any soft cap; None where the cost is the absolute change. mass: the
+    probability that the two tokens of a pair have between them; the last direction is then that of all others.
     """
 
     directions: Float[Tensor, "pair direction d_model"]
     base: Float[Tensor, "pair direction"] | None
     cap: float | None = None
+    mass: Float[Tensor, " pair"] | None = None
+
+    def reads(self, moved: Float[Tensor, "pair d_model"]) -> Float[Tensor, "pair direction"]:
+        """How the target changes when the normalised final stream moves."""
+        if self.directions.stride(0) == 0:  # the same directions for every pair, held once
+            return moved @ self.directions[0].T
+        return torch.einsum("skd,sd->sk", self.directions, moved)
 
     def cost(self, change: Float[Tensor, "pair direction *edges"]) -> Float[Tensor, "pair *edges"]:
         """What a change of the target costs each pair: KL(softmax(z) || softmax(z + change)) or |change|."""
         if self.base is None:
             return change.abs().sum(1)
+        if self.mass is not None:
+            mass = self.mass.view(-1, *[1] * (change.ndim - 2))
+            return mass * self._divergence(change[:, :-1]) + change[:, -1].square() / 2
+        return self._divergence(change)
+
+    def _divergence(self, change: Float[Tensor, "pair logit *edges"]) -> Float[Tensor, "pair *edges"]:
+        assert self.base is not None
         base = self.base.view(*self.base.shape, *[1] * (change.ndim - 2))
         before, after = (self._log_softmax(logits) for logits in (base, base + change))
         return (before.exp() * (before - after)).sum(1).clamp_min(0)
+
+    def chances(self, total: Float[Tensor, "pair direction"]) -> Float[Tensor, "pair outcome"] | None:
+        """The prediction, the mean of what it is before and after the `total` change; None where there is none."""
+        if self.base is None:
+            return None
+        total = total if self.mass is None else total[:, :-1]
+        return (self._log_softmax(self.base).exp() + self._log_softmax(self.base + total).exp()) / 2
+
+    def in_nats(
+        self,
+        change: Float[Tensor, "pair direction head column"],
+        chances: Float[Tensor, "pair outcome"] | None,
+    ) -> Float[Tensor, "pair direction head column"]:
+        """The change in coordinates whose squares add up to its cost, to second order; a number's stay as they are.
+
+        KL(p || p + dp) = 1/2 sum_k p_k (dz_k - sum_j p_j dz_j)^2 + ...
+        """
+        if chances is None:
+            return change
+        if self.mass is not None:
+            two, others = self._of_classes(change[:, :-1], chances), change[:, -1:] / 2**0.5
+            return torch.cat([two * self.mass.sqrt().view(-1, 1, 1, 1), others], dim=1)
+        return self._of_classes(change, chances)
+
+    @staticmethod
+    def _of_classes(change: Tensor, chances: Float[Tensor, "pair outcome"]) -> Tensor:
+        if change.shape[1] == 1:
+            return change * (chances.prod(1) / 2).sqrt().view(-1, 1, 1, 1)
+        p = chances[:, :, None, None]
+        return (p / 2).sqrt() * (change - (p * change).sum(1, keepdim=True))
 
     def _log_softmax(self, logits: Tensor) -> Tensor:
         if logits.shape[1] == 1:  # the difference of two logits: the second is 0
@@ -67,26 +118,35 @@ def wanted(adapter: Adapter, target: Target) -> tuple[str, ...]:
     return ("logits", final) if target is None else (final,)
 
 
+def is_number(adapter: Adapter, target: Target) -> bool:
+    """Whether the target is one number a prompt, whose change has a sign."""
+    return isinstance(target, LogitDiff | Values) or (target is None and adapter.shape.d_vocab_out == 1)
+
+
 def count(adapter: Adapter, target: Target, probe: Probe | None) -> int:
-    """How many directions `outcome` follows, at most."""
+    """How many directions `outcome` follows."""
     if target is None:
         vocabulary = adapter.unembed()[0].shape[1]
-        return vocabulary if vocabulary <= FEW_LOGITS else 2
+        return vocabulary if vocabulary <= FEW_LOGITS else 2 if adapter.logit_soft_cap is None else 3
     return 1 if probe is None else probe.weight.shape[1]
 
 
 def outcome(
     adapter: Adapter,
     acts: Mapping[str, Tensor],
-    pairs: Pairs,
+    pairs: Pairing,
     target: Target,
     prompts: Int[Tensor, " batch"],
     probe: Probe | None,
+    *,
+    few: int = FEW_LOGITS,
+    generator: torch.Generator | None = None,
 ) -> Outcome:
-    """Directions and base values of the target for every pair."""
+    """Directions and base values of the target for every pair; all logits are followed if there are at most `few`,
+    else `generator` draws a direction of those that aren't."""
     weight, bias = adapter.unembed()
     if target is None:
-        return _of_logits(adapter, acts, pairs, weight, bias)
+        return _of_logits(adapter, acts, pairs, few, generator)
     if isinstance(target, LogitDiff):
         ids = torch.stack([torch.as_tensor(target.correct), torch.as_tensor(target.incorrect)])[:, prompts.cpu()]
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < weight.shape[1]:
@@ -97,34 +157,76 @@ def outcome(
     directions = probe.weight.T.to(weight).expand(len(pairs.own), -1, -1)
     if isinstance(target, Values):
         return Outcome(directions, None)
+    directions = directions - directions.mean(1, keepdim=True)
     stream = _final(adapter, acts, pairs)
     return Outcome(directions, stream @ probe.weight.to(stream) + probe.bias.to(stream))
 
 
-def _final(adapter: Adapter, acts: Mapping[str, Tensor], pairs: Pairs) -> Float[Tensor, "pair d_model"]:
+def _final(adapter: Adapter, acts: Mapping[str, Tensor], pairs: Pairing) -> Float[Tensor, "pair d_model"]:
     stream = acts[f"blocks.{adapter.shape.n_layers - 1}.hook_resid_post"] / acts["scale.final"]
     return stream[pairs.own, pairs.position]
 
 
-def _of_logits(adapter: Adapter, acts: Mapping[str, Tensor], pairs: Pairs, weight: Tensor, bias: Tensor) -> Outcome:
+def _of_logits(
+    adapter: Adapter, acts: Mapping[str, Tensor], pairs: Pairing, few: int, generator: torch.Generator | None
+) -> Outcome:
+    weight, bias = adapter.unembed()
     if weight.shape[1] == 1:
-        return Outcome(weight.T.expand(len(pairs.own), -1, -1), None)
+        return Outcome(weight.T.expand(len(pairs), -1, -1), None)
     stream, cap = _final(adapter, acts, pairs), adapter.logit_soft_cap
-    if weight.shape[1] <= FEW_LOGITS:
-        return Outcome(weight.T.expand(len(pairs.own), -1, -1), stream @ weight + bias, cap)
-    own, other = contrast(*(acts["logits"][rows, pairs.position] for rows in (pairs.own, pairs.partner)))
-    tokens = torch.stack([own, other], dim=1)
+    if weight.shape[1] <= few:
+        columns = weight if cap is not None else weight - weight.mean(1, keepdim=True)
+        return Outcome(columns.T.expand(len(pairs), -1, -1), stream @ weight + bias, cap)
+    own, partner = (acts["logits"][rows, pairs.position] for rows in (pairs.own, pairs.partner))
+    loses, gains = contrast(own, partner)
+    tokens = torch.stack([loses, gains], dim=1)
+    chances = own.softmax(-1)
+    others = _others(weight, own, chances, tokens, cap, generator)
     directions = weight.T[tokens]
+    mass = chances.gather(1, tokens).sum(1)
     if cap is not None:
-        return Outcome(directions, torch.einsum("skd,sd->sk", directions, stream) + bias[tokens], cap)
+        base = torch.einsum("skd,sd->sk", directions, stream) + bias[tokens]
+        return Outcome(torch.cat([directions, others], dim=1), base, cap, mass)
     difference = directions[:, :1] - directions[:, 1:]
-    return Outcome(difference, torch.einsum("skd,sd->sk", difference, stream) + (bias[own] - bias[other])[:, None])
+    base = torch.einsum("skd,sd->sk", difference, stream) + (bias[loses] - bias[gains])[:, None]
+    return Outcome(torch.cat([difference, others], dim=1), base, mass=mass)
+
+
+def _others(
+    weight: Float[Tensor, "d_model vocab"],
+    logits: Float[Tensor, "pair vocab"],
+    chances: Float[Tensor, "pair vocab"],
+    tokens: Int[Tensor, "pair two"],
+    cap: float | None,
+    generator: torch.Generator | None,
+) -> Float[Tensor, "pair 1 d_model"]:
+    """A random direction whose squared change is in the mean twice the divergence of all but the two `tokens`, which
+    count as one class."""
+    two = chances.gather(1, tokens)
+    signs = torch.randint(0, 2, (len(logits), logits.shape[1] + 1), generator=generator).to(logits) * 2 - 1
+    share = chances.sqrt() * signs[:, :-1]
+    share = share.scatter(1, tokens, signs[:, -1:] * two / two.sum(1, keepdim=True).sqrt())
+    total = (share.scatter(1, tokens, 0.0)).sum(1, keepdim=True) + signs[:, -1:] * two.sum(1, keepdim=True).sqrt()
+    share = share - total * chances
+    if cap is not None:
+        share = share * (1 - (logits / cap).square())
+    return (share @ weight.T).unsqueeze(1)
 
 
 def contrast(
     own: Float[Tensor, "pair vocab"], partner: Float[Tensor, "pair vocab"]
 ) -> tuple[Int[Tensor, " pair"], Int[Tensor, " pair"]]:
-    """The two tokens that a pair is about: the own top token and the partner's, or the own runner-up if they agree."""
-    first, second = own.topk(2, dim=-1).indices.unbind(-1)
-    theirs = partner.argmax(-1)
-    return first, torch.where(theirs == first, second, theirs)
+    """The two tokens that a pair is about: the largest p log(p / p') and the largest p' log(p' / p); the two likeliest
+    where the predictions agree.
+
+    >>> own, partner = torch.tensor([[0.6, 0.2, 0.1, 0.1]]).log(), torch.tensor([[0.6, 0.2, 0.02, 0.18]]).log()
+    >>> [part.tolist() for part in contrast(own, partner)]
+    [[2], [3]]
+    """
+    before, after = own.log_softmax(-1), partner.log_softmax(-1)
+    change = before - after
+    loses, gains = (before.exp() * change).argmax(-1), (after.exp() * -change).argmax(-1)
+    likeliest = before.topk(2, dim=-1).indices
+    alike = loses == gains
+    top, second = likeliest.unbind(-1)
+    return torch.where(alike, top, loses), torch.where(alike, second, gains)

@@ -1,16 +1,17 @@
 """The design `read`: what every child reads of every parent through its own weights, weighed by the target.
 
-From each batch, prompts are paired with one another at random; a sweep (sweep.py) then gives, for every edge u -> v and
-every pair, the part g[u -> v] of the target's difference that runs through it. Three kinds of sums are kept, all
-additive:
+Prompts are compared in pairs: each with a partner drawn at random from its batch, or with its own counterpart where
+there is one. A sweep (sweep.py) gives, for every edge u -> v and every pair, the part g[u -> v] of the target's
+difference that runs through it. Two kinds of sums are kept, both additive, and some pairs whole:
 
-- `gram/...`: second moments of the contributions of a child's parents: the data of the child's sparse regression
-  y_v = sum_u a_u g[u -> v], a >= 0 (a non-negative garrote; Breiman 1995), with y_v = sum_u g[u -> v];
 - `cost/...`: the expected cost to the target (KL in nats, or absolute change) of each edge's contribution alone;
-- `node`: the same for all of a component's contributions together, so that cancelling paths count as what they do.
+- `node`: the same for all of a component's contributions together, so that cancelling paths count as what they do;
+- `effect/...`: the mean change, with its sign, where the target is a number and prompts have counterparts;
+- rows: the contributions themselves, the data of every child's sparse regression y_v = sum_u a_u g[u -> v], a >= 0
+  (a non-negative garrote; Breiman 1995), with y_v = sum_u g[u -> v].
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,24 +25,31 @@ from tl_circuitlasso.models.bases import Basis
 from tl_circuitlasso.models.designs import Sample
 from tl_circuitlasso.models.outcome import Probe
 from tl_circuitlasso.models.rotary import position_ids
-from tl_circuitlasso.models.sweep import Pairs, Read
+from tl_circuitlasso.models.sweep import Read
+from tl_circuitlasso.models.views import Pairing
 from tl_circuitlasso.schema import FOLDS
-from tl_circuitlasso.statistics import Statistics
+from tl_circuitlasso.statistics import Statistics, merge_rows
 from tl_circuitlasso.targets import Target
 
 PAIRS = 1024  # pairs that fewer prompts are drawn into again and again, where that is
 CHEAP = 2e10  # operations: what forward passes may take that are worth so many sweeps
 MEMORY = 256 << 20  # bytes that the pairs swept at once may take
 ON_CPU = 64 << 20  # the same on a CPU, where small parts cost nothing: they are cut closer to what they read
+REACHES = (0.5, 1.0)  # how far towards a random partner secants go, in turn: some thresholds lie in the second half
+ROWS = 4096  # contributions kept whole, a row for each pair and direction
+ROW_BYTES = 1 << 30  # at most so many bytes of them
+FEWEST_ROWS = 64
 
 
 @dataclass(frozen=True)
 class ReadDesign:
-    """Contributions of edges to the target, by secants between paired prompts; component basis only."""
+    """Contributions of edges to the target, by secants between the prompts of a pair; component basis only."""
 
     basis: Basis
     probe: Probe | None = None
     draws: int = 1  # how often each batch is paired anew
+    contrast: bool = False  # whether prompts have counterparts of their own
+    weight: Float[Tensor, " prompt"] | None = None  # how many prompts of the data each stands for
     name: str = "read"
     pilots: bool = False
 
@@ -50,35 +58,84 @@ class ReadDesign:
 
     def start(self, adapter: Adapter, pilot: Sample) -> Statistics:
         index = self.basis.index(adapter, {}, readout.target_site(pilot.target))
-        sums = _empty_sums(adapter, len(index) - 1, pilot.folds, pilot.keep.device)
-        return Statistics(sums=sums, meta={"index": index.to_json(), "cost_folds": FOLDS, "folds": pilot.folds})
+        signed = self.contrast and outcome.is_number(adapter, pilot.target)
+        sums = _empty_sums(adapter, len(index) - 1, signed, pilot.keep.device)
+        meta = {"index": index.to_json(), "cost_folds": FOLDS, "folds": pilot.folds, "contrast": self.contrast}
+        meta |= {"number": outcome.is_number(adapter, pilot.target), "capacity": row_capacity(adapter)}
+        return Statistics(sums=sums, meta=meta)
 
     def add(self, statistics: Statistics, adapter: Adapter, sample: Sample) -> Statistics:
-        acts = {**sample.acts, "positions": position_ids(_mask(sample))}
-        sums = {key: value.clone() for key, value in statistics.sums.items()}
-        pairs = make_pairs(_mask(sample), sample.target_keep, sample.generator, draws=self.draws)
-        for part in in_parts(adapter, pairs, outcome.count(adapter, sample.target, self.probe)):
-            self._add_pairs(sums, adapter, acts, part, sample)
-        return replace(statistics, sums=sums)
+        """With one batch added. Consumes `statistics`: its sums are updated in place, as a stream needs."""
+        mask = _mask(sample)
+        if self.contrast:
+            pairs = twins(mask, sample.target_keep, sample.acts["resid_pre.0"], causal=adapter.shape.causal)
+            mask = torch.cat([mask, mask])
+        else:
+            pairs = make_pairs(mask, sample.target_keep, sample.generator, draws=self.draws)
+        if self.weight is not None:
+            own, partner = (self.weight[sample.prompts[rows.cpu() % len(sample.prompts)]] for rows in pairs.sides)
+            pairs = replace(pairs, weight=(own if self.contrast else own * partner).to(mask.device))
+        acts = {**sample.acts, "positions": position_ids(mask)}
+        sums, rows = dict(statistics.sums), dict(statistics.rows)
+        for part in in_parts(adapter, pairs, outcome.count(adapter, sample.target, self.probe), acts):
+            new = self._add_pairs(sums, adapter, acts, part, sample)
+            rows = merge_rows(rows, new, int(statistics.meta["capacity"]))
+        return replace(statistics, sums=sums, rows=rows)
 
     def _add_pairs(
-        self, sums: dict[str, Tensor], adapter: Adapter, acts: dict[str, Tensor], pairs: Pairs, sample: Sample
-    ) -> None:
-        goal = outcome.outcome(adapter, acts, pairs, sample.target, sample.prompts, self.probe)
+        self, sums: dict[str, Tensor], adapter: Adapter, acts: Mapping[str, Tensor], pairs: Pairing, sample: Sample
+    ) -> dict[str, Tensor]:
+        """Add a part's costs to the sums; its contributions as rows."""
+        options = {"generator": sample.generator}
+        goal = outcome.outcome(adapter, acts, pairs, sample.target, sample.prompts, self.probe, **options)
         fold = (sample.prompts.to(pairs.own.device)[pairs.own] % FOLDS).to(goal.directions.device)
+        weight = torch.ones_like(goal.directions[:, 0, 0]) if pairs.weight is None else pairs.weight.to(goal.directions)
         nodes = goal.directions.new_zeros(*goal.directions.shape[:2], sums[schema.NODE_COSTS].shape[1])
+        rows: dict[str, Tensor] = {}
+        chances: Tensor | None = None
+
+        def add(name: str, cost: Float[Tensor, "pair *edges"]) -> None:
+            sums[name].index_add_(0, fold, cost.double() * weight.view(-1, *[1] * (cost.ndim - 1)))
+
         for key, reads in _by_child(adapter, sweep.sweep(adapter, acts, pairs, goal.directions)):
             merged = torch.stack([read.value for read in reads]).sum(0)
             nodes[:, :, : merged.shape[-1]] += merged.sum(2)
-            _add_cost(sums[schema.cost(key)], goal.cost(merged), fold)
-            for read in reads if len(reads) > 1 else ():
-                _add_cost(sums[schema.cost(key, read.port)], goal.cost(read.value), fold)
-            columns = torch.cat([read.value for read in reads], dim=-1).double()
-            for number in range(sample.folds):  # the data of the regressions: parts only where a rule compares parts
-                rows = (columns if sample.folds == 1 else columns[fold % sample.folds == number]).flatten(0, 1)
-                sums[schema.gram(key)][number] += torch.einsum("rhi,rhj->hij", rows, rows)
-        _add_cost(sums[schema.NODE_COSTS], goal.cost(nodes), fold)
-        sums[schema.PAIRS].index_add_(0, fold, torch.ones_like(fold, dtype=torch.float64))
+            for name, part in ((read.port, read.value) for read in reads):
+                add(schema.cost(key, name), goal.cost(part))
+                if schema.effect(key, name) in sums:
+                    add(schema.effect(key, name), part[:, 0])
+            if len(reads) > 1:
+                add(schema.cost(key), goal.cost(merged))
+            if key == schema.TARGET:  # the first to come: its edges add up to the whole change
+                chances = goal.chances(merged.sum((2, 3)))
+            rows[key] = goal.in_nats(torch.cat([read.value for read in reads], dim=-1), chances).flatten(2)
+        add(schema.NODE_COSTS, goal.cost(nodes))
+        add(schema.PAIRS, torch.ones_like(weight))
+        sums[schema.COUNT].index_add_(0, fold, torch.ones_like(fold, dtype=torch.float64))
+        return _as_rows(adapter, rows, weight, sample.generator)
+
+
+def _as_rows(
+    adapter: Adapter,
+    rows: Mapping[str, Float[Tensor, "pair direction column"]],
+    weight: Float[Tensor, " pair"],
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    """Contributions as float32 on the CPU, children in the order of computation, a row a pair and direction."""
+    values = torch.cat([rows[key] for key, _, _ in children(adapter)], dim=-1)
+    repeats, root = values.shape[1], weight.sqrt().view(-1, 1, 1)
+    priority = torch.rand(len(weight), generator=generator, dtype=torch.float64).repeat_interleave(repeats)
+    return {
+        schema.CONTRIBUTIONS: (values * root).flatten(0, 1).float().cpu(),
+        schema.WEIGHT: (weight.double() / repeats).repeat_interleave(repeats).cpu(),
+        "priority": priority,
+    }
+
+
+def row_capacity(adapter: Adapter) -> int:
+    """How many rows of contributions are kept whole."""
+    columns = sum(heads * sources * len(schema.ports(key)) for key, heads, sources in children(adapter))
+    return max(FEWEST_ROWS, min(ROWS, ROW_BYTES // (4 * columns)))
 
 
 def operations(adapter: Adapter) -> tuple[float, float, float]:
@@ -108,16 +165,15 @@ def children(adapter: Adapter) -> list[tuple[str, int, int]]:
     return [*found, (schema.TARGET, 1, 1 + shape.n_layers * per_layer)]
 
 
-def _empty_sums(adapter: Adapter, nodes: int, folds: int, device: torch.device) -> dict[str, Tensor]:
+def _empty_sums(adapter: Adapter, nodes: int, signed: bool, device: torch.device) -> dict[str, Tensor]:
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(*shape, dtype=torch.float64, device=device)
 
-    sums = {schema.NODE_COSTS: zeros(FOLDS, nodes), schema.PAIRS: zeros(FOLDS)}
+    sums = {schema.NODE_COSTS: zeros(FOLDS, nodes), schema.PAIRS: zeros(FOLDS), schema.COUNT: zeros(FOLDS)}
     for key, heads, sources in children(adapter):
         ports = schema.ports(key)
         sums |= {schema.cost(key, port): zeros(FOLDS, heads, sources) for port in ("", *ports)}
-        columns = sources * len(ports)
-        sums[schema.gram(key)] = zeros(folds, heads, columns, columns)
+        sums |= {schema.effect(key, port): zeros(FOLDS, heads, sources) for port in ports if signed}
     return sums
 
 
@@ -136,30 +192,60 @@ def _by_child(adapter: Adapter, reads: Iterator[Read]) -> Iterator[tuple[str, li
                 ports = []
 
 
-def _add_cost(total: Float[Tensor, "fold *edges"], cost: Float[Tensor, "pair *edges"], fold: Tensor) -> None:
-    total.index_add_(0, fold, cost.double())
-
-
 def _mask(sample: Sample) -> Bool[Tensor, "batch pos"]:
     return torch.ones_like(sample.keep) if sample.mask is None else sample.mask
 
 
-def in_parts(adapter: Adapter, pairs: Pairs, directions: int) -> Iterator[Pairs]:
-    """The pairs in parts that fit into memory; in causal models cut behind the last position that a part reads."""
+def in_parts(
+    adapter: Adapter, pairs: Pairing, directions: int, acts: Mapping[str, Tensor] | None = None
+) -> Iterator[Pairing]:
+    """The pairs in parts that fit into memory; in causal models cut behind the last position that a part reads and,
+    given the activations, before the first one at which any of its pairs differs."""
     memory = ON_CPU if pairs.own.device.type == "cpu" else MEMORY
     order = pairs.position.argsort(stable=True)
+    first = torch.zeros_like(pairs.position)
+    if acts is not None and adapter.shape.causal:
+        first = _first_difference(acts["resid_pre.0"], pairs)
     while len(order):
         width = pairs.valid.shape[1]
-        size = max(1, memory // sweep.memory(adapter, width, directions))
+        size = max(1, memory // sweep.memory(adapter, width - int(first[order].min()), directions))
         part, order = order[-size:], order[:-size]
         if adapter.shape.causal:
             width = int(pairs.position[part].max()) + 1
-        yield Pairs(pairs.own[part], pairs.partner[part], pairs.position[part], pairs.valid[part, :width])
+        yield pairs.take(part, width, int(first[part].min()))
+
+
+def _first_difference(stream: Float[Tensor, "batch pos d_model"], pairs: Pairing) -> Int[Tensor, " pair"]:
+    """Where the two prompts of each pair first differ; where the target is read, if they don't before."""
+    first = torch.empty_like(pairs.position)
+    for rows in torch.arange(len(pairs), device=pairs.own.device).split(64):
+        differ = (stream[pairs.own[rows]] != stream[pairs.partner[rows]]).any(-1) & pairs.valid[rows]
+        places = torch.arange(differ.shape[1], device=differ.device)
+        first[rows] = torch.where(differ, places, differ.shape[1]).amin(1)
+    return torch.minimum(first, pairs.position)
+
+
+def twins(
+    mask: Bool[Tensor, "batch pos"],
+    keep: Bool[Tensor, "batch pos"],
+    stream: Float[Tensor, "both pos d_model"],
+    *,
+    causal: bool,
+) -> Pairing:
+    """Each prompt with its own counterpart, which stands as many rows behind it, at every kept position that can see a
+    difference between the two."""
+    own, position = keep.nonzero().unbind(1)
+    pairs = Pairing(own, own + len(mask), position, mask[own])
+    if causal:
+        first = _first_difference(stream, pairs.take(torch.arange(len(own), device=own.device)))
+        differs = (stream[pairs.own, first] != stream[pairs.partner, first]).any(-1)
+        pairs = pairs.take(differs.nonzero().flatten())
+    return pairs
 
 
 def make_pairs(
     mask: Bool[Tensor, "batch pos"], keep: Bool[Tensor, "batch pos"], generator: torch.Generator, *, draws: int = 1
-) -> Pairs:
+) -> Pairing:
     """Each prompt with another of at least its length, drawn at random, and one of its kept positions; `draws` times.
 
     Prompts of one length form a random cycle; the last of a length that has no equal takes the next longer one. A
@@ -167,12 +253,14 @@ def make_pairs(
     """
     kept, lengths = keep.cpu(), mask.sum(1).cpu()
     parts = []
-    for _ in range(draws):
+    for draw in range(draws):
         partner = _partners(lengths, generator)
         own = ((partner >= 0) & kept.any(1)).nonzero().flatten()
-        parts.append(torch.stack([own, partner[own], _draws(kept[own], generator)]))
-    own, other, position = torch.cat(parts, dim=1).to(mask.device)
-    return Pairs(own, other, position, mask[own] & mask[other])
+        turn = (own + draw) % len(REACHES)
+        parts.append(torch.stack([own, partner[own], _draws(kept[own], generator), turn]))
+    own, other, position, turn = torch.cat(parts, dim=1).to(mask.device)
+    reach = torch.tensor(REACHES, device=mask.device)[turn]
+    return Pairing(own, other, position, mask[own] & mask[other], reach)
 
 
 def _partners(lengths: Int[Tensor, " prompt"], generator: torch.Generator) -> Int[Tensor, " prompt"]:

@@ -6,7 +6,7 @@ positions.py, and pairs of clean and corrupted prompts are two of these (pairs.p
 
 import copy
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,13 +24,22 @@ from tl_circuitlasso.models.prompt_forms import AnyPrompts, Held, held_or_stream
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Some prompts: `mask` is True at real tokens, `keep` at the positions that are samples."""
+    """Some prompts: `mask` is True at real tokens, `keep` at the positions that are samples; `partners` are the prompts'
+    counterparts where they have some, of the same lengths."""
 
     tokens: Int[Tensor, "batch pos"]
     mask: Bool[Tensor, "batch pos"]
     keep: Bool[Tensor, "batch pos"]
     start: int  # index of the first of these prompts among all prompts
     bos: int | None = None  # the token that tells nothing where it comes first
+    partners: Int[Tensor, "batch pos"] | None = None
+
+    @property
+    def run(self) -> tuple[Int[Tensor, "both pos"], Bool[Tensor, "both pos"]]:
+        """Tokens and mask of all that a model is to read: the prompts, then their counterparts."""
+        if self.partners is None:
+            return self.tokens, self.mask
+        return torch.cat([self.tokens, self.partners]), torch.cat([self.mask, self.mask])
 
     @property
     def n_samples(self) -> int:
@@ -46,14 +55,17 @@ class Batch:
         """Without the columns that are pads in every prompt: they only cost time."""
         used = self.mask.any(0).nonzero().flatten()
         window = slice(int(used[0]), int(used[-1]) + 1)
-        return replace(
-            self, tokens=self.tokens[:, window], mask=self.mask[:, window], keep=self.keep[:, window]
-        )  # fmt: skip
+        return self.each(lambda part: part[:, window])
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """With everything that has a row a prompt changed alike."""
+        parts = {name: getattr(self, name) for name in ("tokens", "mask", "keep", "partners")}
+        return replace(self, **{name: change(part) for name, part in parts.items() if part is not None})
 
 
 def first_prompts(batch: Batch, count: int) -> Batch:
     """The first `count` prompts of a batch."""
-    return replace(batch, tokens=batch.tokens[:count], mask=batch.mask[:count], keep=batch.keep[:count])
+    return batch.each(lambda part: part[:count])
 
 
 class Prompts:

@@ -88,7 +88,7 @@ class Behaviour:
     ) -> Float[Tensor, "batch pos vocab"]:
         """Plus one at one token and minus one at another, shared among the positions where the target is read.
 
-        Without a target these are the first choices of both runs, or the own runner-up where they agree.
+        Without a target these are the tokens that the two runs differ most about (`outcome.contrast`).
         """
         assert batch.keep is not None
         if self.target is None:
