@@ -98,8 +98,8 @@ def circuit_lasso(
     refined: give kept edges of design "read" a second, exact look on a small sample of the prompts (refining.py).
     method: "lasso", or "lasso+confirm": each kept edge is then measured by intervention, and dropped where it has no
         effect; `graph.provenance["confirm"]` says how many forward passes that took, and what all edges would have.
-    corrupted: a partner of the same length for each prompt: what cut edges carry in "lasso+confirm"; for basis "neuron"
-        with design "read" what each prompt is compared with (None: another prompt, drawn at random).
+    corrupted: a partner of the same length for each prompt: what design "read" compares each prompt with (None: another
+        prompt, drawn at random), and what cut edges carry in "lasso+confirm".
     metric: for "lasso+confirm", `metric(logits, rows)` as in `evaluate.faithfulness`. The default is the behaviour that
         was asked for: minus the KL divergence from the model's prediction, or a LogitDiff target's logit difference.
     process_group: "world" shares the work among the processes that torchrun started, a torch.distributed group among

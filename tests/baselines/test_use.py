@@ -166,10 +166,7 @@ def test_random_edges_repeat_by_seed():
         ({"clean": torch.zeros(0, 5, dtype=torch.long)}, "`clean` has shape"),
         ({"clean": torch.full((3, 7), 99)}, "`clean` run from 99 to 99"),
         ({"clean": []}, "`clean` is empty"),
-        (
-            {"corrupted": architectures.prompts(length=8)},
-            "`corrupted`: prompt 0 has 8 tokens, its partner in `clean` 7",
-        ),
+        ({"corrupted": architectures.prompts(length=8)}, "`corrupted`: prompt 0 has 8 tokens, its partner in `clean` 7"),
         ({"corrupted": None}, "`corrupted` is missing"),
         ({"attention_mask": torch.ones(3, 6)}, "`attention_mask` has shape"),
         ({"attention_mask": torch.zeros(3, 7)}, "`attention_mask`: all positions of prompt 0 are masked"),

@@ -28,8 +28,8 @@ from tl_circuitlasso.models.read import in_parts, make_pairs, twins
 from tl_circuitlasso.models.readout import last_only
 from tl_circuitlasso.models.rotary import position_ids
 from tl_circuitlasso.models.sweep import PORTS
-from tl_circuitlasso.models.tokens import Batch
 from tl_circuitlasso.models.views import TINY, View
+from tl_circuitlasso.models.tokens import Batch
 from tl_circuitlasso.models.weights import Port, repeat_heads
 from tl_circuitlasso.sites import Site, parse_site
 from tl_circuitlasso.targets import Target
@@ -136,7 +136,7 @@ def _contributions(
     kept = Kept.of(view, goal, edges)
     written = {name: _difference(view, parse_site(name)) for name in {source for source, _ in edges}}
     by_edge = {(source, target): kept.walk({target: written[source]}) for source, target in edges}
-    by_node = {name: kept.walk(dict.fromkeys(kept.children[name], written[name])) for name in written}
+    by_node = {name: kept.walk({child: written[name] for child in kept.children[name]}) for name in written}
     return by_edge, by_node
 
 
