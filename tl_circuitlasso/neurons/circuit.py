@@ -30,14 +30,16 @@ from tl_circuitlasso.neurons.behaviour import Behaviour
 from tl_circuitlasso.neurons.links import link
 from tl_circuitlasso.neurons.tally import Tally
 
-SHARE = 0.005  # of the target's difference: what a kept neuron carries at least
+SHARE = 0.005  # of the target's difference: what a kept neuron carries at least,
+OF_LARGEST = 0.05  # or of the foremost neuron's contribution, where neurons carry little of it
 PROMOTED = 5  # tokens shown for each neuron: those that its output weights favour
 
 
 def neuron_circuit(behaviour: Behaviour, basis: Neuron, *, strength: str | float, progress: bool) -> AttributionGraph:
     """The graph of edges from neurons to the target: the `max_nodes` of largest |score|, the circuit kept.
 
-    Kept are the neurons that carry at least `SHARE` of the target's difference. With `basis.linked` the graph holds
+    Kept are the neurons that carry at least `SHARE` of the target's difference (or `OF_LARGEST` of the foremost one's
+    contribution, where that is less). With `basis.linked` the graph holds
     only so many neurons, and the direct effects between them (see `linked`).
 
     Raises
@@ -70,7 +72,8 @@ def neuron_circuit(behaviour: Behaviour, basis: Neuron, *, strength: str | float
     }
     count = basis.linked or basis.max_nodes
     graph = score_graph(adapter, "neuron", found, readout.target_site(behaviour.target), count, facts)
-    kept = graph.score.abs() >= SHARE * abs(difference)
+    size = graph.score.abs()
+    kept = (size >= min(SHARE * abs(difference), OF_LARGEST * float(size.max()))) & (size > 0)
     graph = replace(graph, kept=kept, node_info=_about(adapter, behaviour, graph, tally))
     seconds = {"forward and sweep": time.perf_counter() - began}
     if basis.linked:
