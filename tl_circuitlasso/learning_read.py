@@ -28,7 +28,8 @@ MANY_PAIRS = 256  # where more pairs of components are costly enough, costs have
 RUNAWAY = 10.0  # times the target's costliest edge: estimates beyond are bounded by what is passed on
 SMALL = 128  # columns up to which FISTA is done before a compiled solver has been loaded
 STABLE = 0.8  # share of resamples that strength "stability" asks of an edge
-RESAMPLES = 100  # bootstrap resamples of the folds behind an edge's stability
+FINEST = 1e-9  # relative duality gap that double precision reaches safely
+RESAMPLES = 50  # bootstrap resamples of the folds behind an edge's stability
 RULES = ("cv", "ebic", "mcp")  # strengths that choose themselves
 
 
@@ -37,7 +38,7 @@ class Child:
     """One child's regression and costs; columns are the parents in the order of computation, ports q, k, v in turn.
 
     rows: what each parent contributes, a row a pair and direction; cost, effect: by fold and column; merged: cost by
-    fold and parent.
+    fold and parent; judged: by what parents are chosen, the same or a number's squared change.
     """
 
     node: int
@@ -47,6 +48,7 @@ class Child:
     cost: Float[Tensor, "fold column"]
     effect: Float[Tensor, "fold column"] | None
     merged: Float[Tensor, "fold parent"]
+    judged: Float[Tensor, "fold parent"]
 
 
 @dataclass(frozen=True)
@@ -54,13 +56,19 @@ class Asked:
     """How sparse the regressions are to be: a fraction of each one's lambda_max, a rule's name, or "auto" and
     "stability", where one lambda holds for all: the same explained part of the target's difference from every edge.
 
-    least: that lambda, in squared units of the target (or nats); pairs: how many the rows stand for.
+    least: that lambda, in squared units of the target (or nats); pairs: how many the rows stand for; decides: whether
+    edges are chosen by it, so that zeros have to be told from small numbers.
     """
 
     strength: float | str
     least: float
     pairs: float
     tol: float
+    decides: bool
+
+    def tolerance(self, square: float) -> float:
+        """The relative gap that a child of mean square contribution `square` needs."""
+        return min(self.tol, max(FINEST, 0.2 * self.least / max(square, 1e-300))) if self.decides else self.tol
 
 
 def learn_read(
@@ -80,8 +88,8 @@ def learn_read(
     works against the child's whole contribution; for prompts with counterparts and a target that is a number, how much
     of the target's mean difference the edge carries.
 
-    Kept: both ends matter, and the cost lies above the widest gap near 1 % of the costliest edge into the target (10 %
-    of a number, whose cost is linear), and never so high that no path is left. Where more than 256 pairs of components
+    Kept: both ends matter, and the cost lies above the widest gap near 1 % of the costliest edge into the target (in
+    squares where it is a number), and never so high that no path is left. Where more than 256 pairs of components
     are that costly there's no such gap, and the regression decides: kept is what has a weight. With a `strength` of
     your own, "ebic", "mcp" or "cv" edges need both, with "stability" a stability of 0.8. Then pruned to paths from
     input to target.
@@ -96,15 +104,16 @@ def learn_read(
         raise InputError("`tokens` gave no pairs of prompts: design 'read' needs two or more prompts in each batch")
     found = children(statistics, index)
     total, count = found[-1].rows.sum(1), float(statistics.rows[schema.WEIGHT].sum())
-    asked = Asked(strength, LEAST_SHARE * float(total.square().sum()) / count, count, tol)
+    number = bool(statistics.meta["number"])
+    edges = _Edges.of(index, found, number)
+    node_cost = statistics.sums[schema.NODE_COSTS].cpu()
+    kept, bar = edges.choose(_mean(edges.judged, pairs), _mean(node_cost, pairs))
+    dense = strength == "auto" and int(kept.sum()) > MANY_PAIRS
+    asked = Asked(strength, LEAST_SHARE * float(total.square().sum()) / count, count, tol, decides=dense)
     with ranks.together():
         own = {number: _garrote(child, asked) for number, child in enumerate(found) if ranks.mine(number)}
     solutions = gather_solutions(own, ranks)
-    number = bool(statistics.meta["number"])
-    edges = _Edges.of(index, found, solutions, CENTRE**0.5 if number else CENTRE)
-    node_cost = statistics.sums[schema.NODE_COSTS].cpu()
-    kept, bar = edges.choose(_mean(edges.cost, pairs), _mean(node_cost, pairs))
-    dense = strength == "auto" and int(kept.sum()) > MANY_PAIRS
+    weight = torch.cat([solution.value.flatten() for solution in solutions])
     generator = torch.Generator().manual_seed(seed)
     score = edges.port_scores(edges.bounded(_mean(edges.cost, pairs))[0], _mean(edges.port_cost, pairs))
     extras = {"stability": edges.of_pairs(edges.stability(pairs, node_cost, generator))}
@@ -113,17 +122,17 @@ def learn_read(
     if dense:
         log.info("%d pairs of components are costly and no gap tells them apart: the regression decides", kept.sum())
         extras["stability"] = _resampled(found, solutions, asked, generator)
-        keep = edges.weight > 0
+        keep = weight > 0
     else:
-        allowed = {"auto": torch.ones_like(edges.weight, dtype=torch.bool), "stability": extras["stability"] >= STABLE}
-        keep = edges.of_pairs(kept) & (score > bar) & allowed.get(str(strength), edges.weight > 0)
+        allowed = {"auto": torch.ones_like(weight, dtype=torch.bool), "stability": extras["stability"] >= STABLE}
+        keep = edges.of_pairs(kept) & edges.ports_above(bar, pairs) & allowed.get(str(strength), weight > 0)
     graph = AttributionGraph(
         index=index,
         source=edges.source,
         target=edges.target,
         port=edges.port,
         score=score * edges.sign if edges.port_effect is None else -_mean(edges.port_effect, pairs),
-        weight=edges.weight,
+        weight=weight,
         kept=keep,
         extras=extras,
         certificates=tuple(_certificate(index.names[c.node], s) for c, s in zip(found, solutions)),
@@ -150,7 +159,9 @@ def children(statistics: Statistics, index: NodeIndex) -> list[Child]:
         stop = start + merged.shape[1] * len(ports)
         effect = columns(schema.effect) if schema.effect(key, PORTS[ports[0]]) in statistics.sums else None
         parents = torch.arange(merged.shape[1])
-        found.append(Child(where.start, ports, parents, rows[:, start:stop], columns(schema.cost), effect, merged))
+        judged = statistics.sums.get(schema.square(key), statistics.sums[schema.cost(key)]).cpu()[:, number]
+        cost = columns(schema.cost)
+        found.append(Child(where.start, ports, parents, rows[:, start:stop], cost, effect, merged, judged))
         start = stop
     return found
 
@@ -174,6 +185,7 @@ def _garrote(child: Child, asked: Asked) -> solve.Solution:
     if not bool(able.any()):
         able[:1] = True  # a regression on one column, which stays at 0, for the proof
     data = _moments(rows[:, able], total, asked.pairs)
+    start = None if asked.decides or not isinstance(asked.strength, str) else torch.ones_like(data.cross)
     solution = solve.lasso(
         data.gram,
         data.cross,
@@ -181,8 +193,9 @@ def _garrote(child: Child, asked: Asked) -> solve.Solution:
         strength=least,
         strength_is="absolute",
         penalty=penalty,
-        tol=asked.tol,
-        solver="fista" if len(data.cross) <= SMALL else "auto",
+        tol=asked.tolerance(square),
+        init=start,  # without a penalty the child is the sum of its parents, each with weight 1
+        solver="fista" if len(data.cross) <= SMALL and not asked.decides else "auto",
     )
     value = solution.value.new_zeros(rows.shape[1], 1)
     value[able] = solution.value
@@ -236,7 +249,6 @@ class _Edges:
     source: Int[Tensor, " edge"]
     target: Int[Tensor, " edge"]
     port: Int[Tensor, " edge"]
-    weight: Float[Tensor, " edge"]
     sign: Float[Tensor, " edge"]
     port_cost: Float[Tensor, "fold edge"]
     port_effect: Float[Tensor, "fold edge"] | None
@@ -244,19 +256,19 @@ class _Edges:
     pair_source: Int[Tensor, " pair"]
     pair_target: Int[Tensor, " pair"]
     cost: Float[Tensor, "fold pair"]
-    centre: float
+    judged: Float[Tensor, "fold pair"]
+    squares: bool
 
     @classmethod
-    def of(cls, index: NodeIndex, found: list[Child], solutions: list[solve.Solution], centre: float) -> "_Edges":
+    def of(cls, index: NodeIndex, found: list[Child], squares: bool) -> "_Edges":
         start, columns = 0, []
-        for child, solution in zip(found, solutions):
+        for child in found:
             n, p = len(child.parents), len(child.ports)
             columns.append(
                 {
                     "source": child.parents.repeat(p),
                     "target": torch.full((n * p,), child.node),
                     "port": torch.tensor(child.ports).repeat_interleave(n),
-                    "weight": solution.value.flatten(),
                     "sign": torch.where(child.rows.T @ child.rows.sum(1) < 0, -1.0, 1.0).double(),
                     "pair": start + torch.arange(n).repeat(p),
                     "pair_source": child.parents,
@@ -269,8 +281,9 @@ class _Edges:
             **{name: torch.cat([column[name] for column in columns]) for name in columns[0]},
             port_cost=torch.cat([child.cost for child in found], dim=1),
             port_effect=None if found[0].effect is None else torch.cat([child.effect for child in found], dim=1),
-            centre=centre,
             cost=torch.cat([child.merged for child in found], dim=1),
+            judged=torch.cat([child.judged for child in found], dim=1),
+            squares=squares,
         )
 
     def bounded(self, cost: Float[Tensor, " pair"]) -> tuple[Float[Tensor, " pair"], Float[Tensor, " node"]]:
@@ -296,6 +309,12 @@ class _Edges:
         largest = torch.zeros_like(cost).scatter_reduce(0, self.pair, port_cost, "amax")
         return self.of_pairs(cost) * port_cost / self.of_pairs(largest).clamp_min(1e-300)
 
+    def ports_above(self, bar: float, pairs: Float[Tensor, " fold"]) -> Bool[Tensor, " edge"]:
+        """Which ports carry enough of their pair's cost; squares where edges are judged by squares."""
+        judged = self.bounded(_mean(self.judged, pairs))[0]
+        share = self.port_scores(torch.ones_like(judged), _mean(self.port_cost, pairs))
+        return self.of_pairs(judged) * (share.square() if self.squares else share) > bar
+
     def choose(
         self, cost: Float[Tensor, " pair"], node_cost: Float[Tensor, " node"]
     ) -> tuple[Bool[Tensor, " pair"], float]:
@@ -303,12 +322,12 @@ class _Edges:
         cost, passed = self.bounded(cost)
         node_cost, largest = torch.minimum(node_cost, passed[:-1]), self.costliest(cost)
         matters = torch.ones(len(node_cost) + 1, dtype=torch.bool)
-        matters[1:-1] = node_cost[1:] > widest_gap(node_cost[1:], self.centre)  # input and target always do
+        matters[1:-1] = node_cost[1:] > widest_gap(node_cost[1:])  # input and target always do
         inside = matters[self.pair_source] & matters[self.pair_target]
         way = self._narrowest(torch.where(inside, cost, 0.0))
         if not way > 0:  # the nodes that matter are on no path: leave the choice to the edges
             inside, way = torch.ones_like(inside), self._narrowest(cost)
-        bar = min(widest_gap(cost[inside], self.centre, largest=largest), way * (1 - 1e-9))
+        bar = min(widest_gap(cost[inside], largest=largest), way * (1 - 1e-9))
         return inside & (cost > bar), bar
 
     def _narrowest(self, cost: Float[Tensor, " pair"]) -> float:
@@ -318,10 +337,10 @@ class _Edges:
         self, pairs: Float[Tensor, " fold"], node_cost: Float[Tensor, "fold node"], generator: torch.Generator
     ) -> Float[Tensor, " pair"]:
         """The share of bootstrap resamples of the folds in which a pair is chosen."""
-        chosen = torch.zeros(self.cost.shape[1], dtype=torch.float64)
+        chosen = torch.zeros(self.judged.shape[1], dtype=torch.float64)
         for _ in range(RESAMPLES):
             draw = torch.randint(len(pairs), (len(pairs),), generator=generator)
             draw = draw[pairs[draw] > 0]
             if draw.numel():
-                chosen += self.choose(_mean(self.cost[draw], pairs[draw]), _mean(node_cost[draw], pairs[draw]))[0]
+                chosen += self.choose(_mean(self.judged[draw], pairs[draw]), _mean(node_cost[draw], pairs[draw]))[0]
         return chosen / RESAMPLES

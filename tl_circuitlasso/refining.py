@@ -14,12 +14,12 @@ from tl_circuitlasso.models.read import ReadDesign, operations
 from tl_circuitlasso.models.reread import Costs, Edge, order, reread
 from tl_circuitlasso.models.tokens import Batch, first_prompts
 from tl_circuitlasso.sharing import ALONE, Ranks
-from tl_circuitlasso.stopping import CENTRE, widest_gap
+from tl_circuitlasso.stopping import widest_gap
 
 logger = logging.getLogger(__name__)
 
 ROUNDS = 3  # dropping an edge can leave its parents' edges with nothing to carry
-PAIRS = 512  # pairs of prompts looked at where that is cheap
+PAIRS = 64  # pairs of prompts looked at where that is cheap
 FEWEST = 16  # pairs below which a look is no evidence, and is left out
 CHEAP = 2e10  # operations that a round may take on any model
 SHARE = 0.15  # of the operations of the forward passes behind the graph, where that is more
@@ -38,13 +38,13 @@ def refine(
 ) -> tuple[AttributionGraph, int]:
     """The graph without edges that cost the target too little when read alone and exactly; and the passes it took.
 
-    The rule is the one by which they were kept: the widest gap near 1 % of the costliest edge into the target (10 % of
-    a number), for edges and for nodes. Edges that were looked at have the score that was measured. Rounds are repeated
+    The rule is the one by which they were kept: the widest gap near 1 % of the costliest (in squares for a number),
+    for edges and for nodes. Edges that were looked at have the score that was measured. Rounds are repeated
     until nothing more is dropped. `prompts` is how many were behind the graph: the look is kept small beside them.
     `ranks` share the sample. The provenance says what came of it.
     """
     passes, came_of_it = 0, "no edge dropped"
-    number, before = graph.provenance["unit"] == "target", len(graph.kept_edges())
+    before = len(graph.kept_edges())
     for _ in range(ROUNDS):
         edges = graph.kept_edges()
         if not 0 < len(edges) <= MANY_EDGES:
@@ -59,7 +59,7 @@ def refine(
         if not _sees_behaviour(graph, costs):
             came_of_it = f"left out: its sample of {costs.pairs} pairs misses the behaviour"
             break
-        survivors = edges & _worth(costs, graph.index.names[-1], CENTRE**0.5 if number else CENTRE)
+        survivors = edges & _worth(costs)
         refined = _measured(graph, costs, survivors).prune()
         if not bool(refined.kept.any()):
             came_of_it = "left out: no path would have survived it"
@@ -95,7 +95,9 @@ def _costs(
         return dict(zip(names, (ranks.sum(torch.tensor(total, dtype=torch.float64)) / pairs).tolist()))
 
     nodes = sorted({source for source, _ in edges})
-    return Costs(mean("edges", edges), mean("nodes", nodes), mean("effects", edges), pairs, passes=len(chosen))
+    return Costs(
+        mean("edges", edges), mean("judged", edges), mean("nodes", nodes), mean("effects", edges), pairs, len(chosen)
+    )
 
 
 def _affordable(adapter: Adapter, positions: int, edges: Collection[Edge], prompts: int) -> int:
@@ -123,14 +125,13 @@ def _sees_behaviour(graph: AttributionGraph, costs: Costs) -> bool:
     return costs.edges[largest] >= EVIDENCE * first[largest]
 
 
-def _worth(costs: Costs, end: str, centre: float) -> set[Edge]:
-    """The edges that cost enough, between nodes that do; `end` is the target's name."""
+def _worth(costs: Costs) -> set[Edge]:
+    """The edges that cost enough beside the costliest, between nodes that do: nothing runs away here."""
     inner = {name: cost for name, cost in costs.nodes.items() if name != "input"}
-    least = widest_gap(torch.tensor(list(inner.values())), centre) if inner else 0.0
+    least = widest_gap(torch.tensor(list(inner.values()))) if inner else 0.0
     idle = {name for name, cost in inner.items() if cost <= least}
-    inside = {edge: cost for edge, cost in costs.edges.items() if not idle & set(edge)}
-    largest = max((cost for (_, target), cost in inside.items() if target == end), default=None)
-    bar = widest_gap(torch.tensor(list(inside.values())), centre, largest=largest)
+    inside = {edge: cost for edge, cost in costs.judged.items() if not idle & set(edge)}
+    bar = widest_gap(torch.tensor(list(inside.values())))
     return {edge for edge, cost in inside.items() if cost > bar}
 
 

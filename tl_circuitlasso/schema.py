@@ -5,6 +5,7 @@
 | moments `nodes`        | design `activation`: all feature columns; a head's own name: what it saw (`routed`) |
 | moments `target`       | all feature columns, then the target's                                             |
 | sums `pairs`, `count`  | design `read`: pairs that the sample stands for, and that were looked at, by fold   |
+| sums `square/...`      | where costs are a number's changes: their squares, by which edges are chosen       |
 | sums `node`            | what each node costs the target, by fold                                           |
 | sums `cost/<child>/`   | what each parent of a group of children costs, all ports together, by fold          |
 | sums `cost/<child>/q`  | the same through one port                                                          |
@@ -54,6 +55,11 @@ def ports(children: str) -> tuple[str, ...]:
 def cost(children: str, port: str = "") -> str:
     """Where a group's costs are: through one port, or through all together."""
     return f"cost/{children}/{port}"
+
+
+def square(children: str) -> str:
+    """Where a group's squared changes are, all ports together."""
+    return f"square/{children}"
 
 
 def effect(children: str, port: str = "") -> str:

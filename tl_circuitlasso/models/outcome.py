@@ -69,6 +69,10 @@ class Outcome:
             return mass * self._divergence(change[:, :-1]) + change[:, -1].square() / 2
         return self._divergence(change)
 
+    def judged(self, change: Float[Tensor, "pair direction *edges"]) -> Float[Tensor, "pair *edges"]:
+        """What edges are chosen by: the cost, or the square of a number's change, which grows as nats do."""
+        return change.square().sum(1) if self.base is None else self.cost(change)
+
     def _divergence(self, change: Float[Tensor, "pair logit *edges"]) -> Float[Tensor, "pair *edges"]:
         assert self.base is not None
         base = self.base.view(*self.base.shape, *[1] * (change.ndim - 2))
@@ -211,6 +215,17 @@ def _others(
     if cap is not None:
         share = share * (1 - (logits / cap).square())
     return (share @ weight.T).unsqueeze(1)
+
+
+def divergence(
+    logits: Float[Tensor, "batch pos vocab"], own: Int[Tensor, " pair"], partner: Int[Tensor, " pair"]
+) -> Float[Tensor, "pair pos"]:
+    """KL(own || partner) of the predictions of two prompts at every position, in nats."""
+    found = []
+    for one, other in zip(own.tolist(), partner.tolist()):  # row by row: a batch's logits may fill the memory already
+        before, after = logits[one].log_softmax(-1), logits[other].log_softmax(-1)
+        found.append((before.exp() * (before - after)).sum(-1).clamp_min(0))
+    return torch.stack(found) if found else logits.new_zeros(0, logits.shape[1])
 
 
 def contrast(

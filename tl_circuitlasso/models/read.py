@@ -31,11 +31,13 @@ from tl_circuitlasso.schema import FOLDS
 from tl_circuitlasso.statistics import Statistics, merge_rows
 from tl_circuitlasso.targets import Target
 
-PAIRS = 1024  # pairs that fewer prompts are drawn into again and again, where that is
+PAIRS = 256  # pairs that fewer prompts are drawn into again and again, where that is
 CHEAP = 2e10  # operations: what forward passes may take that are worth so many sweeps
+DRAWS = 4  # how often the same prompts are paired anew, at most
 MEMORY = 256 << 20  # bytes that the pairs swept at once may take
 ON_CPU = 64 << 20  # the same on a CPU, where small parts cost nothing: they are cut closer to what they read
 REACHES = (0.5, 1.0)  # how far towards a random partner secants go, in turn: some thresholds lie in the second half
+ALIKE = 0.1  # share of the draws that treat all positions alike
 ROWS = 4096  # contributions kept whole, a row for each pair and direction
 ROW_BYTES = 1 << 30  # at most so many bytes of them
 FEWEST_ROWS = 64
@@ -58,10 +60,10 @@ class ReadDesign:
 
     def start(self, adapter: Adapter, pilot: Sample) -> Statistics:
         index = self.basis.index(adapter, {}, readout.target_site(pilot.target))
-        signed = self.contrast and outcome.is_number(adapter, pilot.target)
-        sums = _empty_sums(adapter, len(index) - 1, signed, pilot.keep.device)
+        number = outcome.is_number(adapter, pilot.target)
+        sums = _empty_sums(adapter, len(index) - 1, pilot.keep.device, squares=number, effects=number and self.contrast)
         meta = {"index": index.to_json(), "cost_folds": FOLDS, "folds": pilot.folds, "contrast": self.contrast}
-        meta |= {"number": outcome.is_number(adapter, pilot.target), "capacity": row_capacity(adapter)}
+        meta |= {"number": number, "capacity": row_capacity(adapter)}
         return Statistics(sums=sums, meta=meta)
 
     def add(self, statistics: Statistics, adapter: Adapter, sample: Sample) -> Statistics:
@@ -71,10 +73,12 @@ class ReadDesign:
             pairs = twins(mask, sample.target_keep, sample.acts["resid_pre.0"], causal=adapter.shape.causal)
             mask = torch.cat([mask, mask])
         else:
-            pairs = make_pairs(mask, sample.target_keep, sample.generator, draws=self.draws)
+            logits = sample.acts["logits"] if sample.target is None else None
+            pairs = make_pairs(mask, sample.target_keep, sample.generator, draws=self.draws, logits=logits)
         if self.weight is not None:
             own, partner = (self.weight[sample.prompts[rows.cpu() % len(sample.prompts)]] for rows in pairs.sides)
-            pairs = replace(pairs, weight=(own if self.contrast else own * partner).to(mask.device))
+            stands_for = (own if self.contrast else own * partner).to(mask.device)
+            pairs = replace(pairs, weight=stands_for if pairs.weight is None else stands_for * pairs.weight)
         acts = {**sample.acts, "positions": position_ids(mask)}
         sums, rows = dict(statistics.sums), dict(statistics.rows)
         for part in in_parts(adapter, pairs, outcome.count(adapter, sample.target, self.probe), acts):
@@ -106,10 +110,12 @@ class ReadDesign:
                     add(schema.effect(key, name), part[:, 0])
             if len(reads) > 1:
                 add(schema.cost(key), goal.cost(merged))
+            if schema.square(key) in sums:
+                add(schema.square(key), goal.judged(merged))
             if key == schema.TARGET:  # the first to come: its edges add up to the whole change
                 chances = goal.chances(merged.sum((2, 3)))
             rows[key] = goal.in_nats(torch.cat([read.value for read in reads], dim=-1), chances).flatten(2)
-        add(schema.NODE_COSTS, goal.cost(nodes))
+        add(schema.NODE_COSTS, goal.judged(nodes))
         add(schema.PAIRS, torch.ones_like(weight))
         sums[schema.COUNT].index_add_(0, fold, torch.ones_like(fold, dtype=torch.float64))
         return _as_rows(adapter, rows, weight, sample.generator)
@@ -149,7 +155,7 @@ def operations(adapter: Adapter) -> tuple[float, float, float]:
 def affordable_draws(adapter: Adapter, prompts: int, positions: int) -> int:
     """How often few prompts are paired anew: up to `PAIRS` pairs, but once where the model is large."""
     forward = operations(adapter)[2] * positions * prompts
-    return max(1, min(-(-PAIRS // prompts), int(CHEAP / forward)))
+    return max(1, min(-(-PAIRS // prompts), DRAWS, int(CHEAP / forward)))
 
 
 def children(adapter: Adapter) -> list[tuple[str, int, int]]:
@@ -165,7 +171,9 @@ def children(adapter: Adapter) -> list[tuple[str, int, int]]:
     return [*found, (schema.TARGET, 1, 1 + shape.n_layers * per_layer)]
 
 
-def _empty_sums(adapter: Adapter, nodes: int, signed: bool, device: torch.device) -> dict[str, Tensor]:
+def _empty_sums(
+    adapter: Adapter, nodes: int, device: torch.device, *, squares: bool, effects: bool
+) -> dict[str, Tensor]:
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(*shape, dtype=torch.float64, device=device)
 
@@ -173,7 +181,8 @@ def _empty_sums(adapter: Adapter, nodes: int, signed: bool, device: torch.device
     for key, heads, sources in children(adapter):
         ports = schema.ports(key)
         sums |= {schema.cost(key, port): zeros(FOLDS, heads, sources) for port in ("", *ports)}
-        sums |= {schema.effect(key, port): zeros(FOLDS, heads, sources) for port in ports if signed}
+        sums |= {schema.effect(key, port): zeros(FOLDS, heads, sources) for port in ports if effects}
+        sums |= {schema.square(key): zeros(FOLDS, heads, sources) for _ in range(squares)}
     return sums
 
 
@@ -244,23 +253,44 @@ def twins(
 
 
 def make_pairs(
-    mask: Bool[Tensor, "batch pos"], keep: Bool[Tensor, "batch pos"], generator: torch.Generator, *, draws: int = 1
+    mask: Bool[Tensor, "batch pos"],
+    keep: Bool[Tensor, "batch pos"],
+    generator: torch.Generator,
+    *,
+    draws: int = 1,
+    logits: Float[Tensor, "batch pos vocab"] | None = None,
 ) -> Pairing:
     """Each prompt with another of at least its length, drawn at random, and one of its kept positions; `draws` times.
 
     Prompts of one length form a random cycle; the last of a length that has no equal takes the next longer one. A
-    prompt that is alone with the largest length, or has no kept position, is left out.
+    prompt that is alone with the largest length, or has no kept position, is left out. Given the `logits`, positions
+    are drawn by how far the predictions of the two prompts lie apart, and weigh as if all were drawn alike.
     """
-    kept, lengths = keep.cpu(), mask.sum(1).cpu()
+    lengths = mask.sum(1).cpu()
     parts = []
     for draw in range(draws):
-        partner = _partners(lengths, generator)
-        own = ((partner >= 0) & kept.any(1)).nonzero().flatten()
-        turn = (own + draw) % len(REACHES)
-        parts.append(torch.stack([own, partner[own], _draws(kept[own], generator), turn]))
-    own, other, position, turn = torch.cat(parts, dim=1).to(mask.device)
-    reach = torch.tensor(REACHES, device=mask.device)[turn]
-    return Pairing(own, other, position, mask[own] & mask[other], reach)
+        partner = _partners(lengths, generator).to(mask.device)
+        own = ((partner >= 0) & keep.any(1)).nonzero().flatten()
+        chances = _chances(keep[own], None if logits is None else outcome.divergence(logits, own, partner[own]))
+        position = _draws(chances, generator)
+        chance = chances.gather(1, position[:, None])[:, 0]
+        weight = 1 / (keep[own].sum(1) * chance).clamp_min(1e-12)
+        reach = torch.tensor(REACHES, device=mask.device)[(own + draw) % len(REACHES)]
+        parts.append(Pairing(own, partner[own], position, mask[own] & mask[partner[own]], reach, weight))
+    return Pairing.joined(parts)
+
+
+def _chances(
+    keep: Bool[Tensor, "pair pos"], apart: Float[Tensor, "pair pos"] | None
+) -> Float[Tensor, "pair pos"]:
+    """With which chance each kept position is drawn: all alike, or mostly by how far apart predictions are there."""
+    alike = keep.double() / keep.sum(1, keepdim=True).clamp_min(1)
+    if apart is None:
+        return alike
+    apart = torch.where(keep, apart.double(), 0.0)
+    total = apart.sum(1, keepdim=True)
+    by_interest = torch.where(total > 0, apart / total.clamp_min(1e-300), alike)
+    return ALIKE * alike + (1 - ALIKE) * by_interest
 
 
 def _partners(lengths: Int[Tensor, " prompt"], generator: torch.Generator) -> Int[Tensor, " prompt"]:
@@ -275,9 +305,8 @@ def _partners(lengths: Int[Tensor, " prompt"], generator: torch.Generator) -> In
     return torch.empty_like(order).scatter_(0, order, following)
 
 
-def _draws(places: Bool[Tensor, "row place"], generator: torch.Generator) -> Int[Tensor, " row"]:
-    """One of each row's true places, drawn at random."""
-    count, run = places.sum(1).unique_consecutive(return_counts=True)
-    drawn = [torch.randint(high, (rows,), generator=generator) for high, rows in zip(count.tolist(), run.tolist())]
-    rank = torch.cat([torch.empty(0, dtype=torch.long), *drawn])
-    return (places.cumsum(1) > rank[:, None]).to(torch.uint8).argmax(1)
+def _draws(chances: Float[Tensor, "row place"], generator: torch.Generator) -> Int[Tensor, " row"]:
+    """One place of each row, drawn by its chances."""
+    if not len(chances):
+        return torch.zeros(0, dtype=torch.long, device=chances.device)
+    return torch.multinomial(chances.cpu(), 1, generator=generator)[:, 0].to(chances.device)

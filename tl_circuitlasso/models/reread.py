@@ -39,10 +39,11 @@ Edge = tuple[str, str]
 
 @dataclass(frozen=True)
 class Costs:
-    """Mean cost to the target of each edge, and of all that each node contributes, over `pairs` pairs; and each edge's
-    mean change of the target's first direction, with its sign."""
+    """Mean cost to the target of each edge over `pairs` pairs; what edges, and all that each node contributes, are
+    judged by; and each edge's mean change of the target's first direction, with its sign."""
 
     edges: Mapping[Edge, float]
+    judged: Mapping[Edge, float]
     nodes: Mapping[str, float]
     effects: Mapping[Edge, float]
     pairs: int
@@ -71,26 +72,27 @@ def reread(
     acts["positions"] = position_ids(batch.run[1])
     keep = last_only(batch.keep) if last else batch.keep
     if batch.partners is None:
-        pairs = make_pairs(batch.mask, keep, torch.Generator().manual_seed(seed), draws=draws)
+        logits = acts["logits"] if target is None else None
+        pairs = make_pairs(batch.mask, keep, torch.Generator().manual_seed(seed), draws=draws, logits=logits)
     else:
         pairs = twins(batch.mask, keep, acts["resid_pre.0"], causal=adapter.shape.causal)
     prompts = torch.arange(batch.start, batch.start + len(batch.tokens))
     edge_cost: dict[Edge, float] = dict.fromkeys(edges, 0.0)
-    effects = dict(edge_cost)
+    effects, judged = dict(edge_cost), dict(edge_cost)
     node_cost: dict[str, float] = {source: 0.0 for source, _ in edges}
     for part in in_parts(adapter, pairs, outcome.count(adapter, target, probe)):
         goal = outcome.outcome(adapter, acts, part, target, prompts, probe, few=sys.maxsize)
+        weight = goal.directions.new_ones(len(part)) if part.weight is None else part.weight.to(goal.directions)
         by_edge, by_node = _contributions(View(adapter, acts, part), goal, edges)
         for edge, contribution in by_edge.items():
-            edge_cost[edge] += float(goal.cost(contribution).sum())
-            effects[edge] += float(contribution[:, 0].sum())
+            edge_cost[edge] += float((goal.cost(contribution) * weight).sum())
+            judged[edge] += float((goal.judged(contribution) * weight).sum())
+            effects[edge] += float((contribution[:, 0] * weight).sum())
         for node, contribution in by_node.items():
-            node_cost[node] += float(goal.cost(contribution).sum())
+            node_cost[node] += float((goal.judged(contribution) * weight).sum())
     count = max(len(pairs), 1)
-    edge_cost, effects, node_cost = (
-        {name: total / count for name, total in one.items()} for one in (edge_cost, effects, node_cost)
-    )
-    return Costs(edge_cost, node_cost, effects, len(pairs))
+    means = [{name: sum_ / count for name, sum_ in one.items()} for one in (edge_cost, judged, node_cost, effects)]
+    return Costs(*means, len(pairs))
 
 
 @dataclass(frozen=True, eq=False)

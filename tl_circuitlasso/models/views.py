@@ -11,7 +11,7 @@ L is the logarithmic mean of the two probabilities: a softmax is met exactly how
 scores, beyond which single precision knows no probability), wherever between the two prompts its scores cross.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,6 +51,12 @@ class Pairing:
     def sides(self) -> tuple[Int[Tensor, " pair"], Int[Tensor, " pair"]]:
         """The rows of both prompts of each pair."""
         return self.own, self.partner
+
+    @classmethod
+    def joined(cls, parts: Sequence["Pairing"]) -> "Pairing":
+        """All pairs of several draws from the same batch."""
+        names = ("own", "partner", "position", "valid", "reach", "weight")
+        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
 
     def take(self, rows: Int[Tensor, " row"], width: int | None = None, first: int = 0) -> "Pairing":
         """Some of the pairs, cut behind position `width`, of which those before `first` are known to be equal."""
