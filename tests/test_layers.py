@@ -21,7 +21,7 @@ FLOORS = {
     "evaluate": 3, "baselines": 3, "apps": 3, "demo": 3,
     "garrote": 4, "choice": 4, "learning_read": 4, "learning": 4, "probing": 4, "refining": 4, "confirming": 4,
     "provenance": 4,
-    "features": 4, "drawing": 4, "discover": 4, "plot": 4, "bench": 4, "comparison": 4, "testing": 4,
+    "features": 4, "neurons": 4, "drawing": 4, "discover": 4, "plot": 4, "bench": 4, "comparison": 4, "testing": 4,
     "cli": 5, "__main__": 5, "__init__": 5,
 }  # fmt: skip
 WITHIN_FLOOR_1 = [

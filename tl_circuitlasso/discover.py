@@ -10,6 +10,7 @@ graph        AttributionGraph
 """
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from numbers import Real
@@ -24,7 +25,7 @@ from tl_circuitlasso.features import FeatureSetup, Rule, learn_features
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.learning import RESAMPLED, learn
 from tl_circuitlasso.models.adapter import Adapter, adapt
-from tl_circuitlasso.models.bases import Basis, as_basis
+from tl_circuitlasso.models.bases import Basis, Neuron, as_basis
 from tl_circuitlasso.models.collect import Plan, collect
 from tl_circuitlasso.models.designs import Activation, Design, Routed
 from tl_circuitlasso.models.device import on_device
@@ -34,8 +35,9 @@ from tl_circuitlasso.models.prompt_forms import AnyPrompts
 from tl_circuitlasso.models.read import ReadDesign, affordable_draws
 from tl_circuitlasso.models.sae import SAEFeatures
 from tl_circuitlasso.models.tokens import Positions, Prompts
+from tl_circuitlasso.neurons import Behaviour, neuron_circuit
 from tl_circuitlasso.probing import fit_probe
-from tl_circuitlasso.provenance import passes_per_prompt, provenance, question
+from tl_circuitlasso.provenance import made_of, passes_per_prompt, provenance, question
 from tl_circuitlasso.refining import refine
 from tl_circuitlasso.schema import COUNT, FOLDS
 from tl_circuitlasso.sharing import Ranks, as_ranks
@@ -82,7 +84,9 @@ def circuit_lasso(
     target: None = the model's own logits at `positions`; LogitDiff, Labels or Values, one entry per prompt, read at the
         last real position unless `positions` says otherwise.
     basis: "component" (heads and MLPs), "neuron", "residual", a basis object, or `SAEFeatures` for circuits among SAE
-        features (scores are then local, in standard deviations; `checkpoint` is a folder; see models/sae.py).
+        features (scores are then local, in standard deviations; `checkpoint` is a folder; see models/sae.py). "neuron"
+        with design "read" scores every MLP neuron, attention seen, in logits of the target; `Neuron(linked=128)` adds
+        the edges between the foremost ones.
     design: "read" (what a child reads of a parent through its own weights), "routed" or "activation" (the paper's).
     strength: sparsity as a fraction of lambda_max in [0, 1], or "auto", "cv", "ebic", "mcp" (the minimax concave
         penalty, for single coefficients: not for components of several directions), "stability".
@@ -97,7 +101,8 @@ def circuit_lasso(
     refined: give kept edges of design "read" a second, exact look on a small sample of the prompts (refining.py).
     method: "lasso", or "lasso+confirm": each kept edge is then measured by intervention, and dropped where it has no
         effect; `graph.provenance["confirm"]` says how many forward passes that took, and what all edges would have.
-    corrupted: for "lasso+confirm", a partner of the same length for each prompt: what cut edges carry.
+    corrupted: a partner of the same length for each prompt: what design "read" compares each prompt with (None: another
+        prompt, drawn at random), and what cut edges carry in "lasso+confirm".
     metric: for "lasso+confirm", `metric(logits, rows)` as in `evaluate.faithfulness`. The default is the behaviour that
         was asked for: minus the KL divergence from the model's prediction, or a LogitDiff target's logit difference.
     process_group: "world" shares the work among the processes that torchrun started, a torch.distributed group among
@@ -117,11 +122,16 @@ def circuit_lasso(
     """
     began, ranks = time.perf_counter(), as_ranks(process_group)
     checked, target, seed = as_strength(strength), as_target(target), as_seed(seed)
+    chosen, neurons = None, None
     if max_prompts is not None:
         max_prompts = whole_number("max_prompts", max_prompts, least=PAIR, what="of prompts, or None for all")
     if isinstance(basis, SAEFeatures):
         _check_features(basis, design, method, strength)
-        chosen = None
+    elif design == "read" and isinstance(as_basis(basis), Neuron):
+        neurons = as_basis(basis)
+        assert isinstance(neurons, Neuron)
+        refused = {"checkpoint": checkpoint, "metric": metric, "process_group": None if ranks.size == 1 else ranks}
+        _check_neurons(neurons, method, strength, refused)
     else:
         chosen = as_design(design, as_basis(basis))
         paired = isinstance(chosen, ReadDesign)
@@ -133,13 +143,16 @@ def circuit_lasso(
             )
     with ranks.together(), on_device(model, device):
         adapter = adapt(model)
-        prompts = _prompts(adapter, tokens, chosen, attention_mask, positions, batch_size)
+        paired = isinstance(chosen, ReadDesign) or neurons is not None
+        prompts = _prompts(adapter, tokens, paired, attention_mask, positions, batch_size)
         size, target = prompts.batch_size, with_tokens(target, adapter)
         job = Job(adapter, prompts, target, prompts.positions, checked, size, progress, seed, checkpoint, ranks)
-        if chosen is None:
-            assert isinstance(basis, SAEFeatures)
+        if isinstance(basis, SAEFeatures):
             graph = _features(job, basis)
+        elif neurons is not None:
+            graph = _neurons(job, neurons, corrupted, max_prompts)
         else:
+            assert chosen is not None
             twins, causal = None, None
             if corrupted is not None and isinstance(chosen, ReadDesign):
                 pairs = pairs_of(adapter, prompts, corrupted)
@@ -148,7 +161,7 @@ def circuit_lasso(
                 causal = prepare(adapter, prompts, corrupted, target, metric, count=max_prompts, seed=seed)
             graph = _components(job, chosen, twins, causal, max_prompts=max_prompts, refined=refined)
     record, total = dict(graph.provenance), time.perf_counter() - began
-    asked = {"strength": strength, "method": method, "seed": seed} | ({"design": design} if chosen else {})
+    asked = {"strength": strength, "method": method, "seed": seed} | ({"design": design} if chosen or neurons else {})
     record["arguments"] = {**question(target, positions), **asked, **record["arguments"]}
     return replace(graph, provenance=record | {"seconds": {**record["seconds"], "total": total}})
 
@@ -241,6 +254,40 @@ def _features(job: Job, basis: SAEFeatures) -> AttributionGraph:
     return replace(graph, provenance=record | dict(graph.provenance))
 
 
+def _neurons(job: Job, basis: Neuron, corrupted: AnyPrompts | None, max_prompts: int | None) -> AttributionGraph:
+    """Neurons by design `read`: one sweep per pair of prompts."""
+    prompts = job.prompts.gathered()
+    pairs = None if corrupted is None else pairs_of(job.adapter, prompts, corrupted)
+    behaviour = Behaviour(job.adapter, prompts, job.target, pairs, job.last, job.seed)
+    behaviour = behaviour if max_prompts is None else behaviour.some(max_prompts)
+    for _ in behaviour.prompts:  # their hash is known once all have been read
+        pass
+    graph = neuron_circuit(behaviour, basis, strength=job.strength, progress=job.progress)
+    arguments = {
+        "basis": basis.name,
+        "max_nodes": basis.max_nodes,
+        "linked": basis.linked,
+        "reference": basis.reference,
+        "max_prompts": max_prompts,
+    }
+    return replace(graph, provenance={**made_of(job.adapter, behaviour.prompts, arguments), **graph.provenance})
+
+
+def _check_neurons(basis: Neuron, method: str, strength: str | int | float, refused: Mapping[str, Any]) -> None:
+    if method != "lasso":
+        raise InputError(
+            f"`method` {method!r} cuts edges between components; test neurons with `evaluate.faithfulness`"
+        )
+    if strength != "auto" and (isinstance(strength, str) or not basis.linked):
+        raise InputError(
+            f"`strength` {strength!r} is for regressions: neurons of design 'read' have them only between linked ones, "
+            "as a fraction of lambda_max: use basis=Neuron(linked=...), or leave it at 'auto'"
+        )
+    for name, given in refused.items():
+        if given is not None:
+            raise InputError(f"`{name}` isn't used by basis 'neuron' with design 'read': leave it out")
+
+
 def _check_features(basis: SAEFeatures, design: str, method: str, strength: str | int | float) -> None:
     if design not in ("read", "activation"):
         raise InputError(f"`design` {design!r} is for components: SAEFeatures(mixing=...) says where parents are seen")
@@ -254,10 +301,9 @@ def _check_features(basis: SAEFeatures, design: str, method: str, strength: str 
 
 
 def _prompts(
-    adapter: Adapter, tokens: AnyPrompts, design: Design | None, attention_mask: Any, positions: Any, batch_size: Any
+    adapter: Adapter, tokens: AnyPrompts, paired: bool, attention_mask: Any, positions: Any, batch_size: Any
 ) -> Prompts:
     """The checked prompts; design "read" compares those of a batch, and draws them, so it knows all of them."""
-    paired = isinstance(design, ReadDesign)
     options = {"attention_mask": attention_mask, "positions": positions, "batch_size": batch_size}
     prompts = Prompts(adapter, tokens, **options, fewest=PAIR if paired else 1)
     return prompts.gathered() if paired else prompts
@@ -293,7 +339,7 @@ def collect_statistics(
     target, seed = as_target(target), as_seed(seed)
     with ranks.together():
         adapter = adapt(model)
-        prompts = _prompts(adapter, tokens, chosen, attention_mask, positions, batch_size)
+        prompts = _prompts(adapter, tokens, isinstance(chosen, ReadDesign), attention_mask, positions, batch_size)
         size, target = prompts.batch_size, with_tokens(target, adapter)
         job = Job(adapter, prompts, target, prompts.positions, "auto", size, progress, seed, checkpoint, ranks)
         plan = replace(_plan(job, chosen), folds=folds)

@@ -261,8 +261,11 @@ def _named(graph: AttributionGraph, groups: Iterable[tuple[str, ...]]) -> dict[s
 
 
 def facts(info: Mapping[str, Any]) -> list[str]:
-    """How often a feature fires and how strongly, on which tokens, and what its direction promotes, as text lines."""
+    """What a node contributes, how often and how strongly a feature fires, on which tokens, and what its direction
+    promotes, as text lines."""
     lines = []
+    if "contribution" in info:
+        lines.append(f"contributes {float(info['contribution']):+.3g} to the target's difference")
     if "frequency" in info:
         mean = f", mean {info['mean']:.3g} where it does" if "mean" in info else ""
         lines.append(f"fires on {100 * float(info['frequency']):.2g} % of samples{mean}")

@@ -16,6 +16,15 @@ def provenance(
     adapter: Adapter, prompts: Prompts, collected: Collected | CollectedCodes, arguments: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Versions, model, data, arguments and passes behind what was collected."""
+    return made_of(adapter, prompts, arguments) | {
+        "prompts": collected.prompts,
+        "forward_passes": collected.forward_passes,
+        "closure_error": collected.closure,
+    }
+
+
+def made_of(adapter: Adapter, prompts: Prompts, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Versions, model, data and arguments behind any graph."""
     return {
         "method": "CircuitLasso",
         "model": adapter.name,
@@ -23,11 +32,8 @@ def provenance(
         "d_model": adapter.shape.d_model,
         "config_hash": adapter.config_hash(),
         "data_hash": prompts.data_hash(),
-        "prompts": collected.prompts,
         "arguments": dict(arguments),
-        "forward_passes": collected.forward_passes,
         "backward_passes": 0,
-        "closure_error": collected.closure,
         "versions": {name: _version(name) for name in ("tl-circuitlasso", "torch", "transformer-lens")}
         | {"python": platform.python_version()},
     }

@@ -35,6 +35,18 @@ from tl_circuitlasso.baselines.methods import (
 from tl_circuitlasso.baselines.methods import (
     method as method,
 )
+from tl_circuitlasso.baselines.neurons import (
+    gradient_activation as gradient_activation,
+)
+from tl_circuitlasso.baselines.neurons import (
+    integrated_gradients as integrated_gradients,
+)
+from tl_circuitlasso.baselines.neurons import (
+    random_nodes as random_nodes,
+)
+from tl_circuitlasso.baselines.neurons import (
+    relp as relp,
+)
 from tl_circuitlasso.baselines.nodes import (
     node_scores as node_scores,
 )

@@ -157,6 +157,8 @@ def _unit(graph: Any) -> str:
     if asked.get("design") != "read":
         return ""
     unit = {"LogitDiff": "logits", "Values": "units of the numbers"}.get(asked.get("target"), "nats")
+    if asked.get("basis") == "neuron":
+        return f" (score: contribution to the target, in {unit})"
     return f" (score: what cutting the edge is expected to cost, in {unit})"
 
 

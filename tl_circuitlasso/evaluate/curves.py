@@ -42,10 +42,11 @@ class Curve:
 
     Attributes
     ----------
-    shares: the sizes asked for, as shares of all edges; requested: the same as numbers of edges, int(share * edges).
+    shares: the sizes as shares of all edges (of features, of all the graph's nodes); requested: as numbers of them.
     sizes: the edges that are left after pruning, q, k and v counted apart; of features, the nodes.
     faithfulness, low, high: at each size, with its 95 % bootstrap interval over prompts.
-    cpr: area under the faithfulness over `shares`, by trapezoids. cmd: area between the faithfulness and 1.
+    cpr: area under the faithfulness over `shares`, by trapezoids. cmd: area between the faithfulness and 1. Both only
+        say something of sizes that reach from next to nothing to everything, as MIB's do.
     model, ablated: the metric's mean per prompt of the model and with every edge cut.
     forward_passes: forward passes per prompt, baselines included.
     """
@@ -89,7 +90,8 @@ def curve(
     graph: its scores rank the edges; which of them are kept doesn't matter. Edges that it doesn't have score 0. A graph
         of features has its nodes ranked, by what their outgoing edges say of the target; `absolute` and `rule` mean
         nothing then.
-    sizes: shares of all the model's edges (of the graph's features), rising, in (0, 1].
+    sizes: rising; floats are shares of all the model's edges (of the graph's features) in (0, 1], whole numbers are
+        numbers of edges (of nodes, for a graph of features): `sizes=[100, 200, 300, 1000]`.
     absolute: rank by |score|; MIB's CPR ranks by the signed score, its CMD by |score|.
     rule: "top" takes the highest-scored edges, "greedy" grows the circuit backwards from the logits, always taking the
         best edge into what is already there.
@@ -97,7 +99,8 @@ def curve(
 
     Raises
     ------
-    InputError: sizes that don't rise or lie outside (0, 1], an unknown rule, and as in `faithfulness`.
+    InputError: sizes that don't rise, shares outside (0, 1], numbers below 1 or beyond what there is, both kinds mixed,
+        an unknown rule, and as in `faithfulness`.
     """
     one = {"": graph}
     made = curves(
@@ -132,13 +135,14 @@ def curves(
     if not layouts:
         raise InputError("`graphs` is empty: give at least one graph")
     layout = layouts[0]
-    requested = [int(share * int(layout.mask().sum())) for share in sizes]
+    total = int(layout.mask().sum())
+    requested = _numbers(sizes, total, "edges of the model")
     kept = [select(score_matrix(graph, layout), layout, requested, absolute, rule) for graph in graphs.values()]
     measured = measure(setup, torch.cat(kept))
     check_scale(measured)
     parts = zip(graphs, kept, measured.circuits.split(len(sizes)))
     return {
-        name: _curve(sizes, requested, _counts(prune(own, layout)), _with(measured, circuits), seed)
+        name: _curve(_as_shares(sizes, total), requested, _counts(prune(own, layout)), _with(measured, circuits), seed)
         for name, own, circuits in parts
     }
 
@@ -156,18 +160,41 @@ def _feature_curves(
             raise InputError(f"`graphs` mixes features with whole components: {name!r} has no features")
         sites, scores = feature_sites(graph, setup.adapter, features.saes), node_scores(graph)
         ranked = sorted(scores, key=lambda node: -scores[node])
-        requested = [int(share * len(ranked)) for share in sizes]
+        requested = _numbers(sizes, len(ranked), f"nodes of graph {name!r}" if name else "nodes of `graph`")
         circuits = [circuit_of(graph, sites, features, set(ranked[:count])) for count in (*requested, 0)]
         measured = measure_features(setup, sites, circuits)
         check_scale(measured)
-        made[name] = _curve(sizes, requested, tuple(requested), measured, seed)
+        made[name] = _curve(_as_shares(sizes, len(ranked)), requested, tuple(requested), measured, seed)
     return made
 
 
 def _check_sizes(sizes: Sequence[int | float]) -> None:
+    """Rising shares in (0, 1], or rising whole numbers from 1; at least two."""
     rising = all(low < high for low, high in pairwise(sizes))
-    if len(sizes) < 2 or not rising or not (sizes[0] > 0 and sizes[-1] <= 1):
-        raise InputError(f"`sizes` are {tuple(sizes)}: give at least two rising shares of all edges, above 0, up to 1")
+    good = all(size >= 1 for size in sizes) if _whole(sizes) else all(0 < size <= 1 for size in sizes)
+    mixed = not _whole(sizes) and any(isinstance(size, int) and size > 1 for size in sizes)
+    if len(sizes) < 2 or not rising or not good or mixed:
+        raise InputError(
+            f"`sizes` are {tuple(sizes)}: give at least two rising shares of all edges, above 0, up to 1, or at least "
+            "two rising whole numbers of them"
+        )
+
+
+def _whole(sizes: Sequence[int | float]) -> bool:
+    """Whether sizes are numbers of edges, not shares of all."""
+    return all(isinstance(size, int) and not isinstance(size, bool) for size in sizes)
+
+
+def _numbers(sizes: Sequence[int | float], total: int, what: str) -> list[int]:
+    if not _whole(sizes):
+        return [int(share * total) for share in sizes]
+    if sizes[-1] > total:
+        raise InputError(f"`sizes` ask for {sizes[-1]}, but there are only {total} {what}")
+    return [int(size) for size in sizes]
+
+
+def _as_shares(sizes: Sequence[int | float], total: int) -> list[float]:
+    return [size / total for size in sizes] if _whole(sizes) else [float(size) for size in sizes]
 
 
 def _counts(kept: EdgeMatrix) -> tuple[int, ...]:

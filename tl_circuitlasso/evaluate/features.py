@@ -74,8 +74,9 @@ def feature_sites(graph: AttributionGraph, adapter: Adapter, saes: Mapping[str, 
     if whole := [name for name, block in blocks.items() if block.features is None and _is_component(block)]:
         raise InputError(f"`graph` mixes features with the whole component {whole[0]!r}: give a graph of one kind")
     inner = {name: block for name, block in blocks.items() if block.features is not None}
-    sites = [_own(name, block, adapter) for name, block in inner.items() if block.site.kind != "hook"]
-    if missing := [name for name, block in inner.items() if block.site.kind == "hook" and name not in saes]:
+    plain = {name for name, block in inner.items() if name not in saes and _is_plain(block)}
+    sites = [_own(name, inner[name], adapter) for name in inner if name in plain]
+    if missing := [name for name in inner if name not in plain and name not in saes]:
         raise InputError(f"`saes` has no SAE for {missing[0]!r}, whose features `graph` names: give {{hook: sae}}")
     sites += [_learned(hook, sae, adapter) for hook, sae in saes.items()]
     for site in sites:
@@ -92,6 +93,11 @@ def _is_component(block: Block) -> bool:
     return block.site.kind in ("head", "mlp", "resid") or (block.site.kind == "hook" and not _is_error(str(block.site)))
 
 
+def _is_plain(block: Block) -> bool:
+    """Whether a site's features are the activation's own coordinates, not those of an SAE."""
+    return block.site.kind != "hook" or block.site.hook.endswith(".hook_mlp_out")
+
+
 def _is_error(name: str) -> bool:
     return name.endswith(ERROR)
 
@@ -101,6 +107,8 @@ def _own(name: str, block: Block, adapter: Adapter) -> FeatureSite:
     if block.site.kind == "mlp":
         hook, width = f"blocks.{layer}.mlp.hook_post", shape.d_mlp
         known = layer < shape.n_layers and not shape.attn_only and not shape.moe
+    elif block.site.kind == "hook":
+        hook, width, known = name, shape.d_model, layer < shape.n_layers and not shape.attn_only
     else:
         end = layer == shape.n_layers
         hook = f"blocks.{layer - 1}.hook_resid_post" if end else f"blocks.{layer}.hook_resid_pre"
@@ -152,14 +160,18 @@ def _kept(site: FeatureSite, blocks: Mapping[str, Block], options: FeatureOption
 def node_scores(graph: AttributionGraph) -> dict[str, float]:
     """How much each feature matters to the target, to rank features by.
 
-    Scores of neurons and residual dimensions say it of each edge already: the largest |score| out of a node. Those of
-    SAE features are local, from feature to feature, so they're followed to the end of the graph (u's children v):
+    Where the graph knows what each node contributes in all (`node_info`), that. Else scores of neurons and residual
+    dimensions say it of each edge already: the largest |score| out of a node. Those of SAE features are local, from
+    feature to feature, so they're followed to the end of the graph (u's children v):
 
         relevance(u) = sum over v of |score(u -> v)| relevance(v),    relevance = 1 where nothing is fed.
     """
+    named = {name for block in graph.index.blocks if block.features is not None for name in block.names}
+    whole = {name: graph.node_info.get(name, {}).get("contribution") for name in graph.index.names if name in named}
+    if all(isinstance(value, (int, float)) for value in whole.values()):
+        return {name: abs(value) for name, value in whole.items()}
     local = any(block.site.kind == "hook" for block in graph.index.blocks)
     scores = _followed(graph) if local else _largest(graph)
-    named = {name for block in graph.index.blocks if block.features is not None for name in block.names}
     return {name: score for name, score in zip(graph.index.names, scores.tolist()) if name in named}
 
 

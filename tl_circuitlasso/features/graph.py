@@ -254,7 +254,7 @@ def node_info(
 
     `mean` is over the samples where it fires, `std` over all. Contexts come from different prompts.
     """
-    text = _Text(adapter)
+    text = Text(adapter)
     found: dict[str, dict[str, Any]] = {}
     for hook, encoder in collected.encoders.items():
         kept, one = alive[hook].features, firing[hook]
@@ -277,7 +277,7 @@ def node_info(
     return found
 
 
-class _Text:
+class Text:
     """Tokens as text: by the model's tokenizer, or as numbers where it has none."""
 
     def __init__(self, adapter: Adapter) -> None:
@@ -304,7 +304,7 @@ class _Text:
         return str(self._tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
 
 
-def _top_tokens(examples: Examples, row: int, text: _Text) -> list[str]:
+def _top_tokens(examples: Examples, row: int, text: Text) -> list[str]:
     """The tokens at the feature's strongest samples, by the sum of their codes."""
     weight: dict[int, float] = {}
     for token, value in zip(examples.tokens[row, :, BEFORE].tolist(), examples.value[row].tolist()):
@@ -314,7 +314,7 @@ def _top_tokens(examples: Examples, row: int, text: _Text) -> list[str]:
     return [text.of(token) for token in best]
 
 
-def _contexts(examples: Examples, row: int, text: _Text) -> Iterator[dict[str, Any]]:
+def _contexts(examples: Examples, row: int, text: Text) -> Iterator[dict[str, Any]]:
     seen: set[int] = set()
     rows = zip(*(getattr(examples, name)[row].tolist() for name in ("value", "prompt", "position", "tokens")))
     for value, prompt, position, window in rows:

@@ -109,13 +109,27 @@ class Component:
 
 @dataclass(frozen=True)
 class Neuron:
-    """MLP neurons after their nonlinearity; the `max_nodes` that vary most over the pilot, dead ones left out."""
+    """MLP neurons after their nonlinearity.
+
+    max_nodes: with design "activation" those that vary most over the pilot, dead ones left out; with design "read"
+        those that contribute most to the target.
+    reference: with design "read", what a neuron is compared with: its "mean" over the partners at the same position, as
+        circuits are mostly judged, or what it does in the prompt's own partner ("corrupted").
+    linked: with design "read", how many of them are joined by edges, their direct effects on one another (0: none).
+        Each costs a sweep through attention alone on a small sample of the prompts.
+    """
 
     max_nodes: int = 4096
+    linked: int = 0
+    reference: str = "mean"
     name: str = "neuron"
 
     def __post_init__(self) -> None:
         _check_limit(self.max_nodes)
+        if not isinstance(self.linked, int) or isinstance(self.linked, bool) or self.linked < 0:
+            raise InputError(f"`linked` is {self.linked!r}: give the number of neurons to join by edges, 0 for none")
+        if self.reference not in ("mean", "corrupted"):
+            raise InputError(f"`reference` is {self.reference!r}: write 'mean' or 'corrupted'")
 
     def wanted(self, adapter: Adapter) -> tuple[str, ...]:
         if adapter.shape.attn_only:

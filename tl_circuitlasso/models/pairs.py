@@ -38,12 +38,19 @@ class PairBatch(NamedTuple):
         return torch.arange(self.clean.start, self.clean.start + len(self.clean.tokens))
 
     def shown(self, logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, "batch pos vocab"]:
-        """Logits as a metric sees them: in the last column those at each prompt's last real token."""
-        end = last_places(self.mask).to(logits.device)
-        if bool((end == logits.shape[1] - 1).all()):
-            return logits
-        last = logits[torch.arange(len(logits), device=logits.device), end]
-        return torch.cat([logits[:, :-1], last[:, None]], dim=1)
+        """Logits as a metric sees them."""
+        return shown(logits, self.mask)
+
+
+def shown(
+    logits: Float[Tensor, "batch pos vocab"], mask: Bool[Tensor, "batch pos"]
+) -> Float[Tensor, "batch pos vocab"]:
+    """Logits as a metric sees them: in the last column those at each prompt's last real token."""
+    end = last_places(mask).to(logits.device)
+    if bool((end == logits.shape[1] - 1).all()):
+        return logits
+    last = logits[torch.arange(len(logits), device=logits.device), end]
+    return torch.cat([logits[:, :-1], last[:, None]], dim=1)
 
 
 def last_places(mask: Bool[Tensor, "batch pos"]) -> Int[Tensor, " batch"]:

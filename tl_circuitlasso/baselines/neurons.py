@@ -1,0 +1,228 @@
+"""Attribution of neurons, heads, MLP outputs or residual dimensions: RelP, gradient x activation, its integral, chance.
+
+Each gives an `AttributionGraph` of edges from nodes to the logits; the score is the node's mean signed contribution to
+the metric, so a positive one helps. `evaluate.curve` and `evaluate.faithfulness` say how good such a circuit is.
+"""
+
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_circuitlasso.baselines.edges import provenance
+from tl_circuitlasso.errors import InputError
+from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.models import Adapter, adapt
+from tl_circuitlasso.models.neuron_scores import Batch, ByGradient, BySweep, Scoring, scores
+from tl_circuitlasso.models.neuron_sweep import RELP, Rules
+from tl_circuitlasso.models.pairs import Metric, Pairs, pairs_of, shown
+from tl_circuitlasso.models.prompt_forms import AnyPrompts
+from tl_circuitlasso.nodes import Block, NodeIndex
+from tl_circuitlasso.sites import Site
+
+MAX_NODES = 4096  # nodes that a graph keeps of those that are scored
+
+
+def relp(
+    model: Any,
+    clean: AnyPrompts,
+    corrupted: AnyPrompts | None,
+    metric: Metric,
+    *,
+    basis: str = "neuron",
+    reference: str | None = None,
+    attention: str = "frozen",
+    attention_mask: Tensor | None = None,
+    batch_size: int = 32,
+    max_nodes: int | None = MAX_NODES,
+) -> AttributionGraph:
+    """Relevance patching (Rezaei Jafari et al. 2025, arXiv 2508.21258; arXiv 2601.22594).
+
+    Activation (less its reference) times a modified gradient on the clean prompt: norms keep their scale,
+    act(x) = x (act(x) / x) with the ratio constant, gated products pass half to each factor, patterns are constant.
+    One forward pass and one sweep per prompt, one forward pass more with a reference.
+
+    Parameters
+    ----------
+    clean, corrupted: token ids (prompt, pos) or strings, pairs of equal length; `corrupted` may be None.
+    metric: `metric(logits, rows)` returns the sum over a batch of what should stay high, as in `eap`.
+    basis: "neuron" (what goes into the down projection), "mlp_out", "head" or "residual".
+    reference: what a node is compared with: "corrupted" (its partner; the default where there are corrupted prompts),
+        "mean" (over prompts at the same position, the corrupted ones where there are any) or "zero" (the default else).
+    attention: "frozen" holds attention patterns constant; "moving" lets them pass on what they do, by their derivative.
+    max_nodes: only so many nodes of the largest |score| are kept in the graph; None keeps all.
+
+    Raises
+    ------
+    InputError: arguments that can't be used; ModelError: no MLPs, or a mixture of experts.
+
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=8)
+    >>> metric = tcl.evaluate.logit_diff(demo.correct, demo.incorrect)
+    >>> graph = relp(demo.model, demo.tokens, demo.corrupted, metric, basis="head")
+    >>> sorted(graph.kept_nodes())[:2]
+    ['a0.h0', 'a0.h1']
+    """
+    if attention not in ("frozen", "moving"):
+        raise InputError(f"`attention` is {attention!r}: write 'frozen' or 'moving'")
+    rules = RELP if attention == "frozen" else Rules(norm=True, activation=True, half=True)
+    data = pairs_of(model, clean, corrupted, attention_mask=attention_mask, batch_size=batch_size)
+    chosen = _reference(reference, corrupted)
+    return _graph("relp", data, corrupted, metric, basis, chosen, BySweep(rules, alone=True), max_nodes)
+
+
+def gradient_activation(
+    model: Any,
+    clean: AnyPrompts,
+    corrupted: AnyPrompts | None,
+    metric: Metric,
+    *,
+    basis: str = "neuron",
+    reference: str | None = None,
+    attention_mask: Tensor | None = None,
+    batch_size: int = 32,
+    max_nodes: int | None = MAX_NODES,
+) -> AttributionGraph:
+    """Activation (less its reference) times the gradient on the clean prompt: attribution patching; as in `relp`."""
+    data = pairs_of(model, clean, corrupted, attention_mask=attention_mask, batch_size=batch_size)
+    chosen = _reference(reference, corrupted)
+    return _graph("gradient_activation", data, corrupted, metric, basis, chosen, ByGradient(), max_nodes)
+
+
+def integrated_gradients(
+    model: Any,
+    clean: AnyPrompts,
+    corrupted: AnyPrompts | None,
+    metric: Metric,
+    *,
+    steps: int = 10,
+    basis: str = "neuron",
+    reference: str | None = None,
+    attention_mask: Tensor | None = None,
+    batch_size: int = 32,
+    max_nodes: int | None = MAX_NODES,
+) -> AttributionGraph:
+    """Activation (less its reference) times the gradient's mean over a line of inputs; other arguments as in `relp`.
+
+    The embeddings are r + k/steps (clean - r) with k = 0 .. steps - 1 (left Riemann sum), r being the corrupted
+    prompt's embedding or, without one, zero. 1 or 2 + steps forward passes and `steps` backward ones per prompt.
+    """
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        raise InputError(f"`steps` is {steps!r}: the number of integration steps is an integer >= 1")
+    data = pairs_of(model, clean, corrupted, attention_mask=attention_mask, batch_size=batch_size)
+    chosen = _reference(reference, corrupted)
+    return _graph("integrated_gradients", data, corrupted, metric, basis, chosen, ByGradient(steps), max_nodes)
+
+
+def random_nodes(
+    model: Any, *, basis: str = "neuron", seed: int = 0, max_nodes: int | None = MAX_NODES
+) -> AttributionGraph:
+    """A score drawn uniformly from (0, 1) for every node: its k highest are k nodes drawn at random."""
+    adapter = model if isinstance(model, Adapter) else adapt(model)
+    setup = Scoring(adapter, lambda logits, batch: logits.sum(), basis, "zero")
+    generator = torch.Generator().manual_seed(seed)
+    shape = adapter.shape
+    width = {"neuron": shape.d_mlp, "head": shape.n_heads}.get(basis, shape.d_model)
+    found = {key: torch.rand(width, dtype=torch.float64, generator=generator) for key in setup.keys}
+    facts = provenance(adapter, "random_nodes", seed=seed, forward_passes=0.0, backward_passes=0.0, seconds=0.0)
+    return score_graph(adapter, basis, found, Site("logits"), max_nodes, facts)
+
+
+def _reference(given: str | None, corrupted: AnyPrompts | None) -> str:
+    if given is None:
+        return "zero" if corrupted is None else "corrupted"
+    if given == "corrupted" and corrupted is None:
+        raise InputError("`corrupted` is missing: reference='corrupted' reads it; without it use 'mean' or 'zero'")
+    return given
+
+
+def _graph(
+    method: str,
+    data: Pairs,
+    corrupted: AnyPrompts | None,
+    metric: Metric,
+    basis: str,
+    reference: str,
+    way: BySweep | ByGradient,
+    max_nodes: int | None,
+) -> AttributionGraph:
+    began = time.perf_counter()
+    data.check_metric(metric)
+    setup = Scoring(data.adapter, lambda logits, batch: metric(shown(logits, batch.mask), batch.rows), basis, reference)
+    found = scores(setup, lambda: batches(data, corrupted is not None), len(data), way)
+    facts = provenance(
+        data.adapter,
+        method,
+        d_model=data.adapter.shape.d_model,
+        basis=basis,
+        reference=reference,
+        attention="frozen" if isinstance(way, BySweep) and way.rules.attention else "moving",
+        steps=way.steps if isinstance(way, ByGradient) else 0,
+        prompts=len(data),
+        forward_passes=round(setup.count.forward, 6),
+        backward_passes=round(setup.count.backward, 6),
+        seconds=time.perf_counter() - began,
+    )
+    return score_graph(data.adapter, basis, found, Site("logits"), max_nodes, facts)
+
+
+def batches(data: Pairs, paired: bool) -> Iterator[Batch]:
+    """The prompts as scoring takes them."""
+    for batch in data:
+        yield Batch(batch.clean.tokens, batch.corrupted.tokens if paired else None, batch.mask, batch.rows)
+
+
+# ---- from scores to a graph -----------------------------------------------------------------------------------------
+
+
+def score_graph(
+    adapter: Adapter,
+    basis: str,
+    found: Mapping[str, Float[Tensor, " node"]],
+    target: Site,
+    max_nodes: int | None,
+    facts: Mapping[str, Any],
+) -> AttributionGraph:
+    """Edges from the nodes of largest |score| to the target, all kept; the others are left out.
+
+    Raises
+    ------
+    InputError: `max_nodes` isn't a whole number above 0, or a score isn't finite.
+    """
+    if max_nodes is not None and (not isinstance(max_nodes, int) or isinstance(max_nodes, bool) or max_nodes < 1):
+        raise InputError(f"`max_nodes` is {max_nodes!r}: give the largest number of nodes, >= 1, or None for all")
+    everything = torch.cat(list(found.values()))
+    if not bool(everything.isfinite().all()):
+        raise InputError("`metric` gives NaN or infinite contributions: check the prompts, the metric and the weights")
+    count = len(everything) if max_nodes is None else min(max_nodes, len(everything))
+    chosen = torch.zeros(len(everything), dtype=torch.bool)
+    chosen[everything.abs().argsort(descending=True, stable=True)[:count]] = True
+    blocks: list[Block] = []
+    for layer, own in enumerate(chosen.split([len(part) for part in found.values()])):
+        blocks += _blocks(basis, layer, own.nonzero().flatten().tolist())
+    index = NodeIndex((*blocks, Block(target, adapter.shape.n_layers)))
+    score = everything[chosen]
+    return AttributionGraph(
+        index=index,
+        source=torch.arange(count),
+        target=torch.full((count,), count),
+        port=torch.zeros(count, dtype=torch.long),
+        score=score,
+        weight=score.clone(),
+        kept=torch.ones(count, dtype=torch.bool),
+        provenance={**facts, "nodes_scored": len(everything)},
+    )
+
+
+def _blocks(basis: str, layer: int, chosen: list[int]) -> list[Block]:
+    if basis == "head":
+        return [Block(Site("head", layer, head), layer) for head in chosen]
+    site = {
+        "neuron": Site("mlp", layer),
+        "residual": Site("resid", layer),
+        "mlp_out": Site("hook", layer, hook=f"blocks.{layer}.hook_mlp_out"),
+    }[basis]
+    return [Block(site, layer, tuple(chosen))] if chosen else []

@@ -1,0 +1,299 @@
+"""What each neuron contributes to a target: one linear sweep from the target back to the input.
+
+Every nonlinearity is replaced by a linear map between two runs, or at one of them where the two are the same; `Rules`
+say which. The multiplier m of a place (how much the target moves per unit of it) is then pulled through one layer after
+another, and what a node contributes is m times how much the node differs between the two runs. With all rules off and
+two runs, every map is an exact secant, so that what flows adds up to the target's difference:
+
+    product   a b                da mean(b) + mean(a) db
+    norm      x / s              mean(1/s) dx - mean(x) (2 / d) (mean(x) . dx) / (s s' (s + s'))
+    softmax   w = L (b - sum L b / sum L), L the logarithmic mean of the patterns
+    act       (act(x') - act(x)) / (x' - x)
+
+With all rules on and a single run it is RelP (arXiv 2508.21258): norms and patterns constant, act(x) = x (act(x) / x)
+with the ratio constant, products shared half and half, so that in a model without biases the input's contributions add
+up to the logit itself. Norms behind attention or an MLP, and those on queries and keys, are constant under every rule.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tl_circuitlasso.models.adapter import Adapter
+from tl_circuitlasso.models.rotary import is_rotary
+from tl_circuitlasso.models.views import NEAR, secant, softmax_secant
+from tl_circuitlasso.models.weights import MLP, repeat_heads
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Which nonlinearities count as constants; with none of them the maps are secants, or derivatives in one run.
+
+    Attributes
+    ----------
+    norm: a norm's scale is constant. attention: patterns are. activation: act(x) / x is. half: each factor of a gated
+        MLP passes on half of the product's relevance, not all of it.
+    """
+
+    norm: bool = False
+    attention: bool = False
+    activation: bool = False
+    half: bool = False
+
+
+RELP = Rules(norm=True, attention=True, activation=True, half=True)
+SECANT = Rules()
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """The multipliers in a layer: behind it, at what its neurons put out, at its heads' z, and in front of it."""
+
+    layer: int
+    behind: Float[Tensor, "prompt direction pos d_model"]
+    neurons: Float[Tensor, "prompt direction pos d_mlp"] | None
+    heads: Float[Tensor, "prompt direction head pos d_head"]
+    front: Float[Tensor, "prompt direction pos d_model"]
+
+
+def wanted(adapter: Adapter, rules: Rules = SECANT) -> tuple[str, ...]:
+    """The activations that a sweep reads."""
+    shape, last = adapter.shape, adapter.shape.n_layers - 1
+    kinds = ["v", "pattern", "scale.attn", "scale.attn_out"]
+    if not rules.attention:
+        kinds += ["q", "k", "scale.q", "scale.k"]
+    if not rules.norm:
+        kinds += ["resid_pre", "resid_post"] + ["mlp_out"] * (not shape.attn_only)
+    if not shape.attn_only:
+        kinds += ["mlp_pre", "mlp_post", "scale.mlp", "scale.mlp_out"] + ["mlp_linear"] * shape.gated
+    return (
+        "scale.final",
+        f"resid_post.{last}",
+        *(f"{kind}.{layer}" for kind in dict.fromkeys(kinds) for layer in range(shape.n_layers)),
+    )
+
+
+class Ends:
+    """The two runs of every prompt, by activation; `other` may be `own` itself.
+
+    Where `mask` is False the two count as equal.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        own: Mapping[str, Tensor],
+        other: Mapping[str, Tensor],
+        mask: Bool[Tensor, "prompt pos"],
+        positions: Int[Tensor, "prompt pos"],
+    ) -> None:
+        self.adapter, self.own, self.other, self.mask, self.positions = adapter, own, other, mask, positions
+        self.same = own is other
+
+    def both(self, key: str) -> tuple[Tensor, Tensor]:
+        own, other = self.own[key], self.other[key]
+        if self.same or bool(self.mask.all()):
+            return own, other
+        return own, torch.where(self.mask.view(*self.mask.shape, *[1] * (own.ndim - 2)), other, own)
+
+    def patterns(self, layer: int) -> tuple[Float[Tensor, "prompt head q k"], Float[Tensor, "prompt head q k"]]:
+        own, other = self.own[f"pattern.{layer}"], self.other[f"pattern.{layer}"]
+        return own, own if self.same else torch.where(self.mask[:, None, :, None], other, own)
+
+    def mean(self, key: str) -> Tensor:
+        own, other = self.both(key)
+        return own if self.same else (own + other) / 2
+
+    def difference(self, key: str) -> Tensor:
+        """What the own run has more than the other."""
+        own, other = self.both(key)
+        return own - other
+
+    def inverse(self, key: str) -> Tensor:
+        own, other = self.both(key)
+        return (own.reciprocal() + other.reciprocal()) / 2
+
+    def heads(self, key: str) -> Float[Tensor, "prompt 1 head pos d_head"]:
+        """The mean queries, keys or values, shared ones repeated for every head."""
+        mean = self.mean(key)
+        return repeat_heads(mean.movedim(2, 0), self.adapter.shape.n_heads).movedim(0, 1).unsqueeze(1)
+
+    def stream(self, layer: int, *, mlp: bool) -> Float[Tensor, "prompt pos d_model"]:
+        """The mean residual stream in front of a layer's attention or MLP."""
+        if layer == self.adapter.shape.n_layers:
+            return self.mean(f"resid_post.{layer - 1}")
+        if not mlp or self.adapter.shape.parallel:
+            return self.mean(f"resid_pre.{layer}")
+        return self.mean(f"resid_post.{layer}") - self.mean(f"mlp_out.{layer}")
+
+
+def sweep(ends: Ends, at_final: Float[Tensor, "prompt direction pos d_model"], rules: Rules) -> Iterator[Layer]:
+    """The multipliers of every layer, from the last to the first.
+
+    at_final: what the target reads of the final residual stream over its norm's scale (`unembedded` gives it).
+    """
+    adapter = ends.adapter
+    m = through_norm(ends, adapter.shape.n_layers, at_final, rules, mlp=False)
+    for layer in reversed(range(adapter.shape.n_layers)):
+        behind = total = m
+        at_post = None
+        if not adapter.shape.attn_only:
+            at_post = at_neurons(ends, layer, m)
+            total = m + through_mlp(ends, layer, at_post, rules)
+        at_z, read = through_attention(ends, layer, behind if adapter.shape.parallel else total, rules)
+        m = total + read
+        yield Layer(layer, behind, at_post, at_z, m)
+
+
+def through_norm(
+    ends: Ends, layer: int, m: Float[Tensor, "prompt direction pos d_model"], rules: Rules, *, mlp: bool
+) -> Float[Tensor, "prompt direction pos d_model"]:
+    """From what reads (x - centred mean) / scale, centred already by folded weights, back to x."""
+    n_layers = ends.adapter.shape.n_layers
+    key = "scale.final" if layer == n_layers else f"scale.{'mlp' if mlp else 'attn'}.{layer}"
+    back = m * ends.inverse(key).unsqueeze(1)
+    norm = ends.adapter.norm(key)
+    if rules.norm or norm is None:
+        return back
+    x = ends.stream(layer, mlp=mlp).unsqueeze(1)
+    x = x - x.mean(-1, keepdim=True) if norm.centred else x
+    own, other = (scale.unsqueeze(1) for scale in ends.both(key))
+    return back - x * ((m * x).sum(-1, keepdim=True) * 2 / (x.shape[-1] * own * other * (own + other)))
+
+
+def at_neurons(
+    ends: Ends, layer: int, m: Float[Tensor, "prompt direction pos d_model"]
+) -> Float[Tensor, "prompt direction pos d_mlp"]:
+    """The multipliers at what a layer's neurons put out."""
+    return (m * ends.inverse(f"scale.mlp_out.{layer}").unsqueeze(1)) @ ends.adapter.mlp(layer).w_out.T
+
+
+def through_mlp(
+    ends: Ends, layer: int, at_post: Float[Tensor, "prompt direction pos d_mlp"], rules: Rules
+) -> Float[Tensor, "prompt direction pos d_model"]:
+    """From the neurons back to the residual stream that they read."""
+    mlp = ends.adapter.mlp(layer)
+    if mlp.w_gate is None:
+        read = _through_act(ends, layer, at_post, rules) @ mlp.w_in.T
+    else:
+        linear, active = gate_slopes(ends, layer, rules)
+        read = _through_act(ends, layer, at_post * linear, rules) @ mlp.w_gate.T + (at_post * active) @ mlp.w_in.T
+    return through_norm(ends, layer, read, rules, mlp=True)
+
+
+def gate_slopes(
+    ends: Ends, layer: int, rules: Rules
+) -> tuple[Float[Tensor, "prompt 1 pos d_mlp"], Float[Tensor, "prompt 1 pos d_mlp"]]:
+    """By what each factor of a gated MLP is multiplied: the activation, then the linear one."""
+    mlp, share = ends.adapter.mlp(layer), 0.5 if rules.half else 1.0
+    own, other = ends.both(f"mlp_pre.{layer}")
+    active = mlp.act(own) if ends.same else (mlp.act(own) + mlp.act(other)) / 2
+    return share * ends.mean(f"mlp_linear.{layer}").unsqueeze(1), share * active.unsqueeze(1)
+
+
+def _through_act(
+    ends: Ends, layer: int, m: Float[Tensor, "prompt direction pos d_mlp"], rules: Rules
+) -> Float[Tensor, "prompt direction pos d_mlp"]:
+    mlp = ends.adapter.mlp(layer)
+    if rules.activation or mlp.elementwise:
+        return m * slope_of_act(ends, layer, rules).unsqueeze(1)
+    pull = torch.func.vjp(mlp.act, ends.mean(f"mlp_pre.{layer}"))[1]  # neurons that mix (SoLU) have no secant each
+    return torch.stack([pull(one)[0] for one in m.unbind(1)], dim=1)
+
+
+def slope_of_act(ends: Ends, layer: int, rules: Rules) -> Float[Tensor, "prompt pos d_mlp"]:
+    """What the activation function multiplies a change of its argument by.
+
+    Raises
+    ------
+    ModelError: an activation that mixes neurons (SoLU) where its ratio isn't constant.
+    """
+    mlp, (own, other) = ends.adapter.mlp(layer), ends.both(f"mlp_pre.{layer}")
+    return _ratio(mlp, (own + other) / 2) if rules.activation else slope(mlp, own, other)
+
+
+def _ratio(mlp: MLP, x: Float[Tensor, "*x"]) -> Float[Tensor, "*x"]:
+    zero = x == 0
+    ratio = mlp.act(x) / torch.where(zero, 1.0, x)
+    return torch.where(zero, mlp.act_grad(x), ratio) if bool(zero.any()) and mlp.elementwise else ratio
+
+
+def slope(mlp: MLP, own: Float[Tensor, "*x"], other: Float[Tensor, "*x"]) -> Float[Tensor, "*x"]:
+    """(act(other) - act(own)) / (other - own), the derivative where the two nearly meet."""
+    near = (other - own).abs() < NEAR
+    if bool(near.all()):
+        return mlp.act_grad((own + other) / 2)
+    straight = (mlp.act(other) - mlp.act(own)) / torch.where(near, 1.0, other - own)
+    return torch.where(near, mlp.act_grad((own + other) / 2), straight)
+
+
+def through_attention(
+    ends: Ends, layer: int, m: Float[Tensor, "prompt direction pos d_model"], rules: Rules
+) -> tuple[Float[Tensor, "prompt direction head pos d_head"], Float[Tensor, "prompt direction pos d_model"]]:
+    """The multipliers at every head's z, and at the residual stream that the heads read."""
+    adapter = ends.adapter
+    w_o = adapter.writer(layer)[0]
+    at_z = (m * ends.inverse(f"scale.attn_out.{layer}").unsqueeze(1)).unsqueeze(2) @ w_o.mT
+    own, other = ends.patterns(layer)
+    pattern = (own + other) / 2
+    read = _projected_back(adapter, layer, "v", pattern.mT.unsqueeze(1) @ at_z)
+    if not rules.attention:
+        weight = softmax_secant(own, other, at_z @ ends.heads(f"v.{layer}").mT) * _score_slope(ends, layer)
+        for port, product in (("q", weight @ ends.heads(f"k.{layer}")), ("k", weight.mT @ ends.heads(f"q.{layer}"))):
+            read = read + _projected_back(adapter, layer, port, _unrotated(ends, layer, port, product))
+    return at_z, through_norm(ends, layer, read, rules, mlp=False)
+
+
+def _projected_back(
+    adapter: Adapter, layer: int, port: str, m: Float[Tensor, "prompt direction head pos d_head"]
+) -> Float[Tensor, "prompt direction pos d_model"]:
+    weight = adapter.reader(layer, port).weight  # type: ignore[arg-type]
+    return m.transpose(2, 3).flatten(3) @ weight.transpose(1, 2).flatten(0, 1)
+
+
+def _unrotated(
+    ends: Ends, layer: int, port: str, m: Float[Tensor, "prompt direction head pos d_head"]
+) -> Float[Tensor, "prompt direction head pos d_head"]:
+    """From rotated and normalised queries or keys back to what the head projects."""
+    adapter = ends.adapter
+    if is_rotary(adapter.model):
+        rows = m.transpose(2, 3).flatten(0, 1)  # every direction as a prompt of its own
+        positions = ends.positions.repeat_interleave(m.shape[1], 0)
+        pull = torch.func.vjp(lambda x: adapter.rotate(x, positions, layer), torch.zeros_like(rows))[1]
+        m = pull(rows)[0].unflatten(0, m.shape[:2]).transpose(2, 3)
+    scale = ends.inverse(f"scale.{port}.{layer}")  # prompt pos (head, group or 1) 1
+    if scale.shape[2] not in (1, adapter.shape.n_heads):
+        scale = repeat_heads(scale.movedim(2, 0), adapter.shape.n_heads).movedim(0, 2)
+    return m * scale.transpose(1, 2).unsqueeze(1)
+
+
+def _score_slope(ends: Ends, layer: int) -> Tensor | float:
+    """Change of a score per change of q . k: one over the scale, times the secant of a soft cap if there is one."""
+    adapter = ends.adapter
+    scale, cap = adapter.attn_scale(layer), adapter.attn_soft_cap
+    if cap is None:
+        return 1 / scale
+    sides = []
+    for q, k in zip(ends.both(f"q.{layer}"), ends.both(f"k.{layer}")):
+        keys = repeat_heads(k.movedim(2, 0), adapter.shape.n_heads).movedim(0, 1)
+        sides.append(q.transpose(1, 2) @ keys.mT / scale)
+    return secant(lambda score: cap * torch.tanh(score / cap), *sides)[:, None] / scale
+
+
+def unembedded(
+    adapter: Adapter,
+    own: Float[Tensor, "prompt pos vocab"],
+    other: Float[Tensor, "prompt pos vocab"],
+    at_logits: Float[Tensor, "prompt pos vocab"],
+) -> Float[Tensor, "prompt 1 pos d_model"]:
+    """From multipliers at the logits of two runs back to the final residual stream over its norm's scale."""
+    weight, _ = adapter.unembed()
+    used = at_logits.abs().amax((0, 1)).nonzero().flatten()  # a metric reads a few tokens, the vocabulary is wide
+    m, cap = at_logits[..., used], adapter.logit_soft_cap
+    if cap is not None:
+        low, high = (cap * torch.atanh((side[..., used] / cap).clamp(-1 + 1e-7, 1 - 1e-7)) for side in (own, other))
+        m = m * secant(lambda x: cap * torch.tanh(x / cap), low, high)
+    return (m @ weight[:, used].T).unsqueeze(1)
