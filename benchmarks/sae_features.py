@@ -113,7 +113,7 @@ def costs(model: Any, saes: Any, tokens: torch.Tensor, graph: tcl.AttributionGra
             encoder.encode(acts[hook][:, 1:].flatten(0, 1))
         forward, encoding = forward + between - clock, encoding + time.perf_counter() - between
     parts = pd.DataFrame([pair["seconds"] for pair in graph.provenance["pairs"]]).sum()
-    reads = {"reads": graph.provenance["seconds"]["reads"]}
+    reads = {"replay": graph.provenance["seconds"]["replay"]}
     rows = {"forward passes": forward, "encoding": encoding, **reads, **parts, "circuit_lasso, all in all": whole}
     frame = pd.DataFrame({"seconds": rows})
     frame["of forward + encoding"] = frame["seconds"] / (forward + encoding)

@@ -51,7 +51,7 @@ LEAST_CODES = 1000  # batches' smallest codes from which a transcoder's threshol
 
 @dataclass(frozen=True)
 class Recipe:
-    """How SAEs are trained. `active`: features per token; for "standard" the weight of the L1 penalty, in thousandths."""
+    """How SAEs are trained. `active`: features per token; for "standard" thousandths of L1 penalty instead."""
 
     kind: str = "topk"
     features: int = 512
@@ -246,7 +246,7 @@ def stories(model: Any, recipe: Recipe, length: int = 128) -> tuple[Int[Tensor, 
     """TinyStories: rows to train on, and rows from the validation part."""
     train = data_folder("datasets", "tinystories", "train_part_cased.txt").read_text(encoding="utf-8")
     valid = data_folder("datasets", "tinystories", "valid_part_cased.txt").read_text(encoding="utf-8")
-    rows = max(1, recipe.distinct // (length - 1))
+    rows = max(1, min(recipe.distinct, recipe.tokens) // (length - 1))
     return story_rows(model, train, length=length, rows=rows), story_rows(model, valid, length=length, rows=128)
 
 

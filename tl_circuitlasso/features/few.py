@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tl_circuitlasso import solve
 from tl_circuitlasso.errors import InputError
+from tl_circuitlasso.features.effects import with_effects
 from tl_circuitlasso.features.fit import (
     Entries,
     Regressed,
@@ -56,6 +57,7 @@ def regress_samples(pair: PairData, rule: Rule, *, memory: int | None = None, ra
         found = _regressed(x, y[:, mine], units.of(mine), rule, x.shape[1] * y.shape[1])
     found = everyones(found, mine, ranks)
     seconds = {"statistics": counted - clock, "solve": time.perf_counter() - counted}
+    found = with_effects(found, pair.effects, units)
     return with_held_out(replace(found, seconds=seconds), pair, units)
 
 

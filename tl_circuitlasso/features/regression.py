@@ -94,7 +94,7 @@ def regress_pair(
         del data, parts
     found = everyones(found, mine, ranks)
     solved = time.perf_counter()
-    found = with_effects(found, pair, units, ranks)
+    found = with_effects(found, pair.effects, units)
     seconds = {"statistics": counted - clock, "solve": solved - counted, "effects": time.perf_counter() - solved}
     return with_held_out(replace(found, seconds=seconds), pair, units, ranks)
 
@@ -137,7 +137,7 @@ def _regressed(
 ) -> Regressed:
     """The targets in `mine`, each for itself."""
     own = units.of(mine)
-    read = None if pair.reads is None else Read.of(_columns(pair.reads, mine), own.source)
+    read = None if pair.effects is None else Read.of(pair.effects.dense(mine), own.source)
     solution, stability = _solve(data, parts, rule, read, pair.sources * len(pair.child_features))
     entries = _unshrunk(data, solution.value)
     entries = entries if read is None else keeping_signs(entries)
@@ -278,7 +278,7 @@ def _check_room(pair: PairData, rule: Rule, device: torch.device | str, memory: 
     """Compare what the sums and the solve need with what there is, before anything is allocated."""
     p, q, folds = pair.sources, len(pair.child_features), FOLDS if rule.folds else 1
     along = rule.chosen is not None
-    need = needed_bytes(p, q, folds, along_path=along, reads=pair.reads is not None, processes=ranks.size)
+    need = needed_bytes(p, q, folds, along_path=along, reads=pair.effects is not None, processes=ranks.size)
     room = memory if memory is not None else _free(device, ranks)
     if room is None or need <= room:
         return
