@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tl_circuitlasso.models.feature_reads import Reads
 from torch import Tensor
 
 import tl_circuitlasso as tcl
@@ -17,7 +18,6 @@ from tl_circuitlasso.features.fit import Entries
 from tl_circuitlasso.features.read import FLOOR, Read, keeping_signs, pair_reads, read_lasso, read_weights
 from tl_circuitlasso.models import adapt
 from tl_circuitlasso.models.encoder import Encoder
-from tl_circuitlasso.models.feature_reads import Reads
 
 FIRST, LAST = "blocks.0.hook_resid_post", "blocks.1.hook_resid_post"
 

@@ -61,7 +61,9 @@ def test_layers_run_on_as_the_model_does(kind: str, family: str) -> None:
     every = [(hooks[a], hooks[b]) for a in range(len(hooks)) for b in range(a + 1, len(hooks))]
     pairs = [pair for pair in every if pair[0].startswith("blocks.0")][:: 1 if family in ("gpt2", "llama") else 3]
     paths, reasons = known_paths(adapter, encoders, pairs, next(iter(Prompts(adapter, TOKENS))))
-    assert len(paths) > len(pairs) / 2 and all("normalized" in a or "nothing leads" in reasons[a, b] for a, b in reasons)
+    assert len(paths) > len(pairs) / 2 and all(
+        "normalized" in a or "nothing leads" in reasons[a, b] for a, b in reasons
+    )
     mask = torch.ones_like(TOKENS, dtype=torch.bool)
     for (first, last), path in paths.items():
         acts = adapter.run(TOKENS, None, path.wanted())

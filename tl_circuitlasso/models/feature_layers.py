@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from tl_circuitlasso.errors import ModelError
@@ -42,7 +42,7 @@ class Rows:
     position: Int[Tensor, "group row"]
     real: Bool[Tensor, "group row"]
 
-    def of(self, activation: Float[Tensor, "prompt pos *width"]) -> Float[Tensor, "group row *width"]:
+    def of(self, activation: Shaped[Tensor, "prompt pos *width"]) -> Shaped[Tensor, "group row *width"]:
         """An activation at the rows."""
         return activation[self.prompt[:, None], self.position]
 
