@@ -32,7 +32,7 @@ def test_zeroing_the_concepts_features_saves_the_worst_group() -> None:
     pooled, classes, concept = planted()
     found = debias_pooled(pooled, classes, concept, splits=3, strength=0.15)
     worst = found.summary["worst"]
-    assert worst["original"] < 0.4 and worst["oracle"] > 0.75
+    assert worst["original"] < 0.4 and worst["oracle"] > 0.65
     assert found.summary.loc["circuit", "recovered"] > 0.8 > found.summary.loc["random", "recovered"]
     assert worst["circuit"] > worst["dimensions"] and found.summary.loc["circuit", "concept"] < 0.65
     assert all({f"{HOOK}#{i}" for i in (2, 3, 4)} <= set(some) for some in found.features)

@@ -191,10 +191,10 @@ class _Parts:
     """Texts to test on (four equal groups), to tell the concept (likewise), to train on where class and concept agree,
     and as many where they don't depend on each other, for the oracle."""
 
-    test: Int[Tensor, " text"]
-    concept: Int[Tensor, " text"]
-    agreeing: Int[Tensor, " text"]
-    independent: Int[Tensor, " text"]
+    test: Int[Tensor, " test"]
+    concept: Int[Tensor, " told"]
+    agreeing: Int[Tensor, " train"]
+    independent: Int[Tensor, " train2"]
 
 
 def _split(labels: Int[Tensor, "2 text"], random: torch.Generator) -> _Parts:

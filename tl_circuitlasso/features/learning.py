@@ -26,8 +26,9 @@ from tqdm.auto import tqdm
 
 from tl_circuitlasso import storage
 from tl_circuitlasso.errors import InputError
+from tl_circuitlasso.features.classes import classify_pair
 from tl_circuitlasso.features.effects import UNREAD
-from tl_circuitlasso.features.few import classify_pair, regress_samples
+from tl_circuitlasso.features.few import regress_samples
 from tl_circuitlasso.features.fit import Regressed
 from tl_circuitlasso.features.graph import feature_graph, kept_by_pair
 from tl_circuitlasso.features.regression import Rule, regress_pair

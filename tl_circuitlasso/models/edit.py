@@ -109,13 +109,15 @@ def edit(
     encoders = (saes if isinstance(saes, SAEFeatures) else SAEFeatures(saes)).encoders()
     _check(adapter, encoders, edits, read)
     parts: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
+    lengths: set[int] = set()
     for batch in Prompts(adapter, tokens, attention_mask=attention_mask, batch_size=batch_size):
         rows = slice(batch.start, batch.start + len(batch.tokens))
+        lengths.add(batch.tokens.shape[1])
+        if len(lengths) > 1:
+            raise InputError("`tokens` has batches of different lengths: pad them all to one length")
         plain = _Run(adapter, encoders, batch.tokens, batch.mask, read)
         before, patterns = plain.run([], rows, {}, keeps_patterns=freeze_attention)
         parts.append((before, plain.run(edits, rows, patterns)[0]))
-    if len({len(before[name][0]) for before, _ in parts for name in before}) > 1:
-        raise InputError("`tokens` has batches of different lengths: pad them all to one length")
     joined = [{name: torch.cat([part[end][name] for part in parts]) for name in read} for end in (0, 1)]
     return Edited(*joined)
 

@@ -143,6 +143,11 @@ class Encoder:
             raise ModelError(
                 f"`saes`: codes of the SAE at {self.hook} are NaN or infinite: check its weights and dtype"
             )
+        if codes.numel() and float(codes.min()) < 0:
+            raise InputError(
+                f"`saes`: the SAE at {self.hook} gives negative codes, as AbsTopK does: give one whose codes are zero "
+                "or more, such as the positive and the negative parts as features of their own"
+            )
         return codes
 
     def _decoded(self, codes: Tensor) -> Tensor:

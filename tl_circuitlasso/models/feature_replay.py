@@ -187,9 +187,8 @@ class _Tally:
 
     def effects(self, features: int, ranks: Ranks) -> Effects:
         count, mass, square = ranks.sum(self.feature)
-        parts = [
-            self._of(copy, number, features, count, mass, square, ranks) for number, copy in enumerate(self.copies)
-        ]
+        sums = (count, mass, square)
+        parts = [self._of(copy, number * features, sums, ranks) for number, copy in enumerate(self.copies)]
         return Effects(*(torch.cat(part) for part in zip(*parts)), count.long(), len(parts), self.copies[0].children)
 
     def _of(
@@ -235,9 +234,10 @@ def replay(
         for batch, numbers in _batches(adapter, chunks, prompts):
             acts = adapter.run(batch.tokens, batch.mask, keys)
             replayed = _Replayed(Layers(adapter, acts, batch.mask), batch, numbers, kept)
-            for parent in parents:
-                some = {pair: path for pair, path in paths.items() if pair[0] == parent}
-                replayed.add(some, chosen[parent], tallies)
+            with torch.no_grad():
+                for parent in parents:
+                    some = {pair: path for pair, path in paths.items() if pair[0] == parent}
+                    replayed.add(some, chosen[parent], tallies)
             bar.update(len(numbers))
     return {pair: tally.effects(len(kept[pair[0]]), ranks) for pair, tally in tallies.items()}
 
@@ -343,7 +343,7 @@ class _Replayed:
 def _padded(prompt: Int[Tensor, " group"], where: Bool[Tensor, "group pos"]) -> tuple[Rows, Int[Tensor, "group row"]]:
     """The true positions of each group, padded."""
     count = where.sum(1)
-    at = where.int().argsort(1, descending=True, stable=True)[:, : int(count.max())]
+    at = where.int().argsort(dim=1, descending=True, stable=True)[:, : int(count.max())]
     real = torch.arange(at.shape[1], device=at.device) < count[:, None]
     return Rows(prompt, at, real), at
 

@@ -23,7 +23,7 @@ from tl_circuitlasso.models.feature_store import CodeStore
 from tl_circuitlasso.models.hook_order import attention_between, computing_order
 from tl_circuitlasso.models.memory import free_bytes
 from tl_circuitlasso.models.sae import SAEFeatures
-from tl_circuitlasso.models.sae_checks import check_hooks, check_shapes, warn_of_mismatches
+from tl_circuitlasso.models.sae_checks import check_hooks, check_labels, check_shapes, warn_of_mismatches
 from tl_circuitlasso.models.tokens import Batch, first_prompts
 from tl_circuitlasso.sharing import Ranks
 from tl_circuitlasso.targets import Target
@@ -68,6 +68,7 @@ def set_up(
     order = computing_order(adapter, batch, hooks)
     encoders = dict(sorted(loaded.items(), key=lambda item: order[item[0]]))
     check_hooks(encoders)
+    check_labels(encoders, basis.labels)
     check_shapes(encoders, adapter.run(batch.tokens[:1], batch.mask[:1], hooks))
     warn_of_mismatches(adapter, encoders, batch)
     pairs = resolve_pairs(basis.pairs, encoders, order)
