@@ -48,7 +48,7 @@ def test_strengths_differ_by_rule_and_all_find_what_tells(classes: int) -> None:
 def test_cross_validation_predicts_as_well_as_that_of_scikit_learn() -> None:
     linear_model = pytest.importorskip("sklearn.linear_model")
     pair, _ = data(2)
-    train, held = (list(pair.parts(held=held))[0] for held in (False, True))
+    train, held = (next(iter(pair.parts(held=held))) for held in (False, True))
     x, y = train.codes.toarray(), train.child.numpy()[:, 0]
     options = {"Cs": 17, "cv": 5, "penalty": "l1", "solver": "liblinear", "scoring": "neg_log_loss"}
     other = linear_model.LogisticRegressionCV(**options).fit(x / x.std(0), y)

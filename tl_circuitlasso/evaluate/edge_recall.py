@@ -5,7 +5,7 @@ standard errors over prompts) and of some size are looked up in each graph: foun
 sign. Inhibition is counted apart, so a rule that always says "+" finds half of the signs at best.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,17 +137,3 @@ def _places(graph: AttributionGraph, hook: str, features: Int[Tensor, " some"]) 
     for place, feature in enumerate(features.tolist()):
         table[graph.index.position(f"{hook}#{feature}")] = place
     return table
-
-
-def by_sign(table: pd.DataFrame, methods: Sequence[str]) -> pd.DataFrame:
-    """Of kept edges with a real effect, the share with the right sign, for positive and negative effects apart."""
-    rows = []
-    for method in methods:
-        some: Any = table[(table["method"] == method) & (table["set"] == "kept") & table["real"]]
-        right = np.sign(some["weight"]) == np.sign(some["effect"])
-        apart = {name: right[sign * some["effect"] > 0] for name, sign in (("+", 1), ("-", -1))}
-        rows += [
-            {"method": method, "sign": name, "edges": len(one), "sign_agreement": one.mean() if len(one) else np.nan}
-            for name, one in apart.items()
-        ]
-    return pd.DataFrame(rows).set_index(["method", "sign"])

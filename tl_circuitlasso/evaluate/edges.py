@@ -19,13 +19,13 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
-from scipy.stats import spearmanr
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_circuitlasso.baselines.features import features_of, hook_pairs
 from tl_circuitlasso.errors import InputError
-from tl_circuitlasso.evaluate.edge_recall import by_sign, measure_all, recall
+from tl_circuitlasso.evaluate.edge_figures import by_sign, summary_of
+from tl_circuitlasso.evaluate.edge_recall import measure_all, recall
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models import Adapter, adapt
 from tl_circuitlasso.models.encoder import Encoder
@@ -304,7 +304,7 @@ def _judged(
     clear = (table["effect_low"] > 0) | (table["effect_high"] < 0)
     table["real"] = clear & (table["effect"].abs() > null)
     methods = [name for name in chosen["method"].unique() if name != NON_EDGES]
-    return EdgeCheck(table, _summary(table), null, by_sign(table, methods), found)
+    return EdgeCheck(table, summary_of(table), null, by_sign(table, methods), found)
 
 
 def _numbers(effect: _Effect) -> dict[str, Any]:
@@ -325,40 +325,6 @@ def _interval(change: Float[np.ndarray, " prompt"], mass: Float[np.ndarray, " pr
     draws = np.random.default_rng(0).multinomial(len(mass), np.full(len(mass), 1 / len(mass)), RESAMPLES)
     low, high = np.quantile((draws @ change) / (draws @ mass), [0.025, 0.975])
     return float(low), float(high)
-
-
-def _summary(table: Any) -> pd.DataFrame:
-    rows = []
-    for (method, which), part in table.groupby(["method", "set"], sort=False):
-        for kind in ("all", "persistence", "rest"):
-            some = part if kind == "all" else part[part["kind"] == kind]
-            rows.append({"method": method, "set": which, "kind": kind, **_figures(some)})
-    return pd.DataFrame(rows).set_index(["method", "set", "kind"])
-
-
-def _figures(some: Any) -> dict[str, Any]:
-    return {
-        "edges": len(some),
-        "sign_agreement": _agreement(some, "effect"),
-        "sign_amplified": _agreement(some, "effect_amplified"),
-        "sign_pre": _agreement(some, "effect_pre"),
-        "precision": float(some["real"].mean()) if len(some) else float("nan"),
-        "spearman": _spearman(some, "effect"),
-        "spearman_pre": _spearman(some, "effect_pre"),
-    }
-
-
-def _agreement(some: Any, effect: str) -> float:
-    known = some[some[effect].notna() & (some["weight"] != 0)]
-    return float((np.sign(known["weight"]) == np.sign(known[effect])).mean()) if len(known) else float("nan")
-
-
-def _spearman(some: Any, effect: str) -> float:
-    known = some[some[effect].notna() & (some["weight"] != 0)]
-    if len(known) < 3 or known[effect].abs().nunique() < 2 or known["weight"].abs().nunique() < 2:
-        return float("nan")
-    found: Any = spearmanr(known["weight"].abs(), known[effect].abs())
-    return float(found[0])
 
 
 def _check_numbers(**numbers: Any) -> None:
