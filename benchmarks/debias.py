@@ -6,9 +6,9 @@
 
 "bios": biographies of accountants against other professions (class) by gender (concept). "stories": TinyStories with an
 animal against those without (class), about a girl or a boy (concept), which a model of that text can tell. The probe is
-trained where the two agree, and tested on equal numbers of all four groups. Prints accuracies, the worst group, how far it comes from the
-original probe to the oracle, seconds of ranking, and spurious-correlation removal by number of features; means over
-splits.
+trained where the two agree, and tested on equal numbers of all four groups. Prints accuracies, the worst group, how far
+it comes from the original probe to the oracle, seconds of ranking, and spurious-correlation removal by number of
+features; means over splits.
 """
 
 import argparse

