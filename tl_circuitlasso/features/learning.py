@@ -4,6 +4,8 @@ prompts      Prompts       batches of tokens, masks and the positions that are s
   | collect_codes           one forward pass a batch; SAEs encode what the model makes      models/feature_collect.py
 codes        CodeStore      CSR by hook, in memory or on disk                               models/feature_store.py
   | survey, choose_alive    which features fire often enough to be explained                models/feature_survey.py
+  | replay                  what features do to each other: the layers between run on       models/feature_replay.py
+effects      Effects        S_ij and its standard error, where it is anything
   | regress_pair            sums, a certified sparse solve, held-out R^2; then the next pair features/regression.py
 graph        AttributionGraph  with what is known of every feature                          features/graph.py
 
