@@ -175,7 +175,10 @@ def debias_pooled(
     table = pd.DataFrame(rows)
     curve = pd.DataFrame(scr, columns=["split", "method", "features", "scr"])
     return Debiased(
-        table, _summary(table), curve.groupby(["method", "features"])["scr"].mean().unstack(), tuple(chosen)
+        table,
+        _summary(table),
+        curve.pivot_table(values="scr", index="method", columns="features", aggfunc="mean"),
+        tuple(chosen),
     )
 
 

@@ -189,7 +189,8 @@ class _Tally:
         count, mass, square = ranks.sum(self.feature)
         sums = (count, mass, square)
         parts = [self._of(copy, number * features, sums, ranks) for number, copy in enumerate(self.copies)]
-        return Effects(*(torch.cat(part) for part in zip(*parts)), count.long(), len(parts), self.copies[0].children)
+        source, target, effect, error = (torch.cat(part) for part in zip(*parts))
+        return Effects(source, target, effect, error, count.long(), len(parts), self.copies[0].children)
 
     def _of(
         self, sums: Sums, first: int, of_features: tuple[Tensor, Tensor, Tensor], ranks: Ranks
