@@ -52,10 +52,13 @@ def main(arguments: list[str] | None = None) -> int:
         graphs["correlation"] = tcl.baselines.feature_correlation(model, saes, train, graph)
     print(f"{len(saes)} SAEs, {train.numel() - len(train)} tokens; edges of features: {len(graph.kept_edges())} kept")
     found = tcl.evaluate.edges(graphs, model, basis, held_out, prompts=options.prompts, strongest=options.strongest,
-                               sample=options.sample, progress=False, seed=options.seed)  # fmt: skip
+                               sample=options.sample, recall_sources=options.recall_sources, progress=False,
+                               seed=options.seed)  # fmt: skip
     print(found.summary.round(3).to_string())
     if (found.table["port"] == "v").any():
         print(by_port(found.table).round(3).to_string())
+    print(found.signs.round(3).to_string(), "\n")
+    print(found.recall.round(3).to_string(), "\n")
     print(f"an effect is real above {found.null:.4f} (95 % of non-edges lie below) with an interval free of zero\n")
     print(goals(found.summary).to_string(), "\n")
     print(layers(graph).round(4).to_string(), "\n")
@@ -114,7 +117,7 @@ def costs(model: Any, saes: Any, tokens: torch.Tensor, graph: tcl.AttributionGra
             encoder.encode(acts[hook][:, 1:].flatten(0, 1))
         forward, encoding = forward + between - clock, encoding + time.perf_counter() - between
     parts = pd.DataFrame([pair["seconds"] for pair in graph.provenance["pairs"]]).sum()
-    reads = {"reads": graph.provenance["seconds"]["reads"]}
+    reads = {"replay": graph.provenance["seconds"]["replay"]}
     rows = {"forward passes": forward, "encoding": encoding, **reads, **parts, "circuit_lasso, all in all": whole}
     frame = pd.DataFrame({"seconds": rows})
     frame["of forward + encoding"] = frame["seconds"] / (forward + encoding)
@@ -141,6 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--strongest", type=int, default=100)
     parser.add_argument("--sample", type=int, default=10**6, help="kept edges drawn at random; default: all of them")
+    parser.add_argument("--recall-sources", type=int, default=64, help="a pair of hooks; default %(default)s")
     parser.add_argument("--strength", default="auto")
     parser.add_argument("--basis", default="{}", help="further options of SAEFeatures as JSON")
     parser.add_argument("--alone", action="store_true", help="without gradient attribution and correlation")

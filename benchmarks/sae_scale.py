@@ -35,15 +35,17 @@ import torch  # noqa: E402
 
 from tl_circuitlasso.features.fit import Regressed  # noqa: E402
 from tl_circuitlasso.features.regression import Rule, needed_bytes, regress_pair  # noqa: E402
-from tl_circuitlasso.features.samples import Column, Gate, PairData  # noqa: E402
+from tl_circuitlasso.features.samples import Column, PairData  # noqa: E402
 from tl_circuitlasso.models.codes import Codes  # noqa: E402
 from tl_circuitlasso.models.feature_codes import Chunk  # noqa: E402
+from tl_circuitlasso.models.feature_replay import Effects  # noqa: E402
 from tl_circuitlasso.models.feature_store import CHUNK_SAMPLES, CodeStore  # noqa: E402
 from tl_circuitlasso.models.memory import free_bytes, in_words  # noqa: E402
 from tl_circuitlasso.solve.sparse import SCATTER_BELOW  # noqa: E402
 from tl_circuitlasso.synthetic_codes import PlantedCodes, planted_codes, sparse_codes  # noqa: E402
 
 TYPICAL = 10  # edges of a child
+SURE = 24  # prompts that tell of a feature
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -99,7 +101,7 @@ def plan(tokens: int, features: int, active: int, device: str, penalty: str) -> 
 
 
 def with_reads(problem: PlantedCodes, pair: PairData, width: int, seed: int, device: str) -> tuple[PairData, float]:
-    """The pair with what each child reads of each parent, and the seconds of the product that says it.
+    """The pair with what each parent does to each child, and the seconds of the product that says it here.
 
     Parents write in random directions; a child's encoder is the sum of those of its planted parents, times their
     coefficients, so that d_i . e_j is A_ij and chance.
@@ -109,8 +111,15 @@ def with_reads(problem: PlantedCodes, pair: PairData, width: int, seed: int, dev
     encoder = torch.from_numpy(np.asarray(problem.truth.T @ decoder.numpy(), dtype=np.float32)).T.to(device)
     decoder, clock = decoder.to(device), time.perf_counter()
     reads = (decoder[pair.features.to(device)] @ encoder[:, pair.child_features.to(device)]).double().cpu()
-    gate = Gate(torch.zeros(len(pair.child_features)))
-    return replace(pair, reads=reads, gate=gate), time.perf_counter() - clock
+    return replace(pair, effects=effects_of(reads)), time.perf_counter() - clock
+
+
+def effects_of(reads: torch.Tensor) -> Effects:
+    """A matrix of effects (source, target), all of them sure."""
+    source, target = (reads != 0).nonzero(as_tuple=True)
+    effect = reads[source, target]
+    groups = torch.full((len(reads),), SURE)
+    return Effects(source, target, effect, 0.01 * effect.abs(), groups, 1, reads.shape[1])
 
 
 def pair_of(problem: PlantedCodes, *, held_out: float = 0.1, min_count: int = 20) -> PairData:
@@ -129,7 +138,9 @@ def pair_of(problem: PlantedCodes, *, held_out: float = 0.1, min_count: int = 20
 
 def planted_f1(problem: PlantedCodes, pair: PairData, found: Regressed) -> dict[str, float]:
     """Precision, recall and F1 of the edges between features that fire often enough to be regressed."""
-    edges = set(zip(pair.features[found.source].tolist(), pair.child_features[found.target].tolist()))
+    rows = (found.lasso != 0).nonzero().flatten()  # others are there for their effect alone
+    ends = pair.features[found.source[rows]], pair.child_features[found.target[rows]]
+    edges = set(zip(*(end.tolist() for end in ends)))
     parents, children = set(pair.features.tolist()), set(pair.child_features.tolist())
     truth = {(i, j) for i, j in zip(*problem.truth.nonzero()) if i in parents and j in children}
     right = len(edges & truth)
@@ -175,8 +186,9 @@ def _codes(matrix: scipy.sparse.csr_matrix) -> Codes:
 
 def _small(pair: PairData) -> PairData:
     some: dict[str, Any] = {"features": pair.features[:8], "child_features": pair.child_features[:8]}
-    if pair.reads is not None:
-        some |= {"reads": pair.reads[:8, :8], "gate": Gate(torch.zeros(8))}
+    if pair.effects is not None:
+        dense = pair.effects.dense(torch.arange(8))[:8]
+        some |= {"effects": effects_of(dense)}
     return replace(pair, **some)
 
 
@@ -206,7 +218,7 @@ def _figures(
         "edges per child": len(found.source) / max(len(found.gap), 1),
         "held-out R^2": found.overall,
         "estimated memory": in_words(
-            needed_bytes(pair.sources, len(pair.child_features), reads=pair.reads is not None)
+            needed_bytes(pair.sources, len(pair.child_features), reads=pair.effects is not None)
         ),
         "peak memory of the process": in_words(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024),
     } | (planted_f1(problem, pair, found) if given.planted else {})

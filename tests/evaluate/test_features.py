@@ -264,8 +264,11 @@ def test_steering_a_feature_is_scaling_its_code():
     numbers = torch.arange(40)
     edit = {"blocks.0.mlp.hook_post": lambda x: torch.where((numbers == 2) | (numbers == 7), 0.0, x)}
     assert off.after == pytest.approx(float(by_hand(model, clean, edit).mean()), abs=1e-5)
-    with pytest.raises(InputError, match="which isn't a feature that the graph keeps"):
-        tcl.evaluate.steer(model, graph, [f"{hook}#9"], 2, clean, METRIC, saes={hook: sae})
+    other = tcl.evaluate.steer(model, graph, [f"{hook}#31"], 3, clean, METRIC, saes={hook: sae})  # not in the graph
+    expected = by_hand(model, clean, {hook: lambda x: x + 2 * sae.encode(x)[..., 31:32] * sae.W_dec[31]})
+    assert other.after == pytest.approx(float(expected.mean()), abs=1e-5)
+    with pytest.raises(InputError, match="which isn't a feature of"):
+        tcl.evaluate.steer(model, graph, [f"{hook}#40"], 2, clean, METRIC, saes={hook: sae})
 
 
 @pytest.mark.parametrize(

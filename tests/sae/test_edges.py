@@ -1,5 +1,6 @@
 """Measured effects of feature edges: against edits written out by hand, and against graphs whose answers are known."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -248,3 +249,25 @@ def test_edges_through_attention_and_pooled_edges_are_read_where_they_act(few, p
         change = sum(float(one.code[one.source == i, j].sum()) for one in some)
         mass = sum(float(one.mass[one.source == i].sum()) for one in some)
         assert found["effect"] == pytest.approx(change / mass, rel=1e-4, abs=1e-7)
+
+
+def test_recall_and_signs_tell_inhibition_apart(few, plain, graph) -> None:
+    """A graph with all measured effects finds them; one that says "+" of everything has none of the negative ones."""
+    always = AttributionGraph.from_edges(
+        graph.index,
+        {
+            (graph.index.names[s], graph.index.names[t]): abs(float(w))
+            for s, t, w in zip(graph.source.tolist(), graph.target.tolist(), graph.weight.tolist())
+        },
+    )
+    spreads = {name: {"std": 1.0} for name in graph.index.names}
+    graphs = {"true": replace(graph, node_info=spreads), "always +": replace(always, node_info=spreads)}
+    found = edges(
+        graphs, few.model, plain, few.tokens, strongest=5, prompts=12, recall_sources=FEATURES, progress=False
+    )
+    assert found.recall.loc[("true", "-", 0.05), "effects"] > 0 and found.recall.loc[("true", "+", 0.05), "effects"] > 0
+    assert (found.recall.loc["true", "recall"].dropna() == 1).all()
+    assert (found.recall.loc[("always +", "-"), "recall"].dropna() == 0).all()
+    assert (found.recall.loc[("always +", "-"), "kept"].dropna() == 1).all()
+    assert found.signs.loc[("true", "-"), "sign_agreement"] == found.signs.loc[("true", "+"), "sign_agreement"] == 1
+    assert found.signs.loc[("always +", "-"), "sign_agreement"] == 0

@@ -1,6 +1,6 @@
-"""The Lasso that knows what the child reads: signs, weights, and where the residual stream doesn't lead."""
+"""The Lasso that knows what the child reads: signs, weights, and where it isn't known."""
 
-from types import SimpleNamespace
+import warnings
 from typing import Any
 
 import pytest
@@ -10,16 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tl_circuitlasso as tcl
-from tests import architectures
 from tl_circuitlasso import solve
-from tl_circuitlasso.features.effects import LEAST
+from tl_circuitlasso.features.effects import LEAST, UNREAD, Q
 from tl_circuitlasso.features.fit import Entries
-from tl_circuitlasso.features.read import FLOOR, Read, keeping_signs, pair_reads, read_lasso, read_weights
-from tl_circuitlasso.models import adapt
-from tl_circuitlasso.models.encoder import Encoder
-from tl_circuitlasso.models.feature_reads import Reads
-
-FIRST, LAST = "blocks.0.hook_resid_post", "blocks.1.hook_resid_post"
+from tl_circuitlasso.features.learning import UnreadPair
+from tl_circuitlasso.features.read import FLOOR, Read, keeping_signs, read_lasso, read_weights
 
 
 def problem(seed: int, sources: int = 12, targets: int = 4, samples: int = 400) -> tuple[solve.Moments, Tensor]:
@@ -92,48 +87,10 @@ def test_weights_in_standard_units() -> None:
     assert dead[2].tolist() == [1.0] * 3 and bool(dead.isfinite().all()) and bool((dead >= 1).all())
 
 
-def sae(**changes: Any) -> Any:
-    torch.manual_seed(0)
-    parts = {"W_enc": torch.randn(4, 3), "W_dec": torch.randn(3, 4), "encode": None, "decode": None, "cfg": None}
-    return SimpleNamespace(**{**parts, "encode": lambda x: x, "decode": lambda z: z, **changes})
-
-
 def test_unshrinking_never_turns_a_sign() -> None:
     lasso, refit = torch.tensor([[0.1, -0.2, 0.3], [0.2, 0.1, 0.0]], dtype=torch.float64)
     found = keeping_signs(Entries(torch.arange(3), torch.zeros(3, dtype=torch.long), lasso, refit))
     assert found.refit.tolist() == [0.2, -0.2, 0.0] and found.lasso.tolist() == lasso.tolist()
-
-
-def without_layers(first: tuple[Any, str], last: tuple[Any, str]) -> Reads:
-    """Nothing is known of what stands between the two."""
-    return Reads(
-        adapt(architectures.hooked("attn_only")), {hook: Encoder(one, hook, hook) for one, hook in (first, last)}, {}
-    )
-
-
-def test_the_direct_read_is_decoder_times_encoder() -> None:
-    features, others = torch.tensor([0, 2]), torch.tensor([1])
-    plain = sae()
-    found = pair_reads(without_layers((plain, FIRST), (plain, LAST)), FIRST, LAST, features, others)
-    raw = plain.W_dec[features] @ plain.W_enc[:, others]
-    torch.testing.assert_close(found, raw.double())
-    longer = sae(cfg=SimpleNamespace(rescale_acts_by_decoder_norm=True))
-    scaled = pair_reads(without_layers((longer, FIRST), (plain, LAST)), FIRST, LAST, features, others)
-    torch.testing.assert_close(scaled, (raw / longer.W_dec[features].norm(dim=1, keepdim=True)).double())
-
-
-@pytest.mark.parametrize(
-    ("parent", "child"),
-    [
-        (("blocks.0.attn.hook_z", None), (LAST, None)),  # not in the stream's coordinates
-        ((FIRST, None), ("blocks.1.hook_mlp_out", None)),  # what the MLP makes of it, not the stream
-        ((FIRST, None), (LAST, {"W_enc": None})),
-        ((FIRST, None), (LAST, {"W_enc": torch.zeros(3, 4)})),
-    ],
-)
-def test_no_reads(parent: tuple, child: tuple) -> None:
-    reads = without_layers(*((sae(**(changes or {})), hook) for hook, changes in (parent, child)))
-    assert pair_reads(reads, parent[0], child[0], torch.arange(3), torch.arange(3)) is None
 
 
 def test_a_graph_says_so_with_its_signs(story_graph) -> None:
@@ -144,21 +101,43 @@ def test_a_graph_says_so_with_its_signs(story_graph) -> None:
         (table["regression"] * table["lasso"] >= 0).all()
     )
     kept = table[table["kept"]]
-    assert 0 < len(kept) < len(table) and bool((kept["score"].abs() >= LEAST).all())
+    assert 0 < len(kept) < len(table) and bool((kept["score"].abs() >= LEAST).all()) and bool((kept["q"] <= Q).all())
+    assert bool((kept["weight"] < 0).any()) and bool((kept["regression"] == 0).any())
     assert bool((kept["weight"].abs() >= LEAST).all())  # these decoders have length 1
 
 
-def test_without_a_stream_read_is_l1(demo, demo_saes) -> None:
-    """Encoders that hide their matrix."""
-
+def test_objects_that_hide_their_matrix_are_read_like_others(demo, demo_saes) -> None:
     class Hidden:
         def __init__(self, inner: Any) -> None:
             self.encode, self.decode, self.W_dec = inner.encode, inner.decode, inner.W_dec
 
     hidden = {hook: Hidden(inner) for hook, inner in demo_saes.items()}
     graphs = [
-        tcl.circuit_lasso(demo.model, demo.tokens, basis=tcl.SAEFeatures(hidden, penalty=penalty), progress=False)
-        for penalty in ("read", "l1")
+        tcl.circuit_lasso(demo.model, demo.tokens[:200], basis=tcl.SAEFeatures(saes), progress=False)
+        for saes in (hidden, demo_saes)
     ]
     assert graphs[0].kept_edges() == graphs[1].kept_edges()
     torch.testing.assert_close(graphs[0].weight, graphs[1].weight)
+
+
+def test_where_nothing_is_known_few_edges_are_kept_with_a_warning(demo, demo_saes) -> None:
+    """Features averaged over prompts have no position at which they could be taken out."""
+    made = {}
+    for penalty in ("read", "l1"):
+        basis = tcl.SAEFeatures(demo_saes, mixing="pooled", penalty=penalty)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            made[penalty] = tcl.circuit_lasso(demo.model, demo.tokens[:200], basis=basis, progress=False)
+        assert any(issubclass(one.category, UnreadPair) for one in caught) == (penalty == "read")
+    read, plain = made["read"], made["l1"]
+    inner = [pair for pair in read.provenance["pairs"] if pair["target"] != "target"]
+    assert all(pair["penalty"] == "l1" and pair["effects"] is None and "pooled" in pair["reason"] for pair in inner)
+    assert read.n_kept < plain.n_kept
+    inside = torch.tensor(["#" in name for name in read.index.names])
+    rows = read.kept & inside[read.source] & inside[read.target]
+    assert bool((read.score[rows].abs() >= UNREAD).all())
+
+
+def test_provenance_tells_of_every_pair_how_it_is_known(story_graph) -> None:
+    pairs = {pair["target"]: (pair["effects"], pair["penalty"]) for pair in story_graph.provenance["pairs"]}
+    assert pairs.pop("target") == (None, "l1") and set(pairs.values()) == {("replay", "read")}

@@ -17,7 +17,7 @@ from tl_circuitlasso.models.encoder import Encoder
 from tl_circuitlasso.models.feature_codes import encode_batches
 from tl_circuitlasso.models.hook_order import attention_between, computing_order
 from tl_circuitlasso.models.sae import load_sae
-from tl_circuitlasso.models.sae_checks import SAEMismatch
+from tl_circuitlasso.models.sae_checks import SAEMismatch, check_labels
 
 HOOK = "blocks.1.hook_resid_post"
 ARCHITECTURES = ("standard", "topk", "jumprelu", "gated", "matching_pursuit", "transcoder", "skip_transcoder")
@@ -129,7 +129,22 @@ def test_codes_and_reconstructions_of_another_shape_are_refused(encode: Any, dec
 
     odd = SimpleNamespace(encode=encode or same, decode=decode or same, W_dec=torch.eye(16))
     with pytest.raises(InputError, match=r"`saes`: (en|de)code of the SAE at blocks\.1\.hook_resid_post gives"):
-        Encoder(odd, HOOK, HOOK).reconstruct(torch.randn(20, 16))
+        Encoder(odd, HOOK, HOOK).reconstruct(torch.rand(20, 16))
+
+
+def test_negative_codes_are_refused_by_name() -> None:
+    signed = SimpleNamespace(encode=lambda x: x, decode=lambda codes: codes, W_dec=torch.eye(16))
+    with pytest.raises(InputError, match="negative codes, as AbsTopK does"):
+        Encoder(signed, HOOK, HOOK).encode(torch.randn(20, 16))
+
+
+@pytest.mark.parametrize("name", ["blocks.7.hook_resid_post#1", f"{HOOK}#16", f"{HOOK}#x", "16"])
+def test_labels_of_features_that_cannot_be_are_refused(name: str) -> None:
+    sae = SimpleNamespace(encode=torch.relu, decode=lambda codes: codes, W_dec=torch.eye(16))
+    encoders = {HOOK: Encoder(sae, HOOK, HOOK)}
+    check_labels(encoders, {f"{HOOK}#15": "cats", "3": "dogs"})
+    with pytest.raises(InputError, match="`labels` names"):
+        check_labels(encoders, {name: "birds"})
 
 
 def test_nan_codes_are_refused_by_name() -> None:

@@ -364,7 +364,7 @@ def test_the_benchmark_plans_what_no_machine_here_could_run(capsys: pytest.Captu
     huge = ["--features", "32768", "--tokens", "1000000", "--device", "cuda"]
     assert sae_scale.main([*huge, "--plan"]) == 0
     printed = capsys.readouterr().out
-    assert "96.6 GB on cuda" in printed and "5.0e+09 (scattered)" in printed and "seconds" not in printed
+    assert "58.0 GB on cuda" in printed and "5.0e+09 (scattered)" in printed and "seconds" not in printed
 
 
 def test_planted_codes_say_what_is_wrong() -> None:

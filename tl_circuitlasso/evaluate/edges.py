@@ -19,12 +19,13 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
-from scipy.stats import spearmanr
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_circuitlasso.baselines.features import features_of, hook_pairs
 from tl_circuitlasso.errors import InputError
+from tl_circuitlasso.evaluate.edge_figures import by_sign, summary_of
+from tl_circuitlasso.evaluate.edge_recall import measure_all, recall
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models import Adapter, adapt
 from tl_circuitlasso.models.encoder import Encoder
@@ -57,11 +58,18 @@ class EdgeCheck:
         sign_agreement, sign_amplified, sign_pre (share of edges whose weight has the sign of the effect), precision
         (share of real edges), spearman (of |weight| with |effect|), spearman_pre.
     null: the 95th percentile of |effect| over the non-edges, which `real` asks an edge to exceed.
+    signs: per method and sign of the measured effect, of the kept edges that are real: how many, and the share whose
+        weight has that sign. A rule that always says "+" has none of the negative ones.
+    recall: per method, sign and least size (.05, .1, .2 standard deviations of the target per one of the source): how
+        many sure effects the sources drawn for it have on any feature of the next hook, the share that the graph keeps
+        with the right sign (recall), with whatever sign (kept), and the found share of their summed size (mass).
     """
 
     table: pd.DataFrame
     summary: pd.DataFrame
     null: float
+    signs: pd.DataFrame
+    recall: pd.DataFrame
 
     def precision_at(self, k: int, method: str | None = None) -> float:
         """Share of real edges among the method's k strongest (of the first method, unless one is named)."""
@@ -87,6 +95,7 @@ def edges(
     attention_mask: Tensor | None = None,
     persistence: float = 0.7,
     batch_size: int = 64,
+    recall_sources: int = 16,
     progress: bool = True,
     seed: int = 0,
 ) -> EdgeCheck:
@@ -103,14 +112,17 @@ def edges(
     ----------
     graphs: one graph, or {method: graph} over the same SAEs. tokens: prompts, best those the graphs haven't seen.
     strongest, sample, non_edges: how many edges of each sort. prompts: on how many of those where the source fires.
-    persistence: cosine of the two decoder directions above which an edge counts as persistence.
+    persistence: cosine of the two decoder directions above which an edge counts as persistence. recall_sources: how
+        many sources a pair of hooks are drawn to tell which part of all effects each graph holds.
 
     Raises
     ------
     InputError: no kept edge between features, graphs of other SAEs, numbers below 1, or tokens on which no source of
         an edge fires.
     """
-    _check_numbers(strongest=strongest, sample=sample, non_edges=non_edges, prompts=prompts)
+    _check_numbers(
+        strongest=strongest, sample=sample, non_edges=non_edges, prompts=prompts, recall_sources=recall_sources
+    )
     named = {"CircuitLasso": graphs} if isinstance(graphs, AttributionGraph) else dict(graphs)
     adapter = model if isinstance(model, Adapter) else adapt(model)
     whole = basis if isinstance(basis, SAEFeatures) else SAEFeatures(basis)
@@ -124,7 +136,11 @@ def edges(
     reading = _READING_POOLED if whole.mixing == "pooled" else _READING
     effects = _measure(adapter, recording, used, unique, reading, options, progress)
     cosines = {key: _cosine(used, *key) for key in zip(unique["source"], unique["target"])}
-    return _judged(chosen, effects, cosines, persistence)
+    with tqdm(disable=not progress, desc="all effects", unit="batch") as bar:
+        options = {**options, "modes": ("ablate",), "read": reading[""]}
+        first = next(iter(named.values()))
+        truths = measure_all(adapter, recording, used, first, recall_sources, options, bar.update)
+    return _judged(chosen, effects, cosines, persistence, recall(named, truths))
 
 
 # ---- which edges ----------------------------------------------------------------------------------------------------
@@ -269,7 +285,11 @@ def _cosine(encoders: Mapping[str, Encoder], source: str, target: str) -> float:
 
 
 def _judged(
-    chosen: pd.DataFrame, effects: Mapping[Key, _Effect], cosines: Mapping[tuple[str, str], float], bound: float
+    chosen: pd.DataFrame,
+    effects: Mapping[Key, _Effect],
+    cosines: Mapping[tuple[str, str], float],
+    bound: float,
+    found: pd.DataFrame,
 ) -> EdgeCheck:
     keys = list(zip(chosen["source"], chosen["target"], chosen["port"]))
     measured = {key: _numbers(effect) for key, effect in effects.items()}
@@ -283,7 +303,8 @@ def _judged(
     null = float(off.quantile(0.95)) if len(off) else 0.0
     clear = (table["effect_low"] > 0) | (table["effect_high"] < 0)
     table["real"] = clear & (table["effect"].abs() > null)
-    return EdgeCheck(table, _summary(table), null)
+    methods = [name for name in chosen["method"].unique() if name != NON_EDGES]
+    return EdgeCheck(table, summary_of(table), null, by_sign(table, methods), found)
 
 
 def _numbers(effect: _Effect) -> dict[str, Any]:
@@ -304,40 +325,6 @@ def _interval(change: Float[np.ndarray, " prompt"], mass: Float[np.ndarray, " pr
     draws = np.random.default_rng(0).multinomial(len(mass), np.full(len(mass), 1 / len(mass)), RESAMPLES)
     low, high = np.quantile((draws @ change) / (draws @ mass), [0.025, 0.975])
     return float(low), float(high)
-
-
-def _summary(table: Any) -> pd.DataFrame:
-    rows = []
-    for (method, which), part in table.groupby(["method", "set"], sort=False):
-        for kind in ("all", "persistence", "rest"):
-            some = part if kind == "all" else part[part["kind"] == kind]
-            rows.append({"method": method, "set": which, "kind": kind, **_figures(some)})
-    return pd.DataFrame(rows).set_index(["method", "set", "kind"])
-
-
-def _figures(some: Any) -> dict[str, Any]:
-    return {
-        "edges": len(some),
-        "sign_agreement": _agreement(some, "effect"),
-        "sign_amplified": _agreement(some, "effect_amplified"),
-        "sign_pre": _agreement(some, "effect_pre"),
-        "precision": float(some["real"].mean()) if len(some) else float("nan"),
-        "spearman": _spearman(some, "effect"),
-        "spearman_pre": _spearman(some, "effect_pre"),
-    }
-
-
-def _agreement(some: Any, effect: str) -> float:
-    known = some[some[effect].notna() & (some["weight"] != 0)]
-    return float((np.sign(known["weight"]) == np.sign(known[effect])).mean()) if len(known) else float("nan")
-
-
-def _spearman(some: Any, effect: str) -> float:
-    known = some[some[effect].notna() & (some["weight"] != 0)]
-    if len(known) < 3 or known[effect].abs().nunique() < 2 or known["weight"].abs().nunique() < 2:
-        return float("nan")
-    found: Any = spearmanr(known["weight"].abs(), known[effect].abs())
-    return float(found[0])
 
 
 def _check_numbers(**numbers: Any) -> None:

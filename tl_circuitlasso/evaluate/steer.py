@@ -1,6 +1,6 @@
 """Steering: the nodes of a circuit turned up, down or off, and what else that changes."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +11,12 @@ from torch import Tensor
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.circuits import check_graph
 from tl_circuitlasso.evaluate.faithfulness import mean_interval
-from tl_circuitlasso.evaluate.features import FeatureOptions, circuit_of, feature_sites, has_features, node_scores
+from tl_circuitlasso.evaluate.features import feature_sites, has_features, node_scores
 from tl_circuitlasso.evaluate.interventions import prompt_values
 from tl_circuitlasso.evaluate.metrics import Metric, next_token
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models import Adapter
-from tl_circuitlasso.models.feature_patch import Carried, run_features
+from tl_circuitlasso.models.feature_patch import Carried, FeatureSite, Kept, run_features
 from tl_circuitlasso.models.pairs import Pairs, pairs_of
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
 from tl_circuitlasso.models.sources import scaled_nodes
@@ -64,7 +64,7 @@ def steer(
 
     Parameters
     ----------
-    nodes: heads and MLPs, or features, that the graph keeps; None takes all of them.
+    nodes: heads and MLPs that the graph keeps, or features, kept or not; None takes all that it keeps.
     metric: `metric(logits, rows)` as in `faithfulness`.
     saes: {hook: SAE}, for graphs of SAE features; what SAEs miss stays as it is.
     other: prompts about something else, whose next-token loss shows how specific the steering is.
@@ -74,8 +74,8 @@ def steer(
 
     Raises
     ------
-    InputError: a node that isn't a head, MLP or feature of the circuit, a scale that isn't finite, and as in
-        `faithfulness`.
+    InputError: a node that isn't a head or MLP of the circuit or a feature of `saes`, a scale that isn't finite, and as
+        in `faithfulness`.
     """
     if not isinstance(scale, (int, float)) or not -float("inf") < scale < float("inf"):
         raise InputError(f"`scale` is {scale!r}: give a finite factor, 0 to turn nodes off")
@@ -113,8 +113,8 @@ def _steering(
     """What is steered, and the steered model."""
     if has_features(graph):
         sites = feature_sites(graph, adapter, saes)
-        chosen = _chosen(graph, nodes, set(node_scores(graph)), "feature")
-        steady = circuit_of(graph, sites, FeatureOptions(saes, error="keep", rest="keep"), set(chosen), rest=True)
+        chosen = _features(graph, nodes, sites)
+        steady = {site.name: _all_but(site, chosen) for site in sites}
         carried = Carried({}, {}, {}, scale)
         return chosen, lambda tokens, mask: run_features(adapter, tokens, mask, sites, steady, carried)
     check_graph(graph, adapter)
@@ -127,6 +127,28 @@ def _steering(
             return adapter.run(tokens, mask, ["logits"])["logits"]
 
     return chosen, run
+
+
+def _features(graph: AttributionGraph, nodes: Collection[str] | None, sites: Sequence[FeatureSite]) -> tuple[str, ...]:
+    """The features to steer, which the graph needn't keep, or even know."""
+    if nodes is None or isinstance(nodes, str):
+        return _chosen(graph, nodes, set(node_scores(graph)), "feature")
+    sizes = {site.name: site.features for site in sites}
+    for name in nodes:
+        place, _, number = name.rpartition("#")
+        if not number.isdigit() or int(number) >= sizes.get(place, 0):
+            raise InputError(f"`nodes` has {name!r}, which isn't a feature of {', '.join(sizes) or 'the graph'}")
+    if not nodes:
+        raise InputError("`nodes` is empty: name a feature")
+    return tuple(dict.fromkeys(nodes))
+
+
+def _all_but(site: FeatureSite, nodes: Collection[str]) -> Kept:
+    """Everything of a site stays but some features."""
+    parts = (name.rpartition("#") for name in nodes)
+    mask = torch.ones(site.features, dtype=torch.bool)
+    mask[[int(number) for place, _, number in parts if place == site.name]] = False
+    return Kept(mask, "keep")
 
 
 def _chosen(graph: AttributionGraph, nodes: Collection[str] | None, able: set[str], kind: str) -> tuple[str, ...]:

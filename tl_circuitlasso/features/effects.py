@@ -1,173 +1,115 @@
-"""What an edge does when its parent is taken out or turned up: the weight of an edge under penalty "read".
+"""Which pairs of features are edges: by what one does to the other (`models.feature_replay`), and by how sure that is.
 
-A regression coefficient says what predicts the child; with parents that fire together it stands for others, too. What
-the child's code does when feature i alone is taken out where it fires is told by how it is read: the pre-activation
-moves by z_i D_ij (D as in `features.read`), and an active code with it, or the whole code goes where it falls below
-what the SAE lets through. Per unit of z_i,
+For every pair that anything happened to there is S_ij, what the child's code does per unit of the parent's, and its
+standard error over prompts. An edge asks for two things:
 
-    S_ij = sum_m delta_mij / sum_m z_mi,     delta_mij = z_mi D_ij  if z_mj > 0,   z_mj  if z_mj - z_mi D_ij < theta_mj
+- an effect that can be told from none: |S_ij| >= `LEAST` in standard deviations of both (the score), and |S_ij| |d_j|
+  >= `LEAST` |d_i|, d what a unit of each feature writes;
+- that it isn't chance: q_ij <= `Q`, the Benjamini-Hochberg adjusted p-value of a t-test of S_ij = 0 among all p q pairs
+  of the two hooks (those that nothing happened to have p = 1).
 
-over all samples m, and 0 where j isn't active: children that would be turned on aren't counted. theta_mj is the SAE's
-threshold, zero for a plain ReLU. In TopK features compete for places: the one to beat is the sample's weakest, w, which
-falls as well when what it reads is taken out, to theta_mj = z_mw - z_mi max(D_iw, 0).
-
-What attention brings of a feature is taken out with it: for an edge through attention delta is made of the mixed code
-z~_mi and its own D, over the samples where i doesn't fire itself, and still per unit of what fires, sum_m z_mi.
-
-`LEAST` asks an edge for an effect that can be told from none, in standard deviations of both (the score) and in lengths
-of what both features write.
+The regression needn't have kept it. Where effects aren't known, an edge is a coefficient of at least `UNREAD` in
+standard deviations: few, and only those that stand out.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-import numpy as np
-import scipy.sparse
 import torch
 from jaxtyping import Bool, Float, Int
+from scipy.stats import t as student
 from torch import Tensor
 
 from tl_circuitlasso.features.fit import Regressed, Units
-from tl_circuitlasso.features.samples import Gate, PairData, Part
-from tl_circuitlasso.sharing import ALONE, Ranks
-from tl_circuitlasso.solve.working_set import numba_available
+from tl_circuitlasso.models.feature_replay import Effects
 
 LEAST = 0.05
-ENTRIES = 1 << 24  # of a part's columns side by side, edge by edge
+Q = 0.05
+UNREAD = 0.2
 
 
-def with_effects(found: Regressed, pair: PairData, units: Units, ranks: Ranks = ALONE) -> Regressed:
-    """With S_ij as the edges' effect, and scores of it, where it is known how the child reads the parent."""
-    if pair.reads is None or pair.pooled:
-        return found
-    rows = (found.source < len(pair.reads)).nonzero().flatten()
-    source, target = found.source[rows], found.target[rows]
-    with ranks.together():
-        own = changes(pair, source, target)
-    change, mass = (ranks.sum(x) for x in own)
-    effect, score = found.effect.clone(), found.score.clone()
-    feature, seen = source % len(pair.features), source >= len(pair.features)
-    effect[rows] = _of_all_heads(change, (seen * len(pair.features) + feature) * len(units.target) + target)
-    effect[rows] /= mass[feature].clamp(min=1e-300)
-    score[rows] = effect[rows] * units.source[feature] / units.target[target]
-    return replace(found, effect=effect, score=score)
-
-
-def _of_all_heads(change: Float[Tensor, " edge"], key: Int[Tensor, " edge"]) -> Float[Tensor, " edge"]:
-    """What one head brings is taken out of all of them: the sum over an edge's coefficients, for each of these."""
-    same = torch.unique(key, return_inverse=True)[1]
-    return torch.zeros_like(change).index_add_(0, same, change)[same]
-
-
-def changes(
-    pair: PairData, source: Int[Tensor, " edge"], target: Int[Tensor, " edge"]
-) -> tuple[Float[Tensor, " edge"], Float[Tensor, " source"]]:
-    """sum_m delta_mij of each edge, and sum_m z_mi of each feature, over the samples that are regressed on."""
-    total, mass = np.zeros(len(source)), np.zeros(len(pair.features))
-    ends = source.numpy(), target.numpy()
-    changed = _compiled if numba_available() else _edge_by_edge
-    for part in pair.parts(held=False):
-        mass += np.bincount(part.codes.indices, part.codes.data, len(mass))[: len(mass)]
-        total += changed(pair, part, *ends)
-    return torch.from_numpy(total), torch.from_numpy(mass)
-
-
-def _compiled(pair: PairData, part: Part, source: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """sum_m delta_mij of the edges over the samples of one chunk."""
-    from tl_circuitlasso.features.effect_kernels import add_changes
-
-    assert pair.reads is not None
-    gate = pair.gate or Gate(torch.zeros(len(pair.child_features)))
-    order = np.argsort(source, kind="stable")
-    first = np.searchsorted(source[order], np.arange(len(pair.reads) + 1))
-    child = scipy.sparse.csr_matrix(part.child)
-    codes = [x for one in (part.codes, child) for x in (one.indptr.astype(np.int64), one.indices, one.data)]
-    reads, thresholds = pair.reads.double().contiguous().numpy(), gate.thresholds.double().contiguous().numpy()
-    found, total = np.zeros(len(source)), np.zeros(len(source))
-    fires, code = np.zeros(len(pair.features), dtype=np.bool_), np.zeros(len(pair.child_features))
-    add_changes(*codes, first, target[order], reads, thresholds, gate.top, fires, code, found)
-    total[order] = found
-    return total
-
-
-def _edge_by_edge(pair: PairData, part: Part, source: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """The same without numba."""
-    some, total = _Samples.of(pair, part), np.zeros(len(source))
-    step = max(1, ENTRIES // max(int(np.diff(some.codes.indptr).max(initial=1)), 1))
-    for start in range(0, len(source), step):
-        edges = slice(start, start + step)
-        total[edges] = some.changes(source[edges], target[edges])
-    return total
-
-
-@dataclass(frozen=True, eq=False)
-class _Samples:
-    """Codes of parent and child by column, how the child reads, and what a code must exceed.
-
-    both: 1 + i z_j at the child's codes, so that one product with the parent's gives the codes of both where they meet.
-    weakest, least: which feature of the child is weakest at each sample, and its code; None but for TopK.
+def with_effects(found: Regressed, effects: Effects | None, units: Units) -> Regressed:
+    """With S_ij as the edges' effect, scores and q-values of it, and with pairs of clear effect that the regression has
+    left out; where effects are known.
     """
-
-    codes: scipy.sparse.csc_matrix
-    both: scipy.sparse.csc_matrix
-    reads: np.ndarray
-    thresholds: np.ndarray
-    weakest: np.ndarray | None
-    least: np.ndarray | None
-
-    @classmethod
-    def of(cls, pair: PairData, part: Part) -> "_Samples":
-        """From the samples of one chunk."""
-        assert pair.reads is not None
-        gate = pair.gate or Gate(torch.zeros(len(pair.child_features)))
-        parent = scipy.sparse.csr_matrix(part.codes, dtype=np.float64)
-        codes = _elsewhere(parent, len(pair.features), len(pair.reads))
-        child = scipy.sparse.csr_matrix(part.child, dtype=np.float64)
-        weakest, least = _weakest(child) if gate.top else (None, None)
-        both = scipy.sparse.csr_matrix((1 + 1j * child.data, child.indices, child.indptr), child.shape)
-        reads, thresholds = pair.reads.double().numpy(), gate.thresholds.double().numpy()
-        return cls(scipy.sparse.csc_matrix(codes), scipy.sparse.csc_matrix(both), reads, thresholds, weakest, least)
-
-    def changes(self, source: np.ndarray, target: np.ndarray) -> np.ndarray:
-        """sum_m delta_mij of some edges."""
-        met = scipy.sparse.csc_matrix(self.codes[:, source].multiply(self.both[:, target]))
-        edge, sample = np.repeat(np.arange(len(source)), np.diff(met.indptr)), met.indices
-        parent = np.real(met.data)
-        code, moved = np.divide(np.imag(met.data), parent), parent * self.reads[source, target][edge]
-        threshold = self.thresholds[target[edge]]
-        if self.weakest is not None and self.least is not None:
-            falls = parent * self.reads[source[edge], self.weakest[sample]].clip(min=0)
-            threshold = np.maximum(threshold, self.least[sample] - falls)
-        gone = (moved > 0) & (code - moved < threshold)
-        return np.bincount(edge, np.where(gone, code, moved), len(source))
+    if effects is None:
+        return found
+    scores = _scores(effects.effect, effects.source, effects.target, effects, units)
+    grown = _united(found, effects, scores.abs() >= LEAST)
+    known = grown.source < effects.sources
+    row = torch.where(known, effects.rows(grown.source, grown.target), -1)
+    effect = torch.cat([effects.effect, torch.zeros(1).double()])[row]
+    q = torch.cat([q_values(effects), torch.ones(1).double()])[row]
+    score = _scores(effect, grown.source, grown.target, effects, units)
+    return replace(
+        grown,
+        effect=torch.where(known, effect, grown.effect),
+        q=torch.where(known, q, grown.q),
+        score=torch.where(known, score, grown.score),
+    )
 
 
-def _elsewhere(codes: scipy.sparse.csr_matrix, features: int, known: int) -> scipy.sparse.csr_matrix:
-    """The first `known` columns, with copies seen through attention only where the feature itself doesn't fire."""
-    own, *copies = (codes[:, start : start + features] for start in range(0, known, features))
-    return scipy.sparse.csr_matrix(scipy.sparse.hstack([own, *(copy - copy.multiply(own > 0) for copy in copies)]))
+def _scores(
+    effect: Float[Tensor, " edge"], source: Int[Tensor, " edge"], target: Int[Tensor, " edge"], effects: Effects,
+    units: Units,
+) -> Float[Tensor, " edge"]:  # fmt: skip
+    """Effects in standard deviations of both codes; 0 where one doesn't vary."""
+    feature = source % len(effects.groups)
+    return (effect * units.source[feature] / units.target[target]).nan_to_num(0.0, 0.0, 0.0)
 
 
-def _weakest(child: scipy.sparse.csr_matrix) -> tuple[np.ndarray, np.ndarray]:
-    """Each sample's weakest active feature and its code, 0 where none is active."""
-    count = np.diff(child.indptr)
-    rows = np.repeat(np.arange(len(count)), count)
-    data = np.where(child.data > 0, child.data, np.inf)
-    least, weakest = np.zeros(len(count)), np.zeros(len(count), dtype=np.int64)
-    if len(data):
-        least[count > 0] = np.minimum.reduceat(data, child.indptr[:-1][count > 0])
-        first = data == least[rows]
-        weakest[rows[first]] = child.indices[first]
-    return weakest, np.where(np.isinf(least), 0.0, least)
+def _united(found: Regressed, effects: Effects, clear: Bool[Tensor, " entry"]) -> Regressed:
+    """The coefficients of the regression, and pairs of clear effect with a coefficient of 0, ordered by target."""
+    mine = torch.zeros(len(effects.source), dtype=torch.bool)
+    rows = effects.rows(found.source, found.target)
+    mine[rows[(rows >= 0) & (found.source < effects.sources)]] = True
+    new = (clear & ~mine).nonzero().flatten()
+    source, target = torch.cat([found.source, effects.source[new]]), torch.cat([found.target, effects.target[new]])
+    order = target.argsort(stable=True)
+    nothing = torch.zeros(len(new), dtype=torch.float64)
+    columns = {name: torch.cat([getattr(found, name), nothing])[order] for name in ("weight", "lasso", "score")}
+    unknown = torch.full_like(nothing, torch.nan)
+    columns |= {name: torch.cat([getattr(found, name), unknown])[order] for name in ("effect", "q", "stability")}
+    return replace(found, source=source[order], target=target[order], **columns)
+
+
+def q_values(effects: Effects) -> Float[Tensor, " entry"]:
+    """The Benjamini-Hochberg adjusted p-value of each entry, among all pairs of every copy.
+
+    >>> one = torch.tensor([0, 1]), torch.tensor([0, 0]), torch.tensor([3.0, 1.0]).double(), torch.ones(2).double()
+    >>> q_values(Effects(*one, torch.tensor([100, 100]), 1, 5)).tolist()
+    [0.034..., 1.0]
+    """
+    freedom = (effects.groups[effects.source % len(effects.groups)] - 1).clamp(min=1)
+    p = torch.from_numpy(
+        2 * student.sf((effects.effect / effects.error.clamp(min=1e-300)).abs().numpy(), freedom.numpy())
+    )
+    return adjusted(torch.where(effects.error.isfinite(), p, 1.0), effects.sources * effects.children)
+
+
+def adjusted(p: Float[Tensor, " test"], tests: int) -> Float[Tensor, " test"]:
+    """q_(k) = min over l >= k of p_(l) tests / l, p_(1) <= p_(2) <= ...: Benjamini and Hochberg 1995.
+
+    `tests`: how many there are, those with p = 1 that aren't listed included.
+
+    >>> adjusted(torch.tensor([0.01, 0.5, 0.02]).double(), 10).tolist()
+    [0.1, 1.0, 0.1]
+    """
+    order = p.argsort()
+    ranked = p[order] * tests / torch.arange(1, len(p) + 1, dtype=p.dtype)
+    least = ranked.flip(0).cummin(0).values.flip(0).clamp(max=1.0)
+    return torch.empty_like(p).index_put((order,), least)
 
 
 def is_clear(
-    found: Regressed, written: Float[Tensor, " source"], child_written: Float[Tensor, " target"]
+    found: Regressed, written: Float[Tensor, " source"], child_written: Float[Tensor, " target"], *, unread: bool
 ) -> Bool[Tensor, " edge"]:
-    """Which edges do enough: all that are in the regression where effects aren't known.
+    """Which coefficients are edges: those of clear and sure effect, and where effects aren't known all, or where
+    nothing could be `unread` but should have been, those that stand out.
 
     written, child_written: the lengths of what one unit of each feature writes.
     """
     known = found.effect.isfinite()
     source, target = found.source % len(written), found.target.clamp(max=len(child_written) - 1)
     passed_on = found.effect.abs() * child_written[target] / written[source].clamp(min=1e-30)
-    return ~known | ((found.score.abs() >= LEAST) & (passed_on >= LEAST))
+    clear = (found.score.abs() >= LEAST) & (passed_on >= LEAST) & (found.q <= Q)
+    return torch.where(known, clear, (found.score.abs() >= UNREAD) if unread else torch.ones_like(clear))

@@ -1,4 +1,4 @@
-"""Regressions on the samples themselves: where samples are too few for a Gram to pay, and for class labels."""
+"""Regressions on the samples themselves, where they are too few for a Gram to pay."""
 
 import time
 from collections.abc import Sequence
@@ -10,25 +10,23 @@ from torch import Tensor
 
 from tl_circuitlasso import solve
 from tl_circuitlasso.errors import InputError
+from tl_circuitlasso.features.effects import with_effects
 from tl_circuitlasso.features.fit import (
     Entries,
     Regressed,
     Units,
     dense_samples,
     deviation,
-    held_out_deviance,
     nonzeros,
     regressed,
     with_held_out,
 )
 from tl_circuitlasso.features.regression import FIXED_WEIGHTED, Rule, default_strength, sound
 from tl_circuitlasso.features.samples import PairData
-from tl_circuitlasso.features.shared import everyones, first_of, gathered, share_of
+from tl_circuitlasso.features.shared import everyones, gathered, share_of
 from tl_circuitlasso.models.memory import free_bytes, in_words
 from tl_circuitlasso.sharing import ALONE, Ranks
-from tl_circuitlasso.targets import Labels
 
-CLASS_STRENGTH = 0.05  # of lambda_max at least, for class labels where a rule is asked for
 BLOCK = 512  # children regressed at once
 
 
@@ -51,11 +49,12 @@ def regress_samples(pair: PairData, rule: Rule, *, memory: int | None = None, ra
                 f"as many samples ({pair.count(held=False)}) as columns ({pair.sources}): give more tokens or a lower "
                 "`max_features`, or let `strength` be a number"
             )
-        x, y, units = _standardised(pair, memory)
+        x, y, units = standardised(pair, memory)
         counted = time.perf_counter()
         found = _regressed(x, y[:, mine], units.of(mine), rule, x.shape[1] * y.shape[1])
     found = everyones(found, mine, ranks)
     seconds = {"statistics": counted - clock, "solve": time.perf_counter() - counted}
+    found = with_effects(found, pair.effects, units)
     return with_held_out(replace(found, seconds=seconds), pair, units)
 
 
@@ -72,61 +71,7 @@ def _regressed(
     return regressed(coefficients, units, solution, stability=None, samples=len(x), seconds={})
 
 
-def classify_pair(
-    pair: PairData, rule: Rule, target: Labels, *, memory: int | None = None, ranks: Ranks = ALONE
-) -> Regressed:
-    """Class labels on the parent's features by sparse (multinomial) logistic regression with a certificate.
-
-    One column of coefficients for two classes (of class 1), one per class for more. In place of R^2 stands the share of
-    the held-out cross-entropy of guessing that the features remove. Of several processes each gets the samples of all
-    and solves the whole of it.
-
-    Raises
-    ------
-    InputError: one class only among the samples, or more than fits in memory.
-    """
-    pair = gathered(pair, ranks)
-    with ranks.together():
-        found = _classified(pair, rule, target, memory)
-    return replace(found, **(first_of(found, ranks) or found).tensors())
-
-
-def _classified(pair: PairData, rule: Rule, target: Labels, memory: int | None) -> Regressed:
-    clock = time.perf_counter()
-    x, y, units = _standardised(pair, memory)
-    labels = (y[:, 0] * units.target[0].nan_to_num(posinf=0.0) + units.target_mean[0]).round().long()
-    if len(labels.unique()) < 2:
-        raise InputError(f"`target`: all {len(labels)} samples have one class: labels need at least two classes")
-    counted = time.perf_counter()
-    classes = int(torch.as_tensor(target.y).max()) + 1
-    outcome = torch.nn.functional.one_hot(labels, classes).double()
-    level = rule.strength if isinstance(rule.strength, float) else _class_strength(x, outcome)
-    if classes == 2:
-        solution = solve.logistic_lasso(x, labels, strength=level, tol=rule.tol)
-    else:
-        solution = solve.multinomial_lasso(x, outcome, strength=level, tol=rule.tol)
-    solved = time.perf_counter()
-    columns = solution.value.shape[1]
-    ones = torch.ones(columns, dtype=torch.float64)
-    units = Units(units.source, ones, units.source_mean, torch.zeros_like(ones))
-    value = solution.value / units.source[:, None]
-    overall = held_out_deviance(pair, value, units.source_mean, solution.stats["intercept"], labels)
-    source, place = nonzeros(solution.value)
-    entries = Entries(source, place, solution.value[source, place], solution.value[source, place])
-    seconds = {"statistics": counted - clock, "solve": solved - counted, "held out": time.perf_counter() - solved}
-    found = regressed(entries, units, solution, stability=None, samples=len(x), seconds=seconds)
-    return replace(found, r2=torch.full_like(found.r2, overall), overall=overall)
-
-
-def _class_strength(x: Float[Tensor, "sample source"], outcome: Float[Tensor, "sample class"]) -> float:
-    """`CLASS_STRENGTH`, and never below what the largest correlation of a feature with a class reaches by chance."""
-    centred = outcome - outcome.mean(0)
-    spread = centred.square().mean(0).max().sqrt()
-    limit = (x.T @ centred / len(x) / spread).abs().max()
-    return float(default_strength(limit[None], x.shape[1] * outcome.shape[1], len(x), CLASS_STRENGTH))
-
-
-def _standardised(
+def standardised(
     pair: PairData, memory: int | None
 ) -> tuple[Float[Tensor, "sample source"], Float[Tensor, "sample target"], Units]:
     """All samples that are regressed on, dense and in standard units."""

@@ -16,7 +16,7 @@ from tl_circuitlasso import solve
 from tl_circuitlasso.features.samples import PairData, Part
 from tl_circuitlasso.sharing import ALONE, Ranks
 
-PER_EDGE = ("source", "target", "weight", "effect", "lasso", "score", "stability")
+PER_EDGE = ("source", "target", "weight", "effect", "q", "lasso", "score", "stability")
 PER_TARGET = ("strength", "gap", "iterations", "converged", "spread", "r2")
 LEAST = 1e-12  # of the largest: a column of less variance is constant
 
@@ -28,9 +28,10 @@ class Regressed:
     Attributes
     ----------
     source: the column of [copies x feature, error directions]; target: the child's kept feature (or target column).
-    weight: unshrunk, in units of child code per parent code; lasso: the certified value; effect: what the child's code
-        does per unit of the parent's, NaN where it isn't known; score: the effect (else the weight) in standard
-        deviations of both; stability: the share of half-samples with the edge, NaN where nobody asked.
+    weight: unshrunk, in units of child code per parent code; lasso: the certified value; both 0 for pairs that are here
+        for their effect alone. effect: what the child's code does per unit of the parent's, q: its adjusted p-value,
+        NaN where it isn't known; score: the effect (else the weight) in standard deviations of both; stability: the
+        share of half-samples with the coefficient, NaN where nobody asked.
     strength, gap, iterations, converged: by child; strength as a fraction of lambda_max.
     spread: each child's standard deviation. r2: by child, on held-out prompts, NaN where none are held out or the child
         doesn't vary there; overall: over the held-out variance of all children together.
@@ -40,6 +41,7 @@ class Regressed:
     target: Int[Tensor, " edge"]
     weight: Float[Tensor, " edge"]
     effect: Float[Tensor, " edge"]
+    q: Float[Tensor, " edge"]
     lasso: Float[Tensor, " edge"]
     score: Float[Tensor, " edge"]
     stability: Float[Tensor, " edge"]
@@ -137,6 +139,7 @@ def regressed(
         target=entries.target,
         weight=entries.weight(units),
         effect=nothing,
+        q=nothing,
         lasso=in_units(entries.lasso, entries, units),
         score=entries.refit,
         stability=nothing if stability is None else stability.cpu().double()[entries.source, entries.target],

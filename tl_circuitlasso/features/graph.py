@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,7 +40,7 @@ class _Edges:
     target: Int[Tensor, " edge"]
     port: Int[Tensor, " edge"]
     head: Float[Tensor, " edge"]
-    columns: dict[str, Float[Tensor, " edge"]]  # weight, regression, lasso, score, stability; clear: 1 or 0
+    columns: dict[str, Float[Tensor, " edge"]]  # weight, regression, q, lasso, score, stability; clear: 1 or 0
 
 
 def feature_graph(
@@ -52,23 +52,25 @@ def feature_graph(
     alive: Mapping[str, Alive],
     examples: Mapping[str, Examples],
     found: Mapping[tuple[str, str], Regressed],
+    unread: Collection[tuple[str, str]] = (),
 ) -> AttributionGraph:
     """The graph: one row per nonzero coefficient, kept features and error terms as nodes, the target last.
 
     An edge's weight is its effect where that is known, else its regression coefficient; where effects are known, the
-    coefficients are the column "regression", and edges whose effect is too small aren't kept. Where an end stands for
-    several directions (an SAE's error, the model's own logits, more than two classes), the edge has the norm of what
+    coefficients are the column "regression" (0 where the regression found none), q-values the column "q" (1 where
+    effects aren't known), and edges whose effect is too small or unsure aren't kept. Where an end stands for several
+    directions (an SAE's error, the model's own logits, more than two classes), the edge has the norm of what
     goes by them: never negative, as directions could as well point the other way.
     """
     index = feature_index(collected, target, alive, has_errors=basis.error)
-    parts = [_edges(index, pair, one, collected, adapter, alive, basis) for pair, one in found.items()]
+    parts = [_edges(index, pair, one, collected, adapter, alive, basis, pair in unread) for pair, one in found.items()]
     source, target_end, port, head = (
         torch.cat([getattr(part, name) for part in parts]) for name in ("source", "target", "port", "head")
     )
     columns = {name: torch.cat([part.columns[name] for part in parts]) for name in parts[0].columns}
     extras = {"lasso": columns["lasso"], "persistence": _persistence(index, collected, source, target_end)}
     if any(bool(one.effect.isfinite().any()) for one in found.values()):
-        extras["regression"] = columns["regression"]
+        extras |= {"regression": columns["regression"], "q": columns["q"].nan_to_num(1.0)}
     if bool(columns["stability"].isfinite().any()):
         extras["stability"] = columns["stability"].nan_to_num(0.0)
     if basis.mixing == "heads":
@@ -119,6 +121,7 @@ def _edges(
     adapter: Adapter,
     alive: Mapping[str, Alive],
     basis: SAEFeatures,
+    unread: bool,
 ) -> _Edges:
     """Columns of the regression as nodes: copies of a feature by port, error directions as one node."""
     parent, child = pair
@@ -140,23 +143,24 @@ def _edges(
     columns = {
         "weight": torch.where(one.effect.isnan(), one.weight, one.effect),
         "regression": one.weight,
+        "q": one.q,
         "lasso": one.lasso,
         "score": score,
         "stability": one.stability,
-        "clear": _clear_edges(one, pair, collected, alive).double(),
+        "clear": _clear_edges(one, pair, collected, alive, unread).double(),
     }
     summed = is_error | (single & (len(one.gap) > 1))
     return _merged(_Edges(source, target, port, head, columns), summed, len(index))
 
 
 def _clear_edges(
-    one: Regressed, pair: tuple[str, str], collected: CollectedCodes, alive: Mapping[str, Alive]
+    one: Regressed, pair: tuple[str, str], collected: CollectedCodes, alive: Mapping[str, Alive], unread: bool
 ) -> Bool[Tensor, " edge"]:
     """Which of a pair's coefficients are edges whose effect can be told from none."""
     if pair[1] == TARGET:
         return torch.ones_like(one.source, dtype=torch.bool)
     lengths = [collected.encoders[hook].written.norm(dim=1).double().cpu()[alive[hook].features] for hook in pair]
-    return is_clear(one, lengths[0], lengths[1])
+    return is_clear(one, lengths[0], lengths[1], unread=unread)
 
 
 def _share(spread: Float[Tensor, " target"]) -> Float[Tensor, " target"]:
@@ -180,7 +184,7 @@ def _merged(edges: _Edges, summed: Tensor, nodes: int) -> _Edges:
     for name, values in edges.columns.items():
         norm = torch.zeros(len(unique), dtype=values.dtype).index_add(0, place, values.square()).sqrt()
         strongest = values[row]
-        shared = summed[row] & (count > 1) & (name not in ("stability", "clear"))
+        shared = summed[row] & (count > 1) & (name not in ("stability", "clear", "q"))
         columns[name] = torch.where(shared, norm, strongest)
     source, target, port, head = (getattr(edges, name)[row] for name in ("source", "target", "port", "head"))
     return _Edges(source, target, port, head, columns)

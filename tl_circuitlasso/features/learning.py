@@ -4,6 +4,8 @@ prompts      Prompts       batches of tokens, masks and the positions that are s
   | collect_codes           one forward pass a batch; SAEs encode what the model makes      models/feature_collect.py
 codes        CodeStore      CSR by hook, in memory or on disk                               models/feature_store.py
   | survey, choose_alive    which features fire often enough to be explained                models/feature_survey.py
+  | replay                  what features do to each other: the layers between run on       models/feature_replay.py
+effects      Effects        S_ij and its standard error, where it is anything
   | regress_pair            sums, a certified sparse solve, held-out R^2; then the next pair features/regression.py
 graph        AttributionGraph  with what is known of every feature                          features/graph.py
 
@@ -15,6 +17,7 @@ import json
 import logging
 import math
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,16 +28,19 @@ from tqdm.auto import tqdm
 
 from tl_circuitlasso import storage
 from tl_circuitlasso.errors import InputError
-from tl_circuitlasso.features.few import classify_pair, regress_samples
+from tl_circuitlasso.features.classes import classify_pair
+from tl_circuitlasso.features.effects import UNREAD
+from tl_circuitlasso.features.few import regress_samples
 from tl_circuitlasso.features.fit import Regressed
 from tl_circuitlasso.features.graph import feature_graph, kept_by_pair
-from tl_circuitlasso.features.read import pair_reads
 from tl_circuitlasso.features.regression import Rule, regress_pair
-from tl_circuitlasso.features.samples import Gate, PairData, columns_of
+from tl_circuitlasso.features.samples import PairData, columns_of
 from tl_circuitlasso.features.shared import count_of_all, first_of
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.feature_collect import CollectedCodes, collect_codes
+from tl_circuitlasso.models.feature_path import known_paths
+from tl_circuitlasso.models.feature_replay import Effects, replay
 from tl_circuitlasso.models.feature_setup import TARGET
 from tl_circuitlasso.models.feature_survey import Alive, Firing, choose_alive, strongest, survey
 from tl_circuitlasso.models.sae import SAEFeatures
@@ -44,8 +50,13 @@ from tl_circuitlasso.targets import Labels, Target
 
 log = logging.getLogger(__name__)
 
-PAIR_KIND, PAIR_VERSION = "feature pair", 2
+PAIR_KIND, PAIR_VERSION = "feature pair", 3
 LEAST_PROMPTS = 20  # with fewer, none is held out
+Pair = tuple[str, str]
+
+
+class UnreadPair(UserWarning):
+    """It isn't known what stands between two hooks, so their edges are what the regression alone says."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,43 +101,89 @@ def learn_features(
         hook: choose_alive(hook, firing[hook], encoder.decoder, basis) for hook, encoder in collected.encoders.items()
     }
     surveyed = time.perf_counter()
-    found = _regress_all(adapter, collected, basis, setup, alive)
+    found, unread, replayed = _regress_all(adapter, collected, basis, setup, alive)
     regressed = time.perf_counter()
     examples = strongest(collected.store, {hook: some.features for hook, some in alive.items()}, setup.ranks)
-    graph = feature_graph(adapter, collected, basis, setup.target, firing, alive, examples, found)
+    graph = feature_graph(adapter, collected, basis, setup.target, firing, alive, examples, found, unread)
     seconds = {
-        "forward and encoding": collected.seconds - collected.reads.seconds,
-        "reads": collected.reads.seconds,
+        "forward and encoding": collected.seconds,
         "survey": surveyed - clock,
         "statistics": sum(one.seconds["statistics"] for one in found.values()),
         "solve": sum(one.seconds["solve"] for one in found.values()),
-        "effects": sum(one.seconds.get("effects", 0.0) for one in found.values()),
+        "replay": replayed,
         "held out": sum(one.seconds["held out"] for one in found.values()),
         "pairs": regressed - surveyed,
         "node info": time.perf_counter() - regressed,
     }
-    return _with_record(graph, seconds, collected, firing, alive, found), collected
+    return _with_record(graph, basis, seconds, collected, firing, alive, found, unread), collected
 
 
 def _regress_all(
     adapter: Adapter, collected: CollectedCodes, basis: SAEFeatures, setup: FeatureSetup, alive: Mapping[str, Alive]
-) -> dict[tuple[str, str], Regressed]:
-    """Every pair's regression: from the checkpoint of process 0 where it is done, else solved and written there."""
-    found: dict[tuple[str, str], Regressed] = {}
+) -> tuple[dict[Pair, Regressed], dict[Pair, str], float]:
+    """Every pair's regression: from the checkpoint of process 0 where it is done, else solved and written there; the
+    pairs of which it isn't known what stands between, with the reason; and the seconds that replays took."""
+    places: dict[Pair, Place] = {}
+    for number, pair in enumerate(collected.pairs):
+        data = _pair_data(adapter, collected, basis, alive, pair)
+        path = None if setup.checkpoint is None else setup.checkpoint / f"pair-{number:04d}.safetensors"
+        identity = _pair_identity(collected, data, setup)
+        places[pair] = Place(data, path, identity, None if path is None else _stored(path, identity, setup.ranks))
+    clock = time.perf_counter()
+    effects, unread = _effects(adapter, collected, basis, setup, alive, places)
+    replayed = time.perf_counter() - clock
     off = None if setup.progress and setup.ranks.rank == 0 else True
-    with tqdm(collected.pairs, desc="regress", unit="pair", disable=off) as bar:
-        for number, pair in enumerate(bar):
+    found: dict[Pair, Regressed] = {}
+    with tqdm(places.items(), desc="regress", unit="pair", disable=off) as bar:
+        for pair, place in bar:
             bar.set_postfix_str(" -> ".join(pair), refresh=False)
-            data = _pair_data(adapter, collected, basis, setup, alive, pair)
-            path = None if setup.checkpoint is None else setup.checkpoint / f"pair-{number:04d}.safetensors"
-            identity = _pair_identity(collected, data, setup)
-            done = None if path is None else _stored(path, identity, setup.ranks)
+            done = place.done
             if done is None:
-                done = _regress(data, basis, setup, pair)
-                if path is not None:
-                    _store(path, done, identity, setup.ranks)
+                done = _regress(replace(place.data, effects=effects.get(pair)), basis, setup, pair)
+                if place.path is not None:
+                    _store(place.path, done, place.identity, setup.ranks)
             found[pair] = done
-    return found
+    return found, unread, replayed
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """A pair's samples, where its regression is kept, what must agree there, and the regression where it is done."""
+
+    data: PairData
+    path: Path | None
+    identity: Mapping[str, Any]
+    done: Regressed | None
+
+
+def _effects(
+    adapter: Adapter, collected: CollectedCodes, basis: SAEFeatures, setup: FeatureSetup, alive: Mapping[str, Alive],
+    places: Mapping[Pair, Place],
+) -> tuple[dict[Pair, Effects], dict[Pair, str]]:  # fmt: skip
+    """What features do to each other, of the pairs that aren't done; and why it can't be told of others."""
+    if basis.penalty != "read":
+        return {}, {}
+    pairs = [pair for pair in places if pair[1] != TARGET]
+    paths, unread = known_paths(adapter, collected.encoders, pairs, collected.first)
+    if basis.mixing == "pooled":
+        paths, unread = (
+            {},
+            dict.fromkeys(pairs, "under mixing 'pooled' samples are prompts, not positions"),
+        )
+    for pair, reason in unread.items():
+        warnings.warn(
+            f"{' -> '.join(pair)}: what the one does to the other isn't told ({reason}); its edges are coefficients of "
+            f"a plain Lasso that stand out ({UNREAD} standard deviations or more)",
+            UnreadPair,
+            stacklevel=2,
+        )
+    waiting = {pair: path for pair, path in paths.items() if places[pair].done is None}
+    kept = {hook: some.features for hook, some in alive.items()}
+    copies = {pair: len(places[pair].data.columns) for pair in waiting}
+    progress = setup.progress and setup.ranks.rank == 0
+    with setup.ranks.together():
+        found = replay(adapter, collected.store, waiting, kept, copies, progress=progress, ranks=setup.ranks)
+    return found, unread
 
 
 def _regress(data: PairData, basis: SAEFeatures, setup: FeatureSetup, pair: tuple[str, str]) -> Regressed:
@@ -147,19 +204,11 @@ def _pair_data(
     adapter: Adapter,
     collected: CollectedCodes,
     basis: SAEFeatures,
-    setup: FeatureSetup,
     alive: Mapping[str, Alive],
-    pair: tuple[str, str],
+    pair: Pair,
 ) -> PairData:
     parent, child = pair
     heads = adapter.shape.n_heads if basis.mixing == "heads" else None
-    reads, gate = None, Gate(torch.zeros(collected.target_columns))
-    if child != TARGET:
-        encoder = collected.encoders[child]
-        gate = Gate(encoder.thresholds[alive[child].features], encoder.keeps_top)
-    if basis.penalty == "read" and child != TARGET:
-        kept = (alive[hook].features for hook in pair)
-        reads = pair_reads(collected.reads, parent, child, *kept, by_head=heads is not None)
     return PairData(
         store=collected.store,
         parent=parent,
@@ -170,8 +219,6 @@ def _pair_data(
         errors=collected.errors.get(parent, 0),
         pooled=basis.mixing == "pooled",
         held_out=basis.held_out if collected.prompts >= LEAST_PROMPTS else 0.0,
-        reads=reads,
-        gate=gate,
     )
 
 
@@ -224,11 +271,13 @@ def _read_pair(path: Path, identity: Mapping[str, Any]) -> Regressed | None:
 
 def _with_record(
     graph: AttributionGraph,
+    basis: SAEFeatures,
     seconds: Mapping[str, float],
     collected: CollectedCodes,
     firing: Mapping[str, Firing],
     alive: Mapping[str, Alive],
     found: Mapping[tuple[str, str], Regressed],
+    unread: Mapping[tuple[str, str], str],
 ) -> AttributionGraph:
     """The graph with the figures of every pair: edges, held-out R^2, strength, seconds."""
     kept = kept_by_pair(graph)
@@ -241,6 +290,7 @@ def _with_record(
         "active_per_sample": {hook: float(one.count.sum() / max(one.samples, 1)) for hook, one in firing.items()},
         "pairs": [
             _figures(pair, one, kept[pair], len(alive[pair[1]].features) if pair[1] in alive else 1)
+            | _how(pair, one, basis, unread)
             for pair, one in found.items()
         ],
         "candidates": {
@@ -261,10 +311,20 @@ def _figures(pair: tuple[str, str], one: Regressed, edges: int, targets: int) ->
         "samples": one.samples,
         "edges": edges,
         "edges_per_target": edges / targets,
-        "coefficients": len(one.source),
+        "coefficients": int((one.lasso != 0).sum()),
         "held_out_r2": None if math.isnan(one.overall) else one.overall,
         "median_held_out_r2": float(explained.median()) if len(explained) else None,
         "strength": float(one.strength.median()),
         "largest_gap": float(one.gap.max()) if len(one.gap) else 0.0,
         "seconds": dict(one.seconds),
     }
+
+
+def _how(pair: Pair, one: Regressed, basis: SAEFeatures, unread: Mapping[Pair, str]) -> dict[str, Any]:
+    """How it was told what a pair's edges are: by effects and their penalty, or by which other one, and why."""
+    read = bool(one.effect.isfinite().any())
+    found = {
+        "effects": "replay" if read else None,
+        "penalty": "l1" if basis.penalty == "read" and not read else basis.penalty,
+    }
+    return found | ({"reason": unread[pair]} if pair in unread else {})

@@ -1,16 +1,13 @@
-"""Penalty "read": the Lasso between SAE features, told what the weights know.
+"""Penalty "read": the Lasso between SAE features, told what each does to the other.
 
-Feature i of an earlier hook adds z_i D_ij to the pre-activation of feature j of a later one, D_ij = r_i . e_j, where
-e_j is the encoder direction of j and r_i what the MLPs in between have made of the decoder direction of i, on average
-where i fires (`models.feature_reads`). As in the design `read`, each such contribution gets one non-negative
-coefficient a_ij, which is a Lasso on A_ij = a_ij D_ij (and likewise for what is seen of i through attention):
+A parent whose feature, taken out, leaves the child's code alone (`models.feature_replay`: S_ij, what the code of j does
+per unit of that of i) is dear, and none can act against the direction of what it does:
 
-    min_A  1/(2M) ||Y - Z A||^2 + sum_j lambda_j sum_i |A_ij| / |D_ij|,       A_ij D_ij >= 0
+    min_A  1/(2M) ||Y - Z A||^2 + sum_j lambda_j sum_i |A_ij| / |S_ij|,       A_ij S_ij >= 0
 
-A parent that the child hardly reads is dear, and none can act against the direction in which it is read. |D_ij| counts
-as at least `FLOOR` of the child's largest, because it is an average, and not all is known. The sign rule is kept by
-forbidding the entries that break it and solving again, which ends after a few rounds. The certificate is that of the
-last solve.
+and likewise for what is seen of i through attention. |S_ij| counts as at least `FLOOR` of the child's largest, because
+it is measured on some prompts. The sign rule is kept by forbidding the entries that break it and solving again, which
+ends after a few rounds. The certificate is that of the last solve.
 """
 
 from dataclasses import dataclass, replace
@@ -21,45 +18,16 @@ from torch import Tensor
 
 from tl_circuitlasso import solve
 from tl_circuitlasso.features.fit import Entries, nonzeros
-from tl_circuitlasso.models.feature_reads import Reads
-from tl_circuitlasso.models.hook_order import reads_stream, writes_to_stream
 
 FLOOR = 0.05
 ROUNDS = 5
 
 
-def pair_reads(
-    reads: Reads,
-    parent: str,
-    child: str,
-    features: Int[Tensor, " source"],
-    child_features: Int[Tensor, " target"],
-    *,
-    by_head: bool = False,
-) -> Float[Tensor, "known target"] | None:
-    """D_ij = r_i . e_j, or None where the residual stream doesn't lead from the one to the other.
-
-    That is where the parent doesn't write to the stream, the child's SAE doesn't read it, or has no encoder matrix
-    `W_enc` of (width, feature). Below the features at their own position stand those that are seen through attention
-    (`by_head`: through each head), where `reads` know about that.
-    """
-    first, last = reads.encoders[parent], reads.encoders[child]
-    encoder = getattr(last.sae, "W_enc", None)
-    if not (writes_to_stream(first.hook_out) and reads_stream(last.hook)):
-        return None
-    if not isinstance(encoder, Tensor) or encoder.shape != (first.width, last.features):
-        return None
-    columns = encoder.detach()[:, child_features.to(encoder.device)].float().cpu()
-    responses = [reads.responses(parent, child, features)]
-    responses += reads.mixed(parent, child, features, by_head=by_head)
-    return torch.cat([some @ columns for some in responses]).double()
-
-
 @dataclass(frozen=True, eq=False)
 class Read:
-    """How children read their parents: D_ij of the first sources, and what every source costs.
+    """What parents do to their children: S_ij of the first sources, and what every source costs.
 
-    The sources behind those (the SAE's error, and copies seen through attention that can't be read) have no D.
+    The sources behind those (directions of the SAE's error) have no S.
     """
 
     reads: Float[Tensor, "known target"]
@@ -67,14 +35,14 @@ class Read:
 
     @classmethod
     def of(cls, reads: Float[Tensor, "known target"], source: Float[Tensor, " source"]) -> "Read":
-        """From D in the caller's units and the standard deviations of all sources (inf where one doesn't vary)."""
+        """From S in the caller's units and the standard deviations of all sources (inf where one doesn't vary)."""
         return cls(reads, read_weights(reads, source))
 
 
 def read_lasso(
     data: solve.Moments, read: Read, *, strength: float | Tensor, tol: float
 ) -> tuple[solve.Solution, solve.L1]:
-    """The signed, weighted Lasso above, and its penalty; `data` in standard units. Sources without D are free in sign.
+    """The signed, weighted Lasso above, and its penalty; `data` in standard units. Sources without S are free in sign.
 
     >>> data = solve.Moments(torch.eye(2), torch.tensor([[1.0], [1.0]]), torch.tensor([2.0]), 100)
     >>> read = Read.of(torch.tensor([[0.5], [-0.5]]), torch.ones(2))
@@ -105,7 +73,7 @@ def read_lasso(
 def _against(
     value: Float[Tensor, "source target"], reads: Float[Tensor, "known target"]
 ) -> tuple[Int[Tensor, " entry"], Int[Tensor, " entry"]]:
-    """Where coefficients act against the direction in which their source is read."""
+    """Where coefficients act against what their source does."""
     source, target = nonzeros(value[: len(reads)])
     wrong = value[source, target] * reads[source.to(reads.device), target.to(reads.device)].to(value) < 0
     return source[wrong], target[wrong]
@@ -147,11 +115,11 @@ def keeping_signs(entries: Entries) -> Entries:
 def read_weights(
     reads: Float[Tensor, "known target"], source: Float[Tensor, " source"]
 ) -> Float[Tensor, "source target"]:
-    """1 / |D_ij| in standard deviations of the parent, as a multiple of the child's smallest, so that strengths stay in
-    their range; |D_ij| counts as at least `FLOOR` of the child's largest.
+    """1 / |S_ij| in standard deviations of the parent, as a multiple of the child's smallest, so that strengths stay in
+    their range; |S_ij| counts as at least `FLOOR` of the child's largest.
 
-    Sources without D cost what the child's root mean square |D| does; those that don't vary (`source` is inf), and all
-    of a child that reads nothing, cost 1.
+    Sources without S cost what the child's root mean square |S| does; those that don't vary (`source` is inf), and all
+    of a child that nothing does anything to, cost 1.
 
     >>> read_weights(torch.tensor([[1.0], [-0.5], [0.0]]), torch.ones(3)).flatten().tolist()
     [1.0, 2.0, 20.0]

@@ -26,7 +26,7 @@ from tl_circuitlasso.features.effects import with_effects
 from tl_circuitlasso.features.fit import Entries, Regressed, Units, deviation, nonzeros, regressed, with_held_out
 from tl_circuitlasso.features.read import Read, keeping_signs, read_lasso
 from tl_circuitlasso.features.samples import FOLDS, PairData, to_torch
-from tl_circuitlasso.features.shared import everyones, share_of
+from tl_circuitlasso.features.shared import everyones, joined, share_of
 from tl_circuitlasso.models.memory import free_bytes, in_words
 from tl_circuitlasso.sharing import ALONE, Ranks
 
@@ -36,6 +36,7 @@ STABLE = 0.8  # share of half-samples that must have an edge at strength "stabil
 DRAWS = 20
 PATH = 60  # matrices of coefficients in memory while a strength is chosen: two paths of 20, and a stack of one
 TILES = 1 << 28  # entries of the Gram that the solver may keep in another order beside it
+BLOCK = 1 << 13  # targets solved at once
 READ = 8  # matrices of coefficients beside them for penalty "read": what is read, in both units, weights and signs
 COLLINEAR = 10.0  # standardised least-squares weights beyond this come from parents that are all but copies
 
@@ -90,11 +91,11 @@ def regress_pair(
         data, parts, units = _moments(sums, mine)
         del sums
         counted = time.perf_counter()
-        found = _regressed(pair, rule, data, parts, units, mine)
+        found = _in_blocks(pair, rule, data, parts, units, mine)
         del data, parts
     found = everyones(found, mine, ranks)
     solved = time.perf_counter()
-    found = with_effects(found, pair, units, ranks)
+    found = with_effects(found, pair.effects, units)
     seconds = {"statistics": counted - clock, "solve": solved - counted, "effects": time.perf_counter() - solved}
     return with_held_out(replace(found, seconds=seconds), pair, units, ranks)
 
@@ -127,6 +128,24 @@ def _columns(matrix: Float[Tensor, "source target"], mine: Int[Tensor, " mine"])
     return matrix if len(mine) == matrix.shape[1] else matrix[:, mine.to(matrix.device)]
 
 
+def _in_blocks(
+    pair: PairData,
+    rule: Rule,
+    data: solve.Moments,
+    parts: Sequence[solve.Moments],
+    units: Units,
+    mine: Int[Tensor, " mine"],
+) -> Regressed:
+    """The targets in `mine`, `BLOCK` at a time: coefficients, pulls, weights and effects are dense for a block only."""
+    if len(mine) <= BLOCK:
+        return _regressed(pair, rule, data, parts, units, mine)
+    found = []
+    for some in torch.arange(len(mine)).split(BLOCK):
+        one = _regressed(pair, rule, _of(data, some), [_of(part, some) for part in parts], units, mine[some])
+        found.append((one, {**one.tensors(), "mine": some}))
+    return joined(found[0][0], [part for _, part in found])
+
+
 def _regressed(
     pair: PairData,
     rule: Rule,
@@ -137,7 +156,7 @@ def _regressed(
 ) -> Regressed:
     """The targets in `mine`, each for itself."""
     own = units.of(mine)
-    read = None if pair.reads is None else Read.of(_columns(pair.reads, mine), own.source)
+    read = None if pair.effects is None else Read.of(pair.effects.dense(mine), own.source)
     solution, stability = _solve(data, parts, rule, read, pair.sources * len(pair.child_features))
     entries = _unshrunk(data, solution.value)
     entries = entries if read is None else keeping_signs(entries)
@@ -163,14 +182,14 @@ def needed_bytes(
     """An estimate of what one pair's sums and solve take at their peak, in bytes; a path keeps every solution on it.
 
     Penalty "read" has its `reads` and the weights made of them. Each of several `processes` holds all sums, and solves
-    its share of the targets.
+    its share of the targets, `BLOCK` at once.
 
-    >>> needed_bytes(4096, 4096) < 3e9
-    True
+    >>> needed_bytes(4096, 4096) < 3e9, needed_bytes(32768, 32768, reads=True) < 139 * 2**30
+    (True, True)
     """
     matrices = sources * sources + sources * targets
     kept = matrices * (2 if folds == 1 else 2 * folds + 2)  # sums and moments, of every fold and of all
-    solved = sources * -(-targets // processes)
+    solved = sources * min(-(-targets // processes), BLOCK)
     tiles = min(sources * sources, TILES)
     working = sources * sources + tiles + 6 * solved  # scaled or single copies; coefficients, pulls and weights
     return 8 * (kept + working + (PATH * solved if along_path else 0) + (READ * solved if reads else 0))
@@ -278,7 +297,7 @@ def _check_room(pair: PairData, rule: Rule, device: torch.device | str, memory: 
     """Compare what the sums and the solve need with what there is, before anything is allocated."""
     p, q, folds = pair.sources, len(pair.child_features), FOLDS if rule.folds else 1
     along = rule.chosen is not None
-    need = needed_bytes(p, q, folds, along_path=along, reads=pair.reads is not None, processes=ranks.size)
+    need = needed_bytes(p, q, folds, along_path=along, reads=pair.effects is not None, processes=ranks.size)
     room = memory if memory is not None else _free(device, ranks)
     if room is None or need <= room:
         return

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tl_circuitlasso.models.codes import Codes
 from tl_circuitlasso.models.feature_codes import Chunk, route_key
+from tl_circuitlasso.models.feature_replay import Effects
 from tl_circuitlasso.models.feature_store import CodeStore
 
 FOLDS = 10
@@ -29,23 +30,13 @@ class Column:
 
 
 @dataclass(frozen=True, eq=False)
-class Gate:
-    """What a child's SAE lets through: pre-activations above `thresholds`, and of those only a sample's `top` ones."""
-
-    thresholds: Float[Tensor, " target"]
-    top: bool = False
-
-
-@dataclass(frozen=True, eq=False)
 class PairData:
     """One parent and one child, and where their samples are.
 
     parent, child: hooks, the child None where it is the target; columns: the copies of the parent's codes; features,
     child_features: the kept ones; errors: how many directions of the parent's error stand behind the codes; pooled:
-    whether samples are prompts; reads: how each child feature reads each parent feature through the residual stream,
-    where penalty "read" wants to know and it can be told, of the first copy or of all; gate: what turns pre-activations
-    into the child's codes, a plain ReLU unless it is given;
-    given: the samples themselves, where they don't come from the store.
+    whether samples are prompts; effects: what each parent feature does to each child feature, of all copies, where
+    penalty "read" wants to know and it can be told; given: the samples, where not from the store.
     """
 
     store: CodeStore
@@ -57,8 +48,7 @@ class PairData:
     errors: int
     pooled: bool
     held_out: float
-    reads: Float[Tensor, "known target"] | None = None
-    gate: Gate | None = None
+    effects: Effects | None = None
     given: "tuple[Part, ...] | None" = None
 
     @property

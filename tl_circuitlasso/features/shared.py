@@ -5,6 +5,7 @@ last bits. Children are dealt out in turn; each is solved alone, so what is foun
 Where the samples themselves are needed (fewer than half the columns, or labels), every process is given all of them.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -34,7 +35,11 @@ def everyones(own: Regressed, mine: Int[Tensor, " mine"], ranks: Ranks) -> Regre
     """The regression of all children, from the shares of the processes, as one process orders it."""
     if ranks.size == 1:
         return own
-    parts = ranks.gather({**own.tensors(), "mine": mine})
+    return joined(own, ranks.gather({**own.tensors(), "mine": mine}))
+
+
+def joined(own: Regressed, parts: Sequence[Mapping[str, Tensor]]) -> Regressed:
+    """The regression of all children, from those of some: each part's tensors, and which children it has ("mine")."""
     edges, children = (
         {name: torch.cat([part[name] for part in parts]) for name in names} for names in (PER_EDGE, PER_TARGET)
     )

@@ -15,6 +15,15 @@ from tl_circuitlasso.models.closure import (
 from tl_circuitlasso.models.closure import (
     closure_report as closure_report,
 )
+from tl_circuitlasso.models.edit import (
+    Edit as Edit,
+)
+from tl_circuitlasso.models.edit import (
+    Edited as Edited,
+)
+from tl_circuitlasso.models.edit import (
+    edit as edit,
+)
 from tl_circuitlasso.models.rotary import position_ids as position_ids
 from tl_circuitlasso.models.tokens import Batch as Batch
 from tl_circuitlasso.models.tokens import Positions as Positions

@@ -73,20 +73,6 @@ class Encoder:
         return self.decoder / self.decoder.norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
 
     @property
-    def thresholds(self) -> Float[Tensor, " feature"]:
-        """The pre-activation below which a feature is off: of a JumpReLU, else zero; on the CPU."""
-        own = getattr(self.sae, "threshold", None)
-        if isinstance(own, Tensor) and own.numel() in (1, self.features):
-            return own.detach().float().cpu().flatten().expand(self.features)
-        return torch.zeros(self.features)
-
-    @property
-    def keeps_top(self) -> bool:
-        """Whether a sample's features compete for a fixed number of places."""
-        kinds = ("TopKSAE", "TopKTrainingSAE", "TopKTranscoder")
-        return is_a(self.sae, *kinds) and not is_a(self.sae, "BatchTopKTrainingSAE", "AbsTopKSAE", "AbsTopKTrainingSAE")
-
-    @property
     def is_transcoder(self) -> bool:
         """Whether reading and writing happen at different hooks."""
         return self.hook != self.hook_out
@@ -142,6 +128,11 @@ class Encoder:
         if not bool(torch.isfinite(codes).all()):
             raise ModelError(
                 f"`saes`: codes of the SAE at {self.hook} are NaN or infinite: check its weights and dtype"
+            )
+        if codes.numel() and float(codes.min()) < 0:
+            raise InputError(
+                f"`saes`: the SAE at {self.hook} gives negative codes, as AbsTopK does: give one whose codes are zero "
+                "or more, such as the positive and the negative parts as features of their own"
             )
         return codes
 

@@ -18,7 +18,6 @@ from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.bases import principal_directions
 from tl_circuitlasso.models.codes import Codes, sparse_codes, stacked
 from tl_circuitlasso.models.encoder import Encoder
-from tl_circuitlasso.models.feature_reads import Reads
 from tl_circuitlasso.models.tokens import Batch, Prompts
 from tl_circuitlasso.targets import Target
 
@@ -119,10 +118,9 @@ def fit_errors(
     return found
 
 
-def encode_batch(adapter: Adapter, plan: CodePlan, batch: Batch, number: int, reads: Reads | None = None) -> Chunk:
-    """One forward pass, encoded; `number` is the batch's number in the data. `reads` take in its samples."""
-    wanted = plan.wanted(adapter) | (set() if reads is None else reads.wanted())
-    acts = adapter.run(batch.tokens, batch.mask, wanted)
+def encode_batch(adapter: Adapter, plan: CodePlan, batch: Batch, number: int) -> Chunk:
+    """One forward pass, encoded; `number` is the batch's number in the data."""
+    acts = adapter.run(batch.tokens, batch.mask, plan.wanted(adapter))
     _check_finite(acts, plan, batch)
     codes: dict[str, Codes] = {}
     errors: dict[str, Tensor] = {}
@@ -131,14 +129,12 @@ def encode_batch(adapter: Adapter, plan: CodePlan, batch: Batch, number: int, re
         for rows in _slices(batch.keep, encoder):
             dense, error = _encode(encoder, acts, rows, plan.errors.get(hook))
             found.append(sparse_codes(dense))
-            if reads is not None:
-                reads.add(hook, dense, found[-1], acts, rows)
             missed.append(error)
         codes[hook] = stacked(found)
         if hook in plan.errors:
             errors[hook] = torch.cat(missed).cpu()
         if hook in plan.routes:
-            codes |= _through_attention(plan, acts, batch, hook, reads)
+            codes |= _through_attention(plan, acts, batch, hook)
     target, rows = _target(adapter, plan, acts, batch)
     place = (batch.mask.cumsum(1) - 1)[batch.keep]
     prompt = torch.arange(batch.start, batch.start + len(batch.tokens), device=batch.keep.device)
@@ -202,19 +198,14 @@ def _slices(where: Bool[Tensor, "batch pos"], encoder: Encoder) -> list[tuple[Te
     return [tuple(some.T) for some in places.split(encoder.rows_at_once())] or [tuple(places.T)]
 
 
-def _through_attention(
-    plan: CodePlan, acts: Mapping[str, Tensor], batch: Batch, hook: str, reads: Reads | None
-) -> dict[str, Codes]:
+def _through_attention(plan: CodePlan, acts: Mapping[str, Tensor], batch: Batch, hook: str) -> dict[str, Codes]:
     """sum_q P[p, q] z[q] at every sample p, P the mean pattern of the layers (and heads, unless `by_head`) of a route.
 
-    q runs over all real tokens but BOS, which heads attend to where they have nothing to say. `reads` take in who sees
-    what.
+    q runs over all real tokens but BOS, which heads attend to where they have nothing to say.
     """
     found: dict[str, list[Codes]] = {}
     for prompt, (seen, kept) in enumerate(zip(batch.words, batch.keep)):
         codes = plan.encoders[hook].encode(acts[hook][prompt, seen])
-        if reads is not None:
-            reads.attend(hook, codes, acts, prompt, seen, kept)
         for route, layers in plan.routes[hook].items():
             pattern = torch.stack([acts[f"pattern.{layer}"][prompt] for layer in layers]).mean(0)
             pattern = pattern if plan.by_head else pattern.mean(0, keepdim=True)

@@ -15,11 +15,11 @@ import torch
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.encoder import Encoder
-from tl_circuitlasso.models.feature_reads import Reads
+from tl_circuitlasso.models.feature_codes import encode_batch
 from tl_circuitlasso.models.feature_setup import Setup, set_up
 from tl_circuitlasso.models.feature_store import CodeStore
 from tl_circuitlasso.models.sae import SAEFeatures
-from tl_circuitlasso.models.tokens import Prompts
+from tl_circuitlasso.models.tokens import Batch, Prompts
 from tl_circuitlasso.progress import bar as counting
 from tl_circuitlasso.sharing import ALONE, Ranks
 from tl_circuitlasso.targets import Target, check_length
@@ -32,8 +32,7 @@ class CollectedCodes:
     store: the codes of this process's batches; samples, chunks_on_disk, prompts, forward_passes: of all processes;
     origin: a hash of the data. encoders: the SAEs by hook, in the order of computation; order: every hook's rank;
     pairs: what is regressed on what; routes: for each pair the codes through which a child sees its parent; errors: the
-    directions of each parent's error; reads: what the layers between the hooks do (nothing unless penalty "read" asks
-    for it); target_columns: how many columns the target has.
+    directions of each parent's error; first: the first few prompts; target_columns: how many columns the target has.
     """
 
     store: CodeStore
@@ -45,7 +44,7 @@ class CollectedCodes:
     pairs: tuple[tuple[str, str], ...]
     routes: Mapping[tuple[str, str], str | None]
     errors: Mapping[str, int]
-    reads: Reads
+    first: Batch
     target_columns: int
     prompts: int
     forward_passes: int
@@ -76,8 +75,7 @@ def collect_codes(
     with ranks.together():
         setup, seen, passes = _collect_own(adapter, prompts, basis, target, last, checkpoint, progress, ranks)
     origin, store = _origin(prompts, target, last), setup.store
-    ranks.agree({**setup.identity, "data": origin, "layers": dict.fromkeys(setup.reads.named(), 1)})
-    setup.reads.add_up(ranks)
+    ranks.agree({**setup.identity, "data": origin})
     first = next(iter(store), None)  # none where processes are more than batches
     columns = 0 if first is None else first.target.shape[1]
     totals = ranks.sum(torch.tensor([store.samples, store.on_disk, passes])).tolist()
@@ -91,7 +89,7 @@ def collect_codes(
         pairs=setup.pairs,
         routes=setup.routes,
         errors={hook: found.shape[1] for hook, found in setup.plan.errors.items()},
-        reads=setup.reads,
+        first=setup.first,
         target_columns=int(ranks.largest(torch.tensor(columns))),
         prompts=seen,
         forward_passes=totals[2],
@@ -119,19 +117,14 @@ def _collect_own(
             known = number < setup.store.batches
             if known:
                 _check_data(setup.store, number, prompts, target, last)
-            if ranks.mine(number) and (not known or setup.reads.wants_more):
-                chunk = setup.encoded(adapter, batch, number)
+            if ranks.mine(number) and not known:
                 passes += 1
-                if not known:
-                    setup.store.add(chunk, _origin(prompts, target, last))
-            setup.count(batch)
+                setup.store.add(encode_batch(adapter, setup.plan, batch, number), _origin(prompts, target, last))
     assert setup is not None  # Prompts never yields nothing
     check_length(target, seen)
     if number < setup.store.batches - 1:
         _check_data(setup.store, setup.store.batches - 1, prompts, target, last)
     setup.store.flush()
-    if setup.reads.wants_more:
-        setup.keep_reads()
     return setup, seen, passes
 
 

@@ -16,20 +16,19 @@ from tl_circuitlasso import storage
 from tl_circuitlasso.errors import FormatError, InputError
 from tl_circuitlasso.models import readout
 from tl_circuitlasso.models.adapter import Adapter
+from tl_circuitlasso.models.closure import MAX_PROMPTS
 from tl_circuitlasso.models.encoder import Encoder
-from tl_circuitlasso.models.feature_codes import LOGIT_DIRECTIONS, Chunk, CodePlan, encode_batch, fit_errors
-from tl_circuitlasso.models.feature_reads import Reads, reads_of
+from tl_circuitlasso.models.feature_codes import LOGIT_DIRECTIONS, CodePlan, fit_errors
 from tl_circuitlasso.models.feature_store import CodeStore
 from tl_circuitlasso.models.hook_order import attention_between, computing_order
 from tl_circuitlasso.models.memory import free_bytes
 from tl_circuitlasso.models.sae import SAEFeatures
-from tl_circuitlasso.models.sae_checks import check_hooks, check_shapes, warn_of_mismatches
-from tl_circuitlasso.models.tokens import Batch
+from tl_circuitlasso.models.sae_checks import check_hooks, check_labels, check_shapes, warn_of_mismatches
+from tl_circuitlasso.models.tokens import Batch, first_prompts
 from tl_circuitlasso.sharing import Ranks
 from tl_circuitlasso.targets import Target
 
 TARGET = "target"
-READS = "reads.safetensors"
 THROUGH_ATTENTION = ("mean", "heads")  # ways of mixing
 UNKNOWN_LIMIT = 4 << 30  # bytes of codes in memory where the system doesn't say what is free
 
@@ -39,8 +38,8 @@ class Setup:
     """What the first batch decides.
 
     encoders: the SAEs by hook, in the order of computation; order: every hook's rank; pairs: what is regressed on what;
-    routes: for each pair the layers whose attention stands between, as text; plan: what to read of every batch; reads,
-    store: where sums and codes are put; identity: what makes a checkpoint belong to this collection.
+    routes: for each pair the layers whose attention stands between, as text; plan: what to read of every batch;
+    store: where codes are put; identity: what makes a checkpoint belong to this collection; first: a few prompts.
     """
 
     encoders: Mapping[str, Encoder]
@@ -48,26 +47,9 @@ class Setup:
     pairs: tuple[tuple[str, str], ...]
     routes: Mapping[tuple[str, str], str | None]
     plan: CodePlan
-    reads: Reads
     store: CodeStore
     identity: Mapping[str, Any]
-    folder: Path | None  # of this process's codes
-
-    def encoded(self, adapter: Adapter, batch: Batch, number: int) -> Chunk:
-        """One batch's codes; the first ones tell what stands between the hooks, too."""
-        return encode_batch(adapter, self.plan, batch, number, self.reads if self.reads.wants_more else None)
-
-    def count(self, batch: Batch) -> None:
-        """Another batch of the data is encoded, by whichever process: what stands between is told by the first ones."""
-        if self.reads.wants_more:
-            self.reads.samples += int(batch.keep.sum())
-            if not self.reads.wants_more:
-                self.keep_reads()
-
-    def keep_reads(self) -> None:
-        """Write them beside the codes, where those are kept."""
-        if self.folder is not None and self.reads.named():
-            self.reads.save(self.folder / READS, self.identity)
+    first: Batch
 
 
 def set_up(
@@ -86,6 +68,7 @@ def set_up(
     order = computing_order(adapter, batch, hooks)
     encoders = dict(sorted(loaded.items(), key=lambda item: order[item[0]]))
     check_hooks(encoders)
+    check_labels(encoders, basis.labels)
     check_shapes(encoders, adapter.run(batch.tokens[:1], batch.mask[:1], hooks))
     warn_of_mismatches(adapter, encoders, batch)
     pairs = resolve_pairs(basis.pairs, encoders, order)
@@ -108,23 +91,8 @@ def set_up(
         free = free_bytes()
         limit = basis.memory or (UNKNOWN_LIMIT if free is None else free // 2 // ranks.beside)
         store = CodeStore(folder, limit, identity)
-    reads = _reads(adapter, basis, encoders, pairs, batch, ranks)
-    if folder is not None:
-        reads.load(folder / READS, identity)
-    return Setup(encoders, order, pairs, routes, fitted, reads, store, identity, folder)
-
-
-def _reads(
-    adapter: Adapter, basis: SAEFeatures, encoders: Mapping[str, Encoder], pairs: Sequence[tuple[str, str]],
-    batch: Batch, ranks: Ranks,
-) -> Reads:  # fmt: skip
-    """What is to be summed of the layers between the hooks, with at most a quarter of what is free to any process."""
-    if basis.penalty != "read":
-        return Reads(adapter, encoders, {})
-    free = free_bytes(adapter.device)
-    rooms = ranks.gather_data(basis.memory or (None if free is None else free // 4 // ranks.beside))
-    room = min((room for room in rooms if room is not None), default=None)
-    return reads_of(adapter, encoders, pairs, batch, room, mixed=basis.mixing in THROUGH_ATTENTION)
+    first = first_prompts(batch, MAX_PROMPTS)
+    return Setup(encoders, order, pairs, routes, fitted, store, identity, first)
 
 
 def _own_folder(checkpoint: Path | None, ranks: Ranks) -> Path | None:

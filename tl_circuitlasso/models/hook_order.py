@@ -16,9 +16,6 @@ _SIDES = re.compile(r"\.(attn\b|hook_attn|ln1\b|hook_[qkv]_input|mlp\b|hook_mlp|
 _PROJECTIONS = re.compile(r"\.attn\.hook_(rot_)?[qkv]$|\.hook_[qkv]_input$")
 _BEHIND_ATTENTION = re.compile(r"\.attn\.hook_(z|result)$|\.hook_(attn_out|resid_mid|resid_post|mlp\w*)$|\.(mlp|ln2)\b")
 _RESIDUAL_WIDTH = re.compile(r"hook_(resid_(pre|mid|post)|mlp_out|attn_out|embed|pos_embed)$")
-_READS_STREAM = re.compile(r"hook_resid_(pre|mid|post)\Z")
-# Where in a layer a hook's activation is part of the stream: in front, between attention and MLP, behind.
-_PLACES = {"embed": 0, "pos_embed": 0, "resid_pre": 0, "attn_out": 1, "resid_mid": 1, "mlp_out": 2, "resid_post": 2}
 
 
 def computing_order(adapter: Adapter, batch: Batch, hooks: Iterable[str]) -> dict[str, int]:
@@ -67,21 +64,6 @@ def hook_layer(hook: str, otherwise: int) -> int:
 def writes_to_stream(hook: str) -> bool:
     """Whether an activation at `hook` is in the coordinates of the residual stream, which the unembedding reads."""
     return _RESIDUAL_WIDTH.search(hook) is not None
-
-
-def reads_stream(hook: str) -> bool:
-    """Whether an activation at `hook` is the residual stream itself, to which everything before it has written."""
-    return _READS_STREAM.search(hook) is not None
-
-
-def stream_place(hook: str) -> int | None:
-    """How far down the residual stream a hook is, three places a layer; None where it isn't in its coordinates.
-
-    >>> stream_place("blocks.2.hook_resid_mid"), stream_place("blocks.2.hook_mlp_out"), stream_place("blocks.2.hook_z")
-    (7, 8, None)
-    """
-    kind = hook.rpartition("hook_")[2]
-    return 3 * hook_layer(hook, 0) + _PLACES[kind] if writes_to_stream(hook) else None
 
 
 def _check_twins(points: dict[str, nn.Module]) -> None:

@@ -43,11 +43,13 @@ class SAEFeatures:
     max_features: of the rest at most this many a hook: those with the most variance of code times decoder norm.
     error: whether what an SAE misses is a node too, "<hook>.hook_sae_error", seen in `error_directions` principal
         directions.
-    penalty: "read": parents are the dearer, the less the child's encoder reads of what they write and the layers in
-        between make of it, and can't act against it; weights say what the child's code does when the parent's is taken
-        out or turned up, and edges of small effect aren't kept (see `features.read` and `features.effects`; as "l1"
-        where the residual stream doesn't lead from the one to the other, for the target, and where samples are fewer
-        than half the columns).
+    penalty: "read": parents are taken out where they fire, and the layers up to the child run on from there (between
+        hooks of the residual stream, heads, neurons, norms, attention's and MLPs' outputs, for SAEs and transcoders;
+        see `models.feature_replay`). Weights say what that does to the child's code, and the smaller it is, the dearer
+        is the parent to the regression, which can't act against it. Kept are edges of some size that aren't chance,
+        inhibition and what the regression left out included (`features.effects`). Pairs of which it isn't known what
+        stands between are warned about: there, for the target, and where samples are fewer than half the columns, the
+        penalty is "l1", as the graph's provenance says of every pair.
         "l1": all alike, weights are least squares. "adaptive": a second solve whose weights come from the first.
     draws: half-samples from which to tell each edge's stability (a column of the graph); 0 for none.
     held_out: share of the prompts kept out of the regressions, on which their R^2 is measured.

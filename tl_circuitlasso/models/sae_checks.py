@@ -49,6 +49,17 @@ def check_hooks(encoders: Mapping[str, Encoder]) -> None:
             raise InputError(f"`saes` names one activation twice, as {twin} and as {hook}: keep one of them")
 
 
+def check_labels(encoders: Mapping[str, Encoder], labels: Mapping[str, str]) -> None:
+    """InputError where a label is of a node that there can't be: of another hook, or beyond the SAE's features."""
+    for name in labels:
+        hook, mark, number = name.rpartition("#")
+        hook = hook if mark or len(encoders) > 1 else next(iter(encoders))
+        if hook not in encoders or not number.isdigit() or int(number) >= encoders[hook].features:
+            raise InputError(
+                f"`labels` names {name!r}, which is no feature of {', '.join(encoders)}: write '<hook>#<number>'"
+            )
+
+
 def warn_of_mismatches(adapter: Adapter, encoders: Mapping[str, Encoder], batch: Batch) -> None:
     """One `SAEMismatch` warning for each way in which an SAE's metadata doesn't fit the model or the prompts."""
     for encoder in encoders.values():

@@ -1,0 +1,139 @@
+"""How much of what features do to each other do graphs hold? Every effect of some sources, kept or not.
+
+Of sources drawn at random the effects on all features of the child's hook are measured, and those that are sure (three
+standard errors over prompts) and of some size are looked up in each graph: found are those that it keeps with the right
+sign. Inhibition is counted apart, so a rule that always says "+" finds half of the signs at best.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_circuitlasso.baselines.features import features_of, hook_pairs
+from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.models.adapter import Adapter
+from tl_circuitlasso.models.encoder import Encoder
+from tl_circuitlasso.models.feature_effects import Recording, trials
+from tl_circuitlasso.sites import PORTS
+
+BOUNDS = (0.05, 0.1, 0.2)  # standard deviations of the child per one of the parent
+SURE = 3.0  # standard errors
+
+
+@dataclass(frozen=True, eq=False)
+class Truth:
+    """All effects of some sources on one hook: per unit of the source, and in standard deviations of both; and which
+    of them are sure."""
+
+    sources: Int[Tensor, " source"]
+    targets: Int[Tensor, " target"]
+    effect: Float[Tensor, "source target"]
+    score: Float[Tensor, "source target"]
+    sure: Tensor
+
+
+def measure_all(
+    adapter: Adapter,
+    recording: Recording,
+    encoders: Mapping[str, Encoder],
+    graph: AttributionGraph,
+    sources: int,
+    options: Mapping[str, Any],
+    tick: Callable[[], Any],
+) -> dict[tuple[str, str], Truth]:
+    """By pair of hooks, the effects at their own position of up to `sources` features drawn at random."""
+    features, found = features_of(graph), {}
+    random = np.random.default_rng(options["seed"])
+    for first, last in hook_pairs(graph):
+        if not {first, last} <= set(encoders):
+            continue
+        drawn = random.choice(len(features[first]), min(sources, len(features[first])), replace=False)
+        some = features[first][torch.from_numpy(np.sort(drawn))]
+        sums = torch.zeros(3, len(some), len(features[last]), dtype=torch.float64)
+        mass = torch.zeros(3, len(some), dtype=torch.float64)
+        for batch in trials(adapter, recording, (encoders[first], encoders[last]), some, features[last], **options):
+            one = batch["ablate"]
+            c, m, at = one.code.double().cpu(), one.mass.double().cpu(), one.source.cpu()
+            sums.index_add_(1, at, torch.stack([c, c * c, c * m[:, None]]))
+            mass.index_add_(1, at, torch.stack([torch.ones_like(m), m, m * m]))
+            tick()
+        spreads = [_spreads(graph, hook, some_of) for hook, some_of in ((first, some), (last, features[last]))]
+        found[first, last] = _truth(some, features[last], sums, mass, *spreads)
+    return found
+
+
+def _truth(
+    sources: Tensor, targets: Tensor, sums: Float[Tensor, "3 source target"], mass: Float[Tensor, "3 source"],
+    source: Float[Tensor, " source"], target: Float[Tensor, " target"],
+) -> Truth:  # fmt: skip
+    n, m, mm = (one[:, None] for one in mass)
+    effect = sums[0] / m.clamp(min=1e-300)
+    spread = (sums[1] - 2 * effect * sums[2] + effect.square() * mm).clamp(min=0)
+    error = (spread * n / (n - 1).clamp(min=1)).sqrt() / m.clamp(min=1e-300)
+    score = effect * source[:, None] / target.clamp(min=1e-300)
+    return Truth(sources, targets, effect, score, (n > 2) & (effect.abs() > SURE * error))
+
+
+def _spreads(graph: AttributionGraph, hook: str, features: Int[Tensor, " some"]) -> Float[Tensor, " some"]:
+    """The standard deviations of codes, as the graph knows them."""
+    spreads = [graph.node_info.get(f"{hook}#{i}", {}).get("std", float("nan")) for i in features.tolist()]
+    return torch.tensor(spreads, dtype=torch.float64)
+
+
+def recall(graphs: Mapping[str, AttributionGraph], truths: Mapping[tuple[str, str], Truth]) -> pd.DataFrame:
+    """Per method, sign of the effect and least size: how many sure effects there are, the share that is found, and the
+    share that is kept with whatever sign; `mass` is the found share of the sum of |score| over all sure effects.
+    """
+    rows = []
+    for method, graph in graphs.items():
+        kept = {pair: _weights(graph, pair, truth) for pair, truth in truths.items()}
+        for sign in (1, -1):
+            rows += [_row(method, sign, bound, truths, kept) for bound in BOUNDS]
+    columns = ["method", "sign", "bound", "effects", "recall", "kept", "mass"]
+    return pd.DataFrame(rows, columns=columns).set_index(["method", "sign", "bound"])
+
+
+def _row(
+    method: str, sign: int, bound: float, truths: Mapping[Any, Truth], kept: Mapping[Any, Tensor]
+) -> dict[str, Any]:
+    parts = []
+    for pair, truth in truths.items():
+        rows = truth.sure & (sign * truth.score >= bound)
+        parts.append(torch.stack([sign * kept[pair][rows], truth.score[rows].abs()]))
+    weight, size = torch.cat(parts, 1) if parts else torch.zeros(2, 0)
+    found, count = weight > 0, len(weight)
+    total = float(size.sum())
+    return {
+        "method": method,
+        "sign": "+" if sign > 0 else "-",
+        "bound": bound,
+        "effects": count,
+        "recall": float(found.double().mean()) if count else float("nan"),
+        "kept": float((weight != 0).double().mean()) if count else float("nan"),
+        "mass": float(size[found].sum()) / total if total else float("nan"),
+    }
+
+
+def _weights(graph: AttributionGraph, pair: tuple[str, str], truth: Truth) -> Float[Tensor, "source target"]:
+    """The kept edges' weights at the child's own position, 0 for pairs that aren't kept."""
+    found = torch.zeros(truth.effect.shape, dtype=torch.float64)
+    places = [_places(graph, hook, some) for hook, some in zip(pair, (truth.sources, truth.targets))]
+    rows = (graph.kept & (graph.port == PORTS.index(""))).nonzero().flatten()
+    source, target = places[0][graph.source[rows]], places[1][graph.target[rows]]
+    inside = (source >= 0) & (target >= 0)
+    found[source[inside], target[inside]] = graph.weight[rows[inside]].double()
+    return found
+
+
+def _places(graph: AttributionGraph, hook: str, features: Int[Tensor, " some"]) -> Int[Tensor, " node"]:
+    """Where each node stands among some features of a hook, -1 for others."""
+    table = torch.full((len(graph.index),), -1)
+    for place, feature in enumerate(features.tolist()):
+        table[graph.index.position(f"{hook}#{feature}")] = place
+    return table

@@ -1,0 +1,361 @@
+"""What one feature does to those of a later hook: taken out of prompts as they were, the layers between run on.
+
+Where feature i fires on a prompt, what it writes, z_i(p) d_i, is taken out of the activations of an ordinary forward
+pass at all those positions; the layers between the two hooks are run on from there (`feature_layers`), at these
+positions only, and the child's SAE encodes what it would have read. So all is in it that stands between: norms, MLPs,
+heads with their patterns, thresholds, the competition of TopK codes, children that would be turned on. Per unit of z_i,
+
+    S_ij = sum over prompts of c_ij / sum over prompts of m_i,     c_ij = sum_p z_j(p) - z_j'(p),    m_i = sum_p z_i(p)
+
+over the positions where i fires (port ""), or over those where it doesn't, to which attention brings it ("v"). Up to
+`GROUPS` prompts tell of each feature, and how far they differ tells the standard error of S_ij. What positions that
+aren't looked at pass on is left out: a feature seen through two attentions, by way of a third position.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tl_circuitlasso.models.adapter import Adapter
+from tl_circuitlasso.models.encoder import Encoder
+from tl_circuitlasso.models.feature_codes import Chunk
+from tl_circuitlasso.models.feature_effects import ENCODE_CHUNK, contribution
+from tl_circuitlasso.models.feature_layers import Layers, Rows
+from tl_circuitlasso.models.feature_path import Path
+from tl_circuitlasso.models.feature_survey import positions_of
+from tl_circuitlasso.models.tokens import Batch, find_bos
+from tl_circuitlasso.sharing import ALONE, Ranks
+
+GROUPS = 24  # prompts that tell of one feature
+ELSEWHERE = 8  # positions of a prompt at which what attention brings is read
+ROWS = 1 << 12  # positions at once
+ROOM = 1 << 25  # codes that are dense at any one time
+COMPACT = 1 << 22  # entries of sums before they are added up
+PROMPTS = 32  # prompts that are run on together
+ALIKE = 1e-4  # relative: as exactly is what a feature writes its code times its decoder row
+_ORDER, _SPAN = 2654435761, 1 << 32
+
+Pair = tuple[str, str]
+
+
+# ---- which features on which prompts --------------------------------------------------------------------------------
+
+
+def chosen_groups(
+    chunks: Iterable[Chunk], kept: Mapping[str, Int[Tensor, " _kept"]], most: int
+) -> dict[str, tuple[Int[Tensor, " group"], Int[Tensor, " group"]]]:
+    """By hook, the kept features (by place) and the prompts that tell of them: of each, up to `most` prompts.
+
+    All features prefer the same prompts, so that few prompts tell of many.
+    """
+    found: dict[str, list[Tensor]] = {hook: [] for hook in kept}
+    for chunk in chunks:
+        for hook, features in kept.items():
+            codes = chunk.codes[hook]
+            place = positions_of(features, codes.width)[codes.columns.long()]
+            pairs = torch.stack([place, chunk.prompt[codes.row].long()])[:, place >= 0]
+            found[hook].append(pairs.unique(dim=1))
+    return {hook: _first(torch.cat(parts, 1), most) for hook, parts in found.items()}
+
+
+def _first(pairs: Int[Tensor, "2 pair"], most: int) -> tuple[Int[Tensor, " group"], Int[Tensor, " group"]]:
+    feature, prompt = (part.numpy() for part in pairs)
+    order = np.lexsort(((prompt * _ORDER) % _SPAN, feature))
+    begins = np.searchsorted(feature[order], feature[order])
+    taken = torch.from_numpy(order[np.arange(len(order)) - begins < most])
+    return pairs[0, taken], pairs[1, taken]
+
+
+def _batches(
+    adapter: Adapter, chunks: Iterable[Chunk], prompts: Int[Tensor, " chosen"]
+) -> Iterator[tuple[Batch, Int[Tensor, " row"]]]:
+    """The chosen prompts again, padded on the right, with their numbers; `keep` marks the samples."""
+    for chunk in chunks:
+        mine = torch.isin(chunk.numbers, prompts).nonzero().flatten()
+        starts = torch.cat([chunk.ends.new_zeros(1), chunk.ends[:-1]])
+        lengths = (chunk.ends - starts)[mine]
+        for some in _alike(mine[lengths.argsort(stable=True)], chunk, starts, causal=adapter.shape.causal):
+            yield _batch(adapter, chunk, starts, some), chunk.numbers[some]
+
+
+def _alike(order: Tensor, chunk: Chunk, starts: Tensor, *, causal: bool) -> Iterator[Tensor]:
+    """Some prompts at a time; of equal length where attention looks ahead, and would see pads."""
+    if causal:
+        yield from (order.split(PROMPTS) if len(order) else ())
+        return
+    lengths = (chunk.ends - starts)[order]
+    for length in lengths.unique():
+        yield from order[lengths == length].split(PROMPTS)
+
+
+def _batch(adapter: Adapter, chunk: Chunk, starts: Tensor, some: Tensor) -> Batch:
+    lengths = (chunk.ends - starts)[some]
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    tokens = torch.zeros(mask.shape, dtype=torch.int64)
+    tokens[mask] = torch.cat([chunk.tokens[a:b] for a, b in zip(starts[some], chunk.ends[some])]).long()
+    rows = torch.isin(chunk.prompt, chunk.numbers[some]).nonzero().flatten()
+    place = torch.empty(len(chunk.numbers), dtype=torch.int64)
+    place[some] = torch.arange(len(some))
+    keep = torch.zeros_like(mask)
+    keep[place[chunk.places(chunk.prompt[rows])], chunk.position[rows].long()] = True
+    tokens, mask, keep = (part.to(adapter.device) for part in (tokens, mask, keep))
+    return Batch(tokens, mask, keep, 0, find_bos(adapter, tokens, mask))
+
+
+# ---- what they do ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Sums:
+    """Sums over groups, for each (feature, child's feature) that anything happened to: of c, c^2 and c m."""
+
+    children: int
+    key: Int[np.ndarray, " entry"] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    values: Float[np.ndarray, "3 entry"] = field(default_factory=lambda: np.zeros((3, 0)))
+    _pending: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+
+    def add(
+        self, feature: Int[Tensor, " group"], change: Float[Tensor, "group child"], mass: Float[Tensor, " group"]
+    ) -> None:
+        """Take in some groups."""
+        group, child = change.nonzero(as_tuple=True)
+        c, m = change[group, child].double(), mass[group].double()
+        key = feature[group] * self.children + child
+        self._pending.append((key.cpu().numpy(), torch.stack([c, c * c, c * m]).cpu().numpy()))
+        if sum(len(key) for key, _ in self._pending) > COMPACT:
+            self.compact()
+
+    def compact(self) -> None:
+        """Add up what belongs together."""
+        keys = np.concatenate([self.key, *(key for key, _ in self._pending)])
+        values = np.concatenate([self.values, *(values for _, values in self._pending)], 1)
+        self.key, place = np.unique(keys, return_inverse=True)
+        self.values = np.stack([np.bincount(place, one, len(self.key)) for one in values])
+        self._pending = []
+
+
+@dataclass(frozen=True, eq=False)
+class Effects:
+    """What a parent's features do to a child's, where it is anything: S_ij and its standard error.
+
+    source: the column of [copies x feature] as in a regression; target: the child's kept feature, ordered by source;
+    error is infinite where one prompt alone tells. groups: how many prompts tell of each feature. copies, children:
+    the numbers of copies, and of the child's features.
+    """
+
+    source: Int[Tensor, " entry"]
+    target: Int[Tensor, " entry"]
+    effect: Float[Tensor, " entry"]
+    error: Float[Tensor, " entry"]
+    groups: Int[Tensor, " feature"]
+    copies: int
+    children: int
+
+    @property
+    def sources(self) -> int:
+        """The number of columns that they are about."""
+        return self.copies * len(self.groups)
+
+    def dense(self, targets: Int[Tensor, " some"]) -> Float[Tensor, "source some"]:
+        """S_ij of some of the child's features, 0 where nothing happened."""
+        place = positions_of(targets, self.children)[self.target]
+        rows = place >= 0
+        found = torch.zeros(self.sources, len(targets), dtype=torch.float64)
+        found[self.source[rows], place[rows]] = self.effect[rows]
+        return found
+
+    def rows(self, source: Int[Tensor, " edge"], target: Int[Tensor, " edge"]) -> Int[Tensor, " edge"]:
+        """Where some pairs are among the entries, -1 where nothing happened."""
+        known, asked = self.source * self.children + self.target, source * self.children + target
+        if not len(known):
+            return torch.full_like(asked, -1)
+        place = torch.searchsorted(known, asked).clamp(max=len(known) - 1)
+        return torch.where(known[place] == asked, place, -1)
+
+
+@dataclass(eq=False)
+class _Tally:
+    """What is summed of one pair: a `Sums` for each copy, and of each feature the groups, m and m^2."""
+
+    copies: list[Sums]
+    feature: Float[Tensor, "3 feature"]
+
+    def effects(self, features: int, ranks: Ranks) -> Effects:
+        count, mass, square = ranks.sum(self.feature)
+        sums = (count, mass, square)
+        parts = [self._of(copy, number * features, sums, ranks) for number, copy in enumerate(self.copies)]
+        source, target, effect, error = (torch.cat(part) for part in zip(*parts))
+        return Effects(source, target, effect, error, count.long(), len(parts), self.copies[0].children)
+
+    def _of(
+        self, sums: Sums, first: int, of_features: tuple[Tensor, Tensor, Tensor], ranks: Ranks
+    ) -> tuple[Tensor, ...]:
+        sums.compact()
+        if ranks.size > 1:
+            parts = ranks.gather({"key": torch.from_numpy(sums.key), "values": torch.from_numpy(sums.values)})
+            sums = Sums(sums.children)
+            sums._pending = [(part["key"].numpy(), part["values"].numpy()) for part in parts]
+            sums.compact()
+        key, (c, cc, cm) = torch.from_numpy(sums.key), torch.from_numpy(sums.values)
+        source, target = key // sums.children, key % sums.children
+        n, m, mm = (one[source] for one in of_features)
+        m = m.clamp(min=1e-300)
+        effect = c / m
+        spread = (cc - 2 * effect * cm + effect.square() * mm).clamp(min=0)
+        error = torch.where(n > 1, (spread * n / (n - 1).clamp(min=1)).sqrt() / m, torch.inf)
+        return source + first, target, effect, error
+
+
+def replay(
+    adapter: Adapter,
+    chunks: Iterable[Chunk],
+    paths: Mapping[Pair, Path],
+    kept: Mapping[str, Int[Tensor, " _kept"]],
+    copies: Mapping[Pair, int],
+    *,
+    progress: bool = False,
+    ranks: Ranks = ALONE,
+) -> dict[Pair, Effects]:
+    """The effects of every pair: on features at their own position (`copies` 1), and through attention (2), or through
+    each head (1 + heads). One more forward pass over the chosen prompts, up to the last child.
+    """
+    if not paths:
+        return {}
+    parents = list(dict.fromkeys(parent for parent, _ in paths))
+    chosen = chosen_groups(chunks, {hook: kept[hook] for hook in parents}, -(-GROUPS // ranks.size))
+    tallies = {pair: _empty(kept[pair[0]], kept[pair[1]], copies[pair]) for pair in paths}
+    prompts = torch.cat([prompt for _, prompt in chosen.values()]).unique()
+    keys = set().union(*(path.wanted() for path in paths.values()))
+    with tqdm(total=len(prompts), desc="replay", unit="prompt", disable=not progress) as bar:
+        for batch, numbers in _batches(adapter, chunks, prompts):
+            acts = adapter.run(batch.tokens, batch.mask, keys)
+            replayed = _Replayed(Layers(adapter, acts, batch.mask), batch, numbers, kept)
+            with torch.no_grad():
+                for parent in parents:
+                    some = {pair: path for pair, path in paths.items() if pair[0] == parent}
+                    replayed.add(some, chosen[parent], tallies)
+            bar.update(len(numbers))
+    return {pair: tally.effects(len(kept[pair[0]]), ranks) for pair, tally in tallies.items()}
+
+
+def _empty(features: Tensor, children: Tensor, copies: int) -> _Tally:
+    none = [Sums(len(children)) for _ in range(copies)]
+    return _Tally(none, torch.zeros(3, len(features), dtype=torch.float64))
+
+
+@dataclass(eq=False)
+class _Replayed:
+    """One batch of prompts, and what is encoded of it."""
+
+    layers: Layers
+    batch: Batch
+    numbers: Int[Tensor, " prompt"]
+    kept: Mapping[str, Int[Tensor, " _kept"]]
+    _codes: dict[str, Tensor] = field(default_factory=dict)
+
+    def codes(self, encoder: Encoder) -> Float[Tensor, "prompt pos kept"]:
+        """The codes of an SAE's kept features at all real positions, 0 at pads."""
+        if encoder.hook not in self._codes:
+            x, mask = self.layers.acts[encoder.hook], self.batch.mask
+            kept = self.kept[encoder.hook].to(x.device)
+            found = torch.zeros(*mask.shape, len(kept), device=x.device)
+            found[mask] = torch.cat([encoder.encode(rows)[:, kept] for rows in x[mask].split(ENCODE_CHUNK)])
+            self._codes[encoder.hook] = found
+        return self._codes[encoder.hook]
+
+    def add(self, paths: Mapping[Pair, Path], chosen: tuple[Tensor, Tensor], tallies: Mapping[Pair, _Tally]) -> None:
+        """Take in the groups of one parent."""
+        parent = next(iter(paths.values())).parent
+        mine = torch.isin(chosen[1], self.numbers)
+        feature, prompt = chosen[0][mine], chosen[1][mine]
+        order = self.numbers.argsort()
+        prompt = order[torch.searchsorted(self.numbers[order], prompt)]
+        device = self.batch.mask.device
+        feature, prompt = feature.to(device), prompt.to(device)
+        mixed = any(len(tallies[pair].copies) > 1 for pair in paths)
+        where = self.batch.words | self.batch.keep if mixed else self.batch.keep
+        codes = torch.where(where[prompt], self.codes(parent)[prompt, :, feature], 0.0)
+        for some in self._chunks((codes > 0).sum(1), paths):
+            self._add_some(paths, parent, feature[some], prompt[some], codes[some], tallies, mixed)
+
+    def _chunks(self, count: Int[Tensor, " group"], paths: Mapping[Pair, Path]) -> Iterator[Tensor]:
+        """Groups of like size together, so many that their rows are few enough."""
+        widest = max(path.child.features for path in paths.values())
+        room = max(1, min(ROWS, ROOM // widest))
+        order = count.argsort()
+        order = order[count[order] > 0]
+        start = 0
+        while start < len(order):
+            size = max(1, room // (int(count[order[min(start + 64, len(order) - 1)]]) + ELSEWHERE))
+            yield order[start : start + size]
+            start += size
+
+    def _add_some(
+        self, paths: Mapping[Pair, Path], parent: Encoder, feature: Tensor, prompt: Tensor, codes: Tensor,
+        tallies: Mapping[Pair, _Tally], mixed: bool,
+    ) -> None:  # fmt: skip
+        fires, keep = codes > 0, self.batch.keep[prompt]
+        others, weight = _elsewhere(fires, keep) if mixed else (torch.zeros_like(fires), codes.new_ones(len(codes)))
+        rows, at = _padded(prompt, fires | others)
+        code = codes.gather(1, at)
+        taken = self._taken(parent, rows, code, feature)
+        reads = keep.gather(1, at) & rows.real
+        mass = torch.where(keep, codes, 0.0).sum(1)
+        for pair, path in paths.items():
+            tally = tallies[pair]
+            tally.feature.index_add_(1, feature.cpu(), torch.stack([mass > 0, mass, mass.square()]).double().cpu())
+            own = self._moved(path, rows, taken, None)
+            tally.copies[0].add(feature, torch.where((reads & (code > 0))[..., None], own, 0.0).sum(1), mass)
+            copies = len(tally.copies) - 1
+            for number, head in enumerate([None] if copies == 1 else range(copies), 1):
+                brought = own if head is None else self._moved(path, rows, taken, head)
+                brought = torch.where((reads & (code == 0))[..., None], brought, 0.0).sum(1)
+                tally.copies[number].add(feature, brought * weight[:, None], mass)
+
+    def _taken(
+        self, parent: Encoder, rows: Rows, code: Float[Tensor, "group row"], feature: Int[Tensor, " group"]
+    ) -> Float[Tensor, "group row *width"]:
+        """What the features write at the rows."""
+        kept = self.kept[parent.hook].to(feature.device)[feature]
+        plain = code[..., None] * parent.written.to(code)[kept][:, None]
+        x, where = rows.of(self.layers.acts[parent.hook]), code > 0
+        some = where.nonzero()[:: max(1, int(where.sum()) // 16)]
+        exact = contribution(parent, x[some[:, 0], some[:, 1]], kept[some[:, 0]])
+        if float((exact - plain[some[:, 0], some[:, 1]]).norm()) <= ALIKE * float(exact.norm()):
+            return plain
+        parts = zip(x[where].split(ENCODE_CHUNK), kept[:, None].expand_as(code)[where].split(ENCODE_CHUNK))
+        plain[where] = torch.cat([contribution(parent, some, which) for some, which in parts]).to(plain)
+        return plain
+
+    def _moved(self, path: Path, rows: Rows, taken: Tensor, head: int | None) -> Float[Tensor, "group row kept"]:
+        """How much less the child's codes are at the rows."""
+        less = path.change(self.layers, rows, taken, head)
+        x = rows.of(self.layers.acts[path.child.hook])
+        edited = path.child.encode((x - less.reshape(x.shape)).flatten(0, 1))
+        kept = self.kept[path.child.hook].to(x.device)
+        return rows.of(self.codes(path.child)) - edited[:, kept].unflatten(0, x.shape[:2])
+
+
+def _padded(prompt: Int[Tensor, " group"], where: Bool[Tensor, "group pos"]) -> tuple[Rows, Int[Tensor, "group row"]]:
+    """The true positions of each group, padded."""
+    count = where.sum(1)
+    at = where.int().argsort(dim=1, descending=True, stable=True)[:, : int(count.max())]
+    real = torch.arange(at.shape[1], device=at.device) < count[:, None]
+    return Rows(prompt, at, real), at
+
+
+def _elsewhere(
+    fires: Bool[Tensor, "group pos"], keep: Bool[Tensor, "group pos"]
+) -> tuple[Bool[Tensor, "group pos"], Float[Tensor, " group"]]:
+    """Some positions evenly spread over those where a feature doesn't fire, and for how many each of them stands."""
+    able = keep & ~fires
+    count = able.sum(1, keepdim=True)
+    step = (count / ELSEWHERE).clamp(min=1)
+    number = able.cumsum(1) - 1
+    taken = able & ((number / step).floor() > ((number - 1) / step).floor())
+    return taken, count[:, 0] / taken.sum(1).clamp(min=1)
