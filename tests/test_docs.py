@@ -19,9 +19,6 @@ from tests.sae.training import PlainSAE
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
-AWAITED = {  # pages about what isn't there yet, by the error that says so: take the mark away when it is
-    "contrast_pairs": "`corrupted`",
-}
 SITE = "https://tl-circuitlasso.github.io/tl_circuitlasso/"
 CODE = "https://github.com/tl-circuitlasso/tl_circuitlasso"
 RAW = "https://raw.githubusercontent.com/tl-circuitlasso/tl_circuitlasso"
@@ -76,13 +73,7 @@ def page_id(page: Path) -> str:
     return page.relative_to(ROOT).with_suffix("").as_posix()
 
 
-def marked(page: Path) -> Any:
-    awaited = AWAITED.get(page.stem)
-    marks = [pytest.mark.xfail(strict=True, reason=f"not there yet: {awaited}")] if awaited else []
-    return pytest.param(page, id=page_id(page), marks=marks)
-
-
-@pytest.mark.parametrize("page", [marked(page) for page in PAGES if blocks(page)])
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=page_id)
 def test_the_code_of_a_page_runs(page: Path, hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     code = "\n".join(blocks(page))

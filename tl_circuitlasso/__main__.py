@@ -1,6 +1,7 @@
 """The command line: `circuitlasso` or `python -m tl_circuitlasso`. Each command is one call into the library."""
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 
@@ -26,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _speak_any_script() -> None:
     """On a terminal that knows ASCII only, other letters (in a path, in a token) are escaped instead of fatal."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 

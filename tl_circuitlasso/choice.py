@@ -54,11 +54,12 @@ class Edges:
                 }
             )
             start += n
+        effects = [child.effect for child in found if child.effect is not None]
         return cls(
             ranks=index.ranks,
             **{name: torch.cat([column[name] for column in columns]) for name in columns[0]},
             port_cost=torch.cat([child.cost for child in found], dim=1),
-            port_effect=None if found[0].effect is None else torch.cat([child.effect for child in found], dim=1),
+            port_effect=torch.cat(effects, dim=1) if effects else None,
             cost=torch.cat([child.merged for child in found], dim=1),
             judged=torch.cat([child.judged for child in found], dim=1),
             squares=squares,

@@ -10,6 +10,7 @@ graph        AttributionGraph
 """
 
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -44,6 +45,10 @@ from tl_circuitlasso.sharing import Ranks, as_ranks
 from tl_circuitlasso.statistics import Statistics
 from tl_circuitlasso.targets import Labels, Target, Values, as_target, take
 
+NO_PATH = (
+    "the circuit is empty: no path of edges that matter leads from the input to the target. Give more prompts, or such "
+    "that differ in what you ask about (`corrupted`), say what matters (`target`), and where (`positions`)"
+)
 PAIR = 2  # prompts in a pair, so the fewest of a batch
 DESIGNS = {"activation": Activation, "read": ReadDesign, "routed": Routed}
 
@@ -161,6 +166,9 @@ def circuit_lasso(
                 causal = prepare(adapter, prompts, corrupted, target, metric, count=max_prompts, seed=seed)
             graph = _components(job, chosen, twins, causal, max_prompts=max_prompts, refined=refined)
     record, total = dict(graph.provenance), time.perf_counter() - began
+    if not bool(graph.kept.any()):
+        record["warnings"] = [NO_PATH]
+        warnings.warn(NO_PATH, stacklevel=2)
     asked = {"strength": strength, "method": method, "seed": seed} | ({"design": design} if chosen or neurons else {})
     record["arguments"] = {**question(target, positions), **asked, **record["arguments"]}
     return replace(graph, provenance=record | {"seconds": {**record["seconds"], "total": total}})
@@ -197,6 +205,7 @@ def _components(
     refined: bool,
 ) -> AttributionGraph:
     """Components, neurons or residual dimensions: statistics, regressions, a second look, and confirmation if asked."""
+    began = time.process_time()
     prompts, target, drawn = job.prompts, job.target, None
     many = max_prompts is not None and prompts.n_prompts is not None and prompts.n_prompts > max_prompts
     if isinstance(design, ReadDesign) and many:
@@ -231,8 +240,12 @@ def _components(
         "processes": job.ranks.size,
         "prompts_given": job.prompts.n_prompts,
         "batch_size": job.batch_size,
-        "forward_passes": before + collected.forward_passes + looks,
+        "forward_passes": before + (collected.forward_passes + looks) * (1 if twins is None else 2),
     }
+    if collected.forward_seconds > 0 and job.adapter.device.type == "cpu":
+        bare = collected.forward_seconds * (job.prompts.n_prompts or collected.prompts) / collected.prompts
+        bare = bare if twins is None else bare / 2
+        record["forward_equivalents"] = round((time.process_time() - began) / bare, 2)
     if COUNT in collected.statistics.sums:
         record["pairs"] = int(collected.statistics.sums[COUNT].sum())
         record["partners"] = "random" if twins is None else "corrupted"

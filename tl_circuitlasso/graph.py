@@ -187,7 +187,7 @@ class AttributionGraph(Verbs):
     def edges(self) -> pd.DataFrame:
         """The circuit's edges: the kept rows of `edge_table`, strongest first."""
         table = self.edge_table()
-        return table[table.kept].drop(columns="kept").reset_index(drop=True)
+        return table.loc[table.kept, table.columns.drop("kept")].reset_index(drop=True)
 
     def edge_table(self) -> pd.DataFrame:
         """All candidate edges: source, target, port, weight, score, kept and the extras, largest |score| first."""

@@ -24,7 +24,7 @@ def bar(
         return tqdm(items, desc=desc, unit=unit, total=total, disable=not progress, delay=1)
     form = "{desc}: {n_fmt} of {total_fmt} {unit}s, {elapsed} gone, {remaining} to go"
     lines: Any = _Lines()
-    times = {"mininterval": EVERY, "maxinterval": EVERY, "delay": EVERY}
+    times: Any = {"mininterval": EVERY, "maxinterval": EVERY, "delay": EVERY}
     return tqdm(items, desc=desc, unit=unit, total=total, file=lines, bar_format=form, miniters=1, **times)
 
 

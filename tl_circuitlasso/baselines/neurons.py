@@ -150,7 +150,7 @@ def _graph(
     max_nodes: int | None,
 ) -> AttributionGraph:
     began = time.perf_counter()
-    data.check_metric(metric)
+    metric = data.metric(metric)
     setup = Scoring(data.adapter, lambda logits, batch: metric(shown(logits, batch.mask), batch.rows), basis, reference)
     found = scores(setup, lambda: batches(data, corrupted is not None), len(data), way)
     facts = provenance(

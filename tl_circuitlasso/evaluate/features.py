@@ -168,8 +168,9 @@ def node_scores(graph: AttributionGraph) -> dict[str, float]:
     """
     named = {name for block in graph.index.blocks if block.features is not None for name in block.names}
     whole = {name: graph.node_info.get(name, {}).get("contribution") for name in graph.index.names if name in named}
-    if all(isinstance(value, (int, float)) for value in whole.values()):
-        return {name: abs(value) for name, value in whole.items()}
+    known = {name: abs(value) for name, value in whole.items() if isinstance(value, int | float)}
+    if len(known) == len(whole):
+        return known
     local = any(block.site.kind == "hook" for block in graph.index.blocks)
     scores = _followed(graph) if local else _largest(graph)
     return {name: score for name, score in zip(graph.index.names, scores.tolist()) if name in named}

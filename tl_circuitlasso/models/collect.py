@@ -54,7 +54,7 @@ class Collected:
     """Statistics with the cost of making them.
 
     sample: the first prompts (up to `SAMPLE`), for whatever is looked at again; forward_passes: those of all processes;
-    closure: the largest relative error of the closure check.
+    closure: the largest relative error of the closure check; forward_seconds: processor time of this process's passes.
     """
 
     statistics: Statistics
@@ -63,6 +63,7 @@ class Collected:
     forward_passes: int
     seconds: float
     closure: float
+    forward_seconds: float = 0.0
 
 
 def collect(
@@ -110,7 +111,7 @@ def _collect_own(
     began = saved = time.perf_counter()
     statistics = _resume(file, _identity(adapter, plan)) or start
     statistics = None if statistics is None else statistics.to(adapter.device)
-    done, passes, seen, closure = statistics.done if statistics else 0, 0, 0, 0.0
+    done, passes, seen, closure, forward = statistics.done if statistics else 0, 0, 0, 0.0, 0.0
     sample: list[Batch] = []
     number = -1
     if plan.target is not None and prompts.n_prompts is not None:
@@ -132,7 +133,10 @@ def _collect_own(
                 continue
             if not ranks.mine(number):
                 continue
-            statistics = _add(statistics, adapter, plan, batch, number)
+            started = time.process_time()
+            new = _sample(adapter, plan, batch, number)
+            forward += time.process_time() - started
+            statistics = _add(statistics, adapter, plan, new, number)
             passes += 1
             if file and time.perf_counter() - saved > CHECKPOINT_SECONDS:
                 replace(statistics, origin=_origin(prompts, twins, plan)).save(file)
@@ -144,7 +148,7 @@ def _collect_own(
     statistics = replace(statistics, done=number + 1, origin=_origin(prompts, twins, plan))
     if file and passes:
         statistics.save(file)
-    return Collected(statistics, tuple(sample), seen, passes, time.perf_counter() - began, closure)
+    return Collected(statistics, tuple(sample), seen, passes, time.perf_counter() - began, closure, forward)
 
 
 def _own_file(checkpoint: Path, ranks: Ranks) -> Path:
@@ -190,8 +194,7 @@ def _batches(prompts: Prompts, twins: Prompts | None) -> Iterator[Batch]:
         yield replace(batch, partners=other.tokens)
 
 
-def _add(statistics: Statistics | None, adapter: Adapter, plan: Plan, batch: Batch, number: int) -> Statistics:
-    sample = _sample(adapter, plan, batch, number)
+def _add(statistics: Statistics | None, adapter: Adapter, plan: Plan, sample: Sample, number: int) -> Statistics:
     if statistics is None:
         statistics = _start(adapter, plan, sample)
     return replace(plan.design.add(statistics, adapter, sample), done=number + 1)

@@ -1,6 +1,7 @@
 """Models by name or from a folder, for the command line."""
 
 import difflib
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -60,8 +61,7 @@ def _by_name(name: str) -> Any:
 def _near(name: str) -> str:
     """The names that TransformerLens knows and that look most like an unknown `name`; empty where it knows it."""
     try:
-        from transformer_lens import loading_from_pretrained as known
-
+        known: Any = importlib.import_module("transformer_lens.loading_from_pretrained")
         aliases = [alias for some in known.MODEL_ALIASES.values() for alias in some]
         names = [*known.OFFICIAL_MODEL_NAMES, *aliases]
     except (ImportError, AttributeError):  # another TransformerLens keeps no list

@@ -50,7 +50,7 @@ class Outcome:
     """
 
     directions: Float[Tensor, "pair direction d_model"]
-    base: Float[Tensor, "pair direction"] | None
+    base: Float[Tensor, "pair logit"] | None
     cap: float | None = None
     mass: Float[Tensor, " pair"] | None = None
 

@@ -184,7 +184,7 @@ def _batch(adapter: Adapter, item: Any, number: int, name: str) -> Held:
     if isinstance(item, list | tuple):
         parts = [plain(part, name) for part in item]
         if len(parts) == 2 and all(isinstance(part, Tensor) and part.ndim == 2 for part in parts):
-            return checked_pair(adapter, *parts, name)
+            return checked_pair(adapter, parts[0], parts[1], name)
         rows = [_unwrapped(part, name) for part in parts]
         alike = len({part.ndim for part in parts if isinstance(part, Tensor)}) <= 1  # else tokens with labels
         if rows and alike and all(map(_is_single, rows)):

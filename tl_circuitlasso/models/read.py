@@ -90,8 +90,8 @@ class ReadDesign:
         self, sums: dict[str, Tensor], adapter: Adapter, acts: Mapping[str, Tensor], pairs: Pairing, sample: Sample
     ) -> dict[str, Tensor]:
         """Add a part's costs to the sums; its contributions as rows."""
-        options = {"generator": sample.generator}
-        goal = outcome.outcome(adapter, acts, pairs, sample.target, sample.prompts, self.probe, **options)
+        generator = sample.generator
+        goal = outcome.outcome(adapter, acts, pairs, sample.target, sample.prompts, self.probe, generator=generator)
         fold = (sample.prompts.to(pairs.own.device)[pairs.own] % FOLDS).to(goal.directions.device)
         weight = torch.ones_like(goal.directions[:, 0, 0]) if pairs.weight is None else pairs.weight.to(goal.directions)
         nodes = goal.directions.new_zeros(*goal.directions.shape[:2], sums[schema.NODE_COSTS].shape[1])

@@ -91,8 +91,11 @@ def reread(
         for node, contribution in by_node.items():
             node_cost[node] += float((goal.judged(contribution) * weight).sum())
     count = max(len(pairs), 1)
-    means = [{name: sum_ / count for name, sum_ in one.items()} for one in (edge_cost, judged, node_cost, effects)]
-    return Costs(*means, len(pairs))
+
+    def means(totals: dict) -> dict:
+        return {name: total / count for name, total in totals.items()}
+
+    return Costs(means(edge_cost), means(judged), means(node_cost), means(effects), len(pairs))
 
 
 @dataclass(frozen=True, eq=False)

@@ -55,8 +55,12 @@ class Pairing:
     @classmethod
     def joined(cls, parts: Sequence["Pairing"]) -> "Pairing":
         """All pairs of several draws from the same batch."""
-        names = ("own", "partner", "position", "valid", "reach", "weight")
-        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+
+        def all_of(name: str) -> Tensor:
+            return torch.cat([getattr(part, name) for part in parts])
+
+        rows = all_of("own"), all_of("partner"), all_of("position"), all_of("valid")
+        return cls(*rows, reach=all_of("reach"), weight=all_of("weight"))
 
     def take(self, rows: Int[Tensor, " row"], width: int | None = None, first: int = 0) -> "Pairing":
         """Some of the pairs, cut behind position `width`, of which those before `first` are known to be equal."""
