@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from scipy.stats import spearmanr
+from scipy.stats import pearsonr
 from torch import Tensor
 
 import tl_circuitlasso as tcl
@@ -152,7 +152,7 @@ def test_a_direction_of_all_other_tokens_sees_what_two_tokens_miss() -> None:
 
 @pytest.mark.parametrize("target", ["own", "difference"])
 def test_kept_scores_are_what_patching_finds(target: str) -> None:
-    """Within a factor of two, and in the same order, for nats and for logits."""
+    """Within a factor of two, and in proportion, for nats and for logits."""
     demo = tcl.load_demo(prompts=64)
     with torch.no_grad():
         last = demo.model(demo.tokens)[:, -1]
@@ -174,7 +174,7 @@ def test_kept_scores_are_what_patching_finds(target: str) -> None:
     scores = [graph.pair_scores()[edge] for edge in kept]
     assert all(0.5 < score / value < 2 for score, value in zip(scores, truth))
     if target == "own":  # the differences all cost the same, within a fifth
-        assert spearmanr(scores, truth).statistic > 0.7
+        assert pearsonr(scores, truth).statistic > 0.9
 
 
 def test_rare_behaviour_is_drawn() -> None:
