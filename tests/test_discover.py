@@ -65,7 +65,8 @@ def test_provenance_is_enough_to_make_a_graph_again(model: Any) -> None:
     graph = found(model, seed=3, strength=0.1)
     record = graph.provenance
     asked = {"basis": "component", "design": "read", "strength": 0.1, "seed": 3, "method": "lasso"}
-    assert record["arguments"] == asked | {"max_prompts": 256, "refined": False}
+    question = {"target": record["arguments"]["target"], "positions": "all"}
+    assert record["arguments"] == asked | question | {"max_prompts": 256, "refined": False}
     assert record["prompts"] == 24 and record["forward_passes"] == 1 and record["backward_passes"] == 0
     assert 0 <= record["closure_error"] < 1e-4
     assert set(record["seconds"]) >= {"forward and statistics", "solve", "total"}

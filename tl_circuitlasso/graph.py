@@ -274,7 +274,7 @@ class AttributionGraph(Verbs):
             )
         return replace(self, kept=chosen)
 
-    def threshold(self, x: float | np.number) -> "AttributionGraph":
+    def threshold(self, x: int | float | np.number) -> "AttributionGraph":
         """Keep the edges with |score| >= x."""
         if not (isinstance(x, Real) and math.isfinite(x) and x >= 0):
             raise InputError(f"`x` is {shortened(x)}: a threshold is a finite number >= 0 on |score|")

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePath
 from typing import Any
@@ -175,12 +176,13 @@ def parse_table(text: str, path: Path) -> list[dict[str, Any]]:
     if kind == ".json":
         return _json_list(text, path)
     try:
-        table = pd.read_csv(
-            io.StringIO(text), sep="\t" if kind == ".tsv" else ",", dtype=str, keep_default_na=False, index_col=False
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)  # cells beyond the last column would be lost
+            separator = "\t" if kind == ".tsv" else ","
+            table = pd.read_csv(io.StringIO(text), sep=separator, dtype=str, keep_default_na=False, index_col=False)
     except pd.errors.EmptyDataError:
         return []
-    except pd.errors.ParserError as error:
+    except (pd.errors.ParserError, pd.errors.ParserWarning) as error:
         raise FormatError(f"{path}: rows of different columns ({error})") from None
     return [{str(name): cell for name, cell in row.items()} for row in table.to_dict("records")]
 

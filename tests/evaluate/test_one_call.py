@@ -16,7 +16,8 @@ from tl_circuitlasso.models import Prompts, adapt
 
 def test_one_call_is_confirming_what_the_regression_found() -> None:
     demo = tcl.load_demo(prompts=48)
-    plain = tcl.circuit_lasso(demo.model, demo.tokens, target=demo.target, progress=False)
+    asked = {"target": demo.target, "corrupted": demo.corrupted, "progress": False}
+    plain = tcl.circuit_lasso(demo.model, demo.tokens, **asked)
     found = demo.model.run_circuit_lasso(
         demo.tokens, target=demo.target, method="lasso+confirm", corrupted=demo.corrupted, progress=False
     )
@@ -80,7 +81,7 @@ def test_the_users_metric_counts_rows_among_all_prompts(plain: bool) -> None:
     ("changes", "message"),
     [
         ({"method": "acdc"}, "`method` 'acdc' is unknown"),
-        ({"method": "lasso"}, "`corrupted` is used by method='lasso\\+confirm' only"),
+        ({"method": "lasso", "design": "activation"}, "`corrupted` is compared with the prompts in design 'read'"),
         ({"method": "lasso", "corrupted": None, "metric": lambda logits, rows: 0}, "`metric` is used by"),
         ({"corrupted": None}, "`corrupted` is missing"),
         ({"corrupted": torch.ones(3, 8, dtype=torch.long)}, "prompt 0 has 8 tokens, its partner in `tokens` 9"),

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given
@@ -30,6 +31,12 @@ class AttributionResult:
     edge_scores: dict[tuple[Any, Any], float] = field(default_factory=dict)
 
 
+def scores(graph: Any) -> pd.DataFrame:
+    """Every candidate's score, in the order of the names."""
+    table = graph.edge_table()[["source", "target", "port", "score"]]
+    return table.sort_values(["source", "target", "port"]).reset_index(drop=True)
+
+
 @pytest.fixture
 def _nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     module = SimpleNamespace(Node=Node, AttributionResult=AttributionResult)
@@ -42,7 +49,7 @@ def test_scores_and_circuits_come_back(arguments) -> None:
     n_layers, n_heads, parallel, _, _, seed, threshold = arguments
     graph = random_graph(n_layers, n_heads, parallel, False, True, seed, threshold)
     again = formats.from_transformer_lens(formats.to_transformer_lens(graph, 3, result=True), parallel=parallel)
-    torch.testing.assert_close(again.score, graph.score)
+    pd.testing.assert_frame_equal(scores(again), scores(graph))
     assert bool(again.kept.all())
     circuit = formats.to_transformer_lens(graph, 2)
     assert len(circuit) == 2 * int(graph.kept.sum())
@@ -97,7 +104,10 @@ def test_its_own_engine_agrees_with_ours() -> None:
     def difference(logits: torch.Tensor, rows: Any = None) -> torch.Tensor:
         return (logits[:, -1, 3] - logits[:, -1, 4]).sum()
 
-    config = theirs.EdgeAttributionConfig(granularity="edge")
+    try:
+        config = theirs.EdgeAttributionConfig(granularity="edge")
+    except NotImplementedError:
+        pytest.skip("this TransformerLens has no attribution of edges yet: TransformerLens 4 has")
     result = theirs.attribution_patch(model, clean, corrupted, difference, config)
     ours = baselines.eap(model, corrupted, clean, difference)  # the derivative at the corrupted prompt: ends swapped
     read = formats.from_transformer_lens(result)

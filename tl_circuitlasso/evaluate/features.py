@@ -74,7 +74,8 @@ def feature_sites(graph: AttributionGraph, adapter: Adapter, saes: Mapping[str, 
     if whole := [name for name, block in blocks.items() if block.features is None and _is_component(block)]:
         raise InputError(f"`graph` mixes features with the whole component {whole[0]!r}: give a graph of one kind")
     inner = {name: block for name, block in blocks.items() if block.features is not None}
-    plain = {name for name, block in inner.items() if name not in saes and _is_plain(block)}
+    own = graph.provenance.get("basis") == "mlp_out"
+    plain = {name for name, block in inner.items() if name not in saes and _is_plain(block, own)}
     sites = [_own(name, inner[name], adapter) for name in inner if name in plain]
     if missing := [name for name in inner if name not in plain and name not in saes]:
         raise InputError(f"`saes` has no SAE for {missing[0]!r}, whose features `graph` names: give {{hook: sae}}")
@@ -93,9 +94,10 @@ def _is_component(block: Block) -> bool:
     return block.site.kind in ("head", "mlp", "resid") or (block.site.kind == "hook" and not _is_error(str(block.site)))
 
 
-def _is_plain(block: Block) -> bool:
-    """Whether a site's features are the activation's own coordinates, not those of an SAE."""
-    return block.site.kind != "hook" or block.site.hook.endswith(".hook_mlp_out")
+def _is_plain(block: Block, own: bool) -> bool:
+    """Whether a site's features are the activation's own coordinates, not those of an SAE; at a hook, whether the graph
+    says so."""
+    return block.site.kind != "hook" or own
 
 
 def _is_error(name: str) -> bool:
