@@ -15,7 +15,7 @@ from tl_circuitlasso.sharing import ALONE, Ranks
 from tl_circuitlasso.solve.distributed import gather_solutions
 from tl_circuitlasso.statistics import Statistics
 
-LEAST_SHARE = 1e-6  # of the target's mean squared difference: what an edge must explain where the regression decides
+LEAST_SHARE = 2e-5  # of the target's mean squared difference: what an edge must explain where the regression decides
 MANY_PAIRS = 256  # where more pairs of components are costly enough, costs have no gap and the regression decides
 ENOUGH = 0.8  # of the target's difference: what the edges chosen by cost must carry between counterparts
 STABLE = 0.8  # share of resamples that strength "stability" asks of an edge
@@ -70,13 +70,14 @@ def learn_read(
     weight = torch.cat([solution.value.flatten() for solution in solutions])
     generator = torch.Generator().manual_seed(seed)
     score = edges.port_scores(edges.bounded(mean_of(edges.cost, pairs))[0], mean_of(edges.port_cost, pairs))
-    extras = {"stability": edges.of_pairs(edges.stability(pairs, node_cost, generator))}
+    extras: dict[str, torch.Tensor] = {}
     if edges.port_effect is not None:
         extras["mean_abs"] = mean_of(edges.port_cost, pairs)
     if dense:
         extras["stability"] = resampled(found, solutions, asked, generator)
         keep, carried = weight > 0, edges.carried(found, weight > 0)
     else:
+        extras["stability"] = edges.of_pairs(edges.stability(pairs, node_cost, generator))
         allowed = {"auto": torch.ones_like(weight, dtype=torch.bool), "stability": extras["stability"] >= STABLE}
         keep = counted & allowed.get(str(strength), weight > 0)
     graph = AttributionGraph(

@@ -119,7 +119,7 @@ class _Sources:
                 for z, scale in zip(view.ends(f"z.{layer}"), view.ends(f"scale.attn_out.{layer}"))
             )
             heads = (partner - own).transpose(1, 2)  # pair head pos d_head
-            self.rows[:, start : start + shape.n_heads] = heads @ view.adapter.writer(layer)[0]
+            self.rows[:, start : start + shape.n_heads] = by_head(heads, view.adapter.writer(layer)[0])
             if not shape.attn_only:
                 self.rows[:, start + shape.n_heads] = view.difference(f"mlp_out.{layer}")
         self.rows = self.rows.flatten(2)
@@ -172,7 +172,10 @@ def through_heads(
     """The multipliers at what every head (or some of them) reads through q, then k, then v."""
     adapter = view.adapter
     w_o = adapter.writer(layer)[0][heads]
-    at_z = (m * view.inverse(f"scale.attn_out.{layer}").unsqueeze(1)).unsqueeze(2) @ w_o.mT
+    written = m * view.inverse(f"scale.attn_out.{layer}").unsqueeze(1)
+    at_z = (
+        (written @ w_o.flatten(0, 1).T).unflatten(-1, w_o.shape[:2]).transpose(2, 3)
+    )  # pair direction head pos d_head
     own, reached = view.patterns(layer, heads)
     at_score = at_z @ view.anchored(f"v.{layer}", heads).mT
     weight = softmax_secant(own, reached, at_score) * _score_slope(view, layer, heads)
@@ -183,7 +186,16 @@ def through_heads(
         "v": view.anchor(own, reached)[..., inside].mT.unsqueeze(1) @ at_z,
     }
     weights = torch.cat([adapter.reader(layer, port).weight[heads] for port in PORTS])
-    return view.norm(f"scale.attn.{layer}").pull(torch.cat([reads[port] for port in PORTS], dim=2) @ weights.mT)
+    return view.norm(f"scale.attn.{layer}").pull(by_head(torch.cat([reads[port] for port in PORTS], dim=2), weights.mT))
+
+
+def by_head(
+    x: Float[Tensor, "pair *direction head pos d_in"], weight: Float[Tensor, "head d_in d_out"]
+) -> Float[Tensor, "pair *direction head pos d_out"]:
+    """x @ weight, one product a head over all pairs: broadcasting would copy the weights for each of them."""
+    heads = x.movedim(-3, 0)
+    product = torch.bmm(heads.flatten(1, -2), weight)
+    return product.unflatten(1, heads.shape[1:-1]).movedim(0, -3).contiguous()
 
 
 def _unrotate(
