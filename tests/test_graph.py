@@ -213,5 +213,5 @@ def test_masks_and_names_that_fit_no_graph_are_refused() -> None:
     for mask in ([True], [1] * len(graph), ["a"], graph.score):
         with pytest.raises(InputError, match="`mask`"):
             graph.keep(mask)
-    with pytest.raises(InputError, match=r"`nodes` is the text 'm0'"):
+    with pytest.raises(InputError, match=r"`nodes` is 'm0'"):
         graph.subgraph("m0")

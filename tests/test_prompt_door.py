@@ -40,7 +40,7 @@ def test_a_stream_gives_the_graph_of_the_tensor(model: Any, reference: tcl.Attri
     }[form]()
     graph = found(model, given, target=tcl.Values([0.5, 1.0, 2.0] * 8))
     assert torch.equal(graph.score, reference.score) and torch.equal(graph.kept, reference.kept)
-    assert graph.provenance["pairs"] == reference.provenance["pairs"] >= 1000
+    assert graph.provenance["pairs"] == reference.provenance["pairs"] >= 90
     assert graph.provenance["data_hash"] == reference.provenance["data_hash"]
 
 
@@ -70,14 +70,15 @@ def test_words_and_several_answers_are_what_their_logits_are(model: Any, design:
 
 def test_a_logit_difference_is_target_and_metric(model: Any) -> None:
     target = tcl.LogitDiff("w3", [["w4", "w5"]] * 24)
-    graph = tcl.baselines.eap(model, TOKENS, TOKENS.flip(0), target)
+    other = architectures.prompts(batch=24, seed=1)
+    graph = tcl.baselines.eap(model, TOKENS, other, target)
 
     def metric(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         return (logits[:, -1, 3] - logits[:, -1, 4:6].mean(1)).sum()
 
-    torch.testing.assert_close(graph.score, tcl.baselines.eap(model, TOKENS, TOKENS.flip(0), metric).score)
-    judged = tcl.evaluate.faithfulness(model, graph.top_k(9), TOKENS, TOKENS.flip(0), target)
-    expected = tcl.evaluate.faithfulness(model, graph.top_k(9), TOKENS, TOKENS.flip(0), metric)
+    torch.testing.assert_close(graph.score, tcl.baselines.eap(model, TOKENS, other, metric).score)
+    judged = tcl.evaluate.faithfulness(model, graph.top_k(9), TOKENS, other, target)
+    expected = tcl.evaluate.faithfulness(model, graph.top_k(9), TOKENS, other, metric)
     torch.testing.assert_close(judged.per_prompt["circuit"], expected.per_prompt["circuit"], atol=1e-6, rtol=1e-5)
 
 

@@ -121,7 +121,8 @@ def test_workers_with_their_own_pilots_do_not_merge() -> None:
 @pytest.mark.parametrize("design", ["read", "activation", "routed"])
 def test_what_is_kept_does_not_grow_with_the_number_of_prompts(design: str) -> None:
     def size(statistics: Statistics) -> int:
-        tensors = [*statistics.sums.values(), *statistics.rows.values(), *statistics.fixed.values()]
+        tensors = [*statistics.sums.values(), *statistics.fixed.values()]
+        tensors += [] if design == "read" else [*statistics.rows.values()]  # of `read` a bounded number is kept whole
         tensors += [part for one in statistics.moments.values() for part in (one.shift, one.total, one.scatter)]
         return sum(tensor.numel() for tensor in tensors)
 

@@ -28,6 +28,7 @@ from tl_circuitlasso.models.ablation import Ablated, from_run, from_values
 from tl_circuitlasso.models.pairs import PairBatch
 from tl_circuitlasso.models.patch import run_circuits
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
+from tl_circuitlasso.targets import LogitDiff
 
 SHARE = 0.01  # of the metric's range: the threshold where none is given
 AHEAD = 8  # edges tried at once, as if those before them were cut
@@ -39,7 +40,7 @@ def acdc(
     model: Any,
     clean: AnyPrompts,
     corrupted: AnyPrompts | None,
-    metric: Metric | None = None,
+    metric: Metric | LogitDiff | None = None,
     *,
     threshold: int | float | None = None,
     attention_mask: Tensor | None = None,

@@ -16,13 +16,14 @@ from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models.patching import Edit, Record, record_all, run_edited, unembed
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
+from tl_circuitlasso.targets import LogitDiff
 
 
 def exact(
     model: Any,
     clean: AnyPrompts,
     corrupted: AnyPrompts,
-    metric: Metric,
+    metric: Metric | LogitDiff,
     *,
     attention_mask: Any = None,
     ablation: str = "patch",

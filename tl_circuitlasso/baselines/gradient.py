@@ -22,13 +22,14 @@ from tl_circuitlasso.models.pairs import PairBatch, Pairs, pairs_of
 from tl_circuitlasso.models.patching import Written, record
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
 from tl_circuitlasso.models.tracing import Trace, trace
+from tl_circuitlasso.targets import LogitDiff
 
 
 def eap(
     model: Any,
     clean: AnyPrompts,
     corrupted: AnyPrompts,
-    metric: Metric,
+    metric: Metric | LogitDiff,
     *,
     attention_mask: Any = None,
     ablation: str = "patch",
@@ -70,7 +71,7 @@ def eap_ig(
     model: Any,
     clean: AnyPrompts,
     corrupted: AnyPrompts,
-    metric: Metric,
+    metric: Metric | LogitDiff,
     *,
     steps: int = 5,
     attention_mask: Any = None,
@@ -93,7 +94,7 @@ def clean_corrupted(
     model: Any,
     clean: AnyPrompts,
     corrupted: AnyPrompts,
-    metric: Metric,
+    metric: Metric | LogitDiff,
     *,
     attention_mask: Any = None,
     ablation: str = "patch",
@@ -115,7 +116,7 @@ def eap_ig_activations(
     model: Any,
     clean: AnyPrompts,
     corrupted: AnyPrompts,
-    metric: Metric,
+    metric: Metric | LogitDiff,
     *,
     steps: int = 5,
     attention_mask: Any = None,
@@ -251,7 +252,7 @@ Step = tuple[Written, Trace, float]  # clean - ablated, derivatives, and the ste
 Path = Callable[[Job], Iterator[Step]]
 
 
-def attribute(data: Pairs, metric: Metric, setting: Setting, path: Path) -> AttributionGraph:
+def attribute(data: Pairs, metric: Metric | LogitDiff, setting: Setting, path: Path) -> AttributionGraph:
     """The graph of a method that is known by where it takes the derivative."""
     began = time.perf_counter()
     layout, count = EdgeLayout(data.adapter.shape), Count()
@@ -264,7 +265,9 @@ def attribute(data: Pairs, metric: Metric, setting: Setting, path: Path) -> Attr
     return layout.graph(scores / len(data), facts(data, setting, count, began))
 
 
-def jobs(data: Pairs, metric: Metric, setting: Setting, count: Count, *, outputs: bool = False) -> Iterator[Job]:
+def jobs(
+    data: Pairs, metric: Metric | LogitDiff, setting: Setting, count: Count, *, outputs: bool = False
+) -> Iterator[Job]:
     """The batches of a data set, ready for the passes of a method."""
     metric = data.metric(metric)
     mean = None

@@ -22,6 +22,7 @@ from tl_circuitlasso.models.pairs import Metric, Pairs, pairs_of, shown
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
 from tl_circuitlasso.nodes import Block, NodeIndex
 from tl_circuitlasso.sites import Site
+from tl_circuitlasso.targets import LogitDiff
 
 MAX_NODES = 4096  # nodes that a graph keeps of those that are scored
 
@@ -30,7 +31,7 @@ def relp(
     model: Any,
     clean: AnyPrompts,
     corrupted: AnyPrompts | None,
-    metric: Metric,
+    metric: Metric | LogitDiff,
     *,
     basis: str = "neuron",
     reference: str | None = None,
@@ -78,7 +79,7 @@ def gradient_activation(
     model: Any,
     clean: AnyPrompts,
     corrupted: AnyPrompts | None,
-    metric: Metric,
+    metric: Metric | LogitDiff,
     *,
     basis: str = "neuron",
     reference: str | None = None,
@@ -96,7 +97,7 @@ def integrated_gradients(
     model: Any,
     clean: AnyPrompts,
     corrupted: AnyPrompts | None,
-    metric: Metric,
+    metric: Metric | LogitDiff,
     *,
     steps: int = 10,
     basis: str = "neuron",
@@ -143,7 +144,7 @@ def _graph(
     method: str,
     data: Pairs,
     corrupted: AnyPrompts | None,
-    metric: Metric,
+    metric: Metric | LogitDiff,
     basis: str,
     reference: str,
     way: BySweep | ByGradient,

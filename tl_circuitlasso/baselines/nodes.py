@@ -12,13 +12,14 @@ from tl_circuitlasso.baselines.gradient import Count, Job, Path, Setting, Step, 
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.models.metric import Metric
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
+from tl_circuitlasso.targets import LogitDiff
 
 
 def node_scores(
     model: Any,
     clean: AnyPrompts,
     corrupted: AnyPrompts,
-    metric: Metric,
+    metric: Metric | LogitDiff,
     *,
     method: str = "eap",
     steps: int = 5,

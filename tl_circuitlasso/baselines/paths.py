@@ -27,13 +27,14 @@ from tl_circuitlasso.models.ablation import Ablated, from_run, from_values
 from tl_circuitlasso.models.patching import Written
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
 from tl_circuitlasso.models.tracing import trace
+from tl_circuitlasso.targets import LogitDiff
 
 
 def eap_gp(
     model: Any,
     clean: AnyPrompts,
     corrupted: AnyPrompts | None,
-    metric: Metric,
+    metric: Metric | LogitDiff,
     *,
     steps: int = 5,
     attention_mask: Tensor | None = None,
@@ -101,7 +102,7 @@ def bootstrap_eap_ig(
     model: Any,
     clean: AnyPrompts,
     corrupted: AnyPrompts | None,
-    metric: Metric,
+    metric: Metric | LogitDiff,
     *,
     steps: int = 5,
     resamples: int = 20,

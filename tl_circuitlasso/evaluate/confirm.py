@@ -20,6 +20,7 @@ from tl_circuitlasso.evaluate.minimal import Without, live_rows, without_each
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
 from tl_circuitlasso.sharing import Ranks, as_ranks
+from tl_circuitlasso.targets import LogitDiff
 
 
 def confirm(
@@ -27,7 +28,7 @@ def confirm(
     model: Any,
     clean: AnyPrompts,
     corrupted: AnyPrompts,
-    metric: Metric,
+    metric: Metric | LogitDiff,
     ablation: Ablation = "patch",
     *,
     tolerance: int | float = 0.01,

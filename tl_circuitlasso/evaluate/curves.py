@@ -32,6 +32,7 @@ from tl_circuitlasso.evaluate.metrics import Metric
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
 from tl_circuitlasso.selection import Edges, grown, ranked
+from tl_circuitlasso.targets import LogitDiff
 
 MIB_SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
@@ -74,7 +75,7 @@ def curve(
     graph: AttributionGraph,
     clean: AnyPrompts,
     corrupted: AnyPrompts,
-    metric: Metric,
+    metric: Metric | LogitDiff,
     ablation: Ablation = "patch",
     *,
     sizes: Sequence[int | float] = MIB_SHARES,
@@ -114,7 +115,7 @@ def curves(
     graphs: Mapping[str, AttributionGraph],
     clean: AnyPrompts,
     corrupted: AnyPrompts,
-    metric: Metric,
+    metric: Metric | LogitDiff,
     ablation: Ablation = "patch",
     *,
     sizes: Sequence[int | float] = MIB_SHARES,

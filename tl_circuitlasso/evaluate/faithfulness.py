@@ -35,6 +35,7 @@ from tl_circuitlasso.evaluate.interventions import Ablation, Intervention, Measu
 from tl_circuitlasso.evaluate.metrics import Metric
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
+from tl_circuitlasso.targets import LogitDiff
 
 DRAWS, LEVEL = 2000, 0.95
 
@@ -78,7 +79,7 @@ def faithfulness(
     graph: AttributionGraph,
     clean: AnyPrompts,
     corrupted: AnyPrompts,
-    metric: Metric,
+    metric: Metric | LogitDiff,
     ablation: Ablation = "patch",
     *,
     level: str | None = None,
@@ -139,7 +140,7 @@ def completeness(
     graph: AttributionGraph,
     clean: AnyPrompts,
     corrupted: AnyPrompts,
-    metric: Metric,
+    metric: Metric | LogitDiff,
     ablation: Ablation = "patch",
     *,
     level: str | None = None,

@@ -35,6 +35,7 @@ from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
 from tl_circuitlasso.selection import Edges, first
 from tl_circuitlasso.sites import PORTS
+from tl_circuitlasso.targets import LogitDiff
 
 PERMUTATIONS = 1000  # of the independence test
 TOGETHER = 64  # circuits measured in one call
@@ -68,7 +69,7 @@ def tests(
     graph: AttributionGraph,
     clean: AnyPrompts,
     corrupted: AnyPrompts | None,
-    metric: Metric,
+    metric: Metric | LogitDiff,
     ablation: Ablation = "patch",
     *,
     circuits: int = 100,

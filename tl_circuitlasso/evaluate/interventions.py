@@ -24,6 +24,7 @@ from tl_circuitlasso.models.pairs import PairBatch, Pairs, pairs_of
 from tl_circuitlasso.models.patch import Circuits, run_circuits
 from tl_circuitlasso.models.patching import Written, record
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
+from tl_circuitlasso.targets import LogitDiff
 
 ABLATIONS = ("patch", "zero", "mean", "mean-all", "optimal")
 Ablation = str | Optimal
@@ -60,7 +61,7 @@ def intervention(
     model: Any,
     clean: AnyPrompts,
     corrupted: AnyPrompts,
-    metric: Metric,
+    metric: Metric | LogitDiff,
     ablation: Ablation = "patch",
     *,
     attention_mask: Any = None,

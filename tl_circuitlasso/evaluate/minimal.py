@@ -25,6 +25,7 @@ from tl_circuitlasso.evaluate.metrics import Metric
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
 from tl_circuitlasso.sites import PORTS
+from tl_circuitlasso.targets import LogitDiff
 
 TOGETHER = 512  # circuits whose edges are held in memory at once
 
@@ -34,7 +35,7 @@ def minimality(
     graph: AttributionGraph,
     clean: AnyPrompts,
     corrupted: AnyPrompts,
-    metric: Metric,
+    metric: Metric | LogitDiff,
     ablation: Ablation = "patch",
     *,
     saes: Mapping[str, Any] | None = None,

@@ -33,6 +33,7 @@ from tl_circuitlasso.models import Adapter, adapt
 from tl_circuitlasso.models.metric import token_of
 from tl_circuitlasso.models.pairs import last_places
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
+from tl_circuitlasso.targets import LogitDiff
 
 METRICS = ("logit-diff", "prob-diff", "cross-entropy", "accuracy", "kl", "next-token")
 
@@ -62,7 +63,7 @@ def report(
     graphs: Mapping[str, AttributionGraph],
     clean: AnyPrompts,
     corrupted: AnyPrompts,
-    metric: Metric,
+    metric: Metric | LogitDiff,
     ablation: Ablation = "patch",
     *,
     seed: int = 0,

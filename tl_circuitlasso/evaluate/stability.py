@@ -24,6 +24,7 @@ from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.metrics import Metric
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
+from tl_circuitlasso.targets import LogitDiff
 
 Edge = tuple[str, str]
 
@@ -54,7 +55,7 @@ def stability(
     model: Any,
     clean: AnyPrompts,
     corrupted: AnyPrompts | None,
-    metric: Metric | None,
+    metric: Metric | LogitDiff | None,
     *,
     resamples: int = 100,
     k: int | None = None,
@@ -117,7 +118,7 @@ def _rows(prompts: AnyPrompts | None, drawn: Int[Tensor, " prompt"]) -> AnyPromp
     return [str(prompts[row]) for row in drawn.tolist()]
 
 
-def _on(metric: Metric | None, drawn: Int[Tensor, " prompt"]) -> Metric | None:
+def _on(metric: Any, drawn: Int[Tensor, " prompt"]) -> Any:
     return None if metric is None else lambda logits, rows: metric(logits, drawn[rows.cpu()])
 
 

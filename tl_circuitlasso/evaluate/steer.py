@@ -20,6 +20,7 @@ from tl_circuitlasso.models.feature_patch import Carried, FeatureSite, Kept, run
 from tl_circuitlasso.models.pairs import Pairs, pairs_of
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
 from tl_circuitlasso.models.sources import scaled_nodes
+from tl_circuitlasso.targets import LogitDiff
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def steer(
     nodes: Collection[str] | None,
     scale: int | float,
     prompts: AnyPrompts,
-    metric: Metric,
+    metric: Metric | LogitDiff,
     *,
     saes: Mapping[str, Any] | None = None,
     other: AnyPrompts = None,

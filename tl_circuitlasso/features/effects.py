@@ -27,14 +27,14 @@ Q = 0.05
 UNREAD = 0.2
 
 
-def with_effects(found: Regressed, effects: Effects | None, units: Units) -> Regressed:
-    """With S_ij as the edges' effect, scores and q-values of it, and with pairs of clear effect that the regression has
-    left out; where effects are known.
+def with_effects(found: Regressed, effects: Effects | None, units: Units, *, grow: bool) -> Regressed:
+    """With S_ij as the edges' effect, scores and q-values of it, where effects are known; and, if they are to `grow`,
+    with pairs of clear effect that the regression has left out: a strength of one's own has the last word.
     """
     if effects is None:
         return found
     scores = _scores(effects.effect, effects.source, effects.target, effects, units)
-    grown = _united(found, effects, scores.abs() >= LEAST)
+    grown = _united(found, effects, (scores.abs() >= LEAST) & grow)
     known = grown.source < effects.sources
     row = torch.where(known, effects.rows(grown.source, grown.target), -1)
     effect = torch.cat([effects.effect, torch.zeros(1).double()])[row]

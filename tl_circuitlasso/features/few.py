@@ -54,7 +54,7 @@ def regress_samples(pair: PairData, rule: Rule, *, memory: int | None = None, ra
         found = _regressed(x, y[:, mine], units.of(mine), rule, x.shape[1] * y.shape[1])
     found = everyones(found, mine, ranks)
     seconds = {"statistics": counted - clock, "solve": time.perf_counter() - counted}
-    found = with_effects(found, pair.effects, units)
+    found = with_effects(found, pair.effects, units, grow=rule.strength == "auto")
     return with_held_out(replace(found, seconds=seconds), pair, units)
 
 

@@ -95,7 +95,7 @@ def regress_pair(
         del data, parts
     found = everyones(found, mine, ranks)
     solved = time.perf_counter()
-    found = with_effects(found, pair.effects, units)
+    found = with_effects(found, pair.effects, units, grow=rule.strength == "auto")
     seconds = {"statistics": counted - clock, "solve": solved - counted, "effects": time.perf_counter() - solved}
     return with_held_out(replace(found, seconds=seconds), pair, units, ranks)
 

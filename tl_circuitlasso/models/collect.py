@@ -140,6 +140,7 @@ def _collect_own(
             new = _sample(adapter, plan, batch, number)
             forward += time.process_time() - started
             statistics = _add(statistics, adapter, plan, new, number)
+            del new  # its activations, before the next batch makes its own
             passes += 1
             if file and time.perf_counter() - saved > CHECKPOINT_SECONDS:
                 replace(statistics, origin=_origin(prompts, twins, plan)).save(file)
