@@ -169,7 +169,7 @@ def test_a_quoted_line_break_stays_in_its_prompt(tmp_path: Path) -> None:
         ("p.json", b"{", None, FormatError, "not valid JSON"),
         ("p.json", b"{}", None, FormatError, "a list of prompts is expected"),
         ("p.json", b"[3]", None, FormatError, "entry 1"),
-        ("p.csv", b"a\n1,2,3\n4,5\n", None, InputError, "`--column` is missing|no prompts|rows of different"),
+        ("p.csv", b"a\n1,2,3\n4,5\n", None, FormatError, "`--column` is missing|no prompts|rows of different"),
         ("p.jsonl", b'{"a": "x"}\n[1]\n', None, FormatError, "line 2"),
     ],
 )

@@ -77,7 +77,7 @@ def test_effects_that_the_regression_left_out_come_in() -> None:
         source=torch.tensor([0]), target=torch.tensor([0]), weight=value, lasso=value, score=value,
         effect=value * torch.nan,
     )  # fmt: skip
-    found = with_effects(one, effects, Units(ones, ones, ones, ones))
+    found = with_effects(one, effects, Units(ones, ones, ones, ones), grow=True)
     assert found.source.tolist() == [0, 0] and found.target.tolist() == [0, 1]
     assert found.effect.tolist() == [0.5, -0.25] and found.weight.tolist() == pytest.approx([0.7, 0.0])
     assert found.score.tolist() == [0.5, -0.25] and bool((found.q < 1e-6).all())
