@@ -63,8 +63,8 @@ class AttributionGraph(Verbs):
     >>> from tl_circuitlasso.nodes import component_index
     >>> edges = {("input", "m0"): 1.0, ("m0", "logits"): -0.5, ("input", "a0.h0", "q"): 0.1}
     >>> graph = AttributionGraph.from_edges(component_index(n_layers=1, n_heads=1), edges)
-    >>> graph.nodes, graph.n_kept, graph.prune().n_kept
-    (('input', 'a0.h0', 'm0', 'logits'), 3, 2)
+    >>> graph.nodes, graph.n_kept
+    (('input', 'a0.h0', 'm0', 'logits'), 3)
     >>> graph.edges[["source", "target", "port", "score"]].values.tolist()
     [['input', 'm0', '', 1.0], ['m0', 'logits', '', -0.5], ['input', 'a0.h0', 'q', 0.1]]
     >>> graph.threshold(0.5).kept_edges() == graph.subgraph(["input", "m0", "logits"]).kept_edges()

@@ -91,7 +91,7 @@ def adjusted(p: Float[Tensor, " test"], tests: int) -> Float[Tensor, " test"]:
 
     `tests`: how many there are, those with p = 1 that aren't listed included.
 
-    >>> adjusted(torch.tensor([0.01, 0.5, 0.02]).double(), 10).tolist()
+    >>> adjusted(torch.tensor([0.01, 0.5, 0.02], dtype=torch.float64), 10).tolist()
     [0.1, 1.0, 0.1]
     """
     order = p.argsort()
