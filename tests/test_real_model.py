@@ -48,6 +48,7 @@ def names_of(figures: dict[str, Any]) -> set[str]:
     return every - set(figures["left_out"])
 
 
+@pytest.mark.slow
 def test_every_method_has_its_rows(rehearsed) -> None:
     printed, whole, _ = rehearsed
     assert [one["task"] for one in whole["tasks"]] == list(MEASURED) and set(whole["left_out"]) == set(LEFT_OUT)
@@ -64,6 +65,7 @@ def test_every_method_has_its_rows(rehearsed) -> None:
         assert set(figures["curves"]) == set(measure.ABLATIONS)
 
 
+@pytest.mark.slow
 def test_cpr_stands_beside_cmd(rehearsed) -> None:
     printed, whole, picture = rehearsed
     headers = [cells(line) for line in printed.splitlines() if line.startswith("| ") and "CPR" in line]
@@ -76,6 +78,7 @@ def test_cpr_stands_beside_cmd(rehearsed) -> None:
     assert "<svg" in drawn and drawn.count("CPR") == drawn.count("CMD")
 
 
+@pytest.mark.slow
 def test_curves_and_circuits_are_what_faithfulness_says(rehearsed) -> None:
     _, whole, _ = rehearsed
     model = story_model()

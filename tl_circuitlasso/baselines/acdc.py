@@ -123,7 +123,7 @@ class _Search:
         self.worth = torch.zeros(self.kept.shape, dtype=torch.float64)
 
     @classmethod
-    def over(cls, batches: Sequence[Job], metric: Metric | None) -> "_Search":
+    def over(cls, batches: Sequence[Job], metric: Metric | LogitDiff | None) -> "_Search":
         """Run the model and the ablated model once."""
         runs, model, ablated = [], 0.0, 0.0
         adapter = batches[0].pairs.adapter
