@@ -100,9 +100,9 @@ def circuit_lasso(
     batch_size: prompts per forward pass (design "read" pairs the prompts of a batch, so it runs two at least); device:
         where to run (the model moves there and back).
     progress: bars on a terminal; seed: of everything drawn at random; checkpoint: a file to resume collection from.
-    max_prompts: design "read" compares pairs of prompts, and is done after a few hundred: of more, so many are drawn at
-        random (None: all). Raise it for a behaviour that is rare among the prompts. A stream's tokens are read to its
-        end first, so it gives the graph that a tensor of the same prompts gives.
+    max_prompts: design "read" compares pairs of prompts, and is done after a few hundred: of more, all are run once for
+        their outputs and so many are drawn from strata of equal or similar output (None: all). A stream's tokens are
+        read to its end first, so it gives the graph that a tensor of the same prompts gives.
     refined: give kept edges of design "read" a second, exact look on a small sample of the prompts (refining.py).
     method: "lasso", or "lasso+confirm": each kept edge is then measured by intervention, and dropped where it has no
         effect; `graph.provenance["confirm"]` says how many forward passes that took, and what all edges would have.
