@@ -3,9 +3,11 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from tl_circuitlasso.errors import CircuitLassoError
 
@@ -17,6 +19,12 @@ def shared_folder(*parts: str) -> Path:
     if not path.exists():
         pytest.skip(f"no reference data at {path}: set TL_CIRCUITLASSO_DATA to the folder that holds it")
     return path
+
+
+def join_two(rank: int, store: str | Path) -> None:
+    """Be one of two processes under gloo that meet at a file; minutes of waiting for the other are a failure."""
+    patience = timedelta(minutes=3)  # gloo's own is half an hour
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=patience)
 
 
 @contextmanager

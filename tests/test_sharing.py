@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 
 import tl_circuitlasso as tcl
 from tests import architectures
-from tests.helpers import message_of
+from tests.helpers import join_two, message_of
 from tl_circuitlasso.discover import collect_statistics
 from tl_circuitlasso.models import collect as collection
 from tl_circuitlasso.sharing import ALONE, as_ranks, under_torchrun
@@ -84,7 +84,7 @@ def interrupted_and_resumed(folder: Path, rank: int) -> None:
 def worker(rank: int, folder: Path) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    join_two(rank, folder / "store")
     for case in CASES:
         found(case, "world").save(folder / f"{case}-{rank}.safetensors")
     of_demo(dist.group.WORLD).save(folder / f"demo-{rank}.safetensors")

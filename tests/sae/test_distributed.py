@@ -12,12 +12,13 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 
 import tl_circuitlasso as tcl
-from tests.helpers import message_of
+from tests.helpers import join_two, message_of
 from tests.sae.training import PlainSAE
 from tl_circuitlasso.demo import Demo, load_demo
 from tl_circuitlasso.features import learning
 from tl_circuitlasso.features.regression import needed_bytes
 from tl_circuitlasso.features.shared import share_of
+from tl_circuitlasso.models import feature_replay
 from tl_circuitlasso.sharing import ALONE, Ranks
 
 PARTS = ("W_enc", "W_dec", "bias")
@@ -75,8 +76,12 @@ def resumed(folder: Path, rank: int, demo: Demo, saes: Any) -> None:
     (folder / f"solved-{rank}.txt").write_text(" ".join(child for _, child in solved))
 
 
+def _no_batches(*_: Any) -> Any:
+    raise tcl.ModelError("no batches")
+
+
 def wrong(folder: Path, rank: int, demo: Demo, saes: Any) -> None:
-    """Different data, an SAE of another width in one process, and too little memory in one."""
+    """Different data, an SAE of another width in one process, too little memory in one, and no replay in one."""
     options = {"progress": False, "process_group": "world"}
     with message_of(folder, "other-data", rank):
         tokens = demo.tokens[rank : 40 + rank]
@@ -88,12 +93,18 @@ def wrong(folder: Path, rank: int, demo: Demo, saes: Any) -> None:
     memory = 100_000 if rank else None
     with message_of(folder, "memory", rank):
         tcl.circuit_lasso(demo.model, demo.tokens, basis=tcl.SAEFeatures(saes, memory=memory), **options)
+    ordinary = feature_replay._batches
+    if rank:
+        feature_replay._batches = _no_batches
+    with message_of(folder, "replay", rank):
+        tcl.circuit_lasso(demo.model, demo.tokens[:40], basis=tcl.SAEFeatures(saes, min_count=1), **options)
+    feature_replay._batches = ordinary
 
 
 def worker(rank: int, folder: Path) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    join_two(rank, folder / "store")
     demo, saes = load_demo(), saes_of(folder / "saes.safetensors")
     for case in CASES:
         found(case, demo, saes, "world").save(folder / f"{case}-{rank}.safetensors")
@@ -114,13 +125,13 @@ def folder(demo_saes: dict[str, PlainSAE], tmp_path_factory: pytest.TempPathFact
     return path
 
 
-def same(one: Any, other: Any) -> bool:
-    """Equal plain data, floats to a millionth."""
+def same(one: Any, other: Any, about: float = 1e-6) -> bool:
+    """Equal plain data, floats to a millionth, or `about`."""
     if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+        return one.keys() == other.keys() and all(same(one[key], other[key], about) for key in one)
     if isinstance(one, list):
-        return len(one) == len(other) and all(map(same, one, other))
-    return math.isclose(one, other, rel_tol=1e-6, abs_tol=1e-6) if isinstance(one, float) else one == other
+        return len(one) == len(other) and all(same(*both, about) for both in zip(one, other))
+    return math.isclose(one, other, rel_tol=about, abs_tol=about) if isinstance(one, float) else one == other
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -131,14 +142,18 @@ def test_two_processes_find_the_graph_of_one(folder: Path, case: str, demo: Demo
     assert first.index.names == alone.index.names and alone.n_kept > 0
     for name in ("source", "target", "port", "kept"):
         assert torch.equal(getattr(first, name), getattr(alone, name))
-    torch.testing.assert_close(first.score, alone.score, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(first.weight, alone.weight, rtol=1e-6, atol=1e-6)
+    near = {"rtol": 1e-4, "atol": 1e-5}  # in single precision, what is replayed depends on who shares its batch
+    torch.testing.assert_close(first.score, alone.score, **near)
+    torch.testing.assert_close(first.weight, alone.weight, **near)
     assert first.extras.keys() == alone.extras.keys()
     for name, column in alone.extras.items():
-        torch.testing.assert_close(first.extras[name], column, rtol=1e-6, atol=1e-6)
+        about = {"rtol": 0.05, "atol": 0.01} if name == "q" else near  # a tail of a t that rounding moves
+        torch.testing.assert_close(first.extras[name], column, **about, msg=lambda told, name=name: f"{name}: {told}")
     assert same(first.node_info, alone.node_info)
     proofs = [one.certificate.drop(columns=["gap", "iterations"]).to_dict("list") for one in (first, alone)]
-    assert same(*({key: [None if x != x else x for x in column] for key, column in one.items()} for one in proofs))
+    assert same(
+        *({key: [None if x != x else x for x in column] for key, column in one.items()} for one in proofs), about=1e-4
+    )
     assert bool(first.certificate.converged.all())
     ours, theirs = first.provenance, alone.provenance
     assert ours["processes"] == 2 and theirs["processes"] == 1
@@ -167,7 +182,7 @@ def test_a_run_that_failed_goes_on_with_the_pairs_of_process_0_and_everyones_cod
 def test_what_is_wrong_in_one_process_is_raised_in_both(folder: Path) -> None:
     for rank in range(2):
         assert "the processes differ in data" in (folder / f"other-data-{rank}.txt").read_text()
-    for name, told in (("other-width", "InputError: `saes`"), ("memory", "InputError")):
+    for name, told in (("other-width", "InputError: `saes`"), ("memory", "InputError"), ("replay", "ModelError: no")):
         messages = [(folder / f"{name}-{rank}.txt").read_text() for rank in range(2)]
         assert messages[1].startswith(told) and f"rank 1 of 2 failed: {told}" in messages[0]
 

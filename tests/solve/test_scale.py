@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 
+from tests.helpers import join_two
 from tests.solve.problems import planted
 from tl_circuitlasso.errors import CircuitLassoError, FormatError, InputError, SolveError
 from tl_circuitlasso.solve import (
@@ -154,7 +155,7 @@ def _weights() -> torch.Tensor:
 
 def _worker(rank: int, store: str, results: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    join_two(rank, store)
     problem = planted(targets=9)
     mine = slice(0, 50) if rank == 0 else slice(50, None)
     data = all_reduce_moments(moments_of(problem.features[mine], problem.targets[mine]))

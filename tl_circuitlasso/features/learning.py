@@ -181,9 +181,7 @@ def _effects(
     kept = {hook: some.features for hook, some in alive.items()}
     copies = {pair: len(places[pair].data.columns) for pair in waiting}
     progress = setup.progress and setup.ranks.rank == 0
-    with setup.ranks.together():
-        found = replay(adapter, collected.store, waiting, kept, copies, progress=progress, ranks=setup.ranks)
-    return found, unread
+    return replay(adapter, collected.store, waiting, kept, copies, progress=progress, ranks=setup.ranks), unread
 
 
 def _regress(data: PairData, basis: SAEFeatures, setup: FeatureSetup, pair: tuple[str, str]) -> Regressed:

@@ -41,19 +41,19 @@ ALIKE = 1e-4  # relative: as exactly is what a feature writes its code times its
 _ORDER, _SPAN = 2654435761, 1 << 32
 
 Pair = tuple[str, str]
+Groups = tuple[Int[Tensor, " group"], Int[Tensor, " group"]]  # features (by place), and prompts that tell of them
 
 
 # ---- which features on which prompts --------------------------------------------------------------------------------
 
 
-def chosen_groups(
-    chunks: Iterable[Chunk], kept: Mapping[str, Int[Tensor, " _kept"]], most: int
-) -> dict[str, tuple[Int[Tensor, " group"], Int[Tensor, " group"]]]:
+def chosen_groups(chunks: Iterable[Chunk], kept: Mapping[str, Int[Tensor, " _kept"]], most: int) -> dict[str, Groups]:
     """By hook, the kept features (by place) and the prompts that tell of them: of each, up to `most` prompts.
 
     All features prefer the same prompts, so that few prompts tell of many.
     """
-    found: dict[str, list[Tensor]] = {hook: [] for hook in kept}
+    nothing = torch.zeros(2, 0, dtype=torch.int64)  # a process may have no prompts
+    found: dict[str, list[Tensor]] = {hook: [nothing] for hook in kept}
     for chunk in chunks:
         for hook, features in kept.items():
             codes = chunk.codes[hook]
@@ -63,7 +63,17 @@ def chosen_groups(
     return {hook: _first(torch.cat(parts, 1), most) for hook, parts in found.items()}
 
 
-def _first(pairs: Int[Tensor, "2 pair"], most: int) -> tuple[Int[Tensor, " group"], Int[Tensor, " group"]]:
+def _of_all(mine: Groups, most: int, ranks: Ranks) -> Groups:
+    """This process's share of what all processes would choose as one."""
+    if ranks.size == 1:
+        return mine
+    parts = [part["pairs"] for part in ranks.gather({"pairs": torch.stack(mine)})]
+    feature, prompt = _first(torch.cat(parts, 1), most)
+    own = torch.isin(prompt, mine[1])
+    return feature[own], prompt[own]
+
+
+def _first(pairs: Int[Tensor, "2 pair"], most: int) -> Groups:
     feature, prompt = (part.numpy() for part in pairs)
     order = np.lexsort(((prompt * _ORDER) % _SPAN, feature))
     begins = np.searchsorted(feature[order], feature[order])
@@ -227,20 +237,32 @@ def replay(
     if not paths:
         return {}
     parents = list(dict.fromkeys(parent for parent, _ in paths))
-    chosen = chosen_groups(chunks, {hook: kept[hook] for hook in parents}, -(-GROUPS // ranks.size))
+    with ranks.together():  # all are done, or all learn why not, before any waits for another's part
+        mine = chosen_groups(chunks, {hook: kept[hook] for hook in parents}, GROUPS)
+    chosen = {hook: _of_all(groups, GROUPS, ranks) for hook, groups in mine.items()}
+    with ranks.together():
+        tallies = _tallied(adapter, chunks, paths, chosen, kept, copies, progress=progress)
+    return {pair: tally.effects(len(kept[pair[0]]), ranks) for pair, tally in tallies.items()}
+
+
+def _tallied(
+    adapter: Adapter, chunks: Iterable[Chunk], paths: Mapping[Pair, Path], chosen: Mapping[str, Groups],
+    kept: Mapping[str, Tensor], copies: Mapping[Pair, int], *, progress: bool,
+) -> dict[Pair, _Tally]:  # fmt: skip
+    """What this process's prompts tell."""
     tallies = {pair: _empty(kept[pair[0]], kept[pair[1]], copies[pair]) for pair in paths}
     prompts = torch.cat([prompt for _, prompt in chosen.values()]).unique()
     keys = set().union(*(path.wanted() for path in paths.values()))
     with tqdm(total=len(prompts), desc="replay", unit="prompt", disable=not progress) as bar:
         for batch, numbers in _batches(adapter, chunks, prompts):
             acts = adapter.run(batch.tokens, batch.mask, keys)
-            replayed = _Replayed(Layers(adapter, acts, batch.mask), batch, numbers, kept)
+            again = _Replay(Layers(adapter, acts, batch.mask), batch, numbers, kept)
             with torch.no_grad():
-                for parent in parents:
+                for parent in chosen:
                     some = {pair: path for pair, path in paths.items() if pair[0] == parent}
-                    replayed.add(some, chosen[parent], tallies)
+                    again.add(some, chosen[parent], tallies)
             bar.update(len(numbers))
-    return {pair: tally.effects(len(kept[pair[0]]), ranks) for pair, tally in tallies.items()}
+    return tallies
 
 
 def _empty(features: Tensor, children: Tensor, copies: int) -> _Tally:
@@ -249,7 +271,7 @@ def _empty(features: Tensor, children: Tensor, copies: int) -> _Tally:
 
 
 @dataclass(eq=False)
-class _Replayed:
+class _Replay:
     """One batch of prompts, and what is encoded of it."""
 
     layers: Layers
