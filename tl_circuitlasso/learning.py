@@ -17,17 +17,19 @@ from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.learning_read import learn_read
 from tl_circuitlasso.nodes import NodeIndex
-from tl_circuitlasso.relevance import propagate
+from tl_circuitlasso.relevance import narrowest, propagate
 from tl_circuitlasso.schema import NODES, TARGET
 from tl_circuitlasso.sharing import Ranks, as_ranks
 from tl_circuitlasso.statistics import Statistics
-from tl_circuitlasso.stopping import widest_gap
+from tl_circuitlasso.stopping import CENTRE, widest_gap
 
 LEAST_VARIANCE = 1e-10  # of the largest column: below, a column counts as constant
 ROUNDING = 1e-12  # of the largest squared mean: variance that float32 activations have when nothing varies
 RESAMPLED = ("cv", "stability")  # strengths that need the statistics in folds
 STABLE = 0.8  # share of half-samples that must have an edge
 COLLINEAR = 10.0  # standardised coefficients beyond this come from parents that are all but copies of each other
+GROUP_STRENGTH = 0.1  # of lambda_max, for components: a path of twenty strengths finds no better edges
+GROUP_CENTRE = 0.2  # of the highest score, for components: many columns explain a little of anything
 CLASS_STRENGTH = 0.05  # of lambda_max, for class labels where a rule is asked for
 
 
@@ -57,8 +59,9 @@ def learn(
 
     Design `read` is learned as learning_read.py says. In the others component sites are groups (one Frobenius norm per
     parent and child) and other nodes columns of their own (L1). score = share of the child's variance that the parent
-    explains, times the child's relevance for the target. Kept: weight != 0 and a score above the widest gap near 1 % of
-    the largest; then pruned to paths that reach the target. The processes of a `process_group` ("world", or a group of
+    explains, times the child's relevance for the target. "auto" is 0.1 for components, two passes of EBIC for other
+    nodes. Kept: weight != 0 and a score above the widest gap near 1 % of the largest (20 % for components), but never so
+    high that no path is left; then pruned to paths that reach the target. The processes of a `process_group` ("world", or a group of
     torch.distributed), which all hold the same statistics, deal the children out among themselves.
 
     Raises
@@ -77,7 +80,8 @@ def learn(
     with ranks.together():
         for number, mine in _dealt(work, ranks):
             own[number] = _solve(work[number], mine, statistics, strength, tol, seed)
-    return assemble(index, _everyones(own, len(work), ranks))
+    grouped = any(size > 1 for (_, size), block in zip(statistics.meta["columns"], index.blocks) if block.features is None)
+    return assemble(index, _everyones(own, len(work), ranks), GROUP_CENTRE if grouped else CENTRE)
 
 
 def _dealt(work: Sequence[Regression], ranks: Ranks) -> Iterator[tuple[int, Int[Tensor, " mine"]]]:
@@ -227,6 +231,8 @@ def _choose(
         stability = solve.stability(parts, penalty=penalty, tol=tol, seed=seed)
         solution = solve.select(data, rule="fixed", penalty=penalty, tol=tol).solution
         return replace(solution, value=solution.value * (stability >= STABLE)), stability
+    if strength == "auto" and isinstance(penalty, solve.Group):
+        strength = GROUP_STRENGTH
     if isinstance(strength, str):
         rule = "ebic" if strength == "mcp" and isinstance(penalty, solve.Group) else strength  # "mcp" weighs entries
         choice = solve.select(data, rule=rule, folds=parts, penalty=penalty, tol=tol)
@@ -327,12 +333,14 @@ def _explained(
     return torch.stack([(part * (own @ part)).sum(0) for part, own in parts])
 
 
-def assemble(index: NodeIndex, found: Sequence[Learned]) -> AttributionGraph:
+def assemble(index: NodeIndex, found: Sequence[Learned], centre: float = CENTRE) -> AttributionGraph:
     """The graph of all regressions, scored by relevance for the target."""
     source, target, weight, share = (
         torch.cat([getattr(one, name) for one in found]) for name in ("source", "target", "weight", "share")
     )
     score = propagate(source, target, share, ranks=index.ranks, roots=torch.tensor([len(index) - 1]))
+    way = narrowest(source, target, score, ranks=index.ranks, start=0, end=len(index) - 1)
+    bar = widest_gap(score, centre)
     stabilities = [one.stability for one in found if one.stability is not None]
     stable = {"stability": torch.cat(stabilities)} if len(stabilities) == len(found) else {}
     graph = AttributionGraph(
@@ -342,7 +350,7 @@ def assemble(index: NodeIndex, found: Sequence[Learned]) -> AttributionGraph:
         port=torch.zeros_like(source),
         score=score * torch.where(weight < 0, -1.0, 1.0),
         weight=weight,
-        kept=(weight != 0) & (score > widest_gap(score)),
+        kept=(weight != 0) & (score > (min(bar, way * (1 - 1e-9)) if way > 0 else bar)),
         extras=stable,
         certificates=tuple(row for one in found for row in one.certificates(index)),
     )
