@@ -227,9 +227,10 @@ def test_contrast_pairs_give_signed_effects_that_add_up() -> None:
     with torch.no_grad():
         clean, other = (demo.model(tokens)[:, -1] for tokens in (demo.tokens, demo.corrupted))
     drop = sum(s * (x[rows, demo.correct] - x[rows, demo.incorrect]).mean() for s, x in ((1, clean), (-1, other)))
-    table = graph.edge_table()
-    assert table[table.target == "logits"].score.sum() == pytest.approx(float(drop), rel=1e-3)
-    assert (graph.extras["mean_abs"] + 1e-9 >= graph.score.abs()).all()
+    table, effect, size = graph.edge_table(), graph.extras["mean_effect"], graph.extras["mean_abs"]
+    assert table[table.target == "logits"].mean_effect.sum() == pytest.approx(float(drop), rel=1e-3)
+    assert (size + 1e-9 >= graph.score.abs()).all() and (graph.score.abs() + 1e-9 >= effect.abs()).all()
+    torch.testing.assert_close(graph.score, effect.sign() * (effect.abs() * size).sqrt())
     assert graph.provenance["partners"] == "corrupted" and graph.provenance["pairs"] == 32
 
 

@@ -19,6 +19,18 @@ def mean_of(total: Float[Tensor, "fold *edges"], pairs: Float[Tensor, " fold"]) 
     return total.sum(0) / pairs.sum()
 
 
+def between_counterparts(effect: Float[Tensor, " edge"], size: Float[Tensor, " edge"]) -> Float[Tensor, " edge"]:
+    """The score from the mean effect and the mean size of the effect: sign(E d) sqrt(|E d| E|d|), at least |E d|.
+
+    Effects that cancel between prompts are needed on each of them: by the mean alone they would rank below edges that
+    do little anywhere, and a circuit of the highest scores would lack them.
+
+    >>> between_counterparts(torch.tensor([-1.0, 0.5]), torch.tensor([1.0, 2.0])).tolist()
+    [-1.0, 1.0]
+    """
+    return effect.sign() * (effect.abs() * size).sqrt()
+
+
 @dataclass(frozen=True, eq=False)
 class Edges:
     """All candidate edges as columns; `pair` numbers the (source, target) pair that an edge's ports belong to."""

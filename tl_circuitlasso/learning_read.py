@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from tl_circuitlasso import schema, solve
-from tl_circuitlasso.choice import Edges, mean_of
+from tl_circuitlasso.choice import Edges, between_counterparts, mean_of
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.garrote import Asked, children, garrote, resampled
 from tl_circuitlasso.graph import AttributionGraph
@@ -35,8 +35,8 @@ def learn_read(
     weight a_u. By default one lambda holds for all children, since all contributions are in the target's units.
 
     Score = expected cost to the target of the edge's contribution (nats, or units of the target), negative where it
-    works against the child's whole contribution; for prompts with counterparts and a target that is a number, how much
-    of the target's mean difference the edge carries.
+    works against the child's whole contribution; for prompts with counterparts and a target that is a number, the
+    signed size of its effect, choice.between_counterparts.
 
     Kept: both ends matter, and the cost lies above the widest gap near 1 % of the costliest edge into the target (in
     squares where it is a number), and never so high that no path is left. Where more than 256 pairs of components
@@ -69,10 +69,13 @@ def learn_read(
     solutions = gather_solutions(own, ranks)
     weight = torch.cat([solution.value.flatten() for solution in solutions])
     generator = torch.Generator().manual_seed(seed)
-    score = edges.port_scores(edges.bounded(mean_of(edges.cost, pairs))[0], mean_of(edges.port_cost, pairs))
     extras: dict[str, torch.Tensor] = {}
-    if edges.port_effect is not None:
-        extras["mean_abs"] = mean_of(edges.port_cost, pairs)
+    if edges.port_effect is None:
+        score = edges.port_scores(edges.bounded(mean_of(edges.cost, pairs))[0], mean_of(edges.port_cost, pairs))
+        score = score * edges.sign
+    else:
+        extras = {"mean_effect": -mean_of(edges.port_effect, pairs), "mean_abs": mean_of(edges.port_cost, pairs)}
+        score = between_counterparts(extras["mean_effect"], extras["mean_abs"])
     if dense:
         extras["stability"] = resampled(found, solutions, asked, generator)
         keep, carried = weight > 0, edges.carried(found, weight > 0)
@@ -85,7 +88,7 @@ def learn_read(
         source=edges.source,
         target=edges.target,
         port=edges.port,
-        score=score * edges.sign if edges.port_effect is None else -mean_of(edges.port_effect, pairs),
+        score=score,
         weight=weight,
         kept=keep,
         extras=extras,

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from tl_circuitlasso.choice import between_counterparts
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.collect import Plan
@@ -146,9 +147,10 @@ def _measured(graph: AttributionGraph, costs: Costs, survivors: Collection[Edge]
         rows = (graph.source == source) & (graph.target == target)
         ratio = cost / max(first[edge], 1e-300)
         if signed:
+            total = float(extras["mean_effect"][rows].sum())
+            extras["mean_effect"][rows] *= -costs.effects[edge] / total if abs(total) > 1e-300 else 0.0
             extras["mean_abs"][rows] *= ratio
-            total = float(score[rows].sum())
-            score[rows] *= -costs.effects[edge] / total if abs(total) > 1e-300 else 0.0
+            score[rows] = between_counterparts(extras["mean_effect"][rows], extras["mean_abs"][rows])
         else:
             score[rows] *= ratio
         if edge not in survivors:
