@@ -10,10 +10,11 @@
 Without MODEL it's stories260K of the shared data. Tasks: indirect objects (--third: counterparts with a third name),
 agreement of subject and verb, capitals of states, the next token of a story; only prompts that the model gets right.
 
-Circuits of the strongest edges by |score| and by signed score are judged at MIB's sizes: .1 to 50 % of all edges, and
-the whole model, which costs nothing. What cut edges carry: what their source does on the counterpart ("patch"), its
-mean over the prompts ("mean"), or what it does on another prompt of the task ("resample"). Cost is processor time over
-that of bare forward passes on the same prompts, run just before and after.
+Circuits of the strongest edges by |score| and by signed score, grown from the target so that every edge counts (--rule
+top: wherever they lie), are judged at MIB's sizes: .1 to 50 % of all edges, and the whole model, which costs nothing.
+What cut edges carry: what their source does on the counterpart ("patch"), its mean over the prompts ("mean"), or what
+it does on another prompt of the task ("resample"). Cost is processor time over that of bare forward passes on the same
+prompts, run just before and after.
 
 Judging a ranking takes nine forward passes over the prompts, so five methods by both rankings under three ablations
 take about 250: an hour on one core for 64 prompts and 135M parameters. --methods, --ablations and --prompts make it
@@ -83,7 +84,10 @@ def one_task(model: Any, name: str, options: argparse.Namespace) -> report.Resul
     judged = tasks.task(model, name, split=options.judge, **asked) if options.judge else task
     some, ablations = methods.chosen(options.methods), options.ablations.split(",")
     found = measure.find(model, task, some, options.seed)
-    curves = {ablation: measure.curves(model, found.graphs, judged, ablation, options.seed) for ablation in ablations}
+    curves = {
+        ablation: measure.curves(model, found.graphs, judged, ablation, options.seed, options.rule)
+        for ablation in ablations
+    }
     circuits = measure.circuits(model, found, some, judged, ablations, options.seed)
     stability = {
         method.name: measure.stability(model, method, task, samples=options.resamples, seed=options.seed)
@@ -111,6 +115,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--judge", choices=wording.SPLITS, help="judge on prompts of this kind; default: on the same ones"
+    )
+    parser.add_argument(
+        "--rule",
+        default="greedy",
+        choices=("greedy", "top"),
+        help="how circuits are made of scores; default %(default)s",
     )
     parser.add_argument("--third", action="store_true", help="counterparts of indirect objects have a third name")
     parser.add_argument("--resamples", type=int, default=0, help="half-samples for the stability of circuits")

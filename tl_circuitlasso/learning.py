@@ -60,9 +60,9 @@ def learn(
     Design `read` is learned as learning_read.py says. In the others component sites are groups (one Frobenius norm per
     parent and child) and other nodes columns of their own (L1). score = share of the child's variance that the parent
     explains, times the child's relevance for the target. "auto" is 0.1 for components, two passes of EBIC for other
-    nodes. Kept: weight != 0 and a score above the widest gap near 1 % of the largest (20 % for components), but never so
-    high that no path is left; then pruned to paths that reach the target. The processes of a `process_group` ("world", or a group of
-    torch.distributed), which all hold the same statistics, deal the children out among themselves.
+    nodes. Kept: weight != 0 and a score above the widest gap near 1 % of the largest (20 % for components), but never
+    so high that no path is left; then pruned to paths that reach the target. The processes of a `process_group`
+    ("world", or a group of torch.distributed), which all hold the same statistics, deal the children out.
 
     Raises
     ------
@@ -80,7 +80,9 @@ def learn(
     with ranks.together():
         for number, mine in _dealt(work, ranks):
             own[number] = _solve(work[number], mine, statistics, strength, tol, seed)
-    grouped = any(size > 1 for (_, size), block in zip(statistics.meta["columns"], index.blocks) if block.features is None)
+    grouped = any(
+        size > 1 for (_, size), block in zip(statistics.meta["columns"], index.blocks) if block.features is None
+    )
     return assemble(index, _everyones(own, len(work), ranks), GROUP_CENTRE if grouped else CENTRE)
 
 

@@ -114,14 +114,23 @@ def ablated(task: Task, ablation: str, seed: int) -> tuple[Tensor, str]:
 
 
 def curves(
-    model: Any, graphs: Mapping[str, AttributionGraph], task: Task, ablation: str, seed: int
+    model: Any, graphs: Mapping[str, AttributionGraph], task: Task, ablation: str, seed: int, rule: str = "greedy"
 ) -> dict[str, dict[str, Curve]]:
-    """Each method's curve at MIB's sizes, by each ranking; scores without a negative one rank alike by both."""
+    """Each method's curve at MIB's sizes, by each ranking and `rule` (as in `evaluate.curve`).
+
+    Scores without a negative one rank alike by both.
+    """
     corrupted, how = ablated(task, ablation, seed)
 
     def ranked(some: Mapping[str, AttributionGraph], absolute: bool) -> dict[str, Curve]:
         say(f"  {ablation}: circuits of {len(some)} methods by {RANKINGS[not absolute]}")
-        options: dict[str, Any] = {"sizes": MIB_SHARES, "absolute": absolute, "batch_size": BATCH, "seed": seed}
+        options: dict[str, Any] = {
+            "sizes": MIB_SHARES,
+            "absolute": absolute,
+            "rule": rule,
+            "batch_size": BATCH,
+            "seed": seed,
+        }
         return evaluate.curves(model, some, task.clean, corrupted, task.metric, how, **options) if some else {}
 
     by_size = ranked(graphs, True)
