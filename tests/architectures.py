@@ -209,13 +209,13 @@ def _knows_olmo2() -> bool:
     return "Olmo2ForCausalLM" in POST_NORM_ARCHITECTURES
 
 
-def small(tokenizer: Any = None) -> Any:
-    """A random GPT-2 of whichever kind is installed, with or without a tokenizer."""
+def small(tokenizer: Any = None, *, layers: int = 2) -> Any:
+    """A random GPT-2 of whichever kind is installed, with or without a tokenizer; a bridge always has two layers."""
     try:
         from transformer_lens import HookedTransformer as _  # noqa: F401
     except ImportError:
         return bridge("native") if tokenizer is None else bridge("gpt2")
-    return hooked("gpt2", tokenizer=tokenizer)
+    return hooked("gpt2", tokenizer=tokenizer, n_layers=layers)
 
 
 def bridge(family: str, *, compatible: bool = False, dtype: torch.dtype = torch.float32) -> Any:

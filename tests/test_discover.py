@@ -161,7 +161,8 @@ def test_strength_means_the_same_in_the_other_designs(model: Any, design: str) -
 
 
 @pytest.mark.parametrize("strength", ["auto", "cv", "ebic", "mcp", "stability"])
-def test_named_strengths_are_known_to_every_design(model: Any, strength: str) -> None:
+def test_named_strengths_are_known_to_every_design(strength: str) -> None:
+    model = architectures.small(layers=1)
     options = {"basis": tcl.Component(1), "design": "activation"}
     if strength != "cv":  # slow on groups; the tests of `learn` have it
         assert found(model, strength=strength, **options).score.isfinite().all()
@@ -169,7 +170,8 @@ def test_named_strengths_are_known_to_every_design(model: Any, strength: str) ->
     assert as_strength(strength) == strength
 
 
-def test_concave_strengths_are_for_single_coefficients(model: Any) -> None:
+def test_concave_strengths_are_for_single_coefficients() -> None:
+    model = architectures.small(layers=1)
     for design in ("activation", "routed"):
         with pytest.raises(tcl.InputError, match=r"`strength` 'mcp' weighs single.*Component\(1\)"):
             found(model, strength="mcp", design=design)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 import tl_circuitlasso as tcl
@@ -41,8 +42,15 @@ def sae_folders(stories: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[
     pytest.importorskip("sae_lens", reason="sae_lens is not installed")
     text = shared_folder("datasets", "tinystories", "train_part_cased.txt").read_text(encoding="utf-8")[:150_000]
     tokens = training.story_tokens(stories.tokenizer, text, prompts=600, length=64)
-    root = tmp_path_factory.mktemp("saes")
-    return {hook: str(training.train_sae(stories, tokens, hook, root / hook)) for hook in training.STORY_HOOKS}
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # trained once for all workers
+    folders = {hook: root / "saes" / hook for hook in training.STORY_HOOKS}
+    with FileLock(root / "saes.lock"):
+        for hook, folder in folders.items():
+            if not folder.exists():
+                training.train_sae(stories, tokens, hook, folder)
+    return {hook: str(folder) for hook, folder in folders.items()}
 
 
 @pytest.fixture(scope="session")
