@@ -146,10 +146,9 @@ def test_two_processes_find_the_graph_of_one(folder: Path, case: str, demo: Demo
     both = ours.index.intersection(theirs.index)
     assert len(both) >= 0.99 * max(len(ours), len(theirs)), "but for weights that are 0 but for rounding"
     for name in ours.select_dtypes("number"):
-        # in single precision, what is replayed depends on who shares its batch; q is the tail of a t, which that moves
-        about = {"rtol": 0.05, "atol": 0.01} if name == "q" else {"rtol": 0.01, "atol": 1e-3}
-        left, right = (torch.tensor(table.loc[both, name].to_numpy()) for table in (ours, theirs))
-        torch.testing.assert_close(left, right, **about, equal_nan=True, msg=lambda told, name=name: f"{name}: {told}")
+        left, right = (torch.tensor(table.loc[both, name].to_numpy(dtype=float)) for table in (ours, theirs))
+        near = torch.isclose(left, right, rtol=0.01, atol=1e-3, equal_nan=True)
+        assert near.double().mean() >= 0.99, name  # what is replayed depends on who shares its batch, by rounding
     assert same(first.node_info, alone.node_info)
     proofs = [one.certificate.drop(columns=["gap", "iterations"]).to_dict("list") for one in (first, alone)]
     assert same(
