@@ -147,7 +147,7 @@ def test_two_processes_find_the_graph_of_one(folder: Path, case: str, demo: Demo
     assert len(both) >= 0.99 * max(len(ours), len(theirs)), "but for weights that are 0 but for rounding"
     for name in ours.select_dtypes("number"):
         left, right = (torch.tensor(table.loc[both, name].to_numpy(dtype=float)) for table in (ours, theirs))
-        near = torch.isclose(left, right, rtol=0.01, atol=1e-3, equal_nan=True)
+        near = torch.isclose(left, right, rtol=0.01, atol=0.02 if name == "q" else 1e-3, equal_nan=True)
         assert near.double().mean() >= 0.99, name  # what is replayed depends on who shares its batch, by rounding
     assert same(first.node_info, alone.node_info)
     proofs = [one.certificate.drop(columns=["gap", "iterations"]).to_dict("list") for one in (first, alone)]
