@@ -22,17 +22,17 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from tl_circuitlasso import choice, refining
 from tl_circuitlasso.bench.cases import Case, case_folders, load_case
 from tl_circuitlasso.bench.methods import BATCH
-from tl_circuitlasso.choice import Edges
-from tl_circuitlasso.discover import circuit_lasso
+from tl_circuitlasso.discover import choice, refining
+from tl_circuitlasso.discover.choice import Edges
+from tl_circuitlasso.discover.run import circuit_lasso
+from tl_circuitlasso.discover.stopping import CENTRE
 from tl_circuitlasso.evaluate.structure import structure
 from tl_circuitlasso.models import read
 from tl_circuitlasso.models.outcome import Outcome
 from tl_circuitlasso.models.views import NormSecant, View
 from tl_circuitlasso.models.weights import repeat_heads
-from tl_circuitlasso.stopping import CENTRE
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,7 @@ def methods(problem: Problem, model: Any, steps: int) -> dict[str, Callable[[], 
     size = problem.batch_size
 
     def lasso() -> Any:
-        from tl_circuitlasso.discover import circuit_lasso
+        from tl_circuitlasso.discover.run import circuit_lasso
 
         return circuit_lasso(model, clean, batch_size=size, progress=False)
 

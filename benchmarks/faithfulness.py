@@ -37,14 +37,14 @@ from tl_circuitlasso.bench.cases import Case, case_folders, limited, load_case
 from tl_circuitlasso.bench.measure import measured
 from tl_circuitlasso.bench.methods import BATCH, objective
 from tl_circuitlasso.demo import load_demo
-from tl_circuitlasso.discover import circuit_lasso
+from tl_circuitlasso.discover.run import circuit_lasso
 from tl_circuitlasso.evaluate.circuits import as_circuits, prune, score_matrix
 from tl_circuitlasso.evaluate.curves import MIB_SHARES, Curve, select
 from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.graph.nodes import component_index
 from tl_circuitlasso.models import adapt
 from tl_circuitlasso.models.ablation import from_run
 from tl_circuitlasso.models.patch import run_circuits
-from tl_circuitlasso.nodes import component_index
 
 # ---- the package's way ----------------------------------------------------------------------------------------------
 

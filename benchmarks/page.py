@@ -19,7 +19,7 @@ from typing import Any
 
 from tl_circuitlasso import plot
 from tl_circuitlasso.graph import AttributionGraph
-from tl_circuitlasso.nodes import component_index
+from tl_circuitlasso.graph.nodes import component_index
 
 FLAGS = (
     "--headless",

@@ -16,8 +16,8 @@ import numpy as np
 import pandas as pd
 import torch
 
+from tl_circuitlasso.discover.learning import learn
 from tl_circuitlasso.evaluate.structure import structure
-from tl_circuitlasso.learning import learn
 from tl_circuitlasso.synthetic import Edge, Planted, planted
 
 PLAIN = {"mixing": False, "copies": 0.0, "cancelling": 0.0}

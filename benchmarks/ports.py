@@ -16,10 +16,10 @@ import torch
 
 from tl_circuitlasso.bench.cases import Case, case_folders, load_case
 from tl_circuitlasso.bench.methods import METHODS
+from tl_circuitlasso.data.sites import PORTS
+from tl_circuitlasso.discover.stopping import CENTRE
 from tl_circuitlasso.evaluate.structure import structure
 from tl_circuitlasso.graph import AttributionGraph
-from tl_circuitlasso.sites import PORTS
-from tl_circuitlasso.stopping import CENTRE
 
 PortEdge = tuple[str, str, str]
 

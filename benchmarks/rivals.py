@@ -28,10 +28,10 @@ from tl_circuitlasso import baselines, evaluate
 from tl_circuitlasso.bench.cases import Case, case_folders, limited, load_case
 from tl_circuitlasso.bench.measure import measured
 from tl_circuitlasso.bench.methods import objective
-from tl_circuitlasso.discover import circuit_lasso
+from tl_circuitlasso.data.targets import LogitDiff
+from tl_circuitlasso.discover.run import circuit_lasso
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models import adapt
-from tl_circuitlasso.targets import LogitDiff
 
 Metric = Callable[[Tensor, Tensor], Tensor]
 Find = Callable[[Any, Tensor, Tensor, Metric], AttributionGraph]

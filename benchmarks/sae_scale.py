@@ -42,7 +42,7 @@ from tl_circuitlasso.models.feature_replay import Effects  # noqa: E402
 from tl_circuitlasso.models.feature_store import CHUNK_SAMPLES, CodeStore  # noqa: E402
 from tl_circuitlasso.models.memory import free_bytes, in_words  # noqa: E402
 from tl_circuitlasso.solve.sparse import SCATTER_BELOW  # noqa: E402
-from tl_circuitlasso.synthetic_codes import PlantedCodes, planted_codes, sparse_codes  # noqa: E402
+from tl_circuitlasso.synthetic.codes import PlantedCodes, planted_codes, sparse_codes  # noqa: E402
 
 TYPICAL = 10  # edges of a child
 SURE = 24  # prompts that tell of a feature

@@ -147,7 +147,7 @@ def _rank(rank: int, size: int, folder: str, circuit: Callable[[Any, Any], Any],
 
 def circuit_of_components(demo: Any, group: Any) -> Any:
     """The default circuit of the bundled model."""
-    from tl_circuitlasso.discover import circuit_lasso
+    from tl_circuitlasso.discover.run import circuit_lasso
 
     options = {"positions": "last", "max_prompts": None, "progress": False, "process_group": group}
     return circuit_lasso(demo.model, demo.tokens, **options)
@@ -155,7 +155,7 @@ def circuit_of_components(demo: Any, group: Any) -> Any:
 
 def circuit_of_features(demo: Any, group: Any) -> Any:
     """The default circuit among the features of `random_saes`."""
-    from tl_circuitlasso.discover import circuit_lasso
+    from tl_circuitlasso.discover.run import circuit_lasso
     from tl_circuitlasso.models.sae import SAEFeatures
 
     options = {"basis": SAEFeatures(random_saes()), "progress": False, "process_group": group}

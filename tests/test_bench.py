@@ -122,7 +122,7 @@ def test_a_method_that_chooses_is_scored_at_its_own_choice(folder, monkeypatch):
 
 
 def test_circuit_lasso_runs_on_a_case(folder):
-    pytest.importorskip("tl_circuitlasso.discover")
+    pytest.importorskip("tl_circuitlasso.discover.run")
     report = run(folder, "circuit-lasso")
     assert not report.failures, report.failures
     assert report.rows[0].chooses and report.rows[0].forward_passes >= 1

@@ -11,8 +11,8 @@ from torch import Tensor
 import tl_circuitlasso as tcl
 from tests import architectures
 from tests.test_learning import CHAIN, read_statistics
-from tl_circuitlasso.drawing import draw_by_output
-from tl_circuitlasso.learning import learn
+from tl_circuitlasso.discover.drawing import draw_by_output
+from tl_circuitlasso.discover.learning import learn
 from tl_circuitlasso.models.adapter import adapt
 from tl_circuitlasso.models.outcome import _others
 from tl_circuitlasso.models.tokens import Prompts
@@ -237,7 +237,7 @@ def test_contrast_pairs_give_signed_effects_that_add_up() -> None:
 def test_between_counterparts_the_regression_decides_where_costly_edges_carry_too_little(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from tl_circuitlasso import learning_read
+    from tl_circuitlasso.discover import learning_read
 
     model = architectures.hooked("gpt2", dtype=torch.float64)
     clean, other = architectures.prompts(batch=16), architectures.prompts(batch=16, seed=5)

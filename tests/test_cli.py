@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 import tl_circuitlasso as tcl
 from tests import architectures
 from tests.helpers import shared_folder
-from tl_circuitlasso import discover
 from tl_circuitlasso.__main__ import main
 from tl_circuitlasso.cli.options import saes
 from tl_circuitlasso.cli.prompts import read_prompts
+from tl_circuitlasso.discover import run as discover
 from tl_circuitlasso.errors import FormatError, InputError
 from tl_circuitlasso.formats.files import READERS
 from tl_circuitlasso.models.loading import load_model

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 import tl_circuitlasso as tcl
 from tests.formats.helpers import feature_graph, random_graph
 from tl_circuitlasso.comparison import Comparison, compare
+from tl_circuitlasso.data.sites import Site
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
-from tl_circuitlasso.nodes import Block, NodeIndex, component_index
-from tl_circuitlasso.sites import Site
+from tl_circuitlasso.graph.nodes import Block, NodeIndex, component_index
 
 INDEX = component_index(n_layers=2, n_heads=2)
 PAIRS = sorted((s, t) for s in INDEX.names for t in INDEX.names if INDEX.may_feed(s, t))

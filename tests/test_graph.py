@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from tl_circuitlasso.errors import FormatError, InputError
 from tl_circuitlasso.graph import AttributionGraph
-from tl_circuitlasso.nodes import NodeIndex, component_index
+from tl_circuitlasso.graph.nodes import NodeIndex, component_index
 
 INDEX = component_index(n_layers=2, n_heads=2)
 

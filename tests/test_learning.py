@@ -8,12 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tl_circuitlasso.data.sites import Site
+from tl_circuitlasso.data.statistics import Statistics, add_folds, empty_folds
+from tl_circuitlasso.discover.learning import learn
 from tl_circuitlasso.errors import InputError
-from tl_circuitlasso.learning import learn
-from tl_circuitlasso.nodes import Block, NodeIndex, component_index
-from tl_circuitlasso.relevance import propagate
-from tl_circuitlasso.sites import Site
-from tl_circuitlasso.statistics import Statistics, add_folds, empty_folds
+from tl_circuitlasso.graph.nodes import Block, NodeIndex, component_index
+from tl_circuitlasso.graph.relevance import propagate
 
 
 def activation_statistics(*, samples: int = 400, folds: int = 1, seed: int = 0) -> Statistics:

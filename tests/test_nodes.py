@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tl_circuitlasso.data.sites import Site, parse_site
 from tl_circuitlasso.errors import InputError
-from tl_circuitlasso.nodes import Block, NodeIndex, component_index
-from tl_circuitlasso.sites import Site, parse_site
+from tl_circuitlasso.graph.nodes import Block, NodeIndex, component_index
 
 layers = st.integers(0, 99)
 sites = st.one_of(

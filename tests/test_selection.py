@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tests.test_graph import random_graph
 from tl_circuitlasso.errors import InputError, SolveError
 from tl_circuitlasso.graph import AttributionGraph
-from tl_circuitlasso.nodes import component_index
-from tl_circuitlasso.selection import HOW, Edges, grown, levels, on_path, optimum, ranked
+from tl_circuitlasso.graph.nodes import component_index
+from tl_circuitlasso.graph.selection import HOW, Edges, grown, levels, on_path, optimum, ranked
 
 SMALL = component_index(n_layers=1, n_heads=2)
 

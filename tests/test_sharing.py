@@ -13,10 +13,10 @@ import torch.multiprocessing as mp
 import tl_circuitlasso as tcl
 from tests import architectures
 from tests.helpers import join_two, message_of
-from tl_circuitlasso.discover import collect_statistics
+from tl_circuitlasso.data.sharing import ALONE, as_ranks, under_torchrun
+from tl_circuitlasso.data.statistics import Moments, Statistics
+from tl_circuitlasso.discover.run import collect_statistics
 from tl_circuitlasso.models import collect as collection
-from tl_circuitlasso.sharing import ALONE, as_ranks, under_torchrun
-from tl_circuitlasso.statistics import Moments, Statistics
 
 PROMPTS, BATCH = 40, 6  # seven batches, the last one smaller, so that the two processes get unequal parts
 CASES = {

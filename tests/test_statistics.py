@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tl_circuitlasso.data.statistics import Moments, Statistics, add_folds, empty_folds
 from tl_circuitlasso.errors import FormatError, InputError
-from tl_circuitlasso.statistics import Moments, Statistics, add_folds, empty_folds
 
 
 def covariance(x: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tl_circuitlasso.stopping import CENTRE, WIDTH, widest_gap
+from tl_circuitlasso.discover.stopping import CENTRE, WIDTH, widest_gap
 
 SCORES = st.lists(st.floats(1e-9, 1e3), min_size=1, max_size=20)
 

@@ -7,8 +7,8 @@ import pandas
 import pytest
 import torch
 
+from tl_circuitlasso.data.targets import Labels, LogitDiff, Values, answers_mean, check_length, take
 from tl_circuitlasso.errors import InputError
-from tl_circuitlasso.targets import Labels, LogitDiff, Values, answers_mean, check_length, take
 
 
 @pytest.mark.parametrize("make", [list, tuple, torch.tensor, numpy.array])

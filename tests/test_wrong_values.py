@@ -11,7 +11,7 @@ import pytest
 import tl_circuitlasso as tcl
 from tl_circuitlasso._checks import shortened, whole_number
 from tl_circuitlasso.errors import InputError
-from tl_circuitlasso.nodes import component_index
+from tl_circuitlasso.graph.nodes import component_index
 
 
 def test_wrong_values_are_named() -> None:

@@ -15,7 +15,7 @@ import torch
 import tl_circuitlasso as tcl
 from tests import architectures
 from tl_circuitlasso import baselines, evaluate, plot
-from tl_circuitlasso.nodes import component_index
+from tl_circuitlasso.graph.nodes import component_index
 
 TOKENS = architectures.prompts(batch=12)
 

@@ -31,24 +31,24 @@ if TYPE_CHECKING:
     from tl_circuitlasso import synthetic as synthetic
     from tl_circuitlasso import testing as testing
     from tl_circuitlasso.comparison import compare as compare
+    from tl_circuitlasso.data.statistics import Statistics as Statistics
+    from tl_circuitlasso.data.targets import Labels as Labels
+    from tl_circuitlasso.data.targets import LogitDiff as LogitDiff
+    from tl_circuitlasso.data.targets import Values as Values
     from tl_circuitlasso.demo import load_demo as load_demo
-    from tl_circuitlasso.discover import circuit_lasso as circuit_lasso
-    from tl_circuitlasso.discover import collect_statistics as collect_statistics
-    from tl_circuitlasso.explaining import explain as explain
-    from tl_circuitlasso.explaining import supernodes as supernodes
+    from tl_circuitlasso.discover.learning import learn as learn
+    from tl_circuitlasso.discover.run import circuit_lasso as circuit_lasso
+    from tl_circuitlasso.discover.run import collect_statistics as collect_statistics
     from tl_circuitlasso.formats.files import read as load  # noqa: F401
     from tl_circuitlasso.graph import AttributionGraph as AttributionGraph
-    from tl_circuitlasso.learning import learn as learn
+    from tl_circuitlasso.graph.explaining import explain as explain
+    from tl_circuitlasso.graph.explaining import supernodes as supernodes
+    from tl_circuitlasso.graph.nodes import NodeIndex as NodeIndex
     from tl_circuitlasso.models.bases import Component as Component
     from tl_circuitlasso.models.bases import Neuron as Neuron
     from tl_circuitlasso.models.bases import Residual as Residual
     from tl_circuitlasso.models.sae import SAEFeatures as SAEFeatures
     from tl_circuitlasso.models.sae import load_sae as load_sae
-    from tl_circuitlasso.nodes import NodeIndex as NodeIndex
-    from tl_circuitlasso.statistics import Statistics as Statistics
-    from tl_circuitlasso.targets import Labels as Labels
-    from tl_circuitlasso.targets import LogitDiff as LogitDiff
-    from tl_circuitlasso.targets import Values as Values
 
 __version__ = "0.1.0"
 
@@ -56,23 +56,23 @@ _MODULES = ("apps", "baselines", "bench", "evaluate", "formats", "plot", "solve"
 _NAMES = {  # public name: the module that holds it
     "AttributionGraph": "graph",
     "Component": "models.bases",
-    "Labels": "targets",
-    "LogitDiff": "targets",
+    "Labels": "data.targets",
+    "LogitDiff": "data.targets",
     "Neuron": "models.bases",
-    "NodeIndex": "nodes",
+    "NodeIndex": "graph.nodes",
     "Residual": "models.bases",
     "SAEFeatures": "models.sae",
-    "Statistics": "statistics",
-    "Values": "targets",
-    "circuit_lasso": "discover",
-    "collect_statistics": "discover",
+    "Statistics": "data.statistics",
+    "Values": "data.targets",
+    "circuit_lasso": "discover.run",
+    "collect_statistics": "discover.run",
     "compare": "comparison",
-    "explain": "explaining",
-    "learn": "learning",
+    "explain": "graph.explaining",
+    "learn": "discover.learning",
     "load": "formats.files",
     "load_demo": "demo",
     "load_sae": "models.sae",
-    "supernodes": "explaining",
+    "supernodes": "graph.explaining",
 }
 _CALLED = {"load": "read"}  # where the function has another name at home
 _ERRORS = ("CircuitLassoError", "FormatError", "InputError", "ModelError", "SolveError")

@@ -50,7 +50,7 @@ def _set_on(module: ModuleType) -> None:
 
 def _describe() -> None:
     """Give the method the signature and the documentation of the function behind it, with `self` for `model`."""
-    tree = ast.parse(Path(__file__).with_name("discover.py").read_text(encoding="utf-8"))
+    tree = ast.parse((Path(__file__).parent / "discover" / "run.py").read_text(encoding="utf-8"))
     function = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "circuit_lasso")
     spec, kinds = function.args, inspect.Parameter
     first = [_parameter(argument, kinds.POSITIONAL_OR_KEYWORD, None) for argument in spec.args]

@@ -25,6 +25,7 @@ from tl_circuitlasso.demo import load_demo
 from tl_circuitlasso.errors import CircuitLassoError, FormatError, InputError
 from tl_circuitlasso.evaluate.circuits import check_graph
 from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.graph.nodes import component_index
 from tl_circuitlasso.models import Adapter, adapt
 from tl_circuitlasso.models.ablation import from_run
 from tl_circuitlasso.models.closure import closure_check
@@ -32,7 +33,6 @@ from tl_circuitlasso.models.encoder import Encoder
 from tl_circuitlasso.models.patch import run_circuits
 from tl_circuitlasso.models.patching import record_all, unembed
 from tl_circuitlasso.models.sae import SAEFeatures
-from tl_circuitlasso.nodes import component_index
 
 PROMPTS, LENGTH = 4, 8  # of random tokens, where none are given
 CLOSE = {torch.float64: 1e-9, torch.float32: 2e-4}  # relative; 16-bit models get 5e-2

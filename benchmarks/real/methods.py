@@ -9,7 +9,7 @@ from torch import Tensor
 
 from benchmarks.real.tasks import BATCH, Task
 from tl_circuitlasso import baselines
-from tl_circuitlasso.discover import circuit_lasso
+from tl_circuitlasso.discover.run import circuit_lasso
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
 

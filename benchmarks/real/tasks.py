@@ -26,10 +26,10 @@ from torch import Tensor
 from benchmarks.data import data_folder, story_rows
 from benchmarks.real import wording
 from tl_circuitlasso import evaluate
+from tl_circuitlasso.data.targets import LogitDiff
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.metrics import PromptMetric
 from tl_circuitlasso.models.adapter import Adapter, adapt
-from tl_circuitlasso.targets import LogitDiff
 
 SAMPLE = 64  # pairs that say what length the others must have
 STORY_LENGTH, PIECES = 24, 1500  # tokens of a piece of text, BOS included, and how many are shuffled

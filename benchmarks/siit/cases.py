@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.siit.certify import THRESHOLD, Certificate
 from benchmarks.siit.network import Shape
 from benchmarks.siit.train import Trained
-from tl_circuitlasso.storage import write_atomically, write_text
+from tl_circuitlasso.data.storage import write_atomically, write_text
 
 DATA_SEED = 20_000
 

@@ -21,8 +21,8 @@ ROOT = Path(__file__).parents[2]
 # The reference: each page's public names, in the order in which they stand; `room.*` is every public name of a room.
 REFERENCE = {
     "discover": ("Finding circuits", "circuit_lasso collect_statistics learn load_demo demo.Demo errors.*"),
-    "graph": ("The graph", "AttributionGraph graph_verbs.Verbs NodeIndex nodes.component_index explain supernodes "
-              "explaining.Explanation explaining.Path explaining.strongest_paths"),
+    "graph": ("The graph", "AttributionGraph graph.verbs.Verbs NodeIndex graph.nodes.component_index explain "
+              "supernodes graph.explaining.Explanation graph.explaining.Path graph.explaining.strongest_paths"),
     "targets": ("Targets, bases and SAEs", "LogitDiff Labels Values Component Neuron Residual SAEFeatures load_sae"),
     "evaluate": ("Putting to the test", "evaluate.*"),
     "baselines": ("Other methods", "baselines.* compare comparison.Comparison"),
@@ -30,7 +30,7 @@ REFERENCE = {
     "formats": ("Other tools' files", "formats.*"),
     "apps": ("Uses of circuits", "apps.*"),
     "solve": ("The solver", "solve.*"),
-    "bench": ("Benchmarks and planted truth", "bench.* synthetic.* synthetic_codes.*"),
+    "bench": ("Benchmarks and planted truth", "bench.* synthetic.* synthetic.codes.*"),
 }  # fmt: skip
 
 # Drawing takes a minute; GALLERY names a folder to keep it in from one build to the next.

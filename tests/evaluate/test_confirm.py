@@ -9,10 +9,10 @@ from tests.evaluate.test_faithfulness import pair
 from tl_circuitlasso import baselines
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.graph.nodes import component_index
 from tl_circuitlasso.models import adapt
 from tl_circuitlasso.models.norms import scale_of
 from tl_circuitlasso.models.patching import mlp_norm, record_all, unembed
-from tl_circuitlasso.nodes import component_index
 
 
 def test_effects_of_kept_edges_are_those_of_exact_patching():

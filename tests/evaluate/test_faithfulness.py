@@ -23,11 +23,11 @@ from tl_circuitlasso.evaluate.circuits import as_circuits, kept_matrix, prune
 from tl_circuitlasso.evaluate.interventions import intervention, measure
 from tl_circuitlasso.evaluate.minimal import without_each
 from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.graph.nodes import component_index
 from tl_circuitlasso.models import Adapter, adapt, patch, sources
 from tl_circuitlasso.models.ablation import from_run
 from tl_circuitlasso.models.build import build_hooked_transformer
 from tl_circuitlasso.models.patching import unembed
-from tl_circuitlasso.nodes import component_index
 
 MODELS = ("A_gpt2", "B_llama", "C_pythia", "D_interpbench13")
 ABLATIONS = {"patching": "patch", "zero": "zero", "mean-positional": "mean"}

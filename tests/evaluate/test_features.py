@@ -9,13 +9,13 @@ from torch import Tensor
 import tl_circuitlasso as tcl
 from tests import architectures
 from tests.evaluate.test_faithfulness import pair
+from tl_circuitlasso.data.sites import Site
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.features import FeatureOptions, circuit_of, feature_sites, measure_features, node_scores
 from tl_circuitlasso.evaluate.interventions import intervention
 from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.graph.nodes import Block, NodeIndex
 from tl_circuitlasso.models import adapt
-from tl_circuitlasso.nodes import Block, NodeIndex
-from tl_circuitlasso.sites import Site
 
 HOOKS = ("blocks.0.hook_mlp_out", "blocks.1.hook_resid_post")
 METRIC = tcl.evaluate.logit_diff([3, 4], [5, 6])

@@ -11,7 +11,7 @@ from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate import hypotheses
 from tl_circuitlasso.evaluate.stability import _mean_jaccard
 from tl_circuitlasso.graph import AttributionGraph
-from tl_circuitlasso.nodes import component_index
+from tl_circuitlasso.graph.nodes import component_index
 
 
 @pytest.fixture(scope="module")

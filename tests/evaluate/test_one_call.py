@@ -8,7 +8,7 @@ import torch
 import tl_circuitlasso as tcl
 from tests import architectures
 from tl_circuitlasso import baselines
-from tl_circuitlasso.confirming import prepare
+from tl_circuitlasso.discover.confirming import prepare
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.metrics import PromptMetric
 from tl_circuitlasso.models import Prompts, adapt

@@ -11,8 +11,8 @@ from tl_circuitlasso import baselines
 from tl_circuitlasso.errors import FormatError, InputError
 from tl_circuitlasso.evaluate import metric_by_name, read_pairs
 from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.graph.nodes import component_index
 from tl_circuitlasso.models.pairs import pairs_of
-from tl_circuitlasso.nodes import component_index
 
 ROWS = [
     {"clean": "w3 w4 w5", "corrupted": "w6 w7 w8", "correct": "w9", "incorrect": "w10"},

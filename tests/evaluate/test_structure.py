@@ -11,7 +11,7 @@ from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate import bootstrap, paired_test, structure, summary
 from tl_circuitlasso.evaluate.structure import auprc, auroc
 from tl_circuitlasso.graph import AttributionGraph
-from tl_circuitlasso.nodes import component_index
+from tl_circuitlasso.graph.nodes import component_index
 
 INDEX = component_index(n_layers=1, n_heads=2)
 CANDIDATES = {

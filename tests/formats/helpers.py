@@ -5,9 +5,9 @@ from pathlib import Path
 import torch
 from hypothesis import strategies as st
 
+from tl_circuitlasso.data.sites import PORTS, parse_site
 from tl_circuitlasso.graph import AttributionGraph
-from tl_circuitlasso.nodes import Block, NodeIndex, component_index
-from tl_circuitlasso.sites import PORTS, parse_site
+from tl_circuitlasso.graph.nodes import Block, NodeIndex, component_index
 
 GOLDEN = Path(__file__).parent / "golden"
 REFERENCE = ("A_gpt2", "B_llama", "C_pythia", "D_interpbench13")

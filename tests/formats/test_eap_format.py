@@ -13,10 +13,10 @@ from hypothesis import given
 from tests.formats.helpers import GOLDEN, GRAPHS, REFERENCE, feature_graph, nonzero, random_graph, rows, small_graph
 from tests.helpers import shared_folder
 from tl_circuitlasso import formats
+from tl_circuitlasso.data.sites import Site, parse_site
 from tl_circuitlasso.errors import FormatError, InputError
 from tl_circuitlasso.graph import AttributionGraph
-from tl_circuitlasso.nodes import Block, NodeIndex, component_index
-from tl_circuitlasso.sites import Site, parse_site
+from tl_circuitlasso.graph.nodes import Block, NodeIndex, component_index
 
 
 def reference_file(model: str):

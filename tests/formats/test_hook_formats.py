@@ -12,7 +12,7 @@ from tests.helpers import shared_folder
 from tl_circuitlasso import formats
 from tl_circuitlasso.errors import FormatError, InputError
 from tl_circuitlasso.graph import AttributionGraph
-from tl_circuitlasso.nodes import component_index
+from tl_circuitlasso.graph.nodes import component_index
 
 
 def ports_kept(graph: AttributionGraph) -> set[tuple[str, str, str]]:

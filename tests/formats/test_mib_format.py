@@ -13,7 +13,7 @@ from tl_circuitlasso.errors import FormatError, InputError
 from tl_circuitlasso.formats._grid import Components, Grid, graph_of
 from tl_circuitlasso.formats.mib import COLUMNS, MODELS, PERCENTAGES
 from tl_circuitlasso.graph import AttributionGraph
-from tl_circuitlasso.nodes import component_index
+from tl_circuitlasso.graph.nodes import component_index
 
 
 def random_graph(parts: Components) -> AttributionGraph:

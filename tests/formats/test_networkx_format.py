@@ -11,10 +11,10 @@ from hypothesis import given
 
 from tests.formats.helpers import GOLDEN, GRAPHS, feature_graph, random_graph, small_graph
 from tl_circuitlasso import formats
+from tl_circuitlasso.data.sites import parse_site
 from tl_circuitlasso.errors import FormatError, InputError
 from tl_circuitlasso.graph import AttributionGraph
-from tl_circuitlasso.nodes import Block, NodeIndex
-from tl_circuitlasso.sites import parse_site
+from tl_circuitlasso.graph.nodes import Block, NodeIndex
 
 SUFFIX = {"auto-circuit": ".pt", "acdc": ".pth", "graphml": ".graphml", "gexf": ".gexf", "mib": ""}
 WITHOUT_PROVENANCE = {"acdc", "auto-circuit", "circuits-benchmark", "gexf"}

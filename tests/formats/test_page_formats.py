@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from tests.formats.helpers import ERROR, GOLDEN, feature_graph, graph_with_an_error, small_graph
 from tl_circuitlasso import formats
+from tl_circuitlasso.data.sites import Site
 from tl_circuitlasso.errors import FormatError, InputError
 from tl_circuitlasso.graph import AttributionGraph
-from tl_circuitlasso.nodes import Block, NodeIndex
-from tl_circuitlasso.sites import Site
+from tl_circuitlasso.graph.nodes import Block, NodeIndex
 
 GRAPHS = [small_graph, feature_graph]
 

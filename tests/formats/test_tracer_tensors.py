@@ -16,7 +16,7 @@ from tl_circuitlasso import formats
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.formats import _tracer_tensors
 from tl_circuitlasso.graph import AttributionGraph
-from tl_circuitlasso.nodes import component_index
+from tl_circuitlasso.graph.nodes import component_index
 
 FIELDS = (
     "input_string", "input_tokens", "logit_targets", "active_features", "adjacency_matrix", "selected_features",

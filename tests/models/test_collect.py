@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from tests import architectures
+from tl_circuitlasso.data.statistics import Statistics
+from tl_circuitlasso.data.targets import LogitDiff, Values
+from tl_circuitlasso.discover.learning import learn
 from tl_circuitlasso.errors import InputError, ModelError
-from tl_circuitlasso.learning import learn
 from tl_circuitlasso.models import collect as collect_module
 from tl_circuitlasso.models.adapter import adapt
 from tl_circuitlasso.models.bases import Component
@@ -18,8 +20,6 @@ from tl_circuitlasso.models.collect import Collected, Plan, collect, left_aligne
 from tl_circuitlasso.models.designs import Activation, Routed
 from tl_circuitlasso.models.read import ReadDesign
 from tl_circuitlasso.models.tokens import Batch, Prompts
-from tl_circuitlasso.statistics import Statistics
-from tl_circuitlasso.targets import LogitDiff, Values
 
 DESIGNS = {"read": ReadDesign, "activation": Activation, "routed": Routed}
 

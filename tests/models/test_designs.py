@@ -7,9 +7,12 @@ import torch
 from torch import Tensor
 
 from tests import architectures
+from tl_circuitlasso.data.sites import Site
+from tl_circuitlasso.data.statistics import Statistics
+from tl_circuitlasso.data.targets import Labels, LogitDiff, Values
+from tl_circuitlasso.discover.learning import learn
 from tl_circuitlasso.errors import InputError, ModelError
 from tl_circuitlasso.graph import AttributionGraph
-from tl_circuitlasso.learning import learn
 from tl_circuitlasso.models.adapter import adapt
 from tl_circuitlasso.models.bases import (
     Basis,
@@ -25,9 +28,6 @@ from tl_circuitlasso.models.collect import Plan, collect
 from tl_circuitlasso.models.designs import NODES, TARGET, Activation, Routed
 from tl_circuitlasso.models.readout import columns, last_only, logit_metric
 from tl_circuitlasso.models.tokens import Prompts
-from tl_circuitlasso.sites import Site
-from tl_circuitlasso.statistics import Statistics
-from tl_circuitlasso.targets import Labels, LogitDiff, Values
 
 
 def collected(model: Any, tokens: Tensor, design: Any, **options: Any) -> Statistics:

@@ -11,17 +11,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests import architectures
-from tl_circuitlasso import schema
+from tl_circuitlasso.data import schema
+from tl_circuitlasso.data.statistics import Statistics
+from tl_circuitlasso.data.targets import LogitDiff
+from tl_circuitlasso.discover.learning import learn
 from tl_circuitlasso.errors import InputError
-from tl_circuitlasso.learning import learn
 from tl_circuitlasso.models import read
 from tl_circuitlasso.models.adapter import adapt
 from tl_circuitlasso.models.bases import Component
 from tl_circuitlasso.models.collect import Plan, collect
 from tl_circuitlasso.models.read import ReadDesign, make_pairs
 from tl_circuitlasso.models.tokens import Prompts
-from tl_circuitlasso.statistics import Statistics
-from tl_circuitlasso.targets import LogitDiff
 
 LENGTHS = st.lists(st.integers(1, 6), min_size=1, max_size=12)
 

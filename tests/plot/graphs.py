@@ -2,9 +2,9 @@
 
 import random
 
+from tl_circuitlasso.data.sites import Site, parse_site
 from tl_circuitlasso.graph import AttributionGraph
-from tl_circuitlasso.nodes import Block, NodeIndex, component_index
-from tl_circuitlasso.sites import Site, parse_site
+from tl_circuitlasso.graph.nodes import Block, NodeIndex, component_index
 
 NASTY = "</script><script>window.hacked = true</script>"
 

@@ -8,10 +8,10 @@ import pytest
 
 from tests.plot.graphs import dense_graph, feature_graph, small_graph, strongest
 from tl_circuitlasso import plot
+from tl_circuitlasso.data.sites import Site
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
-from tl_circuitlasso.nodes import Block, NodeIndex, component_index
-from tl_circuitlasso.sites import Site
+from tl_circuitlasso.graph.nodes import Block, NodeIndex, component_index
 
 
 def test_heat_map_holds_the_adjacency_and_dots_the_kept_edges():

@@ -13,7 +13,7 @@ from tests.plot.graphs import NASTY, dense_graph, feature_graph, small_graph, st
 from tl_circuitlasso import plot
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
-from tl_circuitlasso.nodes import component_index
+from tl_circuitlasso.graph.nodes import component_index
 
 
 def drawn(figure: Figure, kind: str) -> list[str]:

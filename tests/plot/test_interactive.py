@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from tests.plot.graphs import NASTY, dense_graph, feature_graph, small_graph, strongest
 from tl_circuitlasso import plot
+from tl_circuitlasso.data.sites import PORTS, Site
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
-from tl_circuitlasso.nodes import Block, NodeIndex, component_index
+from tl_circuitlasso.graph.nodes import Block, NodeIndex, component_index
 from tl_circuitlasso.plot.interactive import embed
-from tl_circuitlasso.sites import PORTS, Site
 
 _DATA = re.compile(r'<script type="application/json" id="data">(.*?)</script>', re.DOTALL)
 

@@ -7,12 +7,12 @@ import scipy.sparse
 import torch
 from torch import Tensor
 
+from tl_circuitlasso.data.targets import Labels
 from tl_circuitlasso.features.classes import classify_pair
 from tl_circuitlasso.features.fit import Regressed
 from tl_circuitlasso.features.regression import Rule
 from tl_circuitlasso.features.samples import Column, PairData, Part
 from tl_circuitlasso.models.feature_store import CodeStore
-from tl_circuitlasso.targets import Labels
 
 SOURCES, TELLERS = 30, (3, 8)
 

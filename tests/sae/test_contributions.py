@@ -8,12 +8,12 @@ import torch
 
 import tl_circuitlasso as tcl
 from tl_circuitlasso.apps import contributions
+from tl_circuitlasso.data.sites import Site, parse_site
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.graph.nodes import Block, NodeIndex
 from tl_circuitlasso.models import adapt
 from tl_circuitlasso.models.tokens import Prompts
-from tl_circuitlasso.nodes import Block, NodeIndex
-from tl_circuitlasso.sites import Site, parse_site
 
 FIRST, LAST = "blocks.0.hook_resid_post", "blocks.1.hook_resid_post"
 

@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 import tl_circuitlasso as tcl
 from tests.helpers import join_two, message_of
 from tests.sae.training import PlainSAE
+from tl_circuitlasso.data.sharing import ALONE, Ranks
 from tl_circuitlasso.demo import Demo, load_demo
 from tl_circuitlasso.features import learning
 from tl_circuitlasso.features.regression import needed_bytes
 from tl_circuitlasso.features.shared import share_of
 from tl_circuitlasso.models import feature_replay
-from tl_circuitlasso.sharing import ALONE, Ranks
 
 PARTS = ("W_enc", "W_dec", "bias")
 PROMPTS = 110  # in batches of 24: five, the last one smaller, three for one process and two for the other

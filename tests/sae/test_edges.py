@@ -10,15 +10,15 @@ from torch import Tensor
 
 import tl_circuitlasso as tcl
 from tl_circuitlasso.baselines import feature_correlation, feature_gradient
+from tl_circuitlasso.data.sites import parse_site
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate import edges
 from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.graph.nodes import Block, NodeIndex, component_index
 from tl_circuitlasso.models import adapt
 from tl_circuitlasso.models.encoder import Encoder
 from tl_circuitlasso.models.feature_effects import contribution, record, trials
 from tl_circuitlasso.models.tokens import Prompts
-from tl_circuitlasso.nodes import Block, NodeIndex, component_index
-from tl_circuitlasso.sites import parse_site
 
 FIRST, LAST, MLP = "blocks.0.hook_resid_post", "blocks.1.hook_resid_post", "blocks.0.hook_mlp_out"
 FEATURES = 12

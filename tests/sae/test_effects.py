@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from tl_circuitlasso.data.sharing import ALONE
 from tl_circuitlasso.features.effects import LEAST, UNREAD, Q, adjusted, is_clear, q_values, with_effects
 from tl_circuitlasso.features.fit import PER_EDGE, PER_TARGET, Regressed, Units
 from tl_circuitlasso.models.feature_replay import Effects, Sums, _Tally
-from tl_circuitlasso.sharing import ALONE
 
 
 def told(change: Tensor, mass: Tensor) -> Effects:

@@ -7,11 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tl_circuitlasso.data.sites import Site, parse_site
 from tl_circuitlasso.errors import InputError
-from tl_circuitlasso.explaining import explain, label, strongest_paths, supernodes
 from tl_circuitlasso.graph import AttributionGraph
-from tl_circuitlasso.nodes import Block, NodeIndex, component_index
-from tl_circuitlasso.sites import Site, parse_site
+from tl_circuitlasso.graph.explaining import explain, label, strongest_paths, supernodes
+from tl_circuitlasso.graph.nodes import Block, NodeIndex, component_index
 
 HOOKS = tuple(f"blocks.{layer}.hook_resid_post" for layer in range(3))
 

@@ -9,10 +9,10 @@ from threading import Thread
 import pytest
 
 from tl_circuitlasso.apps import neuronpedia_labels, with_labels
+from tl_circuitlasso.data.sites import parse_site
 from tl_circuitlasso.errors import FormatError, InputError
 from tl_circuitlasso.graph import AttributionGraph
-from tl_circuitlasso.nodes import Block, NodeIndex
-from tl_circuitlasso.sites import parse_site
+from tl_circuitlasso.graph.nodes import Block, NodeIndex
 
 HOOK = "blocks.8.hook_resid_pre"
 SETS = {HOOK: "gpt2-small/8-res-jb"}

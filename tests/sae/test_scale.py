@@ -30,7 +30,7 @@ from tl_circuitlasso.models.feature_codes import Chunk, joined
 from tl_circuitlasso.models.feature_store import CodeStore
 from tl_circuitlasso.models.feature_survey import EXAMPLES, strongest, survey
 from tl_circuitlasso.solve import pairs
-from tl_circuitlasso.synthetic_codes import PlantedCodes, planted_codes
+from tl_circuitlasso.synthetic.codes import PlantedCodes, planted_codes
 
 AUTO = Rule("auto", "l1")
 

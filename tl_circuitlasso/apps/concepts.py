@@ -12,8 +12,8 @@ Found by rule in a graph of SAE features, from its kept edges alone:
 Scores are standardised coefficients, so they compare across features. The three phenomena are those of the CircuitLasso
 paper (Yin et al. 2026); the rules are this library's.
 
->>> from tl_circuitlasso.nodes import Block, NodeIndex
->>> from tl_circuitlasso.sites import parse_site
+>>> from tl_circuitlasso.graph.nodes import Block, NodeIndex
+>>> from tl_circuitlasso.data.sites import parse_site
 >>> hooks = [f"blocks.{layer}.hook_resid_post" for layer in range(3)]
 >>> index = NodeIndex(tuple(Block(parse_site(hook), rank, (0, 1)) for rank, hook in enumerate(hooks)))
 >>> graph = AttributionGraph.from_edges(index, {
@@ -33,8 +33,8 @@ from typing import Any
 import pandas as pd
 
 from tl_circuitlasso.errors import InputError
-from tl_circuitlasso.explaining import context_text, label
 from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.graph.explaining import context_text, label
 
 Edges = Mapping[tuple[str, str], float]
 PHENOMENA = ("persistence", "merging", "dropping")

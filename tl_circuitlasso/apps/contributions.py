@@ -15,13 +15,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_circuitlasso.data.sites import PORTS
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models import Adapter, adapt
 from tl_circuitlasso.models.hook_order import attention_between
 from tl_circuitlasso.models.sae import SAEFeatures
 from tl_circuitlasso.models.tokens import Batch, Prompts
-from tl_circuitlasso.sites import PORTS
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from tl_circuitlasso.baselines.edges import EdgeLayout, as_circuits
 from tl_circuitlasso.baselines.gradient import Count, Job, Metric, Setting, facts, jobs
+from tl_circuitlasso.data.targets import LogitDiff
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models import Adapter
@@ -28,7 +29,6 @@ from tl_circuitlasso.models.ablation import Ablated, from_run, from_values
 from tl_circuitlasso.models.pairs import PairBatch
 from tl_circuitlasso.models.patch import run_circuits
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
-from tl_circuitlasso.targets import LogitDiff
 
 SHARE = 0.01  # of the metric's range: the threshold where none is given
 AHEAD = 8  # edges tried at once, as if those before them were cut

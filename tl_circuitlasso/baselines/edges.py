@@ -13,14 +13,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_circuitlasso.data.sites import PORTS as PORT_NAMES
 from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.graph.nodes import NodeIndex, component_index
 from tl_circuitlasso.models import Adapter, Shape
 from tl_circuitlasso.models.attention import PORTS
 from tl_circuitlasso.models.patch import Circuits
 from tl_circuitlasso.models.patching import Written, projection
 from tl_circuitlasso.models.tracing import Trace, read_gradient
-from tl_circuitlasso.nodes import NodeIndex, component_index
-from tl_circuitlasso.sites import PORTS as PORT_NAMES
 
 WORKSPACE = 128 << 20  # bytes for what the sources of one piece of tokens write; the only place where it's written out
 

@@ -12,11 +12,11 @@ from tqdm import tqdm
 
 from tl_circuitlasso.baselines.edges import EdgeLayout, written_out
 from tl_circuitlasso.baselines.gradient import Count, Job, Metric, Setting, facts, jobs
+from tl_circuitlasso.data.targets import LogitDiff
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models.patching import Edit, Record, record_all, run_edited, unembed
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
-from tl_circuitlasso.targets import LogitDiff
 
 
 def exact(

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_circuitlasso.baselines.edges import provenance
+from tl_circuitlasso.data.sites import Site
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models import Adapter, adapt
@@ -20,7 +21,6 @@ from tl_circuitlasso.models.encoder import Encoder
 from tl_circuitlasso.models.feature_effects import ENCODE_CHUNK, Recording, record, trials
 from tl_circuitlasso.models.sae import SAEFeatures
 from tl_circuitlasso.models.tokens import Prompts
-from tl_circuitlasso.sites import Site
 
 HookPair = tuple[str, str]
 

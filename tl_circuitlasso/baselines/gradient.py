@@ -15,6 +15,7 @@ import torch
 
 from tl_circuitlasso.baselines.edges import EdgeLayout, add_products, provenance
 from tl_circuitlasso.baselines.means import for_batch, mean_written, zeros_written
+from tl_circuitlasso.data.targets import LogitDiff
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models.metric import Metric
@@ -22,7 +23,6 @@ from tl_circuitlasso.models.pairs import PairBatch, Pairs, pairs_of
 from tl_circuitlasso.models.patching import Written, record
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
 from tl_circuitlasso.models.tracing import Trace, trace
-from tl_circuitlasso.targets import LogitDiff
 
 
 def eap(

@@ -13,16 +13,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_circuitlasso.baselines.edges import provenance
+from tl_circuitlasso.data.sites import Site
+from tl_circuitlasso.data.targets import LogitDiff
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.graph.nodes import Block, NodeIndex
 from tl_circuitlasso.models import Adapter, adapt
 from tl_circuitlasso.models.neuron_scores import Batch, ByGradient, BySweep, Scoring, scores
 from tl_circuitlasso.models.neuron_sweep import RELP, Rules
 from tl_circuitlasso.models.pairs import Metric, Pairs, pairs_of, shown
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
-from tl_circuitlasso.nodes import Block, NodeIndex
-from tl_circuitlasso.sites import Site
-from tl_circuitlasso.targets import LogitDiff
 
 MAX_NODES = 4096  # nodes that a graph keeps of those that are scored
 

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from tl_circuitlasso.baselines.edges import EdgeLayout
 from tl_circuitlasso.baselines.gradient import Count, Job, Path, Setting, Step, at_clean, jobs
+from tl_circuitlasso.data.targets import LogitDiff
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.models.metric import Metric
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
-from tl_circuitlasso.targets import LogitDiff
 
 
 def node_scores(

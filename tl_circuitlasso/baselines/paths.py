@@ -21,13 +21,13 @@ from tl_circuitlasso.baselines.gradient import (
     facts,
     jobs,
 )
+from tl_circuitlasso.data.targets import LogitDiff
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models.ablation import Ablated, from_run, from_values
 from tl_circuitlasso.models.patching import Written
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
 from tl_circuitlasso.models.tracing import trace
-from tl_circuitlasso.targets import LogitDiff
 
 
 def eap_gp(

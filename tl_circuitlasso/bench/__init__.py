@@ -15,13 +15,13 @@ from tl_circuitlasso.bench.measure import measured
 from tl_circuitlasso.bench.methods import METHODS, Method, chosen
 from tl_circuitlasso.bench.published import METADATA, case_entries, download, load_published
 from tl_circuitlasso.bench.report import Curve, Failure, Report, Row
+from tl_circuitlasso.data.sites import PORTS
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.structure import structure
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models import adapt
 from tl_circuitlasso.naming import directory as _directory
 from tl_circuitlasso.progress import bar as counting
-from tl_circuitlasso.sites import PORTS
 
 __all__ = ["METHODS", "Case", "Failure", "Report", "Row", "interpbench", "load_case"]
 

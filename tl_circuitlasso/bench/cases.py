@@ -17,10 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tl_circuitlasso.data.storage import parse_json
 from tl_circuitlasso.errors import CircuitLassoError, FormatError, InputError
+from tl_circuitlasso.graph.nodes import component_index
 from tl_circuitlasso.models.build import build_hooked_transformer
-from tl_circuitlasso.nodes import component_index
-from tl_circuitlasso.storage import parse_json
 
 TRUTHS = ("effective", "flow", "gt")
 Pair = tuple[str, str]

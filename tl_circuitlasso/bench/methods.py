@@ -101,7 +101,7 @@ def _exact(case: Case, prompts: int | None, seed: int) -> AttributionGraph:
 
 def _circuit_lasso(**options: Any) -> Callable[..., AttributionGraph]:
     def run(case: Case, prompts: int | None, seed: int) -> AttributionGraph:
-        from tl_circuitlasso.discover import circuit_lasso
+        from tl_circuitlasso.discover.run import circuit_lasso
 
         clean, _ = limited(case, prompts)
         positions = slice(case.first, None)

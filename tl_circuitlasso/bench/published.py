@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from tl_circuitlasso.bench.cases import Case, Pair, all_candidates, check_truth, uniform_prompts
+from tl_circuitlasso.data.storage import parse_json
 from tl_circuitlasso.errors import CircuitLassoError, FormatError, InputError
 from tl_circuitlasso.models.build import build_hooked_transformer
-from tl_circuitlasso.storage import parse_json
 
 METADATA = "benchmark_metadata.json"
 PROMPTS = 1000

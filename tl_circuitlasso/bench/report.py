@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tl_circuitlasso import storage
 from tl_circuitlasso.bench.calibration import STABLE, calibration, share_of_stable
 from tl_circuitlasso.bench.cases import Case
+from tl_circuitlasso.data import storage
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.structure import Interval, PairedTest, Structure, bootstrap, paired_test
 from tl_circuitlasso.graph import AttributionGraph

@@ -79,7 +79,7 @@ def _values(
 
 
 def _table(path: Path | None) -> list[dict[str, Any]]:
-    from tl_circuitlasso import storage
+    from tl_circuitlasso.data import storage
 
     if path is None or path.suffix.lower() not in storage.TABLES:
         return []
@@ -87,7 +87,7 @@ def _table(path: Path | None) -> list[dict[str, Any]]:
 
 
 def _logit_diff(model: Any, columns: dict[str, list[str]]) -> Any:
-    from tl_circuitlasso.targets import LogitDiff
+    from tl_circuitlasso.data.targets import LogitDiff
 
     return LogitDiff(*([_token(model, word) for word in columns[name]] for name in ("answer", "wrong")))
 
@@ -108,7 +108,7 @@ def _token(model: Any, word: str) -> int:
 
 
 def _numbers(kind: str, values: list[str]) -> Any:
-    from tl_circuitlasso.targets import Labels, Values
+    from tl_circuitlasso.data.targets import Labels, Values
 
     if kind == "labels":
         classes = {name: number for number, name in enumerate(sorted(set(values)))}

@@ -52,7 +52,7 @@ def add(commands: Any) -> None:
 def demo(arguments: argparse.Namespace) -> None:
     """Find the circuit of the bundled model and put it beside the truth."""
     from tl_circuitlasso.demo import load_demo
-    from tl_circuitlasso.discover import circuit_lasso
+    from tl_circuitlasso.discover.run import circuit_lasso
     from tl_circuitlasso.evaluate import structure
 
     out = writable(arguments.out)
@@ -72,8 +72,8 @@ def demo(arguments: argparse.Namespace) -> None:
 def discover(arguments: argparse.Namespace) -> None:
     """Find the circuit of a model on the prompts of a file, or of the bundled model on its own task."""
     from tl_circuitlasso.cli.prompts import model_and_prompts
-    from tl_circuitlasso.discover import circuit_lasso
-    from tl_circuitlasso.sharing import under_torchrun
+    from tl_circuitlasso.data.sharing import under_torchrun
+    from tl_circuitlasso.discover.run import circuit_lasso
 
     basis, out = _basis(arguments), writable(arguments.out)
     model, prompts, corrupted = model_and_prompts(arguments)
@@ -121,7 +121,7 @@ def _save_prompts(path: Path, prompts: Any, asked: Question) -> None:
     """The prompts as they were read, with their answers, so that the run can be repeated."""
     if not all(isinstance(prompt, str) for prompt in prompts):
         raise InputError("`--save-prompts` writes text, and the bundled model's prompts were read from a file already")
-    from tl_circuitlasso.storage import write_text
+    from tl_circuitlasso.data.storage import write_text
 
     file = io.StringIO()
     table = csv.writer(file, lineterminator="\n")

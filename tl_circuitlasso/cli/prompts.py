@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from tl_circuitlasso import storage
+from tl_circuitlasso.data import storage
 from tl_circuitlasso.errors import InputError
 
 

@@ -1,7 +1,7 @@
 """Several graphs of one model side by side: what they agree on, how true and how faithful they are, what they cost.
 
 >>> from tl_circuitlasso.graph import AttributionGraph
->>> from tl_circuitlasso.nodes import component_index
+>>> from tl_circuitlasso.graph.nodes import component_index
 >>> index = component_index(n_layers=1, n_heads=2)
 >>> edges = {("input", "a0.h0"): 3., ("input", "a0.h1"): 2., ("a0.h0", "logits"): 1., ("a0.h1", "logits"): .5}
 >>> ours = AttributionGraph.from_edges(index, edges)
@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from tl_circuitlasso import storage
 from tl_circuitlasso.comparison import report
 from tl_circuitlasso.comparison.common import Common
 from tl_circuitlasso.comparison.figures import agreement, circuit, overlap, ranking_size, table
+from tl_circuitlasso.data import storage
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
 

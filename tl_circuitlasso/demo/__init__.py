@@ -23,10 +23,10 @@ from jaxtyping import Int
 from safetensors.torch import load
 from torch import Tensor
 
+from tl_circuitlasso.data.storage import parse_json
+from tl_circuitlasso.data.targets import LogitDiff
 from tl_circuitlasso.demo.ioi import sentences, text
 from tl_circuitlasso.errors import InputError
-from tl_circuitlasso.storage import parse_json
-from tl_circuitlasso.targets import LogitDiff
 
 Pair = tuple[str, str]
 

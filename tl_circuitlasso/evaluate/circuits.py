@@ -10,10 +10,10 @@ from torch import Tensor
 
 from tl_circuitlasso.baselines.edges import EdgeLayout
 from tl_circuitlasso.baselines.edges import as_circuits as as_circuits
+from tl_circuitlasso.data.sites import PORTS
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models import Adapter
-from tl_circuitlasso.sites import PORTS
 
 EdgeMatrix = Bool[Tensor, "circuit source reader"]
 

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_circuitlasso.data.sharing import Ranks, as_ranks
+from tl_circuitlasso.data.targets import LogitDiff
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.circuits import check_graph, kept_matrix
 from tl_circuitlasso.evaluate.faithfulness import mean_interval
@@ -19,8 +21,6 @@ from tl_circuitlasso.evaluate.metrics import Metric
 from tl_circuitlasso.evaluate.minimal import Without, live_rows, without_each
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
-from tl_circuitlasso.sharing import Ranks, as_ranks
-from tl_circuitlasso.targets import LogitDiff
 
 
 def confirm(

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_circuitlasso.baselines.edges import EdgeLayout, provenance
+from tl_circuitlasso.data.targets import LogitDiff
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.circuits import EdgeMatrix, check_graph, prune, score_matrix
 from tl_circuitlasso.evaluate.faithfulness import check_scale, share_interval, shares
@@ -30,9 +31,8 @@ from tl_circuitlasso.evaluate.features import (
 from tl_circuitlasso.evaluate.interventions import Ablation, Intervention, Measured, changes, intervention, measure
 from tl_circuitlasso.evaluate.metrics import Metric
 from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.graph.selection import Edges, grown, ranked
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
-from tl_circuitlasso.selection import Edges, grown, ranked
-from tl_circuitlasso.targets import LogitDiff
 
 MIB_SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 

@@ -16,11 +16,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_circuitlasso.baselines.features import features_of, hook_pairs
+from tl_circuitlasso.data.sites import PORTS
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.encoder import Encoder
 from tl_circuitlasso.models.feature_effects import Recording, trials
-from tl_circuitlasso.sites import PORTS
 
 BOUNDS = (0.05, 0.1, 0.2)  # standard deviations of the child per one of the parent
 SURE = 3.0  # standard errors

@@ -5,9 +5,10 @@ are inputs of their own. The circuit is pruned first: edges that aren't on a pat
 for nothing.
 
 >>> import tl_circuitlasso as tcl
+>>> from tl_circuitlasso.graph.nodes import component_index
 >>> demo = tcl.load_demo(prompts=16)
 >>> graph = tcl.AttributionGraph.from_edges(
-...     tcl.nodes.component_index(n_layers=3, n_heads=4), {edge: 1.0 for edge in demo.true_edges})
+...     component_index(n_layers=3, n_heads=4), {edge: 1.0 for edge in demo.true_edges})
 >>> metric = tcl.evaluate.logit_diff(demo.correct, demo.incorrect)
 >>> bool(faithfulness(demo.model, graph, demo.tokens, demo.corrupted, metric).faithfulness > 0.9)
 True
@@ -22,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_circuitlasso.baselines.edges import EdgeLayout
+from tl_circuitlasso.data.targets import LogitDiff
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.circuits import EdgeMatrix, check_graph, kept_matrix, prune
 from tl_circuitlasso.evaluate.features import (
@@ -35,7 +37,6 @@ from tl_circuitlasso.evaluate.interventions import Ablation, Intervention, Measu
 from tl_circuitlasso.evaluate.metrics import Metric
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
-from tl_circuitlasso.targets import LogitDiff
 
 DRAWS, LEVEL = 2000, 0.95
 

@@ -17,11 +17,11 @@ from torch import Tensor
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.interventions import Intervention, Measured, prompt_values
 from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.graph.nodes import Block
 from tl_circuitlasso.models import Adapter
 from tl_circuitlasso.models.encoder import Encoder
 from tl_circuitlasso.models.feature_patch import Carried, FeatureSite, Kept, hooks_of, run_features
 from tl_circuitlasso.models.pairs import PairBatch
-from tl_circuitlasso.nodes import Block
 
 ERROR = ".hook_sae_error"  # how the node of an SAE's error ends, behind its hook
 ERRORS, RESTS = ("graph", "keep", "remove"), ("ablate", "keep")

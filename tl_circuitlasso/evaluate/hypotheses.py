@@ -5,9 +5,10 @@ behaviour (independence), and each of its edges matters (minimality). Two ask wh
 random circuits of its size, alone (sufficiency) and when cut out of the model (partial necessity).
 
 >>> import tl_circuitlasso as tcl
+>>> from tl_circuitlasso.graph.nodes import component_index
 >>> demo = tcl.load_demo(prompts=12)
 >>> graph = tcl.AttributionGraph.from_edges(
-...     tcl.nodes.component_index(n_layers=3, n_heads=4), {edge: 1.0 for edge in demo.true_edges})
+...     component_index(n_layers=3, n_heads=4), {edge: 1.0 for edge in demo.true_edges})
 >>> metric = tcl.evaluate.logit_diff(demo.correct, demo.incorrect)
 >>> found = tests(demo.model, graph, demo.tokens, demo.corrupted, metric, circuits=40)
 >>> bool(found.table.loc["sufficiency", "passes"])
@@ -25,6 +26,8 @@ from scipy.stats import binom
 from torch import Tensor
 
 from tl_circuitlasso.baselines.edges import EdgeLayout
+from tl_circuitlasso.data.sites import PORTS
+from tl_circuitlasso.data.targets import LogitDiff
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.circuits import EdgeMatrix, check_graph, kept_matrix, prune
 from tl_circuitlasso.evaluate.faithfulness import check_scale
@@ -32,10 +35,8 @@ from tl_circuitlasso.evaluate.interventions import Ablation, Intervention, inter
 from tl_circuitlasso.evaluate.metrics import Metric
 from tl_circuitlasso.evaluate.minimal import live_rows, without_each
 from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.graph.selection import Edges, first
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
-from tl_circuitlasso.selection import Edges, first
-from tl_circuitlasso.sites import PORTS
-from tl_circuitlasso.targets import LogitDiff
 
 PERMUTATIONS = 1000  # of the independence test
 TOGETHER = 64  # circuits measured in one call

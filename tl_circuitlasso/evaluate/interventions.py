@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tl_circuitlasso.baselines.edges import EdgeLayout
 from tl_circuitlasso.baselines.means import for_batch, mean_written, zeros_written
+from tl_circuitlasso.data.targets import LogitDiff
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.circuits import EdgeMatrix, as_circuits, prune
 from tl_circuitlasso.evaluate.metrics import Metric, PromptMetric
@@ -24,7 +25,6 @@ from tl_circuitlasso.models.pairs import PairBatch, Pairs, pairs_of
 from tl_circuitlasso.models.patch import Circuits, run_circuits
 from tl_circuitlasso.models.patching import Written, record
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
-from tl_circuitlasso.targets import LogitDiff
 
 ABLATIONS = ("patch", "zero", "mean", "mean-all", "optimal")
 Ablation = str | Optimal

@@ -10,6 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_circuitlasso.baselines.edges import EdgeLayout
+from tl_circuitlasso.data.sites import PORTS
+from tl_circuitlasso.data.targets import LogitDiff
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.circuits import EdgeMatrix, check_graph, edge_cells, kept_matrix, prune
 from tl_circuitlasso.evaluate.faithfulness import mean_interval
@@ -24,8 +26,6 @@ from tl_circuitlasso.evaluate.interventions import Ablation, Intervention, inter
 from tl_circuitlasso.evaluate.metrics import Metric
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
-from tl_circuitlasso.sites import PORTS
-from tl_circuitlasso.targets import LogitDiff
 
 TOGETHER = 512  # circuits whose edges are held in memory at once
 

@@ -12,8 +12,9 @@ from typing import Any
 import pandas as pd
 import torch
 
-from tl_circuitlasso import storage
 from tl_circuitlasso.baselines.observational import random_edges
+from tl_circuitlasso.data import storage
+from tl_circuitlasso.data.targets import LogitDiff
 from tl_circuitlasso.errors import FormatError, InputError
 from tl_circuitlasso.evaluate.curves import Curve, curves, magnitude
 from tl_circuitlasso.evaluate.faithfulness import Faithfulness, completeness, faithfulness
@@ -33,7 +34,6 @@ from tl_circuitlasso.models import Adapter, adapt
 from tl_circuitlasso.models.metric import token_of
 from tl_circuitlasso.models.pairs import last_places
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
-from tl_circuitlasso.targets import LogitDiff
 
 METRICS = ("logit-diff", "prob-diff", "cross-entropy", "accuracy", "kl", "next-token")
 

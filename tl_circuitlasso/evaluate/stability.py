@@ -1,6 +1,6 @@
 """Does a method find the same circuit again? Agreement of circuits over resamples of the prompts, or over templates.
 
->>> from tl_circuitlasso.nodes import component_index
+>>> from tl_circuitlasso.graph.nodes import component_index
 >>> index = component_index(n_layers=1, n_heads=1)
 >>> a = AttributionGraph.from_edges(index, {("input", "m0"): 1.0, ("m0", "logits"): 1.0})
 >>> b = AttributionGraph.from_edges(index, {("input", "m0"): 1.0, ("m0", "logits"): 1.0, ("input", "logits"): 1.0})
@@ -20,11 +20,11 @@ from scipy.stats import beta
 from torch import Tensor
 from tqdm import tqdm
 
+from tl_circuitlasso.data.targets import LogitDiff
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.metrics import Metric
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
-from tl_circuitlasso.targets import LogitDiff
 
 Edge = tuple[str, str]
 

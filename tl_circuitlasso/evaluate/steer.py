@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_circuitlasso.data.targets import LogitDiff
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.circuits import check_graph
 from tl_circuitlasso.evaluate.faithfulness import mean_interval
@@ -20,7 +21,6 @@ from tl_circuitlasso.models.feature_patch import Carried, FeatureSite, Kept, run
 from tl_circuitlasso.models.pairs import Pairs, pairs_of
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
 from tl_circuitlasso.models.sources import scaled_nodes
-from tl_circuitlasso.targets import LogitDiff
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 >>> import torch
 >>> from tl_circuitlasso.graph import AttributionGraph
->>> from tl_circuitlasso.nodes import component_index
+>>> from tl_circuitlasso.graph.nodes import component_index
 >>> graph = AttributionGraph.from_edges(
 ...     component_index(n_layers=1, n_heads=1), {("input", "a0.h0"): 1.0, ("a0.h0", "m0"): 0.2})
 >>> truth = {("input", "a0.h0"), ("a0.h0", "logits")}
@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.stats import rankdata
 
+from tl_circuitlasso.data.sites import PORTS
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
-from tl_circuitlasso.sites import PORTS
 
 Edge = tuple[str, ...]  # (source, target), or (source, target, port) where q, k and v are told apart
 

@@ -15,14 +15,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_circuitlasso import solve
+from tl_circuitlasso.data.sharing import ALONE, Ranks
+from tl_circuitlasso.data.targets import Labels
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.features.few import standardised
 from tl_circuitlasso.features.fit import Entries, Regressed, Units, held_out_deviance, nonzeros, regressed
 from tl_circuitlasso.features.regression import DRAWS, STABLE, Rule, default_strength
 from tl_circuitlasso.features.samples import PairData, fold_of
 from tl_circuitlasso.features.shared import first_of, gathered
-from tl_circuitlasso.sharing import ALONE, Ranks
-from tl_circuitlasso.targets import Labels
 
 CLASS_STRENGTH = 0.05  # of lambda_max at least
 PATH = tuple(10 ** (-k / 8) for k in range(17))  # from lambda_max to a hundredth of it

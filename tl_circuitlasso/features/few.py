@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_circuitlasso import solve
+from tl_circuitlasso.data.sharing import ALONE, Ranks
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.features.effects import with_effects
 from tl_circuitlasso.features.fit import (
@@ -25,7 +26,6 @@ from tl_circuitlasso.features.regression import FIXED_WEIGHTED, Rule, default_st
 from tl_circuitlasso.features.samples import PairData
 from tl_circuitlasso.features.shared import everyones, gathered, share_of
 from tl_circuitlasso.models.memory import free_bytes, in_words
-from tl_circuitlasso.sharing import ALONE, Ranks
 
 BLOCK = 512  # children regressed at once
 

@@ -13,8 +13,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_circuitlasso import solve
+from tl_circuitlasso.data.sharing import ALONE, Ranks
 from tl_circuitlasso.features.samples import PairData, Part
-from tl_circuitlasso.sharing import ALONE, Ranks
 
 PER_EDGE = ("source", "target", "weight", "effect", "q", "lasso", "score", "stability")
 PER_TARGET = ("strength", "gap", "iterations", "converged", "spread", "r2")

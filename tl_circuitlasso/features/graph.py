@@ -11,9 +11,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_circuitlasso.data.sites import PORTS
+from tl_circuitlasso.data.targets import Target
 from tl_circuitlasso.features.effects import is_clear
 from tl_circuitlasso.features.fit import Regressed
 from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.graph.nodes import Block, NodeIndex
 from tl_circuitlasso.models import readout
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.encoder import Encoder
@@ -22,9 +25,6 @@ from tl_circuitlasso.models.feature_setup import TARGET
 from tl_circuitlasso.models.feature_survey import BEFORE, Alive, Examples, Firing
 from tl_circuitlasso.models.hook_order import writes_to_stream
 from tl_circuitlasso.models.sae import ERROR, SAEFeatures, error_block, error_name, hook_block
-from tl_circuitlasso.nodes import Block, NodeIndex
-from tl_circuitlasso.sites import PORTS
-from tl_circuitlasso.targets import Target
 
 CONTEXTS = 5  # texts shown of each feature
 TOP_TOKENS = 5

@@ -26,7 +26,9 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from tl_circuitlasso import storage
+from tl_circuitlasso.data import storage
+from tl_circuitlasso.data.sharing import ALONE, Ranks
+from tl_circuitlasso.data.targets import Labels, Target
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.features.classes import classify_pair
 from tl_circuitlasso.features.effects import UNREAD
@@ -45,8 +47,6 @@ from tl_circuitlasso.models.feature_setup import TARGET
 from tl_circuitlasso.models.feature_survey import Alive, Firing, choose_alive, strongest, survey
 from tl_circuitlasso.models.sae import SAEFeatures
 from tl_circuitlasso.models.tokens import Prompts
-from tl_circuitlasso.sharing import ALONE, Ranks
-from tl_circuitlasso.targets import Labels, Target
 
 log = logging.getLogger(__name__)
 

@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_circuitlasso import solve
+from tl_circuitlasso.data.sharing import ALONE, Ranks
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.features.effects import with_effects
 from tl_circuitlasso.features.fit import Entries, Regressed, Units, deviation, nonzeros, regressed, with_held_out
@@ -28,7 +29,6 @@ from tl_circuitlasso.features.read import Read, keeping_signs, read_lasso
 from tl_circuitlasso.features.samples import FOLDS, PairData, to_torch
 from tl_circuitlasso.features.shared import everyones, joined, share_of
 from tl_circuitlasso.models.memory import free_bytes, in_words
-from tl_circuitlasso.sharing import ALONE, Ranks
 
 FIXED = 0.2  # of lambda_max
 FIXED_WEIGHTED = FIXED**2  # the same under penalties "read" and "adaptive"

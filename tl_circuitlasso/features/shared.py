@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from tl_circuitlasso.data.sharing import Ranks
 from tl_circuitlasso.features.fit import PER_EDGE, PER_TARGET, Regressed
 from tl_circuitlasso.features.samples import PairData, Part
-from tl_circuitlasso.sharing import Ranks
 
 
 def share_of(targets: int, ranks: Ranks) -> Int[Tensor, " mine"]:

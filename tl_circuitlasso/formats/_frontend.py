@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 
-from tl_circuitlasso import storage
+from tl_circuitlasso.data import storage
+from tl_circuitlasso.data.sites import Site, parse_site
 from tl_circuitlasso.errors import FormatError, InputError
 from tl_circuitlasso.formats import _read
 from tl_circuitlasso.formats._shared_ids import told_apart
 from tl_circuitlasso.graph import AttributionGraph
-from tl_circuitlasso.nodes import Block, NodeIndex
-from tl_circuitlasso.sites import Site, parse_site
+from tl_circuitlasso.graph.nodes import Block, NodeIndex
 
 _NOTE = "tl_circuitlasso"
 _REQUIRED = {

@@ -21,11 +21,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_circuitlasso.data.sites import PORTS, Site
 from tl_circuitlasso.errors import FormatError, InputError
 from tl_circuitlasso.formats._read import MAX_EDGES
 from tl_circuitlasso.graph import AttributionGraph
-from tl_circuitlasso.nodes import Block, NodeIndex, component_index
-from tl_circuitlasso.sites import PORTS, Site
+from tl_circuitlasso.graph.nodes import Block, NodeIndex, component_index
 
 QKV = PORTS[1:]
 

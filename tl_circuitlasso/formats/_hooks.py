@@ -2,9 +2,9 @@
 
 import re
 
+from tl_circuitlasso.data.sites import Site
 from tl_circuitlasso.errors import FormatError
 from tl_circuitlasso.formats._grid import Components
-from tl_circuitlasso.sites import Site
 
 Hook = tuple[str, int | None]  # hook name, head
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tl_circuitlasso import storage
+from tl_circuitlasso.data import storage
 from tl_circuitlasso.errors import CircuitLassoError, FormatError, InputError
 
 Source = Any  # a path, or the data that the file would hold: a stranger's, so of any type

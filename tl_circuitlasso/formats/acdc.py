@@ -11,7 +11,7 @@ weights, extras, provenance, parallel blocks (ACDC knows sequential ones only, s
 and with `use_pos_embed` the difference between an absent edge and one from either embedding. Edges without a port are
 copied to q, k and v.
 
->>> from tl_circuitlasso.nodes import component_index
+>>> from tl_circuitlasso.graph.nodes import component_index
 >>> graph = AttributionGraph.from_edges(
 ...     component_index(n_layers=1, n_heads=1), {("input", "a0.h0", "v"): .5, ("a0.h0", "logits"): -1.})
 >>> to_acdc(graph)["blocks.0.hook_v_input", (None, None, 0), "blocks.0.hook_resid_pre", (None,)]
@@ -26,13 +26,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tl_circuitlasso.data.sites import PORTS, Site, parse_site
 from tl_circuitlasso.errors import FormatError
 from tl_circuitlasso.formats import _hooks, _read
 from tl_circuitlasso.formats._grid import QKV, Grid, graph_of, grid_of, grid_of_edges
 from tl_circuitlasso.formats._hooks import Hook
 from tl_circuitlasso.formats._read import Source
 from tl_circuitlasso.graph import AttributionGraph
-from tl_circuitlasso.sites import PORTS, Site, parse_site
 
 Index = tuple[int | None, ...]
 Key = tuple[str, Index, str, Index]

@@ -9,7 +9,7 @@ provenance, positions (a `PruneScores` with a token axis isn't read). `Resid Sta
 An edge without a port is copied to q, k and v; with `separate_qkv=False` ports merge to the score of largest size. On
 the way in, edges with a score other than 0 are kept, and a model with `hook_attn_in` has no ports.
 
->>> from tl_circuitlasso.nodes import component_index
+>>> from tl_circuitlasso.graph.nodes import component_index
 >>> graph = AttributionGraph.from_edges(component_index(n_layers=1, n_heads=2), {("a0.h1", "m0"): .5})
 >>> to_auto_circuit(graph)["blocks.0.hook_mlp_in"]
 tensor([0.0000, 0.0000, 0.5000])
@@ -24,12 +24,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_circuitlasso.data.sites import PORTS
 from tl_circuitlasso.errors import FormatError, InputError
 from tl_circuitlasso.formats import _read
 from tl_circuitlasso.formats._grid import QKV, Components, Grid, checked_components, graph_of, grid_of
 from tl_circuitlasso.formats._read import Source
 from tl_circuitlasso.graph import AttributionGraph
-from tl_circuitlasso.sites import PORTS
 
 _MODULE = re.compile(r"blocks\.(\d{1,5})\.hook_(q_input|k_input|v_input|attn_in|mlp_in|resid_post)\Z")
 

@@ -10,7 +10,7 @@ What is lost of a graph of ours: edges that aren't kept, ports (merged), weights
 labels, groups, and scores beyond fp32. Columns are kinds of site rather than tokens. What an SAE misses is an error
 node there too.
 
->>> from tl_circuitlasso.nodes import component_index
+>>> from tl_circuitlasso.graph.nodes import component_index
 >>> graph = AttributionGraph.from_edges(component_index(n_layers=1, n_heads=2), {("a0.h1", "m0"): .5})
 >>> to_circuit_tracer(graph)["metadata"]["schema_version"]
 1
@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from tl_circuitlasso import storage
+from tl_circuitlasso.data import storage
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.formats import _frontend, _read
 from tl_circuitlasso.formats._frontend import Supernodes

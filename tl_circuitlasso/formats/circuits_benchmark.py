@@ -7,7 +7,7 @@ written as q, k and v; `input` is written as both `hook_embed` and `hook_pos_emb
 is the smallest that holds the edges unless `n_layers` and `n_heads` are given, steps within a component are skipped,
 and an edge that ends at a head's `hook_result` has no port.
 
->>> from tl_circuitlasso.nodes import component_index
+>>> from tl_circuitlasso.graph.nodes import component_index
 >>> graph = AttributionGraph.from_edges(component_index(n_layers=1, n_heads=2), {("a0.h1", "m0"): .5})
 >>> to_circuits_benchmark(graph)
 [('blocks.0.attn.hook_result[1]', 'blocks.0.hook_mlp_in')]
@@ -17,13 +17,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+from tl_circuitlasso.data.sites import PORTS, Site, parse_site
 from tl_circuitlasso.errors import FormatError
 from tl_circuitlasso.formats import _hooks, _read
 from tl_circuitlasso.formats._grid import graph_of, grid_of, grid_of_edges
 from tl_circuitlasso.formats._hooks import Hook
 from tl_circuitlasso.formats._read import Source
 from tl_circuitlasso.graph import AttributionGraph
-from tl_circuitlasso.sites import PORTS, Site, parse_site
 
 _NODE = re.compile(r"([\w.]{1,200})(?:\[(\d{1,5})\])?\Z")
 

@@ -13,7 +13,7 @@ they merge to one edge again only if the file says that the graph had no ports a
 A score is stored in full: fp64 in JSON, in .pt fp32 where that loses nothing and else fp64 (EAP-IG reads both as fp32).
 
 >>> import torch
->>> from tl_circuitlasso.nodes import component_index
+>>> from tl_circuitlasso.graph.nodes import component_index
 >>> graph = AttributionGraph.from_edges(
 ...     component_index(n_layers=1, n_heads=1), {("input", "a0.h0", "v"): .5, ("a0.h0", "logits"): -1.})
 >>> data = to_eap(graph, d_model=16)
@@ -36,7 +36,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_circuitlasso import storage
+from tl_circuitlasso.data import storage
 from tl_circuitlasso.errors import FormatError, InputError
 from tl_circuitlasso.formats import _read
 from tl_circuitlasso.formats._grid import Components, Grid, checked_components, graph_of, grid_of

@@ -9,7 +9,7 @@ On the way in, nodes need names of sites (`a5.h3`, `m7`, `blocks.4.hook_resid_po
 (or, failing that, `weight`). Without `rank` on every node, components take the transformer's order and other graphs
 the order that their edges give; a cycle is an error.
 
->>> from tl_circuitlasso.nodes import component_index
+>>> from tl_circuitlasso.graph.nodes import component_index
 >>> graph = AttributionGraph.from_edges(component_index(n_layers=1, n_heads=2), {("a0.h1", "m0"): .5})
 >>> to_networkx(graph).edges["a0.h1", "m0"]["score"]
 0.5
@@ -28,13 +28,13 @@ import networkx as nx
 import numpy as np
 import torch
 
-from tl_circuitlasso import storage
+from tl_circuitlasso.data import storage
+from tl_circuitlasso.data.sites import PORTS, Site, parse_site
 from tl_circuitlasso.errors import FormatError, InputError
 from tl_circuitlasso.formats import _read
 from tl_circuitlasso.formats._read import Source
 from tl_circuitlasso.graph import AttributionGraph
-from tl_circuitlasso.nodes import Block, NodeIndex
-from tl_circuitlasso.sites import PORTS, Site, parse_site
+from tl_circuitlasso.graph.nodes import Block, NodeIndex
 
 _NOTE = "tl_circuitlasso"
 _NOTE_ESCAPED = "tl_circuitlasso_escaped"

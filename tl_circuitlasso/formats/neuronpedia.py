@@ -8,7 +8,7 @@ What is lost: edges that aren't kept, ports (merged: the score of largest size),
 Provenance is written to `metadata.generation_settings` for readers and to `metadata.tl_circuitlasso` for
 `from_neuronpedia`. The columns of the picture are kinds of site, not tokens (see `formats._frontend`).
 
->>> from tl_circuitlasso.nodes import component_index
+>>> from tl_circuitlasso.graph.nodes import component_index
 >>> graph = AttributionGraph.from_edges(component_index(n_layers=1, n_heads=2), {("a0.h1", "m0"): .5})
 >>> to_neuronpedia(graph)["links"]
 [{'source': '0_1_1', 'target': '0_0_2', 'weight': 0.5}]
@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tl_circuitlasso import storage
+from tl_circuitlasso.data import storage
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.formats import _frontend, _read
 from tl_circuitlasso.formats._frontend import Supernodes

@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
+from tl_circuitlasso.data.sites import PORTS, Site, parse_site
 from tl_circuitlasso.errors import FormatError, InputError
 from tl_circuitlasso.formats import _read
 from tl_circuitlasso.formats._grid import graph_of, grid_of, grid_of_edges
 from tl_circuitlasso.graph import AttributionGraph
-from tl_circuitlasso.sites import PORTS, Site, parse_site
 
 _MODULE = "transformer_lens.tools.analysis.attribution_patching"
 _READERS = {"q_input": "q", "k_input": "k", "v_input": "v"}

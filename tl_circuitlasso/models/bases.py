@@ -21,10 +21,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_circuitlasso._checks import shortened
+from tl_circuitlasso.data.sites import Site
 from tl_circuitlasso.errors import InputError, ModelError
+from tl_circuitlasso.graph.nodes import Block, NodeIndex, component_index
 from tl_circuitlasso.models.adapter import Adapter
-from tl_circuitlasso.nodes import Block, NodeIndex, component_index
-from tl_circuitlasso.sites import Site
 
 Features: TypeAlias = Mapping[Site, Float[Tensor, "batch pos coord"]]
 Pilot: TypeAlias = dict[str, Tensor]

@@ -18,6 +18,9 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from tl_circuitlasso.data.sharing import ALONE, Ranks
+from tl_circuitlasso.data.statistics import Statistics
+from tl_circuitlasso.data.targets import Target, check_length
 from tl_circuitlasso.errors import InputError, ModelError
 from tl_circuitlasso.models import readout
 from tl_circuitlasso.models.adapter import Adapter
@@ -25,9 +28,6 @@ from tl_circuitlasso.models.closure import closure_check
 from tl_circuitlasso.models.designs import Design, Sample
 from tl_circuitlasso.models.tokens import Batch, Prompts
 from tl_circuitlasso.progress import bar as counting
-from tl_circuitlasso.sharing import ALONE, Ranks
-from tl_circuitlasso.statistics import Statistics
-from tl_circuitlasso.targets import Target, check_length
 
 logger = logging.getLogger(__name__)
 

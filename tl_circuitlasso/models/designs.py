@@ -17,13 +17,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_circuitlasso.data.schema import NODES, TARGET
+from tl_circuitlasso.data.sites import Site, parse_site
+from tl_circuitlasso.data.statistics import Statistics, add_folds, empty_folds, merge_rows
+from tl_circuitlasso.data.targets import Labels, Target
 from tl_circuitlasso.models import readout
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.bases import Basis, kept_rows
-from tl_circuitlasso.schema import NODES, TARGET
-from tl_circuitlasso.sites import Site, parse_site
-from tl_circuitlasso.statistics import Statistics, add_folds, empty_folds, merge_rows
-from tl_circuitlasso.targets import Labels, Target
 
 LOGITS = "logit metric"
 ROW_CAPACITY = 16_384  # samples kept whole where a target needs them (class labels)

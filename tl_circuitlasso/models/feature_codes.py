@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from tl_circuitlasso.data.targets import Target
 from tl_circuitlasso.errors import ModelError
 from tl_circuitlasso.models import readout
 from tl_circuitlasso.models.adapter import Adapter
@@ -19,7 +20,6 @@ from tl_circuitlasso.models.bases import principal_directions
 from tl_circuitlasso.models.codes import Codes, sparse_codes, stacked
 from tl_circuitlasso.models.encoder import Encoder
 from tl_circuitlasso.models.tokens import Batch, Prompts
-from tl_circuitlasso.targets import Target
 
 LEAST_ATTENTION = 0.01  # a smaller share of attention moves next to nothing, and would make mixed codes dense
 LOGIT_DIRECTIONS = 16

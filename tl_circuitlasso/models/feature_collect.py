@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from tl_circuitlasso.data.sharing import ALONE, Ranks
+from tl_circuitlasso.data.targets import Target, check_length
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.encoder import Encoder
@@ -21,8 +23,6 @@ from tl_circuitlasso.models.feature_store import CodeStore
 from tl_circuitlasso.models.sae import SAEFeatures
 from tl_circuitlasso.models.tokens import Batch, Prompts
 from tl_circuitlasso.progress import bar as counting
-from tl_circuitlasso.sharing import ALONE, Ranks
-from tl_circuitlasso.targets import Target, check_length
 
 
 @dataclass(frozen=True, eq=False)

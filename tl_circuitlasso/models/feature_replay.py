@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_circuitlasso.data.sharing import ALONE, Ranks
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.encoder import Encoder
 from tl_circuitlasso.models.feature_codes import Chunk
@@ -29,7 +30,6 @@ from tl_circuitlasso.models.feature_layers import Layers, Rows
 from tl_circuitlasso.models.feature_path import Path
 from tl_circuitlasso.models.feature_survey import positions_of
 from tl_circuitlasso.models.tokens import Batch, find_bos
-from tl_circuitlasso.sharing import ALONE, Ranks
 
 GROUPS = 24  # prompts that tell of one feature
 ELSEWHERE = 8  # positions of a prompt at which what attention brings is read

@@ -12,7 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from tl_circuitlasso import storage
+from tl_circuitlasso.data import storage
+from tl_circuitlasso.data.sharing import Ranks
+from tl_circuitlasso.data.targets import Target
 from tl_circuitlasso.errors import FormatError, InputError
 from tl_circuitlasso.models import readout
 from tl_circuitlasso.models.adapter import Adapter
@@ -25,8 +27,6 @@ from tl_circuitlasso.models.memory import free_bytes
 from tl_circuitlasso.models.sae import SAEFeatures
 from tl_circuitlasso.models.sae_checks import check_hooks, check_labels, check_shapes, warn_of_mismatches
 from tl_circuitlasso.models.tokens import Batch, first_prompts
-from tl_circuitlasso.sharing import Ranks
-from tl_circuitlasso.targets import Target
 
 TARGET = "target"
 THROUGH_ATTENTION = ("mean", "heads")  # ways of mixing

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tl_circuitlasso import storage
+from tl_circuitlasso.data import storage
 from tl_circuitlasso.errors import FormatError, InputError
 from tl_circuitlasso.models.codes import Codes
 from tl_circuitlasso.models.feature_codes import Chunk, joined

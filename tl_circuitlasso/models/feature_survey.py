@@ -8,11 +8,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_circuitlasso.data.sharing import ALONE, Ranks
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.models.codes import Codes
 from tl_circuitlasso.models.feature_codes import Chunk
 from tl_circuitlasso.models.sae import SAEFeatures
-from tl_circuitlasso.sharing import ALONE, Ranks
 
 EXAMPLES = 16  # strongest samples remembered of each feature
 BEFORE, AFTER = 12, 4  # tokens of context around a sample

@@ -8,9 +8,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_circuitlasso._checks import function
+from tl_circuitlasso.data.targets import LogitDiff, Target, answers_mean, check_length
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.models.adapter import Adapter
-from tl_circuitlasso.targets import LogitDiff, Target, answers_mean, check_length
 
 Metric = Callable[[Tensor, Tensor], Tensor]  # (logits of a batch, its rows in the data set) -> sum over the rows
 

@@ -25,10 +25,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_circuitlasso.data.targets import LogitDiff, Target, Values, answers_mean
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.metric import check_answers
 from tl_circuitlasso.models.views import Pairing
-from tl_circuitlasso.targets import LogitDiff, Target, Values, answers_mean
 
 FEW_LOGITS = 32  # up to so many logits are all followed; of a larger vocabulary, the two that the pair is about
 

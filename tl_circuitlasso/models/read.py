@@ -18,7 +18,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_circuitlasso import schema
+from tl_circuitlasso.data import schema
+from tl_circuitlasso.data.schema import FOLDS
+from tl_circuitlasso.data.statistics import Statistics, merge_rows
+from tl_circuitlasso.data.targets import Target
 from tl_circuitlasso.models import outcome, readout, sweep
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.bases import Basis
@@ -27,9 +30,6 @@ from tl_circuitlasso.models.outcome import Probe
 from tl_circuitlasso.models.rotary import position_ids
 from tl_circuitlasso.models.sweep import Read
 from tl_circuitlasso.models.views import Pairing
-from tl_circuitlasso.schema import FOLDS
-from tl_circuitlasso.statistics import Statistics, merge_rows
-from tl_circuitlasso.targets import Target
 
 PAIRS = 256  # pairs that fewer prompts are drawn into again and again, where that is
 CHEAP = 2e10  # operations: what forward passes may take that are worth so many sweeps

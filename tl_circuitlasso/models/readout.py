@@ -6,11 +6,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_circuitlasso.data.sites import Site
+from tl_circuitlasso.data.targets import LogitDiff, Target
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.bases import principal_directions
 from tl_circuitlasso.models.metric import answer_difference
-from tl_circuitlasso.sites import Site
-from tl_circuitlasso.targets import LogitDiff, Target
 
 _CHUNK = 4096  # vocabulary entries whose Gram is formed at once
 

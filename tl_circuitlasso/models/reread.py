@@ -19,6 +19,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_circuitlasso.data.sites import Site, parse_site
+from tl_circuitlasso.data.targets import Target
 from tl_circuitlasso.models import outcome, sweep
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.closure import soft_cap
@@ -31,8 +33,6 @@ from tl_circuitlasso.models.sweep import PORTS
 from tl_circuitlasso.models.tokens import Batch
 from tl_circuitlasso.models.views import TINY, View
 from tl_circuitlasso.models.weights import Port, repeat_heads
-from tl_circuitlasso.sites import Site, parse_site
-from tl_circuitlasso.targets import Target
 
 Edge = tuple[str, str]
 

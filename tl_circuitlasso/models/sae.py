@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tl_circuitlasso.data.sites import Site, parse_site
 from tl_circuitlasso.errors import InputError
+from tl_circuitlasso.graph.nodes import Block
 from tl_circuitlasso.models.encoder import Encoder
-from tl_circuitlasso.nodes import Block
-from tl_circuitlasso.sites import Site, parse_site
 
 MIXINGS = ("same", "mean", "heads", "pooled")
 PENALTIES = ("read", "l1", "adaptive")

@@ -14,12 +14,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_circuitlasso.data.sites import Site
 from tl_circuitlasso.errors import ModelError
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.architecture import Shape
 from tl_circuitlasso.models.hooks import observe
 from tl_circuitlasso.models.patching import Written
-from tl_circuitlasso.sites import Site
 
 WRITTEN_OUT = 512 << 20  # bytes of sources kept in d_model; beyond it they are written out again for each layer
 

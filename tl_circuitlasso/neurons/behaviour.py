@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_circuitlasso.data.targets import LogitDiff, Target, check_length, take
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.features.graph import Text
 from tl_circuitlasso.models import outcome, readout
@@ -19,7 +20,6 @@ from tl_circuitlasso.models.pairs import PairBatch, Pairs
 from tl_circuitlasso.models.read import make_pairs
 from tl_circuitlasso.models.tokens import Batch as PromptBatch
 from tl_circuitlasso.models.tokens import Prompts
-from tl_circuitlasso.targets import LogitDiff, Target, check_length, take
 
 
 @dataclass(frozen=True, eq=False)

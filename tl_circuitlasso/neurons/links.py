@@ -16,15 +16,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_circuitlasso import solve
+from tl_circuitlasso.data.sites import Site
 from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.graph.nodes import Block, NodeIndex
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.neuron_edges import direct_effects, memory
 from tl_circuitlasso.models.neuron_scores import Batch, read_logits
 from tl_circuitlasso.models.neuron_sweep import SECANT, Ends, unembedded, wanted
 from tl_circuitlasso.models.rotary import position_ids
 from tl_circuitlasso.neurons.behaviour import Behaviour
-from tl_circuitlasso.nodes import Block, NodeIndex
-from tl_circuitlasso.sites import Site
 
 logger = logging.getLogger(__name__)
 

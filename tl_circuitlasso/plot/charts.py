@@ -58,7 +58,7 @@ def strength_path(
     InputError: fewer than two strengths, one that isn't above 0, or a `chosen` that isn't among them.
 
     >>> from tl_circuitlasso.graph import AttributionGraph
-    >>> from tl_circuitlasso.nodes import component_index
+    >>> from tl_circuitlasso.graph.nodes import component_index
     >>> edges = {("input", "m0"): 1.0, ("m0", "logits"): -0.5, ("input", "logits"): 0.1}
     >>> graph = AttributionGraph.from_edges(component_index(n_layers=1, n_heads=1), edges)
     >>> len(strength_path({0.3: graph.threshold(0.5), 0.1: graph}).axes) >= 2
@@ -177,7 +177,7 @@ def scatter(
     InputError: the graphs share no candidate edge.
 
     >>> from tl_circuitlasso.graph import AttributionGraph
-    >>> from tl_circuitlasso.nodes import component_index
+    >>> from tl_circuitlasso.graph.nodes import component_index
     >>> edges = {("input", "m0"): 1.0, ("m0", "logits"): -0.5, ("input", "logits"): 0.1}
     >>> graph = AttributionGraph.from_edges(component_index(n_layers=1, n_heads=1), edges)
     >>> scatter(graph, graph.threshold(0.5), names=("all", "strong")).axes[0].get_xlabel()

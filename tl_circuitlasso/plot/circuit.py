@@ -13,6 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import FancyBboxPatch, PathPatch, Polygon, Rectangle
 from matplotlib.path import Path
 
+from tl_circuitlasso.data.sites import PORTS
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.plot import style
@@ -27,7 +28,6 @@ from tl_circuitlasso.plot.rows import (
     shorten,
     site_ranks,
 )
-from tl_circuitlasso.sites import PORTS
 
 _NODE_HEIGHT = 0.32
 _EDGE_STEP, _PORT_GAP = 0.14, 0.1  # between edges that meet at a node, and between the ports of a head
@@ -81,7 +81,7 @@ def circuit(
     ------
     InputError: `max_edges` below 1, an unknown `order` or suffix, or a path that can't be written to.
 
-    >>> from tl_circuitlasso.nodes import component_index
+    >>> from tl_circuitlasso.graph.nodes import component_index
     >>> graph = AttributionGraph.from_edges(
     ...     component_index(n_layers=1, n_heads=2), {("input", "a0.h1", "v"): .8, ("a0.h1", "logits"): 1.})
     >>> len([patch for patch in circuit(graph).axes[0].patches if (patch.get_gid() or "").startswith("edge:")])

@@ -13,7 +13,7 @@ from matplotlib.path import Path
 from tl_circuitlasso._checks import instance
 from tl_circuitlasso.apps.concepts import Concepts
 from tl_circuitlasso.errors import InputError
-from tl_circuitlasso.explaining import label
+from tl_circuitlasso.graph.explaining import label
 from tl_circuitlasso.plot import style
 from tl_circuitlasso.plot.rows import shorten
 

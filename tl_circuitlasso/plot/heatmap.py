@@ -9,11 +9,11 @@ from matplotlib.axes import Axes
 from matplotlib.colors import FuncNorm, LinearSegmentedColormap
 from matplotlib.figure import Figure
 
+from tl_circuitlasso.data.sites import Site
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.plot import style
 from tl_circuitlasso.plot.rows import row_label, short_hook
-from tl_circuitlasso.sites import Site
 
 _MOST_NODES = 400  # past that a node is less than a pixel wide
 _MOST_LABELS = 44
@@ -49,7 +49,7 @@ def adjacency(
     InputError: an unknown `by`, or `by="node"` with more than 400 nodes.
 
     >>> from tl_circuitlasso.graph import AttributionGraph
-    >>> from tl_circuitlasso.nodes import component_index
+    >>> from tl_circuitlasso.graph.nodes import component_index
     >>> edges = {("input", "m0"): 1.0, ("m0", "logits"): -0.5, ("input", "logits"): 0.1}
     >>> graph = AttributionGraph.from_edges(component_index(n_layers=1, n_heads=1), edges)
     >>> adjacency(graph, title="Scores").axes[0].get_ylabel()

@@ -13,12 +13,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from tl_circuitlasso import storage
+from tl_circuitlasso.data import storage
+from tl_circuitlasso.data.sites import Site, parse_site
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.plot.circuit import node_look
 from tl_circuitlasso.plot.rows import ENDS, columns_of, node_label, row_label, site_ranks
-from tl_circuitlasso.sites import Site, parse_site
 
 _SCRIPTS = (  # in this order: each uses what stands before it while it loads
     "d3.min", "model", "filter", "notes", "layout", "scene", "pane", "panel", "app", "search", "keys", "export",
@@ -52,7 +52,7 @@ def interactive(
 
     >>> import tempfile
     >>> from tl_circuitlasso.graph import AttributionGraph
-    >>> from tl_circuitlasso.nodes import component_index
+    >>> from tl_circuitlasso.graph.nodes import component_index
     >>> edges = {("input", "m0"): 1.0, ("m0", "logits"): -0.5, ("input", "logits"): 0.1}
     >>> graph = AttributionGraph.from_edges(component_index(n_layers=1, n_heads=1), edges)
     >>> interactive(graph, Path(tempfile.mkdtemp()) / "circuit.html", title="A circuit").name

@@ -10,9 +10,9 @@ from fractions import Fraction
 from itertools import pairwise
 from typing import Any
 
+from tl_circuitlasso.data.sites import Site, parse_site
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
-from tl_circuitlasso.sites import Site, parse_site
 
 ENDS = ("input", "logits", "target")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tl_circuitlasso import storage
+from tl_circuitlasso.data import storage
 from tl_circuitlasso.errors import InputError
 
 PORT_COLOURS = {"q": "#0072B2", "k": "#C47A00", "v": "#00795A", "": "#5B6776"}

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_circuitlasso.sharing import ALONE, Ranks, as_ranks
+from tl_circuitlasso.data.sharing import ALONE, Ranks, as_ranks
 from tl_circuitlasso.solve.base import Solution, Status
 from tl_circuitlasso.solve.groups import Group
 from tl_circuitlasso.solve.lasso import Strength, lasso

@@ -6,10 +6,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_circuitlasso.garrote import RESAMPLES, Child
-from tl_circuitlasso.nodes import NodeIndex
-from tl_circuitlasso.relevance import bound, narrowest
-from tl_circuitlasso.stopping import widest_gap
+from tl_circuitlasso.discover.garrote import RESAMPLES, Child
+from tl_circuitlasso.discover.stopping import widest_gap
+from tl_circuitlasso.graph.nodes import NodeIndex
+from tl_circuitlasso.graph.relevance import bound, narrowest
 
 RUNAWAY = 10.0  # times the target's costliest edge: estimates beyond are bounded by what is passed on
 

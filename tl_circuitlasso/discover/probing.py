@@ -11,14 +11,14 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from tl_circuitlasso import solve
+from tl_circuitlasso.data.sharing import ALONE, Ranks
+from tl_circuitlasso.data.targets import Labels, Values, check_length
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.outcome import Probe
 from tl_circuitlasso.models.readout import last_only
 from tl_circuitlasso.models.tokens import Prompts
 from tl_circuitlasso.progress import bar
-from tl_circuitlasso.sharing import ALONE, Ranks
-from tl_circuitlasso.targets import Labels, Values, check_length
 
 logger = logging.getLogger(__name__)
 

@@ -12,12 +12,12 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_circuitlasso.data.sharing import ALONE, Ranks
+from tl_circuitlasso.data.targets import Labels, LogitDiff, Target, Values, check_length
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.metric import answer_difference
 from tl_circuitlasso.models.pairs import last_places
 from tl_circuitlasso.models.tokens import Batch, Prompts
-from tl_circuitlasso.sharing import ALONE, Ranks
-from tl_circuitlasso.targets import Labels, LogitDiff, Target, Values, check_length
 
 AT_LEAST = 16  # prompts of each stratum, as far as there are so many and room for them
 BINS = 8  # strata of a target that is a number, by its quantiles

@@ -4,7 +4,7 @@ prompts      Prompts      batches of tokens, masks and the positions that are sa
   | adapt, run            one forward pass a batch; nothing is intervened on                 models/adapter.py
 activations  dict         batch pos ... by site, freed after each batch
   | design.add            what each child could have read from each possible parent          models/designs.py, read.py
-statistics   Statistics   float64 second moments: all that the regressions see               statistics.py
+statistics   Statistics   float64 second moments: all that the regressions see               data/statistics.py
   | learn                 a certified sparse regression per child, relevance from the target learn.py
 graph        AttributionGraph
 """
@@ -19,12 +19,19 @@ from pathlib import Path
 from typing import Any
 
 from tl_circuitlasso._checks import as_seed, shortened, whole_number
-from tl_circuitlasso.confirming import Confirmation, Metric, check_method, prepare
-from tl_circuitlasso.drawing import draw_by_output
+from tl_circuitlasso.data.schema import COUNT, FOLDS
+from tl_circuitlasso.data.sharing import Ranks, as_ranks
+from tl_circuitlasso.data.statistics import Statistics
+from tl_circuitlasso.data.targets import Labels, Target, Values, as_target, take
+from tl_circuitlasso.discover.confirming import Confirmation, Metric, check_method, prepare
+from tl_circuitlasso.discover.drawing import draw_by_output
+from tl_circuitlasso.discover.learning import RESAMPLED, learn
+from tl_circuitlasso.discover.probing import fit_probe
+from tl_circuitlasso.discover.provenance import made_of, passes_per_prompt, provenance, question
+from tl_circuitlasso.discover.refining import refine
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.features import FeatureSetup, Rule, learn_features
 from tl_circuitlasso.graph import AttributionGraph
-from tl_circuitlasso.learning import RESAMPLED, learn
 from tl_circuitlasso.models.adapter import Adapter, adapt
 from tl_circuitlasso.models.bases import Basis, Neuron, as_basis
 from tl_circuitlasso.models.collect import Plan, collect
@@ -37,13 +44,6 @@ from tl_circuitlasso.models.read import ReadDesign, affordable_draws
 from tl_circuitlasso.models.sae import SAEFeatures
 from tl_circuitlasso.models.tokens import Positions, Prompts
 from tl_circuitlasso.neurons import Behaviour, neuron_circuit
-from tl_circuitlasso.probing import fit_probe
-from tl_circuitlasso.provenance import made_of, passes_per_prompt, provenance, question
-from tl_circuitlasso.refining import refine
-from tl_circuitlasso.schema import COUNT, FOLDS
-from tl_circuitlasso.sharing import Ranks, as_ranks
-from tl_circuitlasso.statistics import Statistics
-from tl_circuitlasso.targets import Labels, Target, Values, as_target, take
 
 NO_PATH = (
     "the circuit is empty: no path of edges that matter leads from the input to the target. Give more prompts, or such "

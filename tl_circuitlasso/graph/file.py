@@ -14,10 +14,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from tl_circuitlasso import storage
+from tl_circuitlasso.data import storage
+from tl_circuitlasso.data.sites import PORTS
 from tl_circuitlasso.errors import FormatError, InputError
-from tl_circuitlasso.nodes import NodeIndex
-from tl_circuitlasso.sites import PORTS
+from tl_circuitlasso.graph.nodes import NodeIndex
 
 KIND, VERSION = "attribution graph", 1
 COLUMNS = ("source", "target", "port", "score", "weight", "kept")

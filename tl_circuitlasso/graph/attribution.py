@@ -5,7 +5,7 @@ inputs are told apart), score, weight and whether it's kept. Scores and membersh
 same type with fewer kept edges. Graphs are frozen: every operation returns a new one.
 
 >>> import torch
->>> from tl_circuitlasso.nodes import component_index
+>>> from tl_circuitlasso.graph.nodes import component_index
 >>> index = component_index(n_layers=1, n_heads=1)
 >>> graph = AttributionGraph.from_adjacency(index, torch.tensor(
 ...     [[0, .9, .1, 0], [0, 0, 0, .5], [0, 0, 0, 0], [0, 0, 0, 0]]))
@@ -28,12 +28,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_circuitlasso import graph_file, selection
 from tl_circuitlasso._checks import shortened, whole_number
+from tl_circuitlasso.data.sites import PORTS
 from tl_circuitlasso.errors import FormatError, InputError
-from tl_circuitlasso.graph_verbs import Verbs
-from tl_circuitlasso.nodes import NodeIndex
-from tl_circuitlasso.sites import PORTS
+from tl_circuitlasso.graph import file as graph_file
+from tl_circuitlasso.graph import selection
+from tl_circuitlasso.graph.nodes import NodeIndex
+from tl_circuitlasso.graph.verbs import Verbs
 
 _log = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class AttributionGraph(Verbs):
     InputError: columns of different lengths, NaN or infinite scores, an edge against the order of computation, or an
         edge given twice.
 
-    >>> from tl_circuitlasso.nodes import component_index
+    >>> from tl_circuitlasso.graph.nodes import component_index
     >>> edges = {("input", "m0"): 1.0, ("m0", "logits"): -0.5, ("input", "a0.h0", "q"): 0.1}
     >>> graph = AttributionGraph.from_edges(component_index(n_layers=1, n_heads=1), edges)
     >>> graph.nodes, graph.n_kept

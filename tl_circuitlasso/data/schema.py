@@ -16,7 +16,7 @@
 Children come in groups: `a3` are the heads of layer 3, `m3` its MLP, `target` what is explained.
 """
 
-from tl_circuitlasso.sites import PORTS, Site
+from tl_circuitlasso.data.sites import PORTS, Site
 
 NODES, TARGET = "nodes", "target"
 PAIRS, NODE_COSTS = "pairs", "node"

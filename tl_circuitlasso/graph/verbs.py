@@ -30,15 +30,15 @@ class Verbs:
 
     def explain(self, node: str, k: int = 10) -> Any:
         """What feeds a node, what it feeds, and where it fires: see `tcl.explain`; print it, or show it."""
-        return _verb("explaining", "explain")(self, node, k)
+        return _verb("graph.explaining", "explain")(self, node, k)
 
     def paths(self, source: str, k: int = 5, **options: Any) -> Any:
-        """The k strongest kept paths from `source` to the target: see `explaining.strongest_paths`."""
-        return _verb("explaining", "strongest_paths")(self, source, k, **options)
+        """The k strongest kept paths from `source` to the target: see `graph.explaining.strongest_paths`."""
+        return _verb("graph.explaining", "strongest_paths")(self, source, k, **options)
 
     def supernodes(self, similarity: int | float = 0.5) -> dict[str, tuple[str, ...]]:
         """Groups of nodes with nearly the same parents and children: see `tcl.supernodes`."""
-        return _verb("explaining", "supernodes")(self, similarity)
+        return _verb("graph.explaining", "supernodes")(self, similarity)
 
     def to_eap_graph(self, **options: Any) -> Any:
         """The same graph as a live `eap.graph.Graph` of the EAP-IG package: see `formats.to_eap_graph`."""
@@ -64,7 +64,7 @@ class Verbs:
 
         >>> import tempfile, pathlib
         >>> from tl_circuitlasso.graph import AttributionGraph
-        >>> from tl_circuitlasso.nodes import component_index
+        >>> from tl_circuitlasso.graph.nodes import component_index
         >>> graph = AttributionGraph.from_edges(component_index(n_layers=1, n_heads=1), {("input", "m0"): 1.0})
         >>> graph.to("eap", pathlib.Path(tempfile.mkdtemp()) / "graph.json").name
         'graph.json'

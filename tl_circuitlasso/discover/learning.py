@@ -13,15 +13,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_circuitlasso import solve
+from tl_circuitlasso.data.schema import NODES, TARGET
+from tl_circuitlasso.data.sharing import Ranks, as_ranks
+from tl_circuitlasso.data.statistics import Statistics
+from tl_circuitlasso.discover.learning_read import learn_read
+from tl_circuitlasso.discover.stopping import CENTRE, widest_gap
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
-from tl_circuitlasso.learning_read import learn_read
-from tl_circuitlasso.nodes import NodeIndex
-from tl_circuitlasso.relevance import narrowest, propagate
-from tl_circuitlasso.schema import NODES, TARGET
-from tl_circuitlasso.sharing import Ranks, as_ranks
-from tl_circuitlasso.statistics import Statistics
-from tl_circuitlasso.stopping import CENTRE, widest_gap
+from tl_circuitlasso.graph.nodes import NodeIndex
+from tl_circuitlasso.graph.relevance import narrowest, propagate
 
 LEAST_VARIANCE = 1e-10  # of the largest column: below, a column counts as constant
 ROUNDING = 1e-12  # of the largest squared mean: variance that float32 activations have when nothing varies

@@ -24,9 +24,9 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from tl_circuitlasso import storage
+from tl_circuitlasso.data import storage
+from tl_circuitlasso.data.sharing import ALONE, Ranks
 from tl_circuitlasso.errors import FormatError, InputError
-from tl_circuitlasso.sharing import ALONE, Ranks
 
 _KIND, _VERSION = "statistics", 1
 _TENSORS = ("sums", "rows", "fixed")  # the groups of tensors beside the moments

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_circuitlasso.data.sharing import ALONE, Ranks
+from tl_circuitlasso.data.targets import LogitDiff, Target, check_length
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.confirm import confirm
 from tl_circuitlasso.graph import AttributionGraph
@@ -19,8 +21,6 @@ from tl_circuitlasso.models.metric import Metric, PromptMetric, answer_differenc
 from tl_circuitlasso.models.pairs import Pairs, pairs_of
 from tl_circuitlasso.models.positions import kept_positions
 from tl_circuitlasso.models.tokens import Batch, Prompts
-from tl_circuitlasso.sharing import ALONE, Ranks
-from tl_circuitlasso.targets import LogitDiff, Target, check_length
 
 METHODS = ("lasso", "lasso+confirm")
 

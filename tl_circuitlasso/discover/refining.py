@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 
-from tl_circuitlasso.choice import between_counterparts
+from tl_circuitlasso.data.sharing import ALONE, Ranks
+from tl_circuitlasso.discover.choice import between_counterparts
+from tl_circuitlasso.discover.stopping import widest_gap
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.collect import Plan
 from tl_circuitlasso.models.read import ReadDesign, operations
 from tl_circuitlasso.models.reread import Costs, Edge, order, reread
 from tl_circuitlasso.models.tokens import Batch, first_prompts
-from tl_circuitlasso.sharing import ALONE, Ranks
-from tl_circuitlasso.stopping import widest_gap
 
 logger = logging.getLogger(__name__)
 

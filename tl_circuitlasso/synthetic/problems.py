@@ -24,12 +24,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_circuitlasso.data.schema import NODES, TARGET
+from tl_circuitlasso.data.sites import Site
+from tl_circuitlasso.data.statistics import Statistics, add_folds, empty_folds
 from tl_circuitlasso.errors import InputError
-from tl_circuitlasso.naming import directory as _directory
-from tl_circuitlasso.nodes import Block, NodeIndex, component_index
-from tl_circuitlasso.schema import NODES, TARGET
-from tl_circuitlasso.sites import Site
-from tl_circuitlasso.statistics import Statistics, add_folds, empty_folds
+from tl_circuitlasso.graph.nodes import Block, NodeIndex, component_index
 
 CODES = ("gaussian", "laplace", "sparse")
 DENSITY = 0.1  # share of sparse codes that aren't zero
@@ -247,6 +246,3 @@ def _pattern(prompts: int, positions: int, generator: torch.Generator) -> Float[
 def _orthogonal(width: int, generator: torch.Generator) -> Float[Tensor, "column column"]:
     """A random orthogonal matrix; for one column a random sign."""
     return torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))[0]
-
-
-__dir__ = _directory(__name__)

@@ -6,11 +6,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_circuitlasso import schema, solve
-from tl_circuitlasso.nodes import NodeIndex
-from tl_circuitlasso.schema import FOLDS
-from tl_circuitlasso.sites import PORTS
-from tl_circuitlasso.statistics import Statistics
+from tl_circuitlasso import solve
+from tl_circuitlasso.data import schema
+from tl_circuitlasso.data.schema import FOLDS
+from tl_circuitlasso.data.sites import PORTS
+from tl_circuitlasso.data.statistics import Statistics
+from tl_circuitlasso.graph.nodes import NodeIndex
 
 SMALL = 128  # columns up to which FISTA is done before a compiled solver has been loaded
 FINEST = 1e-9  # relative duality gap that double precision reaches safely

@@ -1,7 +1,7 @@
 """What a graph says about one node: what feeds it, what it feeds, where it fires, and how it reaches the target.
 
 >>> from tl_circuitlasso.graph import AttributionGraph
->>> from tl_circuitlasso.nodes import component_index
+>>> from tl_circuitlasso.graph.nodes import component_index
 >>> index = component_index(n_layers=2, n_heads=1)
 >>> graph = AttributionGraph.from_edges(index, {
 ...     ("input", "m0"): 0.8, ("m0", "m1"): -0.5, ("m1", "logits"): 0.9, ("m0", "logits"): 0.2})
@@ -31,9 +31,9 @@ import pandas as pd
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.sparse import csr_matrix
 
+from tl_circuitlasso.data.sites import PORTS
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
-from tl_circuitlasso.sites import PORTS
 
 
 class Edge(NamedTuple):

@@ -18,8 +18,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from tl_circuitlasso.data.sites import Site, parse_site
 from tl_circuitlasso.errors import InputError
-from tl_circuitlasso.sites import Site, parse_site
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,16 @@ from typing import Any
 
 import torch
 
-from tl_circuitlasso import schema, solve
-from tl_circuitlasso.choice import Edges, between_counterparts, mean_of
+from tl_circuitlasso import solve
+from tl_circuitlasso.data import schema
+from tl_circuitlasso.data.sharing import ALONE, Ranks
+from tl_circuitlasso.data.statistics import Statistics
+from tl_circuitlasso.discover.choice import Edges, between_counterparts, mean_of
+from tl_circuitlasso.discover.garrote import Asked, children, garrote, resampled
 from tl_circuitlasso.errors import InputError
-from tl_circuitlasso.garrote import Asked, children, garrote, resampled
 from tl_circuitlasso.graph import AttributionGraph
-from tl_circuitlasso.nodes import NodeIndex
-from tl_circuitlasso.sharing import ALONE, Ranks
+from tl_circuitlasso.graph.nodes import NodeIndex
 from tl_circuitlasso.solve.distributed import gather_solutions
-from tl_circuitlasso.statistics import Statistics
 
 LEAST_SHARE = 2e-5  # of the target's mean squared difference: what an edge must explain where the regression decides
 MANY_PAIRS = 256  # where more pairs of components are costly enough, costs have no gap and the regression decides

@@ -1,0 +1,1 @@
+"""What is known before anything is learned: targets, statistics and their files, names of sites, processes."""
