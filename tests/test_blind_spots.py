@@ -247,6 +247,9 @@ def test_between_counterparts_the_regression_decides_where_costly_edges_carry_to
     decided = tcl.circuit_lasso(model, clean, **options)
     assert decided.provenance["chosen_by"] == "regression"
     assert bool((decided.weight[decided.kept] > 0).all())
+    sizes = (decided.extras["mean_effect"].abs() * decided.extras["mean_abs"]).sqrt()
+    chosen = decided.weight > 0  # what is left out keeps a tenth, so that any number of the highest scores holds these
+    torch.testing.assert_close(decided.score.abs(), torch.where(chosen, sizes, learning_read.LEFT_OUT * sizes))
     monkeypatch.setattr(learning_read, "ENOUGH", 0.0)
     assert tcl.circuit_lasso(model, clean, **options).provenance["chosen_by"] == "cost"
 

@@ -19,6 +19,7 @@ from tl_circuitlasso.solve.distributed import gather_solutions
 LEAST_SHARE = 2e-5  # of the target's mean squared difference: what an edge must explain where the regression decides
 MANY_PAIRS = 256  # where more pairs of components are costly enough, costs have no gap and the regression decides
 ENOUGH = 0.8  # of the target's difference: what the edges chosen by cost must carry between counterparts
+LEFT_OUT = 0.1  # of its score is what an edge keeps that the regression leaves out: others carry what it carries
 STABLE = 0.8  # share of resamples that strength "stability" asks of an edge
 
 
@@ -42,9 +43,9 @@ def learn_read(
     Kept: both ends matter, and the cost lies above the widest gap near 1 % of the costliest edge into the target (in
     squares where it is a number), and never so high that no path is left. Where more than 256 pairs of components
     are that costly there's no such gap; and between prompts and their counterparts, what is that costly may carry less
-    than 80 % of the difference. Then the regression decides: kept is what has a weight. With a `strength` of
-    your own, "ebic", "mcp" or "cv" edges need both, with "stability" a stability of 0.8. Then pruned to paths from
-    input to target.
+    than 80 % of the difference. Then the regression decides: kept is what has a weight, and an edge without one keeps a
+    tenth of its score, so that circuits of any size hold the chosen edges first. With a `strength` of your own, "ebic",
+    "mcp" or "cv" edges need both, with "stability" a stability of 0.8. Then pruned to paths from input to target.
 
     Raises
     ------
@@ -80,6 +81,7 @@ def learn_read(
     if dense:
         extras["stability"] = resampled(found, solutions, asked, generator)
         keep, carried = weight > 0, edges.carried(found, weight > 0)
+        score = score * torch.where(keep, 1.0, LEFT_OUT)
     else:
         extras["stability"] = edges.of_pairs(edges.stability(pairs, node_cost, generator))
         allowed = {"auto": torch.ones_like(weight, dtype=torch.bool), "stability": extras["stability"] >= STABLE}
