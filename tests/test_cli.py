@@ -560,12 +560,16 @@ def test_other_methods_run_on_the_bundled_model(tmp_path: Path, capsys: pytest.C
     assert "its own prompts" in refused(capsys, "evaluate", "demo", "pairs.csv", str(folder))
 
 
-def test_every_baseline_has_a_name() -> None:
-    from tl_circuitlasso.cli.testing import BASELINES
-
-    taking_saes = {"feature_correlation", "feature_gradient"}
-    public = {name for name in dir(tcl.baselines) if callable(getattr(tcl.baselines, name))}
-    assert set(BASELINES.values()) <= public - taking_saes
+def test_every_method_that_scores_all_edges_can_be_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refused(capsys, "baseline", "eap-gi", "demo", "demo", "--out", str(tmp_path / "out"))
+    assert all(name in message for name in tcl.baselines.METHODS) and not (tmp_path / "out").exists()
+    for name in ("acdc", "magnitude"):  # with a rule of its own; without a metric
+        folder = str(tmp_path / name)
+        assert main(["baseline", name, "demo", "demo", "--limit", "8", "--out", folder]) == 0
+        assert tcl.load(folder).provenance["method"] == name
+        capsys.readouterr()
 
 
 def test_plot_refuses_what_it_would_ignore(

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from tl_circuitlasso.models.sae import SAEFeatures as SAEFeatures
     from tl_circuitlasso.models.sae import load_sae as load_sae
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _MODULES = ("apps", "baselines", "bench", "evaluate", "formats", "plot", "solve", "synthetic", "testing")
 _NAMES = {  # public name: the module that holds it
