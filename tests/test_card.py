@@ -11,20 +11,15 @@ from torch.utils import backend_registration
 
 QUICK = (
     "read, difference",
-    "activation",
     "neurons",
     "SAE, strength auto",
-    "SAE, pooled",
     "eap, patch",
     "eap_ig, mean",
-    "node_scores, zero",
     "faithfulness, optimal",
-    "curve",
     "steer",
     "lasso, auto",
     "lasso, fista",
     "lasso, groups",
-    "lasso, weights",
     "logistic",
 )
 

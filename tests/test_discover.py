@@ -160,7 +160,7 @@ def test_strength_means_the_same_in_the_other_designs(model: Any, design: str) -
     assert counts == sorted(counts, reverse=True) and counts[-1] == 0 < counts[1]
 
 
-@pytest.mark.parametrize("strength", ["auto", "cv", "ebic", "mcp", "stability"])
+@pytest.mark.parametrize("strength", ["auto", pytest.param("cv", marks=pytest.mark.slow), "ebic", "mcp", "stability"])
 def test_named_strengths_are_known_to_every_design(strength: str) -> None:
     model = architectures.small(layers=1)
     options = {"basis": tcl.Component(1), "design": "activation"}
