@@ -60,6 +60,8 @@ def _tables(model: Any, layer: int, positions: Tensor, d_head: int) -> tuple[Ten
     if native is not None:  # TransformerLens' own model behind a bridge
         return native.cos_cached[positions], native.sin_cached[positions], True
     packed = getattr(inner, "embed_positions", None)
+    if packed is None:  # transformers 5.24 and later: one table for all layers
+        packed = getattr(find_module(model, "original_model.transformer.rotary_emb"), "embed_positions", None)
     if isinstance(packed, Tensor):  # GPT-J keeps sin and cos side by side
         sin, cos = packed.to(positions.device)[positions].chunk(2, dim=-1)
         return cos.repeat_interleave(2, -1), sin.repeat_interleave(2, -1), True
