@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 import tl_circuitlasso as tcl
 from tests import architectures
 from tests.helpers import shared_folder
-from tl_circuitlasso.discover.run import as_strength, collect_statistics
+from tl_circuitlasso.discover.asked import as_strength
+from tl_circuitlasso.discover.run import collect_statistics
 from tl_circuitlasso.models import read
 
 COLUMNS = ["source", "target", "port", "weight", "score", "kept"]

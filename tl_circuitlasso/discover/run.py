@@ -5,24 +5,23 @@ prompts      Prompts      batches of tokens, masks and the positions that are sa
 activations  dict         batch pos ... by site, freed after each batch
   | design.add            what each child could have read from each possible parent          models/designs.py, read.py
 statistics   Statistics   float64 second moments: all that the regressions see               data/statistics.py
-  | learn                 a certified sparse regression per child, relevance from the target learn.py
+  | learn                 a certified sparse regression per child, relevance from the target learning.py
 graph        AttributionGraph
 """
 
 import time
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from tl_circuitlasso._checks import as_seed, shortened, whole_number
+from tl_circuitlasso._checks import as_seed, whole_number
 from tl_circuitlasso.data.schema import COUNT, FOLDS
 from tl_circuitlasso.data.sharing import Ranks, as_ranks
 from tl_circuitlasso.data.statistics import Statistics
 from tl_circuitlasso.data.targets import Labels, Target, Values, as_target, take
+from tl_circuitlasso.discover.asked import as_design, as_strength, check_features, check_neurons
 from tl_circuitlasso.discover.confirming import Confirmation, Metric, check_method, prepare
 from tl_circuitlasso.discover.drawing import draw_by_output
 from tl_circuitlasso.discover.learning import RESAMPLED, learn
@@ -35,7 +34,7 @@ from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models.adapter import Adapter, adapt
 from tl_circuitlasso.models.bases import Basis, Neuron, as_basis
 from tl_circuitlasso.models.collect import Plan, collect
-from tl_circuitlasso.models.designs import Activation, Design, Routed
+from tl_circuitlasso.models.designs import Design
 from tl_circuitlasso.models.device import on_device
 from tl_circuitlasso.models.metric import with_tokens
 from tl_circuitlasso.models.pairs import pairs_of
@@ -50,7 +49,6 @@ NO_PATH = (
     "that differ in what you ask about (`corrupted`), say what matters (`target`), and where (`positions`)"
 )
 PAIR = 2  # prompts in a pair, so the fewest of a batch
-DESIGNS = {"activation": Activation, "read": ReadDesign, "routed": Routed}
 
 
 def circuit_lasso(
@@ -131,12 +129,12 @@ def circuit_lasso(
     if max_prompts is not None:
         max_prompts = whole_number("max_prompts", max_prompts, least=PAIR, what="of prompts, or None for all")
     if isinstance(basis, SAEFeatures):
-        _check_features(basis, design, method, strength)
+        check_features(basis, design, method, strength)
     elif design == "read" and isinstance(as_basis(basis), Neuron):
         neurons = as_basis(basis)
         assert isinstance(neurons, Neuron)
         refused = {"checkpoint": checkpoint, "metric": metric, "process_group": None if ranks.size == 1 else ranks}
-        _check_neurons(neurons, method, strength, refused)
+        check_neurons(neurons, method, strength, refused)
     else:
         chosen = as_design(design, as_basis(basis))
         paired = isinstance(chosen, ReadDesign)
@@ -286,33 +284,6 @@ def _neurons(job: Job, basis: Neuron, corrupted: AnyPrompts | None, max_prompts:
     return replace(graph, provenance={**made_of(job.adapter, behaviour.prompts, arguments), **graph.provenance})
 
 
-def _check_neurons(basis: Neuron, method: str, strength: str | int | float, refused: Mapping[str, Any]) -> None:
-    if method != "lasso":
-        raise InputError(
-            f"`method` {method!r} cuts edges between components; test neurons with `evaluate.faithfulness`"
-        )
-    if strength != "auto" and (isinstance(strength, str) or not basis.linked):
-        raise InputError(
-            f"`strength` {strength!r} is for regressions: neurons of design 'read' have them only between linked ones, "
-            "as a fraction of lambda_max: use basis=Neuron(linked=...), or leave it at 'auto'"
-        )
-    for name, given in refused.items():
-        if given is not None:
-            raise InputError(f"`{name}` isn't used by basis 'neuron' with design 'read': leave it out")
-
-
-def _check_features(basis: SAEFeatures, design: str, method: str, strength: str | int | float) -> None:
-    if design not in ("read", "activation"):
-        raise InputError(f"`design` {design!r} is for components: SAEFeatures(mixing=...) says where parents are seen")
-    if method != "lasso":
-        raise InputError(f"`method` {method!r} cuts edges between components; check features with `evaluate.edges`")
-    if strength == "mcp" and basis.penalty != "l1":
-        raise InputError(
-            f"`strength` 'mcp' is a penalty of its own and doesn't go with {basis.penalty!r}: use "
-            "SAEFeatures(..., penalty='l1')"
-        )
-
-
 def _prompts(
     adapter: Adapter, tokens: AnyPrompts, paired: bool, attention_mask: Any, positions: Any, batch_size: Any
 ) -> Prompts:
@@ -369,39 +340,3 @@ def _plan(job: Job, design: Design) -> Plan:
         probe = fit_probe(adapter, prompts, target, last=job.last, progress=job.progress, ranks=job.ranks)
         design = replace(design, probe=probe)
     return Plan(design, target, last=job.last, folds=FOLDS if job.strength in RESAMPLED else 1, seed=job.seed)
-
-
-def as_design(design: str, basis: Basis) -> Design:
-    """The design that a user named, for the basis.
-
-    Raises
-    ------
-    InputError: no design of that name, or one that needs another basis.
-    """
-    if not isinstance(design, str) or design not in DESIGNS:
-        raise InputError(f"`design` {shortened(design)} is unknown: use one of {', '.join(map(repr, DESIGNS))}")
-    if design != "activation" and basis.name != "component":
-        raise InputError(
-            f"`design` {design!r} reads whole components: with basis={basis.name!r} use design='activation'"
-        )
-    return DESIGNS[design](basis)
-
-
-def as_strength(strength: str | int | float) -> str | float:
-    """A strength that can be used: a named rule, or a fraction of lambda_max.
-
-    Raises
-    ------
-    InputError: unknown name, negative, above 1 or not finite.
-    """
-    names = ("auto", "cv", "ebic", "mcp", "stability")
-    if isinstance(strength, str):
-        if strength not in names:
-            raise InputError(f"`strength` {strength!r} is unknown: use one of {names}, or a number from 0 to 1")
-        return strength
-    if not isinstance(strength, Real) or isinstance(strength, bool) or not 0 <= strength <= 1:
-        raise InputError(
-            f"`strength` is {shortened(strength)}: give one of {names}, or a fraction of lambda_max from 0 "
-            "(dense) to 1 (empty)"
-        )
-    return float(strength)
