@@ -1,5 +1,6 @@
 """Small models built by hand, each with one thing that straight lines can miss; exact patching says what is true."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -246,10 +247,19 @@ def test_between_counterparts_the_regression_decides_where_costly_edges_carry_to
     monkeypatch.setattr(learning_read, "ENOUGH", 2.0)
     decided = tcl.circuit_lasso(model, clean, **options)
     assert decided.provenance["chosen_by"] == "regression"
-    assert bool((decided.weight[decided.kept] > 0).all())
+    weight = decided.weight
+    assert float(weight.max()) <= 1 and float(weight.min()) >= 0  # no parent stands for others
+    value = decided.extras["mean_abs"] * (1 + weight)
+    count = len({(int(s), int(t)) for s, t in zip(decided.source[weight > 0], decided.target[weight > 0])})
+    grown = dataclasses.replace(decided, score=value).top_k(count, how="greedy")  # the regression says how many
+    assert decided.kept_edges() == grown.kept_edges() and decided.n_kept >= count > 0
+    stability = decided.extras["stability"]
+    assert (
+        bool((stability[value >= 3 * value[decided.kept].min()] == 1).all()) and float(stability[value == 0].sum()) == 0
+    )
     sizes = (decided.extras["mean_effect"].abs() * decided.extras["mean_abs"]).sqrt()
-    chosen = decided.weight > 0  # what is left out keeps a tenth, so that any number of the highest scores holds these
-    torch.testing.assert_close(decided.score.abs(), torch.where(chosen, sizes, learning_read.LEFT_OUT * sizes))
+    # what is left out keeps a tenth, so that any number of the highest scores holds the chosen ones first
+    torch.testing.assert_close(decided.score.abs(), sizes * (learning_read.LEFT_OUT + 0.9 * weight))
     monkeypatch.setattr(learning_read, "ENOUGH", 0.0)
     assert tcl.circuit_lasso(model, clean, **options).provenance["chosen_by"] == "cost"
 

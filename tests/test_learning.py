@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from tl_circuitlasso.data.sites import Site
 from tl_circuitlasso.data.statistics import Statistics, add_folds, empty_folds
+from tl_circuitlasso.discover.garrote import Asked, Child, garrote, steadiness
 from tl_circuitlasso.discover.learning import learn
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph.nodes import Block, NodeIndex, component_index
@@ -176,3 +177,24 @@ def test_relevance_is_the_best_product_of_shares_over_paths(seed: int, size: int
 
     expected = [float(share[s, t]) * best(int(t)) for s, t in zip(source.tolist(), target.tolist())]
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
+
+
+def test_parents_that_work_alike_each_keep_their_own_share() -> None:
+    """Without the bound at 1 one of the two would stand for both, and which one would change with the prompts."""
+    whole = torch.randn(200, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rows = torch.cat([0.5 * whole, 0.4 * whole, 1e-4 * whole.flip(0)], dim=1)
+    empty = torch.zeros(1, 3, dtype=torch.float64)
+    child = Child(1, (0,), torch.arange(3), rows, empty, None, empty, empty)
+    asked = Asked("auto", 1e-3, 200.0, 1e-6, decides=True)
+    solution = garrote(child, asked)
+    assert solution.value[:2, 0].min() > 0.9 and float(solution.value.max()) <= 1 and float(solution.value[2]) == 0
+    assert bool(solution.converged.all())
+
+
+def test_an_edge_is_steady_as_far_as_its_size_is() -> None:
+    rows = torch.ones(100, 3)
+    rows[1:, 1] = 0.0  # all that the second edge does, it does on one prompt of a hundred
+    empty = torch.zeros(1, 3, dtype=torch.float64)
+    child = Child(1, (0,), torch.arange(3), rows, empty, None, empty, empty)
+    share = steadiness([child], torch.tensor([1.2, 1.2, 0.8]).double(), torch.Generator().manual_seed(0))
+    assert share[0] == 1 and 0.4 < float(share[1]) < 0.85 and share[2] == 0  # 1 - (1 - 1/100)^100 is .63

@@ -17,6 +17,9 @@ SMALL = 128  # columns up to which FISTA is done before a compiled solver has be
 FINEST = 1e-9  # relative duality gap that double precision reaches safely
 RESAMPLES = 50  # bootstrap resamples behind an edge's stability
 RULES = ("cv", "ebic", "mcp")  # strengths that choose themselves
+# A weight is the share that an edge keeps of what it really contributes. Without the bound at 1 the strongest of
+# several parents that work alike would stand for all of them, and which one that is changes with the prompts.
+BOX = solve.L1(non_negative=True, upper=1.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +94,7 @@ def garrote(child: Child, asked: Asked) -> solve.Solution:
     rows = child.rows.double()
     total = rows.sum(1)
     square = float(total.square().sum()) / asked.pairs
-    penalty = solve.L1(non_negative=True)
+    penalty = BOX
     if asked.strength in RULES:
         everything = _moments(rows, total, asked.pairs)
         parts = torch.arange(len(rows)).tensor_split(FOLDS)
@@ -127,22 +130,16 @@ def _moments(rows: Float[Tensor, "row column"], total: Float[Tensor, " row"], pa
     return solve.Moments(gram, cross, total.square().sum()[None] / pairs, pairs)
 
 
-def resampled(
-    found: list[Child], solutions: list[solve.Solution], asked: Asked, generator: torch.Generator
+def steadiness(
+    found: list[Child], relative: Float[Tensor, " edge"], generator: torch.Generator
 ) -> Float[Tensor, " edge"]:
-    """The share of bootstrap resamples of the rows in which an edge keeps its weight, all other weights being as they
-    are: its column's product with what is left without it exceeds lambda."""
+    """The share of bootstrap resamples of the rows in which `relative`, a multiple of what an edge must reach, stays at
+    1 or above, as it grows and falls with the edge's mean |contribution|."""
+    count = len(found[0].rows)
+    draws = torch.randint(count, (RESAMPLES, count), generator=generator)
+    times = torch.zeros(RESAMPLES, count).scatter_add_(1, draws, torch.ones(draws.shape))
     parts = []
-    for child, solution in zip(found, solutions):
-        rows, weight = child.rows.double(), solution.value[:, 0]
-        stability = torch.zeros_like(weight)
-        active = (weight > 0).nonzero().flatten()
-        if len(active):
-            left = rows.sum(1) - rows[:, active] @ weight[active]
-            products = rows[:, active] * (left[:, None] + rows[:, active] * weight[active])
-            draws = torch.randint(len(rows), (RESAMPLES, len(rows)), generator=generator)
-            counts = torch.zeros(RESAMPLES, len(rows), dtype=torch.float64)
-            counts.scatter_add_(1, draws, torch.ones_like(counts))
-            stability[active] = (counts @ products / asked.pairs > asked.least).double().mean(0)
-        parts.append(stability)
-    return torch.cat(parts)
+    for child in found:
+        sizes = child.rows.abs()
+        parts.append(times @ sizes / sizes.sum(0).clamp_min(torch.finfo(sizes.dtype).tiny))
+    return (torch.cat(parts, dim=1).double() * relative >= 1).double().mean(0)

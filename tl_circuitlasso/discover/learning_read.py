@@ -4,19 +4,21 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
 
 from tl_circuitlasso import solve
 from tl_circuitlasso.data import schema
 from tl_circuitlasso.data.sharing import ALONE, Ranks
 from tl_circuitlasso.data.statistics import Statistics
 from tl_circuitlasso.discover.choice import Edges, between_counterparts, mean_of
-from tl_circuitlasso.discover.garrote import Asked, children, garrote, resampled
+from tl_circuitlasso.discover.garrote import Asked, Child, children, garrote, steadiness
 from tl_circuitlasso.errors import InputError
-from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.graph import AttributionGraph, selection
 from tl_circuitlasso.graph.nodes import NodeIndex
 from tl_circuitlasso.solve.distributed import gather_solutions
 
-LEAST_SHARE = 2e-5  # of the target's mean squared difference: what an edge must explain where the regression decides
+LEAST_SHARE = 4e-5  # of the target's mean squared difference: what an edge must explain where the regression decides
 MANY_PAIRS = 256  # where more pairs of components are costly enough, costs have no gap and the regression decides
 ENOUGH = 0.8  # of the target's difference: what the edges chosen by cost must carry between counterparts
 LEFT_OUT = 0.1  # of its score is what an edge keeps that the regression leaves out: others carry what it carries
@@ -33,8 +35,9 @@ def learn_read(
 ) -> AttributionGraph:
     """The attribution graph of a sweep's statistics.
 
-    Per child v the non-negative garrote min 1/2N sum (y - sum_u a_u g_u)^2 + lambda sum a_u, a >= 0, gives each edge's
-    weight a_u. By default one lambda holds for all children, since all contributions are in the target's units.
+    Per child v the garrote min 1/2N sum (y - sum_u a_u g_u)^2 + lambda sum a_u, 0 <= a <= 1, gives each edge's weight
+    a_u, the share of its contribution that explains the child. By default one lambda holds for all children, since all
+    contributions are in the target's units.
 
     Score = expected cost to the target of the edge's contribution (nats, or units of the target), negative where it
     works against the child's whole contribution; for prompts with counterparts and a target that is a number, the
@@ -43,9 +46,11 @@ def learn_read(
     Kept: both ends matter, and the cost lies above the widest gap near 1 % of the costliest edge into the target (in
     squares where it is a number), and never so high that no path is left. Where more than 256 pairs of components
     are that costly there's no such gap; and between prompts and their counterparts, what is that costly may carry less
-    than 80 % of the difference. Then the regression decides: kept is what has a weight, and an edge without one keeps a
-    tenth of its score, so that circuits of any size hold the chosen edges first. With a `strength` of your own, "ebic",
-    "mcp" or "cv" edges need both, with "stability" a stability of 0.8. Then pruned to paths from input to target.
+    than 80 % of the difference. Then the regression decides: as many pairs are kept as it gives a weight, grown back
+    from the target by size (1 + weight), since sizes hardly change with the prompts; and scores fall with the weight,
+    to a tenth without one, so that circuits of any size hold the chosen edges first. With a `strength` of your own,
+    "ebic", "mcp" or "cv" edges need both, with "stability" a stability of 0.8. Then pruned to paths from input to
+    target.
 
     Raises
     ------
@@ -79,9 +84,10 @@ def learn_read(
         extras = {"mean_effect": -mean_of(edges.port_effect, pairs), "mean_abs": mean_of(edges.port_cost, pairs)}
         score = between_counterparts(extras["mean_effect"], extras["mean_abs"])
     if dense:
-        extras["stability"] = resampled(found, solutions, asked, generator)
-        keep, carried = weight > 0, edges.carried(found, weight > 0)
-        score = score * torch.where(keep, 1.0, LEFT_OUT)
+        size = extras.get("mean_abs", score.abs())
+        keep, extras["stability"] = _grown(index, edges, found, size, weight, generator)
+        carried = edges.carried(found, keep)
+        score = score * (LEFT_OUT + (1 - LEFT_OUT) * weight)
     else:
         extras["stability"] = edges.of_pairs(edges.stability(pairs, node_cost, generator))
         allowed = {"auto": torch.ones_like(weight, dtype=torch.bool), "stability": extras["stability"] >= STABLE}
@@ -99,6 +105,28 @@ def learn_read(
         provenance={"unit": "target" if number else "nats", "chosen_by": "regression" if dense else "cost"},
     )
     return _pruned(graph, carried)
+
+
+def _grown(
+    index: NodeIndex,
+    edges: Edges,
+    found: list[Child],
+    size: Float[Tensor, " edge"],
+    weight: Float[Tensor, " edge"],
+    generator: torch.Generator,
+) -> tuple[Bool[Tensor, " edge"], Float[Tensor, " edge"]]:
+    """As many pairs of components as the regression gives a weight, grown back from the target by size (1 + weight),
+    and the share of bootstrap resamples of the rows in which an edge is as large as the least of them.
+
+    The sizes of effects hardly change with the prompts, weights of parents that work alike do: so sizes say which edges
+    make the circuit, and weights decide between edges of like size.
+    """
+    ends = selection.Edges(edges.source, edges.target, index.ranks)
+    value = size * (1 + weight)
+    count = int(edges.pair[weight > 0].unique().numel())
+    kept = selection.choose(ends, value, count, "greedy", ends.pairs)
+    bar = value[kept].min() if bool(kept.any()) else torch.inf
+    return kept, steadiness(found, value / bar, generator)
 
 
 def _pruned(graph: AttributionGraph, carried: float) -> AttributionGraph:
