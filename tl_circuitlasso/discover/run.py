@@ -95,8 +95,8 @@ def circuit_lasso(
         penalty, for single coefficients: not for components of several directions), "stability".
     positions: "all" (without BOS and pads), "last", an index, a slice, a range, a bool mask, or one index per prompt.
     attention_mask: (batch, pos), 1 at real tokens, for padded token tensors.
-    batch_size: prompts per forward pass (design "read" pairs the prompts of a batch, so it runs two at least); device:
-        where to run (the model moves there and back).
+    batch_size: prompts per forward pass, counterparts included (design "read" pairs the prompts of a batch, so it runs
+        two at least); device: where to run (the model moves there and back).
     progress: bars on a terminal; seed: of everything drawn at random; checkpoint: a file to resume collection from.
     max_prompts: design "read" compares pairs of prompts, and is done after a few hundred: of more, all are run once for
         their outputs and so many are drawn from strata of equal or similar output (None: all). A stream's tokens are
@@ -159,7 +159,9 @@ def circuit_lasso(
             twins, causal = None, None
             if corrupted is not None and isinstance(chosen, ReadDesign):
                 pairs = pairs_of(adapter, prompts, corrupted)
-                job, twins, chosen = replace(job, prompts=pairs.clean), pairs.corrupted, replace(chosen, contrast=True)
+                half = max(1, size // 2)  # a prompt and its counterpart run together
+                job = replace(job, prompts=pairs.clean.batched(half), batch_size=half)
+                twins, chosen = pairs.corrupted.batched(half), replace(chosen, contrast=True)
             if method == "lasso+confirm":
                 causal = prepare(adapter, prompts, corrupted, target, metric, count=max_prompts, seed=seed)
             graph = _components(job, chosen, twins, causal, max_prompts=max_prompts, refined=refined)

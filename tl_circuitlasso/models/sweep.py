@@ -57,7 +57,7 @@ def wanted(adapter: Adapter) -> tuple[str, ...]:
     """The activations that a sweep reads."""
     kinds = ["q", "k", "v", "z", "pattern", "scale.attn", "scale.attn_out", "scale.q", "scale.k"]
     if not adapter.shape.attn_only:
-        kinds += ["mlp_pre", "mlp_post", "mlp_out", "scale.mlp", "scale.mlp_out"] + ["mlp_linear"] * adapter.shape.gated
+        kinds += ["mlp_pre", "mlp_out", "scale.mlp", "scale.mlp_out"] + ["mlp_linear"] * adapter.shape.gated
     layers = range(adapter.shape.n_layers)
     final = f"resid_post.{adapter.shape.n_layers - 1}"
     kinds.append("resid_pre")
@@ -148,12 +148,11 @@ def through_mlp(
     mlp = view.adapter.mlp(layer)
     at_post = (m * view.inverse(f"scale.mlp_out.{layer}").unsqueeze(1)) @ mlp.w_out.T
     pre = view.sides(f"mlp_pre.{layer}")
+    active = (mlp.act(pre[0]), mlp.act(pre[1]))
     norm = view.norm(f"scale.mlp.{layer}")
     if mlp.w_gate is None:
-        active = (view.ends(f"mlp_post.{layer}")[0], mlp.act(pre[1]))
         return norm.pull(_through_act(mlp, pre, active, at_post) @ mlp.w_in.T)
     linear = view.mean(f"mlp_linear.{layer}").unsqueeze(1)
-    active = (mlp.act(pre[0]), mlp.act(pre[1]))
     gate = _through_act(mlp, pre, active, at_post * linear) @ mlp.w_gate.T
     return norm.pull(gate + (at_post * ((active[0] + active[1]) / 2).unsqueeze(1)) @ mlp.w_in.T)
 

@@ -152,6 +152,12 @@ class Prompts:
         other.name = name
         return other
 
+    def batched(self, size: int) -> "Prompts":
+        """The same prompts in batches of at most `size`."""
+        other = self._with(self._held())
+        other.batch_size, other.fewest = size, 1
+        return other
+
     def draw(self, count: int | None, seed: int) -> Int[Tensor, " row"] | None:
         """The numbers of `count` prompts drawn at random, ascending; None where there are no more, or it's a stream."""
         if count is None or self.n_prompts is None or self.n_prompts <= count:
