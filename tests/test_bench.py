@@ -171,8 +171,10 @@ def test_stability_is_held_against_the_truth(folder, monkeypatch, tmp_path):
 
 def test_the_papers_figures_stand_beside_its_own_truth_only(folder):
     assert "3.16" in str(run(folder, "eap", truth="gt")) and "3.16" not in str(run(folder, "eap"))
-    line = str(run(folder, "eap", truth="gt")).splitlines()[-1]
-    assert "empty graph 3.00" in line and "not the published weights" in line
+    *_, note, heads, empty, ours, _eap, _ig, linear, nonlinear = str(run(folder, "eap", truth="gt")).splitlines()
+    assert "not the published weights" in note and heads.split()[0] == "method"
+    assert empty.split() == ["(empty", "graph)", "3.00", "-", "-"] and ours.split()[:2] == ["eap", "-"]
+    assert linear.split()[-2:] == ["3.16", "16.30"] and nonlinear.split()[-2:] == ["2.84", "60.00"]
 
 
 def test_json_has_everything_and_no_nan(folder, tmp_path):

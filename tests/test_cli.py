@@ -217,8 +217,10 @@ def test_discover_runs_a_local_model_to_files(
     graph = tcl.AttributionGraph.load(tmp_path / "out")
     assert graph.provenance["prompts"] == 24 and graph.n_kept > 0
     assert "Edges kept" in capsys.readouterr().out
-    assert main([*words, "--limit", "8", "--design", "activation", "--basis", "neuron", "--strength", "0.3"]) == 0
-    assert tcl.AttributionGraph.load(tmp_path / "out").provenance["prompts"] == 8
+    options = ["--design", "activation", "--nonlinear", "--basis", "neuron", "--strength", "0.3"]
+    assert main([*words, "--limit", "8", *options]) == 0
+    made = tcl.AttributionGraph.load(tmp_path / "out").provenance
+    assert made["prompts"] == 8 and made["arguments"]["nonlinear"] is True
 
 
 def test_discover_says_what_is_wrong(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

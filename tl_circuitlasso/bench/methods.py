@@ -137,6 +137,9 @@ METHODS: dict[str, Method] = {
     for method in (
         Method("circuit-lasso", _circuit_lasso(), chooses=True),
         Method("circuit-lasso-activation", _circuit_lasso(design="activation"), chooses=True),
+        Method("circuit-lasso-nonlinear", _circuit_lasso(design="activation", nonlinear=True), chooses=True),
+        Method("paper", _circuit_lasso(design="paper"), chooses=True),
+        Method("paper-nonlinear", _circuit_lasso(design="paper", nonlinear=True), chooses=True),
         Method("eap", _baseline(baselines.eap, "contrast")),
         Method("eap-ig", _baseline(baselines.eap_ig, "distance")),
         Method("clean-corrupted", _baseline(baselines.clean_corrupted, "distance")),
@@ -152,7 +155,16 @@ METHODS: dict[str, Method] = {
         Method("circuit-lasso+confirm", _confirmed, chooses=True),
     )
 }
-ON_DEMAND = ("magnitude", "eap-gp", "bootstrap-eap-ig", "acdc", "circuit-lasso+confirm")  # run where they are named
+ON_DEMAND = (  # run where they are named
+    "circuit-lasso-nonlinear",
+    "paper",
+    "paper-nonlinear",
+    "magnitude",
+    "eap-gp",
+    "bootstrap-eap-ig",
+    "acdc",
+    "circuit-lasso+confirm",
+)
 DEFAULT = tuple(name for name in METHODS if name not in ON_DEMAND)
 
 

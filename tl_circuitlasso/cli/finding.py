@@ -29,7 +29,11 @@ def add(commands: Any) -> None:
         "--sae", action="append", metavar="HOOK=PATH", default=[],
         help="features of an SAE at a hook as nodes: a folder of SAELens, or release/sae_id; may be repeated",
     )  # fmt: skip
-    added.add_argument("--design", choices=["read", "routed", "activation"], help="default: read")
+    added.add_argument("--design", choices=["read", "routed", "activation", "paper"], help="default: read")
+    added.add_argument(
+        "--nonlinear", action="store_true",
+        help="regress on functions of every parent in place of the parent alone (designs activation and paper)",
+    )  # fmt: skip
     added.add_argument("--strength", default="auto", help="auto, cv, ebic, mcp, stability or a fraction of lambda_max")
     added.add_argument("--method", default="lasso", choices=["lasso", "lasso+confirm"])
     added.add_argument("--corrupted", type=Path, help="corrupted partners of the prompts")
@@ -96,6 +100,7 @@ def discover(arguments: argparse.Namespace) -> None:
             method=arguments.method,
             corrupted=corrupted,
             process_group=ranks,
+            nonlinear=arguments.nonlinear,
             **({"design": arguments.design} if arguments.design else {}),
         )
     if ranks.rank:  # all have the same graph, one speaks

@@ -1,33 +1,46 @@
 """Which combinations of design, basis, method and strength can be asked for, and what is said of the others."""
 
 from collections.abc import Mapping
+from functools import partial
 from numbers import Real
 from typing import Any
 
 from tl_circuitlasso._checks import shortened
+from tl_circuitlasso.discover.learning import whole_strength
 from tl_circuitlasso.errors import InputError
-from tl_circuitlasso.models.bases import Basis, Neuron
+from tl_circuitlasso.models.bases import Basis, Component, Neuron, as_basis
 from tl_circuitlasso.models.designs import Activation, Design, Routed
 from tl_circuitlasso.models.read import ReadDesign
 from tl_circuitlasso.models.sae import SAEFeatures
 
-DESIGNS = {"activation": Activation, "read": ReadDesign, "routed": Routed}
+DESIGNS = {"activation": Activation, "paper": partial(Activation, name="paper"), "read": ReadDesign, "routed": Routed}
+ANY_BASIS = ("activation", "paper")  # designs that need no whole components, and that can be nonlinear
 
 
-def as_design(design: str, basis: Basis) -> Design:
+def as_design(design: str, basis: str | Basis, *, nonlinear: bool = False) -> Design:
     """The design that a user named, for the basis.
+
+    >>> as_design("paper", "component").basis
+    Component(directions=None, name='component')
 
     Raises
     ------
-    InputError: no design of that name, or one that needs another basis.
+    InputError: no design of that name, or one that needs another basis, or that has no nonlinear variant.
     """
     if not isinstance(design, str) or design not in DESIGNS:
         raise InputError(f"`design` {shortened(design)} is unknown: use one of {', '.join(map(repr, DESIGNS))}")
-    if design != "activation" and basis.name != "component":
+    if not isinstance(nonlinear, bool):
+        raise InputError(f"`nonlinear` is {shortened(nonlinear)}: write True or False")
+    chosen = Component(None) if design == "paper" and basis == "component" else as_basis(basis)
+    if design in ANY_BASIS:
+        return DESIGNS[design](chosen, nonlinear=nonlinear)
+    if nonlinear:
+        raise InputError(f"`nonlinear` is for the designs {' and '.join(map(repr, ANY_BASIS))}: leave it out")
+    if chosen.name != "component":
         raise InputError(
-            f"`design` {design!r} reads whole components: with basis={basis.name!r} use design='activation'"
+            f"`design` {design!r} reads whole components: with basis={chosen.name!r} use design='activation'"
         )
-    return DESIGNS[design](basis)
+    return DESIGNS[design](chosen)
 
 
 def as_strength(strength: str | int | float) -> str | float:
@@ -50,6 +63,21 @@ def as_strength(strength: str | int | float) -> str | float:
     return float(strength)
 
 
+def check_strength(design: Design, strength: str | float) -> None:
+    """Refuse a rule that the design has no use for: one per child in "paper", one per coefficient of groups."""
+    if design.name == "paper":
+        whole_strength(strength)
+    if (
+        strength == "mcp"
+        and design.name != "read"
+        and (design.functions > 1 or getattr(design.basis, "directions", 1) != 1)
+    ):
+        raise InputError(
+            f"`strength` 'mcp' weighs single coefficients, and in design {design.name!r} components and functions are "
+            "groups of them: use 'ebic', or basis=Component(1)"
+        )
+
+
 def check_neurons(basis: Neuron, method: str, strength: str | int | float, refused: Mapping[str, Any]) -> None:
     """Refuse what circuits of neurons under design "read" don't use."""
     if method != "lasso":
@@ -66,13 +94,20 @@ def check_neurons(basis: Neuron, method: str, strength: str | int | float, refus
             raise InputError(f"`{name}` isn't used by basis 'neuron' with design 'read': leave it out")
 
 
-def check_features(basis: SAEFeatures, design: str, method: str, strength: str | int | float) -> None:
+def check_features(
+    basis: SAEFeatures, design: str, method: str, strength: str | int | float, *, nonlinear: bool
+) -> None:
     """Refuse what circuits of SAE features don't use."""
+    if nonlinear:
+        raise InputError(
+            "`nonlinear` is for components, neurons and residual dimensions: leave it out with SAEFeatures"
+        )
     if design not in ("read", "activation"):
         raise InputError(f"`design` {design!r} is for components: SAEFeatures(mixing=...) says where parents are seen")
     if method != "lasso":
         raise InputError(f"`method` {method!r} cuts edges between components; check features with `evaluate.edges`")
-    if strength == "mcp" and basis.penalty != "l1":
+    grouped = design.functions > 1 or getattr(design.basis, "directions", 1) != 1
+    if strength == "mcp" and design.name != "read" and grouped:
         raise InputError(
             f"`strength` 'mcp' is a penalty of its own and doesn't go with {basis.penalty!r}: use "
             "SAEFeatures(..., penalty='l1')"

@@ -21,14 +21,13 @@ from tl_circuitlasso.data.schema import COUNT, FOLDS
 from tl_circuitlasso.data.sharing import Ranks, as_ranks
 from tl_circuitlasso.data.statistics import Statistics
 from tl_circuitlasso.data.targets import Labels, Target, Values, as_target, take
-from tl_circuitlasso.discover.asked import as_design, as_strength, check_features, check_neurons
+from tl_circuitlasso.discover.asked import as_design, as_strength, check_features, check_neurons, check_strength
 from tl_circuitlasso.discover.confirming import Confirmation, Metric, check_method, prepare
 from tl_circuitlasso.discover.drawing import draw_by_output
 from tl_circuitlasso.discover.learning import RESAMPLED, learn
 from tl_circuitlasso.discover.probing import fit_probe
 from tl_circuitlasso.discover.provenance import made_of, passes_per_prompt, provenance, question
 from tl_circuitlasso.discover.refining import refine
-from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.features import FeatureSetup, Rule, learn_features
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models.adapter import Adapter, adapt
@@ -58,6 +57,7 @@ def circuit_lasso(
     target: Target = None,
     basis: str | Basis | SAEFeatures = "component",
     design: str = "read",
+    nonlinear: bool = False,
     strength: str | int | float = "auto",
     positions: Positions = "all",
     attention_mask: Any = None,
@@ -90,7 +90,9 @@ def circuit_lasso(
         features (scores are then local, in standard deviations; `checkpoint` is a folder; see models/sae.py). "neuron"
         with design "read" scores every MLP neuron, attention seen, in logits of the target; `Neuron(linked=128)` adds
         the edges between the foremost ones.
-    design: "read" (what a child reads of a parent through its own weights), "routed" or "activation" (the paper's).
+    design: "read" (what a child reads of a parent through its own weights), "routed", "activation" (the paper's
+        regression with a norm per component), or "paper" (that regression as written: one L1 Lasso on whole outputs).
+    nonlinear: regress on functions of every parent in place of the parent alone (designs "activation" and "paper").
     strength: sparsity as a fraction of lambda_max in [0, 1], or "auto", "cv", "ebic", "mcp" (the minimax concave
         penalty, for single coefficients: not for components of several directions), "stability".
     positions: "all" (without BOS and pads), "last", an index, a slice, a range, a bool mask, or one index per prompt.
@@ -129,21 +131,18 @@ def circuit_lasso(
     if max_prompts is not None:
         max_prompts = whole_number("max_prompts", max_prompts, least=PAIR, what="of prompts, or None for all")
     if isinstance(basis, SAEFeatures):
-        check_features(basis, design, method, strength)
+        check_features(basis, design, method, strength, nonlinear=nonlinear)
     elif design == "read" and isinstance(as_basis(basis), Neuron):
         neurons = as_basis(basis)
         assert isinstance(neurons, Neuron)
         refused = {"checkpoint": checkpoint, "metric": metric, "process_group": None if ranks.size == 1 else ranks}
+        refused |= {"nonlinear": nonlinear or None}
         check_neurons(neurons, method, strength, refused)
     else:
-        chosen = as_design(design, as_basis(basis))
+        chosen = as_design(design, basis, nonlinear=nonlinear)
         paired = isinstance(chosen, ReadDesign)
         check_method(method, corrupted, metric, chosen.basis.name, target, paired=paired)
-        if checked == "mcp" and design != "read" and getattr(chosen.basis, "directions", 1) > 1:
-            raise InputError(
-                f"`strength` 'mcp' weighs single coefficients, and in design {design!r} components are groups of them: "
-                "use 'ebic', or basis=Component(1)"
-            )
+        check_strength(chosen, checked)
     with ranks.together(), on_device(model, device):
         adapter = adapt(model)
         paired = isinstance(chosen, ReadDesign) or neurons is not None
@@ -170,6 +169,7 @@ def circuit_lasso(
         record["warnings"] = [NO_PATH]
         warnings.warn(NO_PATH, stacklevel=2)
     asked = {"strength": strength, "method": method, "seed": seed} | ({"design": design} if chosen or neurons else {})
+    asked |= {"nonlinear": True} if nonlinear else {}
     record["arguments"] = {**question(target, positions), **asked, **record["arguments"]}
     return replace(graph, provenance=record | {"seconds": {**record["seconds"], "total": total}})
 
@@ -302,6 +302,7 @@ def collect_statistics(
     target: Target = None,
     basis: str | Basis = "component",
     design: str = "read",
+    nonlinear: bool = False,
     folds: int = 1,
     positions: Positions = "all",
     attention_mask: Any = None,
@@ -321,7 +322,7 @@ def collect_statistics(
     >>> parts = [collect_statistics(model, half) for half in tokens.chunk(2)]       # doctest: +SKIP
     >>> graph = tcl.learn(parts[0] + parts[1])                                       # doctest: +SKIP
     """
-    chosen, ranks = as_design(design, as_basis(basis)), as_ranks(process_group)
+    chosen, ranks = as_design(design, basis, nonlinear=nonlinear), as_ranks(process_group)
     target, seed = as_target(target), as_seed(seed)
     with ranks.together():
         adapter = adapt(model)

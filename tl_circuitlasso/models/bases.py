@@ -65,15 +65,20 @@ class Component:
     """Whole components, each seen in its `directions` leading principal directions.
 
     A head is described by z R' with W_O' = Q R, an isometry of its output that is d_head wide: the d_model-wide output
-    of a head is never formed.
+    of a head is never formed. With `directions=None` it is: every component is what it writes to the residual stream,
+    coordinate by coordinate, as the paper stacks activations.
     """
 
-    directions: int = 16
+    directions: int | None = 16
     name: str = "component"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.directions, int) or self.directions < 1:
-            raise InputError(f"`directions` is {self.directions!r}: give the number of directions per component, >= 1")
+        count = self.directions
+        if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
+            raise InputError(
+                f"`directions` is {count!r}: give the number of directions per component, >= 1, or None for its output "
+                "as it is"
+            )
 
     def wanted(self, adapter: Adapter) -> tuple[str, ...]:
         shape = adapter.shape
@@ -83,20 +88,21 @@ class Component:
 
     def features(self, adapter: Adapter, acts: Mapping[str, Tensor]) -> Features:
         found: dict[Site, Tensor] = {Site("input"): acts["resid_pre.0"]}
+        outputs = head_outputs if self.directions is None else head_coordinates
         for layer in range(adapter.shape.n_layers):
-            output = head_coordinates(adapter, acts, layer)
+            output = outputs(adapter, acts, layer)
             found |= {Site("head", layer, head): output[:, :, head] for head in range(adapter.shape.n_heads)}
             if not adapter.shape.attn_only:
                 found[Site("mlp", layer)] = acts[f"mlp_out.{layer}"]
         return found
 
     def fit(self, features: Mapping[Site, Float[Tensor, "sample coord"]]) -> Pilot:
+        if self.directions is None:
+            return {str(site): x.new_ones(x.shape[1], dtype=torch.bool) for site, x in features.items()}
         return {str(site): principal_directions(x, self.directions) for site, x in features.items()}
 
-    def encode(
-        self, raw: Float[Tensor, "*rows coord"], chosen: Float[Tensor, "coord node"]
-    ) -> Float[Tensor, "*rows node"]:
-        return raw @ chosen.to(raw)
+    def encode(self, raw: Float[Tensor, "*rows coord"], chosen: Tensor) -> Float[Tensor, "*rows node"]:
+        return raw if self.directions is None else raw @ chosen.to(raw)
 
     def index(self, adapter: Adapter, pilot: Mapping[str, Tensor], target: Site) -> NodeIndex:
         shape = adapter.shape
@@ -226,6 +232,13 @@ def head_coordinates(
     triangle = torch.linalg.qr(w_o.mT.double()).R.to(w_o)  # head, d_head, d_head
     z = acts[f"z.{layer}"] / acts[f"scale.attn_out.{layer}"].unsqueeze(-1)
     return torch.einsum("bphd,hed->bphe", z, triangle)
+
+
+def head_outputs(adapter: Adapter, acts: Mapping[str, Tensor], layer: int) -> Float[Tensor, "batch pos head d_model"]:
+    """What each head writes to the residual stream, its bias left out."""
+    w_o, _ = adapter.writer(layer)
+    z = acts[f"z.{layer}"] / acts[f"scale.attn_out.{layer}"].unsqueeze(-1)
+    return torch.einsum("bphd,hde->bphe", z, w_o.to(z))
 
 
 def principal_directions(x: Float[Tensor, "sample coord"], k: int) -> Float[Tensor, "coord k"]:

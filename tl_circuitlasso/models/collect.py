@@ -247,7 +247,7 @@ def _identity(adapter: Adapter, plan: Plan) -> dict[str, Any]:
         "target": "logits" if plan.target is None else type(plan.target).__name__,
         "folds": plan.folds,
         "seed": plan.seed,
-    }
+    } | ({"functions": plan.design.functions} if plan.design.functions > 1 else {})
 
 
 def _origin(prompts: Prompts, twins: Prompts | None, plan: Plan) -> str:
@@ -273,7 +273,7 @@ def _resume(checkpoint: Path | None, identity: dict[str, Any]) -> Statistics | N
     if checkpoint is None or not checkpoint.exists():
         return None
     statistics = Statistics.load(checkpoint)
-    differ = [key for key, value in identity.items() if statistics.meta.get(key) != value]
+    differ = [key for key in ("functions", *identity) if statistics.meta.get(key) != identity.get(key)]
     if differ:
         raise InputError(
             f"`checkpoint` {checkpoint} belongs to another collection (it differs in {', '.join(differ)}): "

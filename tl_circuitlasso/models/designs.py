@@ -3,10 +3,12 @@
 | design       | the regressor of the edge u -> v at position p                                             |
 |--------------|--------------------------------------------------------------------------------------------|
 | `activation` | x_u[p]: parent and child at the same position, as in the paper                              |
+| `paper`      | the same, of whole outputs as they are: the paper's regression to the letter               |
 | `routed`     | sum_q P[p,q] x_u[q] for a head v with observed pattern P, x_u[p] for every other child      |
 | `read`       | what v reads of u through its own weights, linearised at the observed activations (read.py) |
 
-All three need forward passes only. A design says what to collect, and adds a batch to the statistics.
+All need forward passes only. A design says what to collect, and adds a batch to the statistics. With `nonlinear` a
+parent of the first two is seen through fixed functions of its activity (solve/nonlinear.py), of which x_u is the first.
 """
 
 from collections.abc import Mapping
@@ -17,16 +19,21 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_circuitlasso import solve
 from tl_circuitlasso.data.schema import NODES, TARGET
 from tl_circuitlasso.data.sites import Site, parse_site
 from tl_circuitlasso.data.statistics import Statistics, add_folds, empty_folds, merge_rows
 from tl_circuitlasso.data.targets import Labels, Target
+from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.models import readout
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.bases import Basis, kept_rows
 
 LOGITS = "logit metric"
 ROW_CAPACITY = 16_384  # samples kept whole where a target needs them (class labels)
+FUNCTIONS = 2  # of a parent in a nonlinear design: more find little more (docs/scaling.md)
+MOST_COLUMNS = 8192  # in one Gram: half a gigabyte, of which a collection holds a few
+_DICTIONARY = ("knots", "location", "spread", "mixing", "shift")
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +78,11 @@ class Design(Protocol):
         """Whether `start` reads the pilot's activations."""
         ...
 
+    @property
+    def functions(self) -> int:
+        """How many functions of a parent's activity its children are regressed on: 1 where that is linear."""
+        ...
+
     def wanted(self, adapter: Adapter, target: Target) -> tuple[str, ...]:
         """The activations that `start` and `add` read."""
         ...
@@ -86,11 +98,20 @@ class Design(Protocol):
 
 @dataclass(frozen=True)
 class Activation:
-    """Parent and child at the same position (CircuitLasso, arXiv 2606.16939, eq. of section 3)."""
+    """Parent and child at the same position (CircuitLasso, arXiv 2606.16939, eq. of section 3).
+
+    nonlinear: children are regressed on functions of every coordinate x of their parents: x itself and a hinge at its
+    median, made white and of x's own size, so that with one function the two variants are the same.
+    """
 
     basis: Basis
+    nonlinear: bool = False
     name: str = "activation"
     pilots: bool = True
+
+    @property
+    def functions(self) -> int:
+        return FUNCTIONS if self.nonlinear else 1
 
     def wanted(self, adapter: Adapter, target: Target) -> tuple[str, ...]:
         return (*self.basis.wanted(adapter), *readout.wanted(adapter, target))
@@ -98,9 +119,17 @@ class Activation:
     def start(self, adapter: Adapter, pilot: Sample) -> Statistics:
         raw = self.basis.features(adapter, pilot.acts)
         fixed = self.basis.fit({site: kept_rows(x, pilot.keep) for site, x in raw.items()})
-        sizes = [[str(site), width] for site in raw if (width := _width(fixed[str(site)]))]
+        sizes = [[str(site), width * self.functions] for site in raw if (width := _width(fixed[str(site)]))]
         index = self.basis.index(adapter, fixed, readout.target_site(pilot.target))
         nodes = sum(size for _, size in sizes)
+        if nodes > MOST_COLUMNS:
+            raise InputError(
+                f"`design` {self.name!r} would regress {nodes:,} columns on one another, and {MOST_COLUMNS:,} fit: "
+                "give `basis` fewer, as tcl.Component(16) (leading directions of every component) or max_nodes="
+            )
+        if self.nonlinear:
+            encoded = [self.basis.encode(x, fixed[str(site)]) for site, x in raw.items()]
+            fixed |= _fitted(torch.cat(encoded, dim=-1)[pilot.keep])
         if pilot.target is None:
             fixed[LOGITS] = readout.fit(adapter, pilot.acts, pilot.target_keep)
         columns = fixed[LOGITS].shape[1] if pilot.target is None else 1
@@ -117,7 +146,9 @@ class Activation:
         return Statistics(moments=moments, fixed=fixed, meta=meta)
 
     def add(self, statistics: Statistics, adapter: Adapter, sample: Sample) -> Statistics:
-        return accumulate(statistics, adapter, encode(self.basis, statistics, adapter, sample), sample)
+        features = encode(self.basis, statistics, adapter, sample)
+        features = _bent(features, statistics.fixed) if self.nonlinear else features
+        return accumulate(statistics, adapter, features, sample)
 
 
 @dataclass(frozen=True)
@@ -127,6 +158,7 @@ class Routed:
     basis: Basis
     name: str = "routed"
     pilots: bool = True
+    functions: int = 1
 
     def wanted(self, adapter: Adapter, target: Target) -> tuple[str, ...]:
         plain = Activation(self.basis).wanted(adapter, target)
@@ -193,6 +225,22 @@ def column_slices(statistics: Statistics) -> dict[Site, slice]:
 def heads_start(columns: Mapping[Site, slice], layer: int) -> int:
     """Where the heads of `layer` begin: every column before is a possible parent of theirs."""
     return min(own.start for site, own in columns.items() if site.kind == "head" and site.layer == layer)
+
+
+def _fitted(features: Float[Tensor, "sample node"]) -> dict[str, Tensor]:
+    """The functions of every node, chosen on the pilot, as tensors to be saved."""
+    dictionary = solve.fit_dictionary(features, size=FUNCTIONS)
+    return {f"dictionary {name}": getattr(dictionary, name).contiguous() for name in _DICTIONARY}
+
+
+def _bent(
+    features: Float[Tensor, "batch pos node"], fixed: Mapping[str, Tensor]
+) -> Float[Tensor, "batch pos function"]:
+    """Every node's functions side by side, in the node's own units: the first is the node about its pilot mean."""
+    parts = {name: fixed[f"dictionary {name}"].to(features.device) for name in _DICTIONARY}
+    dictionary = solve.Dictionary("hinge", **parts)
+    size = torch.where(dictionary.spread.isinf(), 0.0, dictionary.spread).repeat_interleave(dictionary.size)
+    return (dictionary.transform(features.flatten(0, 1)) * size).unflatten(0, features.shape[:2])
 
 
 def _width(chosen: Tensor) -> int:
