@@ -14,9 +14,8 @@ on the first half of the prompts; CPR and CMD are measured on the other half.
 import argparse
 import csv
 import json
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +94,7 @@ def _named(key: str, batch_size: int) -> Find:
 
 def _lasso(batch_size: int, **options: Any) -> Find:
     def find(model: Any, clean: Tensor, corrupted: Tensor, metric: Metric) -> AttributionGraph:
-        graph = circuit_lasso(model, clean, batch_size=batch_size, progress=False, **options)
-        # It counts passes of batches; this table counts those of prompts.
-        passes = graph.provenance["forward_passes"] / math.ceil(len(clean) / batch_size)
-        return replace(graph, provenance={**graph.provenance, "forward_passes": passes})
+        return circuit_lasso(model, clean, batch_size=batch_size, progress=False, **options)
 
     return find
 

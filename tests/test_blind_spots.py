@@ -232,7 +232,7 @@ def test_contrast_pairs_give_signed_effects_that_add_up() -> None:
     assert table[table.target == "logits"].mean_effect.sum() == pytest.approx(float(drop), rel=1e-3)
     assert (size + 1e-9 >= graph.score.abs()).all() and (graph.score.abs() + 1e-9 >= effect.abs()).all()
     torch.testing.assert_close(graph.score, effect.sign() * (effect.abs() * size).sqrt())
-    assert graph.provenance["partners"] == "corrupted" and graph.provenance["pairs"] == 32
+    assert graph.provenance["partners"] == "corrupted" and graph.provenance["prompt_pairs"] == 32
 
 
 def test_between_counterparts_the_regression_decides_where_costly_edges_carry_too_little(

@@ -94,7 +94,7 @@ def test_batches_and_padding_change_nothing():
     for name in whole.kept_nodes() - {"logits"}:  # places are counted from the first real token
         ours, theirs = ([place["at"] for place in graph.node_info[name]["contexts"]] for graph in (whole, padded))
         assert ours == theirs, name
-    assert padded.provenance["passes_per_prompt"] == {"forward": 2.0, "sweep": 1.0}
+    assert [padded.provenance[name] for name in ("forward_passes", "backward_passes", "sweeps")] == [2.0, 0.0, 1.0]
 
 
 def test_one_pass_against_the_mean_is_what_two_passes_give():

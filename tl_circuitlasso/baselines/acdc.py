@@ -78,7 +78,7 @@ def acdc(
         for tried in search.tries(bar_value):
             bar.update(tried)
     worth = search.worth
-    found = facts(data, setting, count, began) | {"threshold": bar_value, "tested": int(search.tested.sum())}
+    found = facts(data, setting, count, began, metric) | {"threshold": bar_value, "tested": int(search.tested.sum())}
     graph = search.layout.graph(worth.clamp_min(0), found)
     source, column = search.layout.mask().nonzero(as_tuple=True)
     weight = worth[source, column]

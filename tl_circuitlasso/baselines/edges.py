@@ -6,7 +6,6 @@ layer q, k and v of every head, then the MLP; last the logits. A method fills th
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -119,24 +118,6 @@ def to_matrix(graph: AttributionGraph, shape: Shape) -> Float[Tensor, "source re
     for s, t, p, score in zip(*(part.tolist() for part in (graph.source, graph.target, graph.port, graph.score))):
         matrix[s, column[t, p]] = score
     return matrix
-
-
-def provenance(adapter: Adapter, method: str, **facts: Any) -> dict[str, Any]:
-    """What a reader of the graph wants to know of its making."""
-    return {
-        "method": method,
-        "model": adapter.name,
-        "architecture": adapter.architecture,
-        "versions": {name: _version(name) for name in ("tl_circuitlasso", "transformer_lens", "torch")},
-        **facts,
-    }
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package.replace("_", "-"))
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def as_circuits(kept: Bool[Tensor, "circuit source reader"], layout: EdgeLayout) -> Circuits:

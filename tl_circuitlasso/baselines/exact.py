@@ -47,7 +47,7 @@ def exact(
     with tqdm(total=int(layout.mask().sum()) * len(data), disable=not progress, unit="edge prompt") as bar:
         for job in jobs(data, metric, setting, count):
             _one_batch(job, layout, scores, bar.update)
-    return layout.graph(scores / len(data), facts(data, setting, count, began))
+    return layout.graph(scores / len(data), facts(data, setting, count, began, metric))
 
 
 def _one_batch(job: Job, layout: EdgeLayout, scores: Tensor, done: Callable[[int], object]) -> None:

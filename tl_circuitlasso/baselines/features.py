@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_circuitlasso.baselines.edges import provenance
 from tl_circuitlasso.data.sites import Site
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.graph.provenance import record as record_of
 from tl_circuitlasso.models import Adapter, adapt
 from tl_circuitlasso.models.encoder import Encoder
 from tl_circuitlasso.models.feature_effects import ENCODE_CHUNK, Recording, record, trials
@@ -47,7 +47,8 @@ def feature_correlation(
         moments.add({hook: encoder.encode(acts[hook][batch.keep]).cpu() for hook, encoder in encoders.items()})
     weights = {pair: moments.slope(pair) for pair in pairs}
     scores = {pair: moments.standardised(pair, weight) for pair, weight in weights.items()}
-    return _strongest(like, weights, scores, provenance(adapter, "feature_correlation", seconds=_since(began)))
+    made = _record("feature_correlation", adapter, prompts, began, forward=1, backward=0)
+    return _strongest(like, weights, scores, made)
 
 
 def feature_gradient(
@@ -85,7 +86,8 @@ def feature_gradient(
             mass.index_add_(0, some.source, some.mass.cpu())
         weights[pair] = found / mass.clamp(min=torch.finfo(torch.float64).tiny)[:, None]
     scores = {pair: moments.standardised(pair, weight) for pair, weight in weights.items()}
-    return _strongest(like, weights, scores, provenance(adapter, "feature_gradient", seconds=_since(began)))
+    made = _record("feature_gradient", adapter, walk, began, forward=None, backward=None)
+    return _strongest(like, weights, scores, made)
 
 
 def features_of(graph: AttributionGraph) -> dict[str, Int[Tensor, " feature"]]:
@@ -191,5 +193,7 @@ def _site(graph: AttributionGraph, hook: str) -> Site:
     return next(block.site for block in graph.index.blocks if str(block.site) == hook)
 
 
-def _since(began: float) -> float:
-    return time.perf_counter() - began
+def _record(method: str, adapter: Adapter, prompts: Prompts, began: float, **passes: float | None) -> dict[str, Any]:
+    seconds = {"scores": time.perf_counter() - began}
+    unit = "standard deviations"
+    return record_of(method, adapter.facts(), prompts=prompts.n_prompts, unit=unit, seconds=seconds, **passes)

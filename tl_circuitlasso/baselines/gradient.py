@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 
-from tl_circuitlasso.baselines.edges import EdgeLayout, add_products, provenance
+from tl_circuitlasso.baselines.edges import EdgeLayout, add_products
 from tl_circuitlasso.baselines.means import for_batch, mean_written, zeros_written
 from tl_circuitlasso.data.targets import LogitDiff
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.graph.provenance import question
+from tl_circuitlasso.graph.provenance import record as record_of
 from tl_circuitlasso.models.metric import Metric
 from tl_circuitlasso.models.pairs import PairBatch, Pairs, pairs_of
 from tl_circuitlasso.models.patching import Written, record
@@ -262,7 +264,7 @@ def attribute(data: Pairs, metric: Metric | LogitDiff, setting: Setting, path: P
             part = torch.zeros_like(scores)
             add_products(layout, data.adapter, part, difference, traced, job.batch.mask)
             scores += weight * part
-    return layout.graph(scores / len(data), facts(data, setting, count, began))
+    return layout.graph(scores / len(data), facts(data, setting, count, began, metric))
 
 
 def jobs(
@@ -279,20 +281,30 @@ def jobs(
         yield Job(data, batch, metric, setting, mean, count, outputs)
 
 
-def facts(data: Pairs, setting: Setting, count: Count, began: float) -> dict[str, Any]:
+def facts(
+    data: Pairs, setting: Setting, count: Count, began: float, metric: Metric | LogitDiff | None
+) -> dict[str, Any]:
     """The provenance of a graph: how it was made, and at what cost."""
-    return provenance(
-        data.adapter,
+    return record_of(
         setting.method,
+        data.adapter.facts(),
+        question=question(metric, "last"),
+        prompts=len(data),
+        prompt_pairs=len(data) if setting.ablation == "patch" else None,
+        unit=unit_of(metric),
+        forward=count.forward,
+        backward=count.backward,
+        seconds={"scores": time.perf_counter() - began},
         ablation=setting.ablation,
         mean_over=setting.mean_over,
         input_node=setting.input_node,
         steps=setting.steps,
-        prompts=len(data),
-        forward_passes=round(count.forward, 6),
-        backward_passes=round(count.backward, 6),
-        seconds=time.perf_counter() - began,
     )
+
+
+def unit_of(metric: Metric | LogitDiff | None) -> str:
+    """Of a fall of the metric; None is the divergence from the model's prediction."""
+    return "nats" if metric is None else "logits" if isinstance(metric, LogitDiff) else "metric"
 
 
 # ---- where the derivative is taken --------------------------------------------------------------------------------

@@ -12,12 +12,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_circuitlasso.baselines.edges import provenance
+from tl_circuitlasso.baselines.gradient import unit_of
 from tl_circuitlasso.data.sites import Site
 from tl_circuitlasso.data.targets import LogitDiff
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.graph.nodes import Block, NodeIndex
+from tl_circuitlasso.graph.provenance import question, record
 from tl_circuitlasso.models import Adapter, adapt
 from tl_circuitlasso.models.neuron_scores import Batch, ByGradient, BySweep, Scoring, scores
 from tl_circuitlasso.models.neuron_sweep import RELP, Rules
@@ -128,7 +129,8 @@ def random_nodes(
     shape = adapter.shape
     width = {"neuron": shape.d_mlp, "head": shape.n_heads}.get(basis, shape.d_model)
     found = {key: torch.rand(width, dtype=torch.float64, generator=generator) for key in setup.keys}
-    facts = provenance(adapter, "random_nodes", seed=seed, forward_passes=0.0, backward_passes=0.0, seconds=0.0)
+    nothing = {"prompts": None, "unit": None, "forward": 0, "backward": 0, "seconds": {}}
+    facts = record("random_nodes", adapter.facts(), seed=seed, **nothing)
     return score_graph(adapter, basis, found, Site("logits"), max_nodes, facts)
 
 
@@ -150,22 +152,24 @@ def _graph(
     way: BySweep | ByGradient,
     max_nodes: int | None,
 ) -> AttributionGraph:
-    began = time.perf_counter()
+    began, given = time.perf_counter(), metric
     metric = data.metric(metric)
     setup = Scoring(data.adapter, lambda logits, batch: metric(shown(logits, batch.mask), batch.rows), basis, reference)
     found = scores(setup, lambda: batches(data, corrupted is not None), len(data), way)
-    facts = provenance(
-        data.adapter,
+    facts = record(
         method,
-        d_model=data.adapter.shape.d_model,
+        data.adapter.facts(),
+        question=question(given, "last"),
+        prompts=len(data),
+        prompt_pairs=None if corrupted is None else len(data),
+        unit=unit_of(given),
+        forward=setup.count.forward,
+        backward=setup.count.backward,
+        seconds={"scores": time.perf_counter() - began},
         basis=basis,
         reference=reference,
         attention="frozen" if isinstance(way, BySweep) and way.rules.attention else "moving",
         steps=way.steps if isinstance(way, ByGradient) else 0,
-        prompts=len(data),
-        forward_passes=round(setup.count.forward, 6),
-        backward_passes=round(setup.count.backward, 6),
-        seconds=time.perf_counter() - began,
     )
     return score_graph(data.adapter, basis, found, Site("logits"), max_nodes, facts)
 

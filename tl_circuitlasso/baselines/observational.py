@@ -7,9 +7,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_circuitlasso.baselines.edges import EdgeLayout, pieces_of, provenance, written_out
+from tl_circuitlasso.baselines.edges import EdgeLayout, pieces_of, written_out
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.graph.provenance import record
 from tl_circuitlasso.models import Adapter, Batch, adapt
 from tl_circuitlasso.models.metric import Metric
 from tl_circuitlasso.models.pairs import Pairs, pairs_of
@@ -42,8 +43,16 @@ def information_flow_routes(
     scores = torch.zeros(layout.n_sources, layout.n_readers, dtype=torch.float64, device=data.adapter.device)
     for batch, _ in data:
         _add_nearness(layout, data.adapter, scores, batch, input_node)
-    facts = {"input_node": input_node, "prompts": len(data), "forward_passes": 1.0, "backward_passes": 0.0}
-    made = provenance(data.adapter, "information_flow_routes", **facts, seconds=time.perf_counter() - began)
+    made = record(
+        "information_flow_routes",
+        data.adapter.facts(),
+        prompts=len(data),
+        unit="share of what is read",
+        forward=1,
+        backward=0,
+        seconds={"scores": time.perf_counter() - began},
+        input_node=input_node,
+    )
     return layout.graph(scores / len(data), made)
 
 
@@ -97,8 +106,16 @@ def correlation(
     data = pairs_of(model, clean, None, attention_mask=attention_mask, batch_size=batch_size)
     layout = EdgeLayout(data.adapter.shape)
     rv = _rv(_covariance(data, layout, seed), len(layout.index)).cpu()
-    facts = {"prompts": len(data), "forward_passes": 1.0, "backward_passes": 0.0, "seed": seed}
-    made = provenance(data.adapter, "correlation", **facts, seconds=time.perf_counter() - began)
+    made = record(
+        "correlation",
+        data.adapter.facts(),
+        prompts=len(data),
+        unit="squared correlation",
+        forward=1,
+        backward=0,
+        seconds={"scores": time.perf_counter() - began},
+        seed=seed,
+    )
     allowed = layout.index.allowed()
     graph = AttributionGraph.from_adjacency(layout.index, torch.where(allowed, rv, 0.0), provenance=made)
     return graph.keep(torch.ones_like(graph.kept))
@@ -172,5 +189,5 @@ def random_edges(
     layout = EdgeLayout(adapter.shape)
     generator = torch.Generator().manual_seed(seed)
     scores = torch.rand(layout.n_sources, layout.n_readers, dtype=torch.float64, generator=generator)
-    facts = {"seed": seed, "forward_passes": 0.0, "backward_passes": 0.0, "seconds": 0.0}
-    return layout.graph(scores, provenance(adapter, "random_edges", **facts))
+    nothing = {"prompts": None, "unit": None, "forward": 0, "backward": 0, "seconds": {}}
+    return layout.graph(scores, record("random_edges", adapter.facts(), seed=seed, **nothing))

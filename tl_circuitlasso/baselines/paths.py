@@ -148,7 +148,7 @@ def bootstrap_eap_ig(
                     part = torch.zeros_like(scores[number])
                     add_products(layout, data.adapter, part, _weighted(difference, weight), traced, drawn)
                     scores[number] += share * part
-    found = facts(data, setting, count, began) | {"resamples": resamples, "level": level, "seed": seed}
+    found = facts(data, setting, count, began, metric) | {"resamples": resamples, "level": level, "seed": seed}
     graph = layout.graph(scores[0] / len(data), found)
     source, column = layout.mask().nonzero(as_tuple=True)
     drawn_scores = (scores[1:] / len(data)).cpu()[:, source, column]

@@ -19,6 +19,7 @@ from tl_circuitlasso.data.sites import PORTS
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.structure import structure
 from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.graph.provenance import cost as spent_on
 from tl_circuitlasso.models import adapt
 from tl_circuitlasso.naming import directory as _directory
 from tl_circuitlasso.progress import bar as counting
@@ -115,7 +116,7 @@ def _failure(case: str, method: str, error: Exception) -> Failure:
 
 def _run(case: Case, method: Method, prompts: int | None, seed: int) -> Row:
     graph, cost = measured(lambda: method.run(case, prompts, seed), adapt(case.model).device)
-    passes = graph.provenance
+    passes = spent_on(graph.provenance)
     return Row(
         case=case.name,
         method=method.name,
@@ -127,11 +128,15 @@ def _run(case: Case, method: Method, prompts: int | None, seed: int) -> Row:
         port_auroc=_port_auroc(graph, case),
         seconds=cost.seconds,
         peak_mib=cost.peak_mib,
-        forward_passes=float(passes.get("forward_passes", math.nan)),
-        backward_passes=float(passes.get("backward_passes", math.nan)),
+        forward_passes=_known(passes["forward_passes"]),
+        backward_passes=_known(passes["backward_passes"]),
         kept=tuple(sorted(graph.kept_edges() & case.candidates)) if method.chooses else (),
         stability=_stability(graph, case),
     )
+
+
+def _known(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def _stability(graph: AttributionGraph, case: Case) -> tuple[tuple[float, bool], ...]:

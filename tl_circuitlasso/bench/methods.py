@@ -5,7 +5,6 @@ clean one where the derivative is taken away from the clean run, and what tells 
 apart (a logit or output difference, which has a derivative there too) where it's taken on the clean run.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -105,12 +104,9 @@ def _circuit_lasso(**options: Any) -> Callable[..., AttributionGraph]:
 
         clean, _ = limited(case, prompts)
         positions = slice(case.first, None)
-        graph = circuit_lasso(
+        return circuit_lasso(
             case.model, clean, positions=positions, batch_size=BATCH, seed=seed, progress=False, **options
         )
-        # It counts forward passes of batches; this table counts those of prompts.
-        passes = graph.provenance["forward_passes"] / math.ceil(len(clean) / BATCH)
-        return replace(graph, provenance={**graph.provenance, "forward_passes": passes})
 
     return run
 

@@ -158,13 +158,8 @@ def _print_edges(graph: Any, truth: Set[tuple[str, str]] | None) -> None:
 
 def _unit(graph: Any) -> str:
     """What a score means, where the graph's provenance says."""
-    asked = graph.provenance.get("arguments", {})
-    if asked.get("design") != "read":
-        return ""
-    unit = {"LogitDiff": "logits", "Values": "units of the numbers"}.get(asked.get("target"), "nats")
-    if asked.get("basis") == "neuron":
-        return f" (score: contribution to the target, in {unit})"
-    return f" (score: what cutting the edge is expected to cost, in {unit})"
+    unit = graph.provenance.get("unit")
+    return f" (score: {unit})" if unit else ""
 
 
 def _print_stages(graph: Any) -> None:

@@ -10,6 +10,7 @@
 {'edges': 3, 'jaccard': 0.6666666666666666, 'shd': 2}
 """
 
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -25,6 +26,7 @@ from tl_circuitlasso.comparison.figures import agreement, circuit, overlap, rank
 from tl_circuitlasso.data import storage
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.graph.provenance import differences
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,6 +55,7 @@ class Comparison:
     candidates: how many candidate edges the graphs share; equal: how many edges are taken where sizes are made equal.
     curves: faithfulness against size, with a random ranking, where a model was given; else empty.
     n_true: the number of true edges, which is what an empty graph's SHD would be; None where the truth isn't known.
+    unlike: what the graphs should have in common and haven't, by their provenance: target, positions or model.
     """
 
     table: pd.DataFrame
@@ -63,6 +66,7 @@ class Comparison:
     equal: int
     curves: "Mapping[str, Curve]"
     n_true: int | None
+    unlike: tuple[str, ...] = ()
 
     def plot(self, path: str | Path | None = None, *, title: str | None = None) -> "Figure":
         """The edges of every circuit beside each other, scores against scores, and faithfulness curves if there are."""
@@ -87,9 +91,10 @@ class Comparison:
             self.plot(path)
 
     def note(self) -> str:
-        """What the figures refer to, in one sentence."""
+        """What the figures refer to, in one sentence, and what stands in the way of comparing them."""
         text = f"{self.candidates:,} candidate edges in common; top = the {self.equal:,} strongest of each"
-        return text if self.n_true is None else f"{text}; an empty graph's SHD is {self.n_true:,}"
+        text = text if self.n_true is None else f"{text}; an empty graph's SHD is {self.n_true:,}"
+        return "; ".join([text, *self.unlike])
 
     def __repr__(self) -> str:
         return f"{self.table.round(3).to_string(na_rep='')}\n({self.note()})"
@@ -129,6 +134,7 @@ def compare(
 
     Raises
     ------
+    UserWarning: graphs that differ in target, positions or model, as far as their provenance says; so does the note.
     InputError: fewer than two graphs, graphs of different models, no candidate edge in common, true edges that aren't
         candidates, rankings only without `edges` or a truth to say how many edges to take, or a model without prompts
         or metric.
@@ -146,6 +152,9 @@ def compare(
     shown = {name: common.cut(n, circuits[n]) for n, name in enumerate(made)}
     measured, curves = _on_model(shown, model, clean, corrupted, metric, ablation, absolute, seed, options)
     equal = int(circuits.sum(1).min())
+    unlike = differences({name: graph.provenance for name, graph in made.items()})
+    if unlike:
+        warnings.warn(f"these graphs answer different questions: {'; '.join(unlike)}", stacklevel=2)
     pairs = pd.DataFrame([agreement(common, circuits, equal, a, b) for a, b in combinations(range(len(made)), 2)])
     return Comparison(
         table=table(common, circuits, truth, pairs, measured, shown),
@@ -156,6 +165,7 @@ def compare(
         equal=equal,
         curves=curves,
         n_true=None if truth is None else int(truth.sum()),
+        unlike=tuple(unlike),
     )
 
 

@@ -12,6 +12,7 @@ from tl_circuitlasso.comparison.common import Common, is_ranking
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.structure import auroc
 from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.graph.provenance import cost
 
 
 def ranking_size(common: Common, edges: int | None, truth: np.ndarray | None) -> int:
@@ -102,21 +103,8 @@ def _against(truth: np.ndarray, circuit: np.ndarray, size: np.ndarray) -> dict[s
 
 def _costs(graph: AttributionGraph) -> dict[str, float]:
     """Seconds, passes per prompt and memory as the provenance has them; NaN where it hasn't."""
-    known = graph.provenance
-    seconds, passes = known.get("seconds"), known.get("passes_per_prompt")
-    if not isinstance(passes, Mapping):  # the baselines count passes per prompt, CircuitLasso those of batches
-        counts = {} if known.get("method") == "CircuitLasso" else known
-        passes = {way: counts.get(f"{way}_passes") for way in ("forward", "backward")}
-    return {
-        "seconds": _number(seconds.get("total") if isinstance(seconds, Mapping) else seconds),
-        "forward_passes": _number(passes.get("forward")),
-        "backward_passes": _number(passes.get("backward")),
-        "peak_mib": _number(known.get("peak_mib")),
-    }
-
-
-def _number(value: Any) -> float:
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+    found = cost(graph.provenance)
+    return {name: math.nan if value is None else value for name, value in found.items()}
 
 
 def overlap(common: Common, circuits: np.ndarray, truth: np.ndarray | None) -> pd.DataFrame:

@@ -102,7 +102,7 @@ def learn_read(
         kept=keep,
         extras=extras,
         certificates=tuple(_certificate(index.names[c.node], s) for c, s in zip(found, solutions)),
-        provenance={"unit": "target" if number else "nats", "chosen_by": "regression" if dense else "cost"},
+        provenance={"chosen_by": "regression" if dense else "cost"},
     )
     return _pruned(graph, carried)
 

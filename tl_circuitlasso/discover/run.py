@@ -11,6 +11,7 @@ graph        AttributionGraph
 
 import time
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -20,16 +21,17 @@ from tl_circuitlasso._checks import as_seed, whole_number
 from tl_circuitlasso.data.schema import COUNT, FOLDS
 from tl_circuitlasso.data.sharing import Ranks, as_ranks
 from tl_circuitlasso.data.statistics import Statistics
-from tl_circuitlasso.data.targets import Labels, Target, Values, as_target, take
+from tl_circuitlasso.data.targets import Labels, LogitDiff, Target, Values, as_target, take
 from tl_circuitlasso.discover.asked import as_design, as_strength, check_features, check_neurons, check_strength
 from tl_circuitlasso.discover.confirming import Confirmation, Metric, check_method, prepare
 from tl_circuitlasso.discover.drawing import draw_by_output
 from tl_circuitlasso.discover.learning import RESAMPLED, learn
 from tl_circuitlasso.discover.probing import fit_probe
-from tl_circuitlasso.discover.provenance import made_of, passes_per_prompt, provenance, question
+from tl_circuitlasso.discover.provenance import confirmed, per_prompt, provenance
 from tl_circuitlasso.discover.refining import refine
 from tl_circuitlasso.features import FeatureSetup, Rule, learn_features
 from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.graph.provenance import question
 from tl_circuitlasso.models.adapter import Adapter, adapt
 from tl_circuitlasso.models.bases import Basis, Neuron, as_basis
 from tl_circuitlasso.models.collect import Plan, collect
@@ -47,6 +49,7 @@ NO_PATH = (
     "the circuit is empty: no path of edges that matter leads from the input to the target. Give more prompts, or such "
     "that differ in what you ask about (`corrupted`), say what matters (`target`), and where (`positions`)"
 )
+UNITS = {LogitDiff: "logits", Values: "units of the numbers"}  # of targets that are numbers
 PAIR = 2  # prompts in a pair, so the fewest of a batch
 
 
@@ -194,6 +197,11 @@ class Job:
         """Whether the target is read at the last position, as it is where it's one entry per prompt."""
         return self.target is not None and isinstance(self.positions, str) and self.positions == "all"
 
+    def record(self, prompts: Prompts, arguments: Mapping[str, Any], **facts: Any) -> dict[str, Any]:
+        """The provenance of what was made of `prompts`, with the target read where it really was."""
+        where = "last" if self.last else self.positions
+        return provenance(self.adapter, prompts, arguments, target=self.target, positions=where, **facts)
+
 
 def _components(
     job: Job,
@@ -219,6 +227,7 @@ def _components(
     plan = _plan(replace(job, prompts=prompts, target=target), design)
     options = {"progress": job.progress, "checkpoint": job.checkpoint, "ranks": job.ranks}
     collected = collect(job.adapter, prompts, plan, twins=twins, **options)
+    sides = 1 if twins is None else 2
     clock = [time.perf_counter()]
     graph = learn(collected.statistics, strength=job.strength, seed=job.seed, process_group=job.ranks)
     clock.append(time.perf_counter())
@@ -229,32 +238,37 @@ def _components(
     if causal is not None:
         graph = causal.apply(graph, job.adapter, seed=job.seed, ranks=job.ranks)
     clock.append(time.perf_counter())
-    solve, second, confirmed = (after - before for before, after in pairwise(clock))
+    solve, second, measured = (after - before for before, after in pairwise(clock))
     seconds = {"forward and statistics": collected.seconds, "solve": solve, "second look": second}
+    seconds |= {} if causal is None else {"confirm": measured}
     arguments: dict[str, Any] = {"basis": plan.design.basis.name}
     if isinstance(plan.design, ReadDesign):
         arguments |= {"max_prompts": max_prompts, "refined": refined}
-    before = 0 if drawn is None else drawn.forward_passes
-    record = dict(graph.provenance) | provenance(job.adapter, prompts, collected, arguments)
-    record |= {
-        "processes": job.ranks.size,
-        "prompts_given": job.prompts.n_prompts,
-        "batch_size": job.batch_size,
-        "forward_passes": before + (collected.forward_passes + looks) * (1 if twins is None else 2),
-    }
+    given = job.prompts.n_prompts or collected.prompts
+    calls = (0 if drawn is None else drawn.forward_passes) + (collected.forward_passes + looks) * sides
+    passes = per_prompt(calls, given, job.batch_size)
+    own: dict[str, Any] = {"closure_error": collected.closure, "processes": job.ranks.size}
+    own |= {"prompts_given": job.prompts.n_prompts, "batch_size": job.batch_size}
     if collected.forward_seconds > 0 and job.adapter.device.type == "cpu":
-        bare = collected.forward_seconds * (job.prompts.n_prompts or collected.prompts) / collected.prompts
-        bare = bare if twins is None else bare / 2
-        record["forward_equivalents"] = round((time.process_time() - began) / bare, 2)
+        bare = collected.forward_seconds * given / (collected.prompts * sides)
+        own["forward_equivalents"] = round((time.process_time() - began) / bare, 2)
     if COUNT in collected.statistics.sums:
-        record["pairs"] = int(collected.statistics.sums[COUNT].sum())
-        record["partners"] = "random" if twins is None else "corrupted"
+        own["prompt_pairs"] = int(collected.statistics.sums[COUNT].sum())
+        own["partners"] = "random" if twins is None else "corrupted"
     if drawn is not None:
-        record["drawn"] = {"prompts": len(drawn.rows), "strata": drawn.strata}
-    if causal is not None:
-        seconds["confirm"] = confirmed
-    record |= passes_per_prompt(record, job.batch_size)
-    return replace(graph, provenance=record | {"seconds": seconds})
+        own["drawn"] = {"prompts": len(drawn.rows), "strata": drawn.strata}
+    if causal is not None and "confirm" in graph.provenance:
+        passes += confirmed(graph.provenance["confirm"], given)
+    unit = _unit(plan.design, job.target)
+    record = job.record(prompts, arguments, looked_at=collected.prompts, unit=unit, forward=passes, seconds=seconds)
+    return replace(graph, provenance={**graph.provenance, **record, **own})
+
+
+def _unit(design: Design, target: Target) -> str:
+    """What a score says."""
+    if isinstance(design, ReadDesign):
+        return f"expected cost of the cut, {UNITS.get(type(target), 'nats')}"
+    return "norm of coefficients" if design.name == "paper" else "share of the target's variance"
 
 
 def _features(job: Job, basis: SAEFeatures) -> AttributionGraph:
@@ -263,8 +277,12 @@ def _features(job: Job, basis: SAEFeatures) -> AttributionGraph:
     folder = None if job.checkpoint is None else Path(job.checkpoint)
     setup = FeatureSetup(job.target, job.last, rule, job.adapter.device, folder, job.progress, job.ranks)
     graph, codes = learn_features(job.adapter, job.prompts, basis, setup)
-    record = provenance(job.adapter, job.prompts, codes, basis.arguments()) | {"processes": job.ranks.size}
-    return replace(graph, provenance=record | dict(graph.provenance))
+    passes = per_prompt(codes.forward_passes, job.prompts.n_prompts or codes.prompts, job.batch_size)
+    spent = {"forward": passes, "seconds": graph.provenance["seconds"]}
+    unit = "standard deviations of the target's code"
+    record = job.record(job.prompts, basis.arguments(), looked_at=codes.prompts, unit=unit, **spent)
+    own = {"closure_error": codes.closure, "processes": job.ranks.size, "batch_size": job.batch_size}
+    return replace(graph, provenance={**graph.provenance, **record, **own})
 
 
 def _neurons(job: Job, basis: Neuron, corrupted: AnyPrompts | None, max_prompts: int | None) -> AttributionGraph:
@@ -283,7 +301,10 @@ def _neurons(job: Job, basis: Neuron, corrupted: AnyPrompts | None, max_prompts:
         "reference": basis.reference,
         "max_prompts": max_prompts,
     }
-    return replace(graph, provenance={**made_of(job.adapter, behaviour.prompts, arguments), **graph.provenance})
+    known = graph.provenance
+    spent = {"unit": known["unit"], "forward": known["forward_passes"], "seconds": known["seconds"]}
+    record = job.record(behaviour.prompts, arguments, looked_at=known["prompts"], **spent)
+    return replace(graph, provenance={**record, **known, "seconds": record["seconds"]})
 
 
 def _prompts(

@@ -4,6 +4,7 @@ The Mechanistic Interpretability Benchmark (Mueller et al. 2025, arXiv 2504.1315
 under faithfulness (more is better), and CMD, between faithfulness and 1 (less is better).
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_circuitlasso.baselines.edges import EdgeLayout, provenance
+from tl_circuitlasso.baselines.edges import EdgeLayout
 from tl_circuitlasso.data.targets import LogitDiff
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.circuits import EdgeMatrix, check_graph, prune, score_matrix
@@ -31,6 +32,7 @@ from tl_circuitlasso.evaluate.features import (
 from tl_circuitlasso.evaluate.interventions import Ablation, Intervention, Measured, changes, intervention, measure
 from tl_circuitlasso.evaluate.metrics import Metric
 from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.graph.provenance import record
 from tl_circuitlasso.graph.selection import Edges, grown, ranked
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
 
@@ -265,9 +267,20 @@ def magnitude(
     It looks at nothing downstream, so a ranking that isn't better has learned nothing. Two forward passes per prompt;
     arguments as in `faithfulness`.
     """
+    began = time.perf_counter()
     setup: Intervention = intervention(
         model, clean, corrupted, lambda logits, rows: logits[:, -1].sum(), ablation, **options
     )
     layout = EdgeLayout(setup.adapter.shape)
     scores = changes(setup)[:, None].expand(-1, layout.n_readers) * layout.mask()
-    return layout.graph(scores, provenance(setup.adapter, "magnitude", ablation=ablation))
+    made = record(
+        "magnitude",
+        setup.adapter.facts(),
+        prompts=len(setup.pairs),
+        unit="size of the change",
+        forward=2,
+        backward=0,
+        seconds={"scores": time.perf_counter() - began},
+        ablation=ablation,
+    )
+    return layout.graph(scores, made)

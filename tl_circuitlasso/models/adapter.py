@@ -278,6 +278,16 @@ class Adapter:
             digest.update(flat[:: max(1, flat.numel() // 64)].double().cpu().numpy().tobytes())
         return digest.hexdigest()
 
+    def facts(self) -> dict[str, Any]:
+        """What a graph's provenance says of the model."""
+        return {
+            "model": self.name,
+            "architecture": self.architecture,
+            "d_model": self.shape.d_model,
+            "config_hash": self.config_hash(),
+            "weights_hash": self.weights_hash(),
+        }
+
     def __repr__(self) -> str:
         shape = self.shape
         return (

@@ -63,12 +63,14 @@ def neuron_circuit(behaviour: Behaviour, basis: Neuron, *, strength: str | float
     found = {key: tally.contributions(key).sum(0) for key in scoring.keys}
     difference = scoring.count.difference / tally.prompts
     facts = {
-        "unit": "logits",
+        "unit": "contribution to the target, logits",
         "reference": basis.reference,
         "difference": difference,
-        "pairs": tally.prompts,
+        "prompt_pairs": tally.prompts,
         "prompts": behaviour.n_prompts,
-        "passes_per_prompt": {"forward": round(scoring.count.forward, 4), "sweep": round(scoring.count.backward, 4)},
+        "forward_passes": round(scoring.count.forward, 6),
+        "backward_passes": 0.0,
+        "sweeps": round(scoring.count.backward, 6),
     }
     count = basis.linked or basis.max_nodes
     graph = score_graph(adapter, "neuron", found, readout.target_site(behaviour.target), count, facts)

@@ -17,6 +17,7 @@ from tl_circuitlasso.data import storage
 from tl_circuitlasso.data.sites import Site, parse_site
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.graph.provenance import asked, cost
 from tl_circuitlasso.plot.circuit import node_look
 from tl_circuitlasso.plot.rows import ENDS, columns_of, node_label, row_label, site_ranks
 
@@ -228,19 +229,10 @@ def _short(values: Sequence[float]) -> list[float]:
 def _about(graph: AttributionGraph) -> list[list[str]]:
     """What was asked and how the graph was made, in few words, for the page's side panel."""
     known = graph.provenance
-    seconds, arguments = known.get("seconds"), known.get("arguments")
-    asked = arguments if isinstance(arguments, Mapping) else {}
-    total = {"seconds": seconds["total"]} if isinstance(seconds, Mapping) and "total" in seconds else {}
-    first = {"target": asked.get("target"), "positions": asked.get("positions"), "score": _unit(asked)}
-    flat = {**first, **known, **asked, **total}
+    arguments = known.get("arguments")
+    given = arguments if isinstance(arguments, Mapping) else {}
+    first = {"target": None, "positions": None, **asked(known), "score": known.get("unit")}
+    flat = {**first, **given, **known, **first, "seconds": cost(known)["seconds"]}
     rows = [(key, value) for key, value in flat.items() if isinstance(value, (str, int, float, bool)) and value != ""]
     shown = [(key.replace("_", " "), value) for key, value in rows if not key.endswith("_hash")]
     return [[key, f"{value:.4g}" if isinstance(value, float) else str(value)[:60]] for key, value in shown[:16]]
-
-
-def _unit(asked: Mapping[str, Any]) -> str | None:
-    """What a score says, where it's known."""
-    if asked.get("design") != "read":
-        return None
-    unit = {"LogitDiff": "logits", "Values": "units of the numbers"}.get(str(asked.get("target")), "nats")
-    return f"expected cost of the cut, {unit}"
