@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from tl_circuitlasso.discover.learning import learn
+from tl_circuitlasso.discover.designs import learn
 from tl_circuitlasso.evaluate.structure import structure
 from tl_circuitlasso.synthetic import Edge, Planted, planted
 

@@ -12,8 +12,8 @@ from torch import Tensor
 import tl_circuitlasso as tcl
 from tests import architectures
 from tests.test_learning import CHAIN, read_statistics
+from tl_circuitlasso.discover.designs import learn
 from tl_circuitlasso.discover.drawing import draw_by_output
-from tl_circuitlasso.discover.learning import learn
 from tl_circuitlasso.models.adapter import adapt
 from tl_circuitlasso.models.outcome import _others
 from tl_circuitlasso.models.tokens import Prompts

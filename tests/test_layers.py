@@ -98,7 +98,7 @@ def test_only_models_touch_transformer_lens(room: str, path: Path) -> None:
     assert room == "models" or not heavy, f"{path.name} imports {heavy}"
 
 
-@pytest.mark.parametrize("module", ["graph", "solve", "formats", "data.statistics", "plot", "discover.learning"])
+@pytest.mark.parametrize("module", ["graph", "solve", "formats", "data.statistics", "plot", "discover.designs"])
 def test_light_parts_load_without_transformer_lens(module: str) -> None:
     check = f"import tl_circuitlasso.{module}, sys; assert not {{'transformer_lens', 'sae_lens'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", check], check=True, cwd=PACKAGE.parent)

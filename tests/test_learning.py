@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from tl_circuitlasso.data.sites import Site
 from tl_circuitlasso.data.statistics import Statistics, add_folds, empty_folds
+from tl_circuitlasso.discover.designs import learn
 from tl_circuitlasso.discover.garrote import Asked, Child, garrote, steadiness
-from tl_circuitlasso.discover.learning import learn
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph.nodes import Block, NodeIndex, component_index
 from tl_circuitlasso.graph.relevance import propagate

@@ -12,7 +12,7 @@ from torch import Tensor
 import tl_circuitlasso as tcl
 from tests import architectures
 from tl_circuitlasso.data.schema import NODES
-from tl_circuitlasso.discover.learning import learn
+from tl_circuitlasso.discover.designs import learn
 from tl_circuitlasso.discover.run import circuit_lasso, collect_statistics
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.models.designs import FUNCTIONS

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from tl_circuitlasso.discover.learning import learn
+from tl_circuitlasso.discover.designs import learn
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.structure import structure
 from tl_circuitlasso.synthetic import CODES, planted

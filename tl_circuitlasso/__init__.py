@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from tl_circuitlasso.data.targets import LogitDiff as LogitDiff
     from tl_circuitlasso.data.targets import Values as Values
     from tl_circuitlasso.demo import load_demo as load_demo
-    from tl_circuitlasso.discover.learning import learn as learn
+    from tl_circuitlasso.discover.designs import learn as learn
     from tl_circuitlasso.discover.run import circuit_lasso as circuit_lasso
     from tl_circuitlasso.discover.run import collect_statistics as collect_statistics
     from tl_circuitlasso.formats.files import read as load  # noqa: F401
@@ -68,7 +68,7 @@ _NAMES = {  # public name: the module that holds it
     "collect_statistics": "discover.run",
     "compare": "comparison",
     "explain": "graph.explaining",
-    "learn": "discover.learning",
+    "learn": "discover.designs",
     "load": "formats.files",
     "load_demo": "demo",
     "load_sae": "models.sae",

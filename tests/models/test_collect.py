@@ -11,7 +11,7 @@ import torch
 from tests import architectures
 from tl_circuitlasso.data.statistics import Statistics
 from tl_circuitlasso.data.targets import LogitDiff, Values
-from tl_circuitlasso.discover.learning import learn
+from tl_circuitlasso.discover.designs import learn
 from tl_circuitlasso.errors import InputError, ModelError
 from tl_circuitlasso.models import collect as collect_module
 from tl_circuitlasso.models.adapter import adapt

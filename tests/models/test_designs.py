@@ -10,7 +10,7 @@ from tests import architectures
 from tl_circuitlasso.data.sites import Site
 from tl_circuitlasso.data.statistics import Statistics
 from tl_circuitlasso.data.targets import Labels, LogitDiff, Values
-from tl_circuitlasso.discover.learning import learn
+from tl_circuitlasso.discover.designs import learn
 from tl_circuitlasso.errors import InputError, ModelError
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models.adapter import adapt

@@ -14,7 +14,7 @@ from tests import architectures
 from tl_circuitlasso.data import schema
 from tl_circuitlasso.data.statistics import Statistics
 from tl_circuitlasso.data.targets import LogitDiff
-from tl_circuitlasso.discover.learning import learn
+from tl_circuitlasso.discover.designs import learn
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.models import read
 from tl_circuitlasso.models.adapter import adapt

@@ -1,20 +1,15 @@
 """Which combinations of design, basis, method and strength can be asked for, and what is said of the others."""
 
 from collections.abc import Mapping
-from functools import partial
 from numbers import Real
 from typing import Any
 
 from tl_circuitlasso._checks import shortened
-from tl_circuitlasso.discover.learning import whole_strength
+from tl_circuitlasso.discover.designs import DESIGNS, way_of
 from tl_circuitlasso.errors import InputError
-from tl_circuitlasso.models.bases import Basis, Component, Neuron, as_basis
-from tl_circuitlasso.models.designs import Activation, Design, Routed
-from tl_circuitlasso.models.read import ReadDesign
+from tl_circuitlasso.models.bases import Basis, Neuron, as_basis
+from tl_circuitlasso.models.designs import Design
 from tl_circuitlasso.models.sae import SAEFeatures
-
-DESIGNS = {"activation": Activation, "paper": partial(Activation, name="paper"), "read": ReadDesign, "routed": Routed}
-ANY_BASIS = ("activation", "paper")  # designs that need no whole components, and that can be nonlinear
 
 
 def as_design(design: str, basis: str | Basis, *, nonlinear: bool = False) -> Design:
@@ -27,20 +22,18 @@ def as_design(design: str, basis: str | Basis, *, nonlinear: bool = False) -> De
     ------
     InputError: no design of that name, or one that needs another basis, or that has no nonlinear variant.
     """
-    if not isinstance(design, str) or design not in DESIGNS:
-        raise InputError(f"`design` {shortened(design)} is unknown: use one of {', '.join(map(repr, DESIGNS))}")
+    way = way_of(design)
     if not isinstance(nonlinear, bool):
         raise InputError(f"`nonlinear` is {shortened(nonlinear)}: write True or False")
-    chosen = Component(None) if design == "paper" and basis == "component" else as_basis(basis)
-    if design in ANY_BASIS:
-        return DESIGNS[design](chosen, nonlinear=nonlinear)
-    if nonlinear:
-        raise InputError(f"`nonlinear` is for the designs {' and '.join(map(repr, ANY_BASIS))}: leave it out")
-    if chosen.name != "component":
+    chosen = way.component() if isinstance(basis, str) and basis == "component" else as_basis(basis)
+    if nonlinear and not way.bends:
+        bending = " and ".join(repr(name) for name, one in DESIGNS.items() if one.bends)
+        raise InputError(f"`nonlinear` is for the designs {bending}: leave it out")
+    if chosen.name != "component" and not way.others:
         raise InputError(
             f"`design` {design!r} reads whole components: with basis={chosen.name!r} use design='activation'"
         )
-    return DESIGNS[design](chosen)
+    return way.collects(chosen, nonlinear=nonlinear) if way.bends else way.collects(chosen)
 
 
 def as_strength(strength: str | int | float) -> str | float:
@@ -61,21 +54,6 @@ def as_strength(strength: str | int | float) -> str | float:
             "(dense) to 1 (empty)"
         )
     return float(strength)
-
-
-def check_strength(design: Design, strength: str | float) -> None:
-    """Refuse a rule that the design has no use for: one per child in "paper", one per coefficient of groups."""
-    if design.name == "paper":
-        whole_strength(strength)
-    if (
-        strength == "mcp"
-        and design.name != "read"
-        and (design.functions > 1 or getattr(design.basis, "directions", 1) != 1)
-    ):
-        raise InputError(
-            f"`strength` 'mcp' weighs single coefficients, and in design {design.name!r} components and functions are "
-            "groups of them: use 'ebic', or basis=Component(1)"
-        )
 
 
 def check_neurons(basis: Neuron, method: str, strength: str | int | float, refused: Mapping[str, Any]) -> None:
@@ -102,7 +80,7 @@ def check_features(
         raise InputError(
             "`nonlinear` is for components, neurons and residual dimensions: leave it out with SAEFeatures"
         )
-    if design not in ("read", "activation"):
+    if not way_of(design).features:
         raise InputError(f"`design` {design!r} is for components: SAEFeatures(mixing=...) says where parents are seen")
     if method != "lasso":
         raise InputError(f"`method` {method!r} cuts edges between components; check features with `evaluate.edges`")

@@ -99,8 +99,7 @@ def garrote(child: Child, asked: Asked) -> solve.Solution:
         everything = _moments(rows, total, asked.pairs)
         parts = torch.arange(len(rows)).tensor_split(FOLDS)
         folds = [_moments(rows[part], total[part], asked.pairs / FOLDS) for part in parts]
-        choice = solve.select(everything, rule=str(asked.strength), folds=folds, penalty=penalty, tol=asked.tol)
-        return choice.solution
+        return solve.at_strength(everything, asked.strength, parts=folds, penalty=penalty, tol=asked.tol).solution
     largest = float((rows.T @ total).amax().clamp_min(0)) / asked.pairs
     least = asked.least if isinstance(asked.strength, str) else float(asked.strength) * largest
     bound = rows.square().sum(0).div(asked.pairs).sqrt() * square**0.5

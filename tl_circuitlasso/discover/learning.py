@@ -6,7 +6,6 @@ strength in the time of a solve.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -14,9 +13,8 @@ from torch import Tensor
 
 from tl_circuitlasso import solve
 from tl_circuitlasso.data.schema import TARGET
-from tl_circuitlasso.data.sharing import Ranks, as_ranks
+from tl_circuitlasso.data.sharing import Ranks
 from tl_circuitlasso.data.statistics import Statistics
-from tl_circuitlasso.discover.learning_read import learn_read
 from tl_circuitlasso.discover.regressions import Learned, Problem, Regression, by_node, regressions
 from tl_circuitlasso.discover.stopping import CENTRE, widest_gap
 from tl_circuitlasso.errors import InputError
@@ -24,47 +22,27 @@ from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.graph.nodes import NodeIndex
 from tl_circuitlasso.graph.relevance import narrowest, propagate
 
-RESAMPLED = ("cv", "stability")  # strengths that need the statistics in folds
-STABLE = 0.8  # share of half-samples that must have an edge
-COLLINEAR = 10.0  # standardised coefficients beyond this come from parents that are all but copies of each other
 GROUP_STRENGTH = 0.1  # of lambda_max, for components: a path of twenty strengths finds no better edges
 GROUP_CENTRE = 0.2  # of the highest score, for components: many columns explain a little of anything
-CLASS_STRENGTH = 0.05  # of lambda_max, for class labels where a rule is asked for
 WHOLE_STRENGTH = 0.001  # of the one lambda_max of all regressions in design "paper"; the paper names none
 
 
-def learn(
-    statistics: Statistics,
-    *,
-    strength: float | str = "auto",
-    tol: float = 1e-4,
-    seed: int = 0,
-    process_group: Any = None,
+def learn_children(
+    statistics: Statistics, *, strength: float | str, tol: float, seed: int, ranks: Ranks
 ) -> AttributionGraph:
-    """The attribution graph of `statistics` at a `strength`, a fraction of each regression's lambda_max.
+    """Every child by a regression of its own, at a `strength` that is a fraction of its lambda_max.
 
-    Design `read` is learned as learning_read.py says, `paper` as `_in_one` does. In the others component sites are
-    groups (one Frobenius norm per parent and child) and other nodes columns of their own (L1); in nonlinear ones all
-    functions of a parent share a norm. score = share of the child's variance that the parent explains, times the
-    child's relevance for the target. "auto" is 0.1 for groups, two passes of EBIC for single columns. Kept: weight != 0
-    and a score above the widest gap near 1 % of the largest (20 % for components), but never so high that no path is
-    left; then pruned to paths that reach the target. The processes of a `process_group` ("world", or a group of
-    torch.distributed), which all hold the same statistics, deal the children out.
+    Component sites are groups (one Frobenius norm per parent and child), other nodes columns of their own (L1); in
+    nonlinear designs all functions of a parent share a norm. score = share of the child's variance that the parent
+    explains, times the child's relevance for the target. "auto" is 0.1 for groups, two passes of EBIC for single
+    columns. Kept: weight != 0 and a score above the widest gap near 1 % of the largest (20 % for components), but never
+    so high that no path is left; then pruned to paths that reach the target.
 
     Raises
     ------
-    InputError: fewer than two samples, a strength that needs folds the statistics don't have, or one that the design
-    doesn't have.
+    InputError: fewer than two samples, or a strength that needs folds the statistics don't have.
     """
-    ranks = as_ranks(process_group)
-    if statistics.meta["design"] == "read":
-        return learn_read(statistics, strength=strength, tol=tol, seed=seed, ranks=ranks)
-    count = statistics.whole(TARGET).count
-    if count < 2:
-        raise InputError(f"`tokens` give {count} sample(s): a regression needs at least two, and hundreds to be of use")
-    index = NodeIndex.from_json(statistics.meta["index"])
-    if statistics.meta["design"] == "paper":
-        return _in_one(statistics, index, strength, tol, ranks)
+    index = _index(statistics)
     own: dict[int, Learned] = {}
     work = regressions(statistics, index)
     with ranks.together():
@@ -79,8 +57,8 @@ def learn(
     return assemble(index, found, score, GROUP_CENTRE if grouped else CENTRE)
 
 
-def _in_one(
-    statistics: Statistics, index: NodeIndex, strength: float | str, tol: float, ranks: Ranks
+def learn_in_one(
+    statistics: Statistics, *, strength: float | str, tol: float, seed: int, ranks: Ranks
 ) -> AttributionGraph:
     """The paper's regression as it is written, with all children in one problem:
 
@@ -89,8 +67,13 @@ def _in_one(
     X: what every component writes, centred and otherwise as it is; nonlinear: a norm for the functions of one
     coordinate in place of |A_st|. `strength` is a fraction of the one lambda_max of all children, "auto" 0.001. An
     edge's score and weight are its block's Frobenius norm. Kept: scores above the widest gap near 20 % of the highest,
-    but never so high that no path is left, then pruned to paths.
+    but never so high that no path is left, then pruned to paths. Nothing is drawn at random.
+
+    Raises
+    ------
+    InputError: fewer than two samples, or a rule that chooses a strength for each child.
     """
+    index = _index(statistics)
     level = whole_strength(strength)
     work = regressions(statistics, index)
     whole = [Problem(one, one.child_nodes, statistics, scaled=False, by_entry=True) for one in work]
@@ -102,10 +85,20 @@ def _in_one(
             if problem.regression.key == TARGET and statistics.rows:
                 solution = _classify(problem, level, tol)
             else:
-                solution = _lasso(problem, level * largest, tol, strength_is="absolute")
+                solution = solve.at_strength(
+                    problem.data, level * largest, penalty=problem.penalty, tol=tol, strength_is="absolute"
+                ).solution
             own[number] = by_node(problem, solution)
     found = _everyones(own, len(work), ranks)
     return assemble(index, found, torch.cat([one.weight.abs() for one in found]), GROUP_CENTRE)
+
+
+def _index(statistics: Statistics) -> NodeIndex:
+    """The nodes, of statistics that have enough samples."""
+    count = statistics.whole(TARGET).count
+    if count < 2:
+        raise InputError(f"`tokens` give {count} sample(s): a regression needs at least two, and hundreds to be of use")
+    return NodeIndex.from_json(statistics.meta["index"])
 
 
 def whole_strength(strength: float | str) -> float:
@@ -151,52 +144,17 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _solve(problem: Problem, strength: float | str, tol: float, seed: int) -> Learned:
     """One regression, each child at a strength of its own."""
+    data, penalty = problem.data, problem.penalty
     if problem.regression.key == TARGET and problem.statistics.rows:
-        return by_node(problem, _classify(problem, CLASS_STRENGTH if isinstance(strength, str) else strength, tol))
-    return by_node(problem, *_choose(problem, strength, tol, seed))
-
-
-def _lasso(problem: Problem, strength: float, tol: float, **options: Any) -> solve.Solution:
-    data = problem.data
-    return solve.lasso(
-        data.gram,
-        data.cross,
-        target_sq_norm=data.target_sq_norm,
-        strength=strength,
-        penalty=problem.penalty,
-        tol=tol,
-        **options,
-    )
-
-
-def _choose(
-    problem: Problem, strength: float | str, tol: float, seed: int
-) -> tuple[solve.Solution, Float[Tensor, "source target"] | None]:
-    """The solution at a strength, or at the one that a rule chooses; and how stable each coefficient is, if asked."""
-    data, penalty, parts = problem.data, problem.penalty, []
-    if strength in RESAMPLED:
-        if problem.statistics.folds < 2:
-            raise InputError(f"`strength` {strength!r} needs statistics in folds: collect them with that strength")
-        parts = problem.folds()
-    if strength == "stability":
-        stability = solve.stability(parts, penalty=penalty, tol=tol, seed=seed)
-        solution = solve.select(data, rule="fixed", penalty=penalty, tol=tol).solution
-        return replace(solution, value=solution.value * (stability >= STABLE)), stability
-    if strength == "auto" and isinstance(penalty, solve.Group):
-        strength = GROUP_STRENGTH
-    if isinstance(strength, str):
-        rule = "ebic" if strength == "mcp" and isinstance(penalty, solve.Group) else strength  # "mcp" weighs entries
-        choice = solve.select(data, rule=rule, folds=parts, penalty=penalty, tol=tol)
-        return replace(choice.solution, value=_refitted(choice, penalty)), None
-    return _lasso(problem, strength, tol), None
-
-
-def _refitted(choice: solve.Choice, penalty: solve.AbstractPenalty) -> Float[Tensor, "source target"]:
-    """Rules choose a support, at strengths that shrink what is on it: single nodes get their least-squares values."""
-    if not isinstance(penalty, solve.L1):
-        return choice.solution.value
-    sound = choice.refit.abs().amax(0) <= COLLINEAR
-    return torch.where(sound, choice.refit, choice.solution.value)
+        level = solve.CLASS_STRENGTH if isinstance(strength, str) else strength
+        return by_node(problem, _classify(problem, level, tol))
+    grouped = isinstance(penalty, solve.Group)
+    rule = "ebic" if strength == "mcp" and grouped else strength  # "mcp" weighs entries
+    parts = problem.folds() if strength in solve.RESAMPLED and problem.statistics.folds > 1 else []
+    options = {"auto": GROUP_STRENGTH if grouped else "auto", "penalty": penalty, "tol": tol, "seed": seed}
+    found = solve.at_strength(data, rule, parts=parts, **options)
+    value = found.solution.value if grouped else found.unshrunk()
+    return by_node(problem, replace(found.solution, value=value), found.stability)
 
 
 def _classify(problem: Problem, strength: float, tol: float) -> solve.Solution:

@@ -22,7 +22,6 @@ LEAST_SHARE = 4e-5  # of the target's mean squared difference: what an edge must
 MANY_PAIRS = 256  # where more pairs of components are costly enough, costs have no gap and the regression decides
 ENOUGH = 0.8  # of the target's difference: what the edges chosen by cost must carry between counterparts
 LEFT_OUT = 0.1  # of its score is what an edge keeps that the regression leaves out: others carry what it carries
-STABLE = 0.8  # share of resamples that strength "stability" asks of an edge
 
 
 def learn_read(
@@ -90,7 +89,7 @@ def learn_read(
         score = score * (LEFT_OUT + (1 - LEFT_OUT) * weight)
     else:
         extras["stability"] = edges.of_pairs(edges.stability(pairs, node_cost, generator))
-        allowed = {"auto": torch.ones_like(weight, dtype=torch.bool), "stability": extras["stability"] >= STABLE}
+        allowed = {"auto": torch.ones_like(weight, dtype=torch.bool), "stability": extras["stability"] >= solve.STABLE}
         keep = counted & allowed.get(str(strength), weight > 0)
     graph = AttributionGraph(
         index=index,

@@ -21,14 +21,13 @@ from tl_circuitlasso._checks import as_seed, whole_number
 from tl_circuitlasso.data.schema import COUNT, FOLDS
 from tl_circuitlasso.data.sharing import Ranks, as_ranks
 from tl_circuitlasso.data.statistics import Statistics
-from tl_circuitlasso.data.targets import Labels, LogitDiff, Target, Values, as_target, take
-from tl_circuitlasso.discover.asked import as_design, as_strength, check_features, check_neurons, check_strength
+from tl_circuitlasso.data.targets import Labels, Target, Values, as_target, take
+from tl_circuitlasso.discover.asked import as_design, as_strength, check_features, check_neurons
 from tl_circuitlasso.discover.confirming import Confirmation, Metric, check_method, prepare
+from tl_circuitlasso.discover.designs import DESIGNS, learn, way_of
 from tl_circuitlasso.discover.drawing import draw_by_output
-from tl_circuitlasso.discover.learning import RESAMPLED, learn
 from tl_circuitlasso.discover.probing import fit_probe
 from tl_circuitlasso.discover.provenance import confirmed, per_prompt, provenance
-from tl_circuitlasso.discover.refining import refine
 from tl_circuitlasso.features import FeatureSetup, Rule, learn_features
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.graph.provenance import question
@@ -40,16 +39,16 @@ from tl_circuitlasso.models.device import on_device
 from tl_circuitlasso.models.metric import with_tokens
 from tl_circuitlasso.models.pairs import pairs_of
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
-from tl_circuitlasso.models.read import ReadDesign, affordable_draws
+from tl_circuitlasso.models.read import affordable_draws
 from tl_circuitlasso.models.sae import SAEFeatures
 from tl_circuitlasso.models.tokens import Positions, Prompts
 from tl_circuitlasso.neurons import Behaviour, neuron_circuit
+from tl_circuitlasso.solve import RESAMPLED
 
 NO_PATH = (
     "the circuit is empty: no path of edges that matter leads from the input to the target. Give more prompts, or such "
     "that differ in what you ask about (`corrupted`), say what matters (`target`), and where (`positions`)"
 )
-UNITS = {LogitDiff: "logits", Values: "units of the numbers"}  # of targets that are numbers
 PAIR = 2  # prompts in a pair, so the fewest of a batch
 
 
@@ -135,7 +134,7 @@ def circuit_lasso(
         max_prompts = whole_number("max_prompts", max_prompts, least=PAIR, what="of prompts, or None for all")
     if isinstance(basis, SAEFeatures):
         check_features(basis, design, method, strength, nonlinear=nonlinear)
-    elif design == "read" and isinstance(as_basis(basis), Neuron):
+    elif way_of(design).neurons and isinstance(as_basis(basis), Neuron):
         neurons = as_basis(basis)
         assert isinstance(neurons, Neuron)
         refused = {"checkpoint": checkpoint, "metric": metric, "process_group": None if ranks.size == 1 else ranks}
@@ -143,12 +142,11 @@ def circuit_lasso(
         check_neurons(neurons, method, strength, refused)
     else:
         chosen = as_design(design, basis, nonlinear=nonlinear)
-        paired = isinstance(chosen, ReadDesign)
-        check_method(method, corrupted, metric, chosen.basis.name, target, paired=paired)
-        check_strength(chosen, checked)
+        check_method(method, corrupted, metric, chosen.basis.name, target, paired=chosen.paired)
+        way_of(design).check(chosen, checked)
     with ranks.together(), on_device(model, device):
         adapter = adapt(model)
-        paired = isinstance(chosen, ReadDesign) or neurons is not None
+        paired = neurons is not None or (chosen is not None and chosen.paired)
         prompts = _prompts(adapter, tokens, paired, attention_mask, positions, batch_size)
         size, target = prompts.batch_size, with_tokens(target, adapter)
         job = Job(adapter, prompts, target, prompts.positions, checked, size, progress, seed, checkpoint, ranks)
@@ -159,7 +157,7 @@ def circuit_lasso(
         else:
             assert chosen is not None
             twins, causal = None, None
-            if corrupted is not None and isinstance(chosen, ReadDesign):
+            if corrupted is not None and chosen.paired:
                 pairs = pairs_of(adapter, prompts, corrupted)
                 half = max(1, size // 2)  # a prompt and its counterpart run together
                 job = replace(job, prompts=pairs.clean.batched(half), batch_size=half)
@@ -216,7 +214,7 @@ def _components(
     began = time.process_time()
     prompts, target, drawn = job.prompts, job.target, None
     many = max_prompts is not None and prompts.n_prompts is not None and prompts.n_prompts > max_prompts
-    if isinstance(design, ReadDesign) and many:
+    if design.paired and many:
         assert max_prompts is not None
         drawn = draw_by_output(
             job.adapter, prompts, target, max_prompts, job.seed, progress=job.progress, ranks=job.ranks
@@ -232,8 +230,11 @@ def _components(
     graph = learn(collected.statistics, strength=job.strength, seed=job.seed, process_group=job.ranks)
     clock.append(time.perf_counter())
     looks = 0
-    if refined and isinstance(plan.design, ReadDesign):
-        graph, looks = refine(job.adapter, collected.sample, plan, graph, prompts=collected.prompts, ranks=job.ranks)
+    look_again = DESIGNS[plan.design.name].look_again
+    if refined and look_again is not None:
+        graph, looks = look_again(
+            job.adapter, collected.sample, plan, graph, prompts=collected.prompts, ranks=job.ranks
+        )
     clock.append(time.perf_counter())
     if causal is not None:
         graph = causal.apply(graph, job.adapter, seed=job.seed, ranks=job.ranks)
@@ -242,7 +243,7 @@ def _components(
     seconds = {"forward and statistics": collected.seconds, "solve": solve, "second look": second}
     seconds |= {} if causal is None else {"confirm": measured}
     arguments: dict[str, Any] = {"basis": plan.design.basis.name}
-    if isinstance(plan.design, ReadDesign):
+    if plan.design.paired:
         arguments |= {"max_prompts": max_prompts, "refined": refined}
     given = job.prompts.n_prompts or collected.prompts
     calls = (0 if drawn is None else drawn.forward_passes) + (collected.forward_passes + looks) * sides
@@ -259,16 +260,9 @@ def _components(
         own["drawn"] = {"prompts": len(drawn.rows), "strata": drawn.strata}
     if causal is not None and "confirm" in graph.provenance:
         passes += confirmed(graph.provenance["confirm"], given)
-    unit = _unit(plan.design, job.target)
+    unit = DESIGNS[plan.design.name].unit(job.target)
     record = job.record(prompts, arguments, looked_at=collected.prompts, unit=unit, forward=passes, seconds=seconds)
     return replace(graph, provenance={**graph.provenance, **record, **own})
-
-
-def _unit(design: Design, target: Target) -> str:
-    """What a score says."""
-    if isinstance(design, ReadDesign):
-        return f"expected cost of the cut, {UNITS.get(type(target), 'nats')}"
-    return "norm of coefficients" if design.name == "paper" else "share of the target's variance"
 
 
 def _features(job: Job, basis: SAEFeatures) -> AttributionGraph:
@@ -347,7 +341,7 @@ def collect_statistics(
     target, seed = as_target(target), as_seed(seed)
     with ranks.together():
         adapter = adapt(model)
-        prompts = _prompts(adapter, tokens, isinstance(chosen, ReadDesign), attention_mask, positions, batch_size)
+        prompts = _prompts(adapter, tokens, chosen.paired, attention_mask, positions, batch_size)
         size, target = prompts.batch_size, with_tokens(target, adapter)
         job = Job(adapter, prompts, target, prompts.positions, "auto", size, progress, seed, checkpoint, ranks)
         plan = replace(_plan(job, chosen), folds=folds)
@@ -357,10 +351,10 @@ def collect_statistics(
 
 def _plan(job: Job, design: Design) -> Plan:
     adapter, prompts, target = job.adapter, job.prompts, job.target
-    if isinstance(design, ReadDesign) and prompts.n_prompts is not None:
-        draws = 1 if design.contrast else affordable_draws(adapter, prompts.n_prompts, prompts.width)
+    if design.paired and prompts.n_prompts is not None:
+        draws = 1 if getattr(design, "contrast", False) else affordable_draws(adapter, prompts.n_prompts, prompts.width)
         design = replace(design, draws=draws)
-    if isinstance(design, ReadDesign) and isinstance(target, (Labels, Values)):
+    if design.paired and isinstance(target, (Labels, Values)):
         probe = fit_probe(adapter, prompts, target, last=job.last, progress=job.progress, ranks=job.ranks)
         design = replace(design, probe=probe)
     return Plan(design, target, last=job.last, folds=FOLDS if job.strength in RESAMPLED else 1, seed=job.seed)

@@ -1,9 +1,10 @@
 """Class labels on a parent's features: sparse (multinomial) logistic regressions, and how strong they should be.
 
-"auto" is `CLASS_STRENGTH`, and never below what the largest correlation of a feature with a class reaches by chance.
+"auto" is `solve.CLASS_STRENGTH`, and never below what the largest correlation of a feature with a class reaches by
+chance.
 "cv" takes the strength on a path of `PATH` of the least cross-entropy in `CLASS_FOLDS` folds of prompts, "ebic" that of
 the least 2 M H + k log M + 2 k log p (k coefficients of p, H the mean cross-entropy). `draws` half-samples tell each
-coefficient's stability, and "stability" keeps those of at least `STABLE`.
+coefficient's stability, and "stability" keeps those of at least `solve.STABLE`.
 """
 
 import math
@@ -20,11 +21,10 @@ from tl_circuitlasso.data.targets import Labels
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.features.few import standardised
 from tl_circuitlasso.features.fit import Entries, Regressed, Units, held_out_deviance, nonzeros, regressed
-from tl_circuitlasso.features.regression import DRAWS, STABLE, Rule, default_strength
+from tl_circuitlasso.features.regression import DRAWS, Rule, default_strength
 from tl_circuitlasso.features.samples import PairData, fold_of
 from tl_circuitlasso.features.shared import first_of, gathered
 
-CLASS_STRENGTH = 0.05  # of lambda_max at least
 PATH = tuple(10 ** (-k / 8) for k in range(17))  # from lambda_max to a hundredth of it
 CLASS_FOLDS = 5
 
@@ -62,7 +62,7 @@ def _classified(pair: PairData, rule: Rule, target: Labels, memory: int | None) 
     if rule.draws or rule.strength == "stability":
         stability = _stability(x, outcome, level, rule)
     if stability is not None and rule.strength == "stability":
-        solution = replace(solution, value=solution.value * (stability >= STABLE))
+        solution = solve.if_stable(solution, stability)
     solved = time.perf_counter()
     columns = solution.value.shape[1]
     ones = torch.ones(columns, dtype=torch.float64)
@@ -101,7 +101,7 @@ def _strength(
     centred = outcome - outcome.mean(0)
     spread = centred.square().mean(0).max().sqrt()
     limit = (x.T @ centred / len(x) / spread).abs().max()
-    return float(default_strength(limit[None], x.shape[1] * outcome.shape[1], len(x), CLASS_STRENGTH))
+    return float(default_strength(limit[None], x.shape[1] * outcome.shape[1], len(x), solve.CLASS_STRENGTH))
 
 
 def _out_of_fold(

@@ -32,13 +32,11 @@ from tl_circuitlasso.models.memory import free_bytes, in_words
 
 FIXED = 0.2  # of lambda_max
 FIXED_WEIGHTED = FIXED**2  # the same under penalties "read" and "adaptive"
-STABLE = 0.8  # share of half-samples that must have an edge at strength "stability"
 DRAWS = 20
 PATH = 60  # matrices of coefficients in memory while a strength is chosen: two paths of 20, and a stack of one
 TILES = 1 << 28  # entries of the Gram that the solver may keep in another order beside it
 BLOCK = 1 << 13  # targets solved at once
 READ = 8  # matrices of coefficients beside them for penalty "read": what is read, in both units, weights and signs
-COLLINEAR = 10.0  # standardised least-squares weights beyond this come from parents that are all but copies
 
 
 @dataclass(frozen=True, eq=False)
@@ -246,8 +244,8 @@ def _solve(
     solution = penalty = None
     if rule.chosen is not None:
         penalty = None if read is None else solve.L1(read.weights.to(data.gram))
-        options: dict[str, Any] = {"folds": parts or None, "penalty": penalty, "tol": rule.tol, "check": False}
-        solution = solve.select(data, rule=rule.chosen, **options).solution
+        options: dict[str, Any] = {"parts": parts, "penalty": penalty, "tol": rule.tol, "check": False}
+        solution = solve.at_strength(data, rule.chosen, **options).solution
         level = torch.as_tensor(solution.stats["strength"] / solution.stats["strength_max"]).nan_to_num(1.0)
     elif rule.penalty == "adaptive":
         pilot = _unshrunk(data, _lasso(data, level, rule.tol).value)
@@ -264,9 +262,7 @@ def _solve(
         parts, strength=level, draws=rule.draws or DRAWS, penalty=penalty, tol=rule.tol, seed=rule.seed, check=False
     )
     if rule.strength == "stability":
-        solution = solve.Solution(
-            solution.value * (stability >= STABLE), solution.gap, solution.converged, solution.status, solution.stats
-        )
+        solution = solve.if_stable(solution, stability)
     return solution, stability
 
 
@@ -290,7 +286,7 @@ def sound(
     targets = int(target.max()) + 1 if len(target) else 0
     largest = torch.zeros(targets, dtype=refit.dtype, device=refit.device)
     largest = largest.scatter_reduce(0, target, refit.abs().nan_to_num(torch.inf), "amax")
-    return torch.where(largest[target] <= COLLINEAR, refit, lasso)
+    return torch.where(largest[target] <= solve.COLLINEAR, refit, lasso)
 
 
 def _check_room(pair: PairData, rule: Rule, device: torch.device | str, memory: int | None, ranks: Ranks) -> None:

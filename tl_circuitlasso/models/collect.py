@@ -125,9 +125,7 @@ def _collect_own(
             seen += len(batch.tokens)
             bar.update(len(batch.tokens))
             if number == 0:  # of a resumed collection too: its second look runs this very model
-                closure = closure_check(
-                    adapter, batch.tokens[:CHECKED], batch.mask[:CHECKED], ports=plan.design.name == "read"
-                )
+                closure = closure_check(adapter, batch.tokens[:CHECKED], batch.mask[:CHECKED], ports=plan.design.paired)
                 statistics, tried = _agreed_start(statistics, adapter, plan, batch, ranks)
                 passes += tried
             if number < done:

@@ -13,7 +13,7 @@ parent of the first two is seen through fixed functions of its activity (solve/n
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -61,7 +61,9 @@ class Sample:
 
 @runtime_checkable
 class Design(Protocol):
-    """What collection asks of a design."""
+    """What collection asks of a design, which is a frozen dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
     def name(self) -> str:
@@ -76,6 +78,11 @@ class Design(Protocol):
     @property
     def pilots(self) -> bool:
         """Whether `start` reads the pilot's activations."""
+        ...
+
+    @property
+    def paired(self) -> bool:
+        """Whether prompts are compared in pairs, by what children read through their own weights."""
         ...
 
     @property
@@ -108,6 +115,7 @@ class Activation:
     nonlinear: bool = False
     name: str = "activation"
     pilots: bool = True
+    paired: bool = False
 
     @property
     def functions(self) -> int:
@@ -158,6 +166,7 @@ class Routed:
     basis: Basis
     name: str = "routed"
     pilots: bool = True
+    paired: bool = False
     functions: int = 1
 
     def wanted(self, adapter: Adapter, target: Target) -> tuple[str, ...]:

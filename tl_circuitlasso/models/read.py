@@ -54,6 +54,7 @@ class ReadDesign:
     weight: Float[Tensor, " prompt"] | None = None  # how many prompts of the data each stands for
     name: str = "read"
     pilots: bool = False
+    paired: bool = True
     functions: int = 1
 
     def wanted(self, adapter: Adapter, target: Target) -> tuple[str, ...]:

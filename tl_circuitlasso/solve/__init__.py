@@ -57,6 +57,13 @@ from tl_circuitlasso.solve.penalties import ElasticNet as ElasticNet
 from tl_circuitlasso.solve.penalties import adaptive_weights as adaptive_weights
 from tl_circuitlasso.solve.residual import regress as regress
 from tl_circuitlasso.solve.row_set import RowSet as RowSet
+from tl_circuitlasso.solve.rules import CLASS_STRENGTH as CLASS_STRENGTH
+from tl_circuitlasso.solve.rules import COLLINEAR as COLLINEAR
+from tl_circuitlasso.solve.rules import RESAMPLED as RESAMPLED
+from tl_circuitlasso.solve.rules import STABLE as STABLE
+from tl_circuitlasso.solve.rules import Found as Found
+from tl_circuitlasso.solve.rules import at_strength as at_strength
+from tl_circuitlasso.solve.rules import if_stable as if_stable
 from tl_circuitlasso.solve.sparse import CodeSums as CodeSums
 from tl_circuitlasso.solve.sparse import code_sums as code_sums
 from tl_circuitlasso.solve.strength import Choice as Choice
