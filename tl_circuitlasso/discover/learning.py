@@ -6,6 +6,7 @@ strength in the time of a solve.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -76,13 +77,14 @@ def learn_in_one(
     index = _index(statistics)
     level = whole_strength(strength)
     work = regressions(statistics, index)
-    whole = [Problem(one, one.child_nodes, statistics, scaled=False, by_entry=True) for one in work]
-    largest = max(float(problem.penalty.strength_max(problem.data.cross).max()) for problem in whole)
+    put = partial(Problem, statistics=statistics, scaled=False, by_entry=True)
+    numbers = [one for one in work if not _of_classes(one, statistics)]
+    largest = max((_limit(put(one, one.child_nodes)) for one in numbers), default=0.0)
     own: dict[int, Learned] = {}
     with ranks.together():
         for number, mine in _dealt(work, ranks):
-            problem = replace(whole[number], mine=mine)
-            if problem.regression.key == TARGET and statistics.rows:
+            problem = put(work[number], mine)
+            if _of_classes(work[number], statistics):
                 solution = _classify(problem, level, tol)
             else:
                 solution = solve.at_strength(
@@ -91,6 +93,16 @@ def learn_in_one(
             own[number] = by_node(problem, solution)
     found = _everyones(own, len(work), ranks)
     return assemble(index, found, torch.cat([one.weight.abs() for one in found]), GROUP_CENTRE)
+
+
+def _of_classes(regression: Regression, statistics: Statistics) -> bool:
+    """Whether the child is a class label, of which whole samples are kept."""
+    return regression.key == TARGET and bool(statistics.rows)
+
+
+def _limit(problem: Problem) -> float:
+    """lambda_max: above it, all coefficients of the regression are 0."""
+    return float(problem.penalty.strength_max(problem.data.cross).max())
 
 
 def _index(statistics: Statistics) -> NodeIndex:
@@ -145,7 +157,7 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _solve(problem: Problem, strength: float | str, tol: float, seed: int) -> Learned:
     """One regression, each child at a strength of its own."""
     data, penalty = problem.data, problem.penalty
-    if problem.regression.key == TARGET and problem.statistics.rows:
+    if _of_classes(problem.whole, problem.statistics):
         level = solve.CLASS_STRENGTH if isinstance(strength, str) else strength
         return by_node(problem, _classify(problem, level, tol))
     grouped = isinstance(penalty, solve.Group)
