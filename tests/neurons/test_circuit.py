@@ -212,6 +212,9 @@ def test_bad_input_is_named():
         ({"checkpoint": "x.safetensors"}, "checkpoint"),
         ({"method": "lasso+confirm"}, "method"),
         ({"basis": tcl.Neuron(linked=81)}, "linked"),
+        ({"basis": tcl.Neuron(linked=8), "design": "activation"}, "without seeing attention"),
+        ({"basis": tcl.Neuron(reference="corrupted"), "design": "activation"}, "reference"),
+        ({"design": "routed"}, "design='read'"),
         ({"metric": difference}, "metric"),
     )
     for options, message in bad:

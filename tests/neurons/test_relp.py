@@ -93,6 +93,17 @@ def test_relp_is_what_detach_tricks_and_autograd_give():
     assert graph.provenance["reference"] == "zero" and graph.index.names[0] == "m0#0"
 
 
+def test_whole_products_are_the_gradient_where_norms_and_patterns_rest():
+    """Between the two kinds of products lies a factor of two for a neuron read by one gated MLP alone."""
+    model, tokens = architectures.hooked("llama", dtype=torch.float64), architectures.prompts(length=6)
+    half, whole = (
+        baselines.relp(model, tokens, None, last_difference, products=products, max_nodes=None)
+        for products in ("half", "whole")
+    )
+    assert torch.allclose(half.score[40:], whole.score[40:])  # nothing gated is behind the last layer
+    assert (half.score[:40] - whole.score[:40]).abs().max() > 1e-3
+
+
 FAMILIES = ("gpt2", "pythia", "gptj", "gemma2", "qwen3", "olmo2", "mistral", "no_norm", "folded", "solu_ln", "alibi")
 
 
@@ -206,6 +217,7 @@ def test_bad_input_is_named():
         ({"reference": "median"}, "reference"),
         ({"reference": "corrupted"}, "corrupted"),
         ({"attention": "melted"}, "attention"),
+        ({"products": "double"}, "products"),
         ({"max_nodes": 0}, "max_nodes"),
     )
     for options, name in bad:

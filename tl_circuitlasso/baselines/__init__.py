@@ -11,6 +11,9 @@ from tl_circuitlasso.baselines.acdc import (
 from tl_circuitlasso.baselines.exact import (
     exact as exact,
 )
+from tl_circuitlasso.baselines.exact_neurons import (
+    exact_neurons as exact_neurons,
+)
 from tl_circuitlasso.baselines.features import (
     feature_correlation as feature_correlation,
 )

@@ -5,7 +5,8 @@ the metric, so a positive one helps. `evaluate.curve` and `evaluate.faithfulness
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from tl_circuitlasso.graph.nodes import Block, NodeIndex
 from tl_circuitlasso.graph.provenance import question, record
 from tl_circuitlasso.models import Adapter, adapt
 from tl_circuitlasso.models.neuron_scores import Batch, ByGradient, BySweep, Scoring, scores
-from tl_circuitlasso.models.neuron_sweep import RELP, Rules
+from tl_circuitlasso.models.neuron_sweep import RELP
 from tl_circuitlasso.models.pairs import Metric, Pairs, pairs_of, shown
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
 
@@ -37,6 +38,7 @@ def relp(
     basis: str = "neuron",
     reference: str | None = None,
     attention: str = "frozen",
+    products: str = "half",
     attention_mask: Tensor | None = None,
     batch_size: int = 32,
     max_nodes: int | None = MAX_NODES,
@@ -55,6 +57,8 @@ def relp(
     reference: what a node is compared with: "corrupted" (its partner; the default where there are corrupted prompts),
         "mean" (over prompts at the same position, the corrupted ones where there are any) or "zero" (the default else).
     attention: "frozen" holds attention patterns constant; "moving" lets them pass on what they do, by their derivative.
+    products: a gated MLP's product passes "half" on to each factor, so that relevance is conserved, or the "whole" to
+        both, as its derivative does: nearer to what patching a neuron does (docs/benchmarks.md).
     max_nodes: only so many nodes of the largest |score| are kept in the graph; None keeps all.
 
     Raises
@@ -70,7 +74,9 @@ def relp(
     """
     if attention not in ("frozen", "moving"):
         raise InputError(f"`attention` is {attention!r}: write 'frozen' or 'moving'")
-    rules = RELP if attention == "frozen" else Rules(norm=True, activation=True, half=True)
+    if products not in ("half", "whole"):
+        raise InputError(f"`products` is {products!r}: write 'half' or 'whole'")
+    rules = replace(RELP, attention=attention == "frozen", half=products == "half")
     data = pairs_of(model, clean, corrupted, attention_mask=attention_mask, batch_size=batch_size)
     chosen = _reference(reference, corrupted)
     return _graph("relp", data, corrupted, metric, basis, chosen, BySweep(rules, alone=True), max_nodes)
@@ -205,11 +211,22 @@ def score_graph(
     count = len(everything) if max_nodes is None else min(max_nodes, len(everything))
     chosen = torch.zeros(len(everything), dtype=torch.bool)
     chosen[everything.abs().argsort(descending=True, stable=True)[:count]] = True
-    blocks: list[Block] = []
-    for layer, own in enumerate(chosen.split([len(part) for part in found.values()])):
-        blocks += _blocks(basis, layer, own.nonzero().flatten().tolist())
-    index = NodeIndex((*blocks, Block(target, adapter.shape.n_layers)))
-    score = everything[chosen]
+    parts = chosen.split([len(part) for part in found.values()])
+    nodes = {layer: own.nonzero().flatten().tolist() for layer, own in enumerate(parts)}
+    return node_graph(adapter, basis, nodes, everything[chosen], target, {**facts, "nodes_scored": len(everything)})
+
+
+def node_graph(
+    adapter: Adapter,
+    basis: str,
+    nodes: Mapping[int, Sequence[int]],
+    score: Float[Tensor, " node"],
+    target: Site,
+    facts: Mapping[str, Any],
+) -> AttributionGraph:
+    """Edges from some nodes, by layer, to the target, all kept; `score` in the order of the nodes."""
+    blocks = [block for layer, own in nodes.items() for block in _blocks(basis, layer, list(own))]
+    index, count = NodeIndex((*blocks, Block(target, adapter.shape.n_layers))), len(score)
     return AttributionGraph(
         index=index,
         source=torch.arange(count),
@@ -218,7 +235,7 @@ def score_graph(
         score=score,
         weight=score.clone(),
         kept=torch.ones(count, dtype=torch.bool),
-        provenance={**facts, "nodes_scored": len(everything)},
+        provenance=dict(facts),
     )
 
 

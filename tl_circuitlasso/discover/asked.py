@@ -30,8 +30,13 @@ def as_design(design: str, basis: str | Basis, *, nonlinear: bool = False) -> De
         bending = " and ".join(repr(name) for name, one in DESIGNS.items() if one.bends)
         raise InputError(f"`nonlinear` is for the designs {bending}: leave it out")
     if chosen.name != "component" and not way.others:
+        known = "design='read' or 'activation'" if isinstance(chosen, Neuron) else "design='activation'"
+        raise InputError(f"`design` {design!r} reads whole components: with basis={chosen.name!r} use {known}")
+    if isinstance(chosen, Neuron) and (chosen.linked or chosen.reference != "mean"):
+        name = "linked" if chosen.linked else "reference"
         raise InputError(
-            f"`design` {design!r} reads whole components: with basis={chosen.name!r} use design='activation'"
+            f"`{name}` of Neuron is for design 'read': design {design!r} regresses neurons at one position, without "
+            "seeing attention; use design='read', or leave it out"
         )
     return way.collects(chosen, nonlinear=nonlinear) if way.bends else way.collects(chosen)
 

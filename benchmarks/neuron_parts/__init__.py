@@ -1,0 +1,1 @@
+"""Parts of the benchmark of neuron circuits: pairs, agreement, exact patching, edges, steering."""

@@ -1,0 +1,96 @@
+"""Exact patching of neurons: some do what they do in the partner prompt, all else runs on from there.
+
+Many patches in a layer share a forward pass, each in a copy of the prompts; layers in front of theirs aren't run again:
+their blocks answer with what they put out in the plain run.
+"""
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tl_circuitlasso.models.adapter import Adapter
+from tl_circuitlasso.models.hooks import observe, resting
+from tl_circuitlasso.models.patching import own_heads, real_mask
+from tl_circuitlasso.models.sources import hook_point
+
+
+@dataclass(frozen=True, eq=False)
+class Plain:
+    """A run without edits: the logits, what every block put out, and the neurons in the partners' run."""
+
+    tokens: Int[Tensor, "prompt pos"]
+    mask: Bool[Tensor, "prompt pos"]
+    logits: Float[Tensor, "prompt pos vocab"]
+    blocks: tuple[Any, ...]  # a tensor, or a tuple that begins with it
+    other: Mapping[str, Tensor]
+
+
+def plain_run(
+    adapter: Adapter,
+    tokens: Int[Tensor, "prompt pos"],
+    partners: Int[Tensor, "prompt pos"],
+    mask: Bool[Tensor, "prompt pos"],
+    layers: Collection[int],
+) -> Plain:
+    """What patching neurons of some layers starts from. Two forward passes."""
+    real = real_mask(adapter, tokens, mask)
+    other = adapter.run(partners, mask, [f"mlp_post.{layer}" for layer in layers])
+    heard: dict[int, Any] = {}
+    with ExitStack() as stack:
+        stack.enter_context(resting(adapter.model))
+        stack.enter_context(own_heads(adapter))
+        for layer, block in enumerate(adapter.model.blocks):
+            keep = block.register_forward_hook(lambda _, args, out, layer=layer: heard.__setitem__(layer, out))
+            stack.callback(keep.remove)
+        logits = adapter.model(tokens.to(adapter.device), attention_mask=real.long(), return_type="logits")
+    blocks = tuple(heard[layer] for layer in range(adapter.shape.n_layers))
+    return Plain(tokens, real, logits.to(adapter.compute_dtype), blocks, other)
+
+
+def patched_neurons(
+    adapter: Adapter, plain: Plain, layer: int, which: Bool[Tensor, "copy #pos neuron"]
+) -> Float[Tensor, "copy prompt pos vocab"]:
+    """The logits where the neurons of the layer that `which` marks do what they do in the partners, by copy."""
+    copies, prompts = len(which), len(plain.tokens)
+    swapped = plain.mask[None, :, :, None] & which[:, None].to(plain.mask.device)
+    other = plain.other[f"mlp_post.{layer}"]
+
+    def swap(post: Tensor) -> Tensor:
+        return torch.where(swapped, other.to(post), post.reshape(swapped.shape)).view_as(post)
+
+    point = hook_point(adapter, f"blocks.{layer}.mlp.hook_post")
+    with resting(adapter.model), own_heads(adapter), observe([(point, swap)]), _replayed(adapter, plain, layer, copies):
+        logits = adapter.model(
+            plain.tokens.to(adapter.device).repeat(copies, 1),
+            attention_mask=plain.mask.long().repeat(copies, 1),
+            return_type="logits",
+        )
+    return logits.to(adapter.compute_dtype).unflatten(0, (copies, prompts))
+
+
+@contextmanager
+def _replayed(adapter: Adapter, plain: Plain, layer: int, copies: int) -> Iterator[None]:
+    """The blocks in front of `layer` answer with what they put out in the plain run."""
+    blocks = list(adapter.model.blocks)[:layer]
+    before = [{name: block.__dict__[name] for name in ("forward",) if name in block.__dict__} for block in blocks]
+    try:
+        for block, out in zip(blocks, plain.blocks):
+            block.__dict__["forward"] = _answer(out, copies)  # by setattr a bridge would pass it on to what it wraps
+        yield
+    finally:
+        for block, own in zip(blocks, before):
+            block.__dict__.pop("forward", None)
+            block.__dict__.update(own)
+
+
+def _answer(out: Any, copies: int) -> Any:
+    def repeated(part: Any) -> Any:
+        return part.repeat(copies, *[1] * (part.ndim - 1)) if isinstance(part, Tensor) else part
+
+    made = tuple(map(repeated, out)) if isinstance(out, tuple) else repeated(out)
+    return lambda *args, **kwargs: made
