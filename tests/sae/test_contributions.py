@@ -39,18 +39,31 @@ def active(codes: dict[str, torch.Tensor], hook: str, wanted: bool = True) -> in
     return int(((codes[hook] > 0).any(0) == wanted).nonzero()[0])
 
 
+def together(codes: dict[str, torch.Tensor]) -> tuple[int, int]:
+    """A feature of either hook that fire at one position."""
+    both = (codes[FIRST][1:].T > 0).double() @ (codes[LAST][1:] > 0).double()
+    source, target = both.nonzero()[0].tolist()
+    return source, target
+
+
+def at_words(found: Any) -> Any:
+    """What edges bring, by position."""
+    return found.table[found.table["source"].str.contains("#")].sort_values("position")
+
+
 def test_contributions_are_weight_times_code(demo, some_saes, codes) -> None:
-    source, target = active(codes, FIRST), active(codes, LAST)
+    source, target = together(codes)
     graph = graph_of({(f"{FIRST}#{source}", f"{LAST}#{target}"): -2.0, (f"{LAST}#{target}", "target"): 0.5})
     found = contributions(graph, demo.model, some_saes, demo.tokens[0])
     z, y = codes[FIRST][:, source].double(), codes[LAST][:, target].double()
-    rows = found.table[found.table["target"] != "target"].sort_values("position")
-    where = [p for p in range(len(z)) if z[p] > 0]
+    edges = found.table[found.table["source"].str.contains("#")]
+    rows = edges[edges["target"] != "target"].sort_values("position")
+    where = [p for p in range(len(z)) if z[p] > 0 and y[p] > 0]
     assert rows["position"].tolist() == where
     assert rows["contribution"].tolist() == pytest.approx((-2 * z[where]).tolist(), rel=1e-5)
     assert rows["source_code"].tolist() == pytest.approx(z[where].tolist(), rel=1e-5)
     assert rows["target_code"].tolist() == pytest.approx(y[where].tolist(), rel=1e-5)
-    last = found.table[found.table["target"] == "target"]
+    last = edges[edges["target"] == "target"]
     assert last["target_code"].isna().all() and last["contribution"].sum() == pytest.approx(0.5 * float(y.sum()))
     assert found.at(where[0])["position"].eq(where[0]).all()
     assert found.table["contribution"].abs().is_monotonic_decreasing
@@ -70,22 +83,50 @@ def test_the_graph_of_a_prompt_is_its_active_part(demo, some_saes, codes) -> Non
 def test_edges_through_attention_mix_positions(demo, some_saes, codes) -> None:
     source, target = active(codes, FIRST), active(codes, LAST)
     graph = graph_of({(f"{FIRST}#{source}", f"{LAST}#{target}", "v"): 1.0})
-    found = contributions(graph, demo.model, some_saes, demo.tokens[0]).table.sort_values("position")
+    found = at_words(contributions(graph, demo.model, some_saes, demo.tokens[0]))
     pattern = adapt(demo.model).run(demo.tokens[:1], None, ["pattern.1"])["pattern.1"][0].double().mean(0)
     (batch,) = Prompts(adapt(demo.model), demo.tokens[:1])
     mixed = (pattern @ (codes[FIRST][:, source].double() * batch.words[0]))[batch.keep[0]]
+    mixed = mixed[codes[LAST][batch.keep[0], target] > 0]
     assert found["contribution"].tolist() == pytest.approx(mixed[mixed != 0].tolist(), rel=1e-4)
     learned = replace(graph, extras={"regression": torch.tensor([-3.0], dtype=torch.float64)})  # per unit of the mean
-    again = contributions(learned, demo.model, some_saes, demo.tokens[0]).table.sort_values("position")
+    again = at_words(contributions(learned, demo.model, some_saes, demo.tokens[0]))
     assert again["contribution"].tolist() == pytest.approx((-3 * found["contribution"]).tolist())
     assert again["source_code"].tolist() == pytest.approx(found["source_code"].tolist())
 
 
-def test_a_learned_graph_takes_text(stories, saes, story_graph) -> None:
+def test_a_learned_graph_takes_text_and_its_parts_add_up(stories, saes, story_graph) -> None:
     found = contributions(story_graph, stories, tcl.SAEFeatures(saes), "Once upon a time, there was a dog.")
     assert "".join(found.tokens).endswith("dog.")
     assert len(found.table) and 0 < found.graph.n_kept <= story_graph.n_kept
-    assert set(found.table["source"]) | set(found.table["target"]) <= set(story_graph.index.names)
+    edges = found.table[found.table["source"].str.contains("#")]
+    assert set(edges["source"]) | set(edges["target"]) <= set(story_graph.index.names)
+    parts = found.balance()
+    total = parts[["edges", "error", "bias", "unexplained"]].sum(axis=1)
+    assert (total - parts["code"]).abs().max() < 1e-5 * parts["code"].max()
+    assert (parts["code"] > 0).all() and parts["edges"].sum() > 0
+
+
+def test_error_and_bias_are_what_runs_without_them_say(demo, some_saes, codes) -> None:
+    """Independent of the runs inside: the model's own hooks, with the SAE's reconstruction and its bias put in."""
+    source, target = together(codes)
+    graph = graph_of({(f"{FIRST}#{source}", f"{LAST}#{target}"): 0.5})
+    parts = contributions(graph, demo.model, some_saes, demo.tokens[0]).balance().set_index("position")
+    (batch,) = Prompts(adapt(demo.model), demo.tokens[:1])
+    fitted = some_saes[FIRST].decode(codes[FIRST])
+
+    def code(new: torch.Tensor) -> torch.Tensor:
+        heard = {}
+        put = lambda x, hook: torch.where(batch.keep[..., None], new, x)  # noqa: E731
+        keep = lambda x, hook: heard.update(x=x)  # noqa: E731
+        demo.model.run_with_hooks(demo.tokens[:1], fwd_hooks=[(FIRST, put), (LAST, keep)])
+        return some_saes[LAST].encode(heard["x"][0])[:, target]
+
+    where = parts.index.tolist()
+    less, bias = code(fitted[None])[where], code(0 * fitted[None])[where]
+    assert where and parts["code"].tolist() == pytest.approx(codes[LAST][where, target].tolist(), rel=1e-4)
+    assert parts["error"].tolist() == pytest.approx((codes[LAST][where, target] - less).tolist(), rel=1e-3, abs=1e-4)
+    assert parts["bias"].tolist() == pytest.approx(bias.tolist(), rel=1e-3, abs=1e-4)
 
 
 def test_bad_input(demo, some_saes, codes) -> None:

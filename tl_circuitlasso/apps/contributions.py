@@ -3,6 +3,10 @@
 The graph's coefficients A_ij hold for the data it was learned from; on one prompt, edge i -> j brings A_ij z_i(p) to
 feature j at position p. Through attention it brings B_ij times the mean over positions of z_i by the observed pattern,
 B_ij its coefficient in the regression: the weight of such an edge is per unit of what fires, wherever that is.
+
+What edges bring isn't all of z_j. Of every hook that feeds j there are three more rows (`apps.remainder`), with which
+
+    z_j(p) = sum over i of A_ij z_i(p) + error + bias + unexplained
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,6 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_circuitlasso.apps.remainder import KINDS, joined, parent_and_kind, remainder
 from tl_circuitlasso.data.sites import PORTS
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
@@ -31,9 +36,10 @@ class Contributions:
     Attributes
     ----------
     tokens: the prompt's tokens as text (token ids without a tokenizer).
-    table: one row per edge and position where its source is active: position, token, source, target, port, weight
+    table: one row per edge and position where source and target fire: position, token, source, target, port, weight
         (A_ij, or B_ij), source_code (z_i there, or its mean), contribution (the product of both), target_code (z_j
-        there; NaN for the target node). Largest |contribution| first.
+        there; NaN for the target node); and "<hook>.error", "<hook>.bias" and "<hook>.unexplained" as sources, in units
+        of the target's code, too, without weight and source_code. Largest |contribution| first.
     graph: the active part. Kept are the edges that bring something to an active child (or to the target node); score is
         the sum of their contributions at those positions.
     """
@@ -41,6 +47,20 @@ class Contributions:
     tokens: tuple[str, ...]
     table: pd.DataFrame
     graph: AttributionGraph
+
+    def balance(self) -> pd.DataFrame:
+        """By parent hook, target and position: what kept edges bring, error, bias, unexplained, and the target's code,
+        which is the sum of the four. Targets that fire, largest code first.
+        """
+        rows: Any = self.table[self.table["target_code"].notna()]
+        hooks, kinds = zip(*map(parent_and_kind, rows["source"])) if len(rows) else ((), ())
+        rows = rows.assign(parent=list(hooks), kind=list(kinds))
+        keys = ["parent", "target", "position"]
+        parts: Any = rows.pivot_table("contribution", keys, "kind", "sum", fill_value=0.0)
+        parts = parts.reindex(columns=["edges", *KINDS], fill_value=0.0)
+        parts["code"] = rows.groupby(keys)["target_code"].first()
+        parts.columns.name = None
+        return parts.sort_values("code", ascending=False).reset_index()
 
     def at(self, position: int) -> pd.DataFrame:
         """The rows of one position."""
@@ -58,9 +78,10 @@ def contributions(
     *,
     positions: Any = "all",
 ) -> Contributions:
-    """A_ij z_i(p) of every kept edge on one prompt. One forward pass.
+    """A_ij z_i(p) of every kept edge on one prompt. One forward pass, and two from each parent's hook to its child's.
 
-    Edges from an SAE's error and edges of single heads are left out: they have no coefficient per code.
+    Edges from an SAE's error and edges of single heads are left out: they have no coefficient per code. What the error
+    does is measured, and what heads bring is among what isn't explained.
 
     Raises
     ------
@@ -71,13 +92,19 @@ def contributions(
     rows = _rows(graph, set(encoders))
     (batch,) = Prompts(adapter, _one(prompt), positions=positions)
     routes = _routes(graph, rows, adapter.shape.n_layers)
-    acts = adapter.run(batch.tokens, batch.mask, [*encoders, *(f"pattern.{layer}" for layer in _layers(routes))])
+    hooks = {hook for encoder in encoders.values() for hook in (encoder.hook, encoder.hook_out)}
+    acts = adapter.run(batch.tokens, batch.mask, [*hooks, *(f"pattern.{layer}" for layer in _layers(routes))])
     codes = {hook: encoder.encode(acts[hook][0]).double().cpu() for hook, encoder in encoders.items()}
     where = batch.keep[0].nonzero().flatten().cpu()
     weight = _coefficients(graph, rows)
     brought = weight[:, None] * _seen(graph, rows, codes, routes, acts, batch.words[0].cpu())[:, where]
     reached = _columns(graph, graph.target[rows], codes)[:, where]
-    table = _table(graph, rows, where, _texts(adapter, batch), weight, brought, reached)
+    edges = _table(graph, rows, where, _texts(adapter, batch), weight, brought, reached)
+    rest = [
+        remainder(adapter, (encoders[pair[0]], encoders[pair[1]]), batch, acts).rows(edges, targets, where)
+        for pair, targets in _fed(graph, rows).items()
+    ]
+    table = joined(edges, rest, _texts(adapter, batch))
     return Contributions(tuple(_texts(adapter, batch)), table, _active(graph, rows, brought, reached))
 
 
@@ -100,6 +127,16 @@ def _rows(graph: AttributionGraph, hooks: set[str]) -> Int[Tensor, " row"]:
     if not len(rows):
         raise InputError("`graph` keeps no edge from a feature of `basis`: give the SAEs that it was learned from")
     return rows
+
+
+def _fed(graph: AttributionGraph, rows: Int[Tensor, " row"]) -> dict[tuple[str, str], list[str]]:
+    """By pair of hooks, the features that are fed."""
+    names, found = graph.index.names, {}
+    for source, target in zip(graph.source[rows].tolist(), graph.target[rows].tolist()):
+        if "#" in names[target]:
+            pair = tuple(names[end].rpartition("#")[0] for end in (source, target))
+            found.setdefault(pair, {})[names[target]] = None
+    return {pair: list(targets) for pair, targets in found.items()}
 
 
 def _routes(graph: AttributionGraph, rows: Int[Tensor, " row"], n_layers: int) -> dict[int, tuple[int, ...]]:
@@ -157,7 +194,7 @@ def _table(
     brought: Float[Tensor, "row sample"],
     reached: Float[Tensor, "row sample"],
 ) -> pd.DataFrame:
-    row, sample = brought.nonzero(as_tuple=True)
+    row, sample = torch.where(reached != 0, brought, 0.0).nonzero(as_tuple=True)
     order = brought[row, sample].abs().argsort(descending=True, stable=True)
     row, sample = row[order], sample[order]
     names, edge, position = np.array(graph.index.names, dtype=object), rows[row], where[sample].numpy()
