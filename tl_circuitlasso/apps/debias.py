@@ -5,24 +5,27 @@
 
 A probe reads a class from activations averaged over tokens, and is trained on texts in which class and concept go
 together: it can't know which of the two it was meant to learn. Features of the concept are zeroed at every token, what
-the SAE misses stays, and the probe is trained again on what is left. As decoders are linear,
+the SAE misses stays, and the probe is trained again on what is left:
 
     mean_p x'(p) = mean_p x(p) - sum over i in S of (mean_p z_i(p)) d_i
 
-so one forward pass a text serves every way of choosing S. All ways are told the concept on the same balanced texts:
+All ways of choosing S are told the concept on the same balanced texts, and each takes as many features as promise it
+most (`apps.removal`, where the circuit's ranking is explained):
 
-    circuit     |A_iy| of the sparse logistic regression of the concept on pooled codes: its support, strongest first
+    circuit     rounds of sparse logistic regression of the concept on pooled codes, by |A_iy|
     gradient    (mean code where the concept is - where it isn't) (w . d_i), w a probe of the concept: attribution
     probe       |w . d_i| alone
     random      features that fire, drawn at random
-    dimensions  those of the activation itself with the largest |w|, set to their mean
+    dimensions  those of the activation itself with the largest |w|, as many as the circuit's, set to their mean
     blind       no features: the direction between the two means of the concept projected out
     original, oracle    the probe as it is, and one trained on texts in which class and concept are independent
 
-All but the last three take as many features as the regression keeps. The rest is what the field reports: accuracy of
-the class and of the concept, the worst of the four groups, and spurious-correlation removal (SCR; Karvonen et al. 2025)
+The rest is what the field reports: accuracy of the class and of the concept, the worst of the four groups, and of n
+features spurious-correlation removal and targeted probe perturbation (Karvonen et al. 2025, arXiv 2503.09532)
 
-    SCR(n) = (accuracy after n features - original) / (oracle - original),  the biased probe unchanged
+    SCR(n) = (accuracy after n features - original) / (oracle - original),  the biased probe unchanged, of class and
+             concept that whose original accuracy is lower, the other's features zeroed
+    TPP(n) = mean over labels of (what its probe loses with its n features - what the other's loses), oracles' probes
 """
 
 import time
@@ -32,23 +35,21 @@ from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_circuitlasso import solve
+from tl_circuitlasso.apps.pooling import Pooled, pool
+from tl_circuitlasso.apps.probes import Probe, train_probe
+from tl_circuitlasso.apps.removal import WAYS, Told, chosen_number
 from tl_circuitlasso.errors import InputError
-from tl_circuitlasso.models import Adapter, Prompts, adapt
-from tl_circuitlasso.models.encoder import Encoder
-from tl_circuitlasso.models.feature_effects import ENCODE_CHUNK
+from tl_circuitlasso.models import Adapter, adapt
 from tl_circuitlasso.models.sae import SAEFeatures
 
-WAYS = ("circuit", "gradient", "probe", "random")
-STRENGTH = 0.1  # of lambda_max
+STRENGTH = 0.1  # of lambda_max, in every round
 SHARES = (0.25, 0.35)  # of each group: texts to test on, texts that tell the concept
-SIZES = (2, 5, 10, 20, 50, 100, 500)
-RIDGE = 1e-2
+SIZES = (2, 5, 10, 20, 50, 100, 200, 500)
 FEWEST = 12  # texts a group
-LINEAR = 1e-4  # relative: by this much may a decoder be off from a linear one
+CLASS, CONCEPT = 0, 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,15 +59,16 @@ class Debiased:
     Attributes
     ----------
     table: one row per split and method: features (how many were zeroed), profession-like accuracies on balanced texts:
-        classes, concept (of the same probe's answers: .5 is blind), worst (of the four groups), kept (the same three of
-        the probe that isn't trained again), seconds (of ranking).
+        classes, concept (of the same probe's answers: .5 is blind), worst (of the four groups), equal (worst with as
+        many features as the circuit takes), kept (worst of the probe that isn't trained again), seconds (of ranking).
     summary: means over splits, and by how much of the way from original to oracle the worst group comes (`recovered`).
-    scr: SCR by method and number of features, mean over splits. features: each split's circuit, strongest first.
+    scr, tpp: by method and number of features, means over splits. features: each split's circuit, strongest first.
     """
 
     table: pd.DataFrame
     summary: pd.DataFrame
     scr: pd.DataFrame
+    tpp: pd.DataFrame
     features: tuple[tuple[str, ...], ...]
 
 
@@ -85,13 +87,13 @@ def debias(
 ) -> Debiased:
     """Train on texts where class and concept agree, zero features of the concept, and test where they are independent.
 
-    saes: one SAE, at the hook whose activations the probe reads. classes, concept: 0 or 1 for each text. One forward
-    pass a text; each split deals the texts of the four groups out anew.
+    saes: one SAE, at the hook whose activations the probe reads. classes, concept: 0 or 1 for each text. sizes: the
+    numbers of features to choose from. One forward pass a text; each split deals the texts of the four groups out anew.
 
     Raises
     ------
-    InputError: not one SAE, labels that aren't 0 and 1 or of another number, a group of fewer than 12 texts, or an SAE
-        whose decoder isn't linear.
+    InputError: not one SAE, labels that aren't 0 and 1 or of another number, a group of fewer than 12 texts, `sizes`
+        that the SAE doesn't have, or an SAE whose decoder isn't linear.
     """
     adapter = model if isinstance(model, Adapter) else adapt(model)
     encoders = (saes if isinstance(saes, SAEFeatures) else SAEFeatures(saes)).encoders()
@@ -99,53 +101,6 @@ def debias(
         raise InputError(f"`saes` has {len(encoders)} SAEs: the probe reads the activations of one hook")
     pooled = pool(adapter, next(iter(encoders.values())), texts, batch_size=batch_size)
     return debias_pooled(pooled, classes, concept, strength=strength, splits=splits, sizes=sizes, seed=seed)
-
-
-@dataclass(frozen=True, eq=False)
-class Pooled:
-    """Activations and codes averaged over each text's tokens (BOS left out), and what each feature writes."""
-
-    hook: str
-    x: Float[Tensor, "text width"]
-    codes: Float[Tensor, "text feature"]
-    written: Float[Tensor, "feature width"]
-
-    def without(self, features: Int[Tensor, " zeroed"]) -> Float[Tensor, "text width"]:
-        """The activations with some features at zero."""
-        return self.x - self.codes[:, features] @ self.written[features]
-
-
-def pool(adapter: Adapter, encoder: Encoder, texts: Any, *, batch_size: int = 32) -> Pooled:
-    """Average activations and codes over tokens; one forward pass a text.
-
-    Raises
-    ------
-    InputError: a transcoder, or an SAE whose decoder isn't linear.
-    """
-    if encoder.is_transcoder:
-        raise InputError(
-            f"`saes`: a transcoder stands at {encoder.hook}: debiasing needs an SAE of what the probe reads"
-        )
-    found, codes = [], []
-    for number, batch in enumerate(Prompts(adapter, texts, batch_size=batch_size)):
-        x = adapter.run(batch.tokens, batch.mask, [encoder.hook])[encoder.hook].flatten(2)
-        rows = x[batch.keep]
-        if number == 0:
-            _check_linear(encoder, rows[:ENCODE_CHUNK])
-        prompt = batch.keep.nonzero()[:, 0]
-        count = batch.keep.sum(1).clamp(min=1)[:, None]
-        z = torch.cat([encoder.encode(some) for some in rows.split(ENCODE_CHUNK)])
-        for parts, values in ((found, rows), (codes, z)):
-            total = torch.zeros(len(batch.tokens), values.shape[1], dtype=torch.float64, device=values.device)
-            parts.append((total.index_add(0, prompt, values.double()) / count).cpu())
-    return Pooled(encoder.hook, torch.cat(found), torch.cat(codes), encoder.written.double().cpu())
-
-
-def _check_linear(encoder: Encoder, x: Float[Tensor, "row width"]) -> None:
-    plain, edited = encoder.edited(x, torch.zeros_like)
-    off = (plain - edited) - encoder.encode(x) @ encoder.written.to(x)
-    if float(off.norm()) > LINEAR * float((plain - edited).norm()):
-        raise InputError(f"`saes`: the decoder of the SAE at {encoder.hook} isn't linear in its codes")
 
 
 def debias_pooled(
@@ -162,24 +117,23 @@ def debias_pooled(
 
     Raises
     ------
-    InputError: labels that aren't 0 and 1 or of another number, or a group of fewer than 12 texts.
+    InputError: labels that aren't 0 and 1 or of another number, a group of fewer than 12 texts, or no number of
+        features in `sizes` from 1 to all of them.
     """
     labels = torch.stack([_binary(y, name, len(pooled.x)) for y, name in ((classes, "classes"), (concept, "concept"))])
-    rows, scr, chosen = [], [], []
+    there = sorted({size for size in sizes if 0 < size <= len(pooled.written)})
+    if not there:
+        raise InputError(f"`sizes` has no number from 1 to {len(pooled.written)}, the features of the SAE")
+    rows, scr, tpp, chosen = [], [], [], []
     for split in range(splits):
         parts = _split(labels, torch.Generator().manual_seed(seed + split))
-        one = _Split(pooled, labels, parts, strength, seed + split)
+        one = _Split(pooled, labels, parts, strength, there, seed + split)
         rows += [{"split": split, **row} for row in one.rows()]
-        scr += [{"split": split, **row} for row in one.scr(sizes)]
-        chosen.append(tuple(f"{pooled.hook}#{i}" for i in one.ranked["circuit"][: one.size].tolist()))
+        scr.append(one.scr())
+        tpp.append(one.tpp())
+        chosen.append(tuple(f"{pooled.hook}#{i}" for i in one.ranked[CONCEPT]["circuit"][: one.circuit].tolist()))
     table = pd.DataFrame(rows)
-    curve = pd.DataFrame(scr, columns=["split", "method", "features", "scr"])
-    return Debiased(
-        table,
-        _summary(table),
-        curve.pivot_table(values="scr", index="method", columns="features", aggfunc="mean"),
-        tuple(chosen),
-    )
+    return Debiased(table, _summary(table), _mean(scr), _mean(tpp), tuple(chosen))
 
 
 def _binary(labels: Any, name: str, count: int) -> Int[Tensor, " text"]:
@@ -195,7 +149,7 @@ class _Parts:
     and as many where they don't depend on each other, for the oracle."""
 
     test: Int[Tensor, " test"]
-    concept: Int[Tensor, " told"]
+    told: Int[Tensor, " told"]
     agreeing: Int[Tensor, " train"]
     independent: Int[Tensor, " train2"]
 
@@ -218,99 +172,65 @@ def _split(labels: Int[Tensor, "2 text"], random: torch.Generator) -> _Parts:
     )  # fmt: skip
 
 
-@dataclass(frozen=True, eq=False)
-class _Probe:
-    """Logistic regression on standardised activations."""
-
-    mean: Float[Tensor, " width"]
-    spread: Float[Tensor, " width"]
-    weight: Float[Tensor, " width"]
-    bias: Float[Tensor, ""]
-
-    @property
-    def direction(self) -> Float[Tensor, " width"]:
-        """Its weights in the activations' own units."""
-        return self.weight / self.spread
-
-    def says(self, x: Float[Tensor, "text width"]) -> Bool[Tensor, " text"]:
-        """Whether it says 1."""
-        return ((x - self.mean) / self.spread) @ self.weight + self.bias > 0
-
-
-def train_probe(x: Float[Tensor, "text width"], y: Int[Tensor, " text"]) -> _Probe:
-    """min over w, b of the mean cross-entropy + RIDGE / 2 |w|^2, by L-BFGS, x in standard deviations."""
-    mean, spread = x.mean(0), x.std(0).clamp(min=1e-6 * float(x.std()) + 1e-30)
-    ready, wanted = (x - mean) / spread, y.to(x)
-    with torch.enable_grad():
-        weight, bias = (torch.zeros(size, dtype=x.dtype, requires_grad=True) for size in (x.shape[1], ()))
-        search = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
-
-        def closure() -> Tensor:
-            search.zero_grad()
-            loss = torch.nn.functional.binary_cross_entropy_with_logits(ready @ weight + bias, wanted)
-            loss = loss + RIDGE / 2 * weight.square().sum()
-            loss.backward()
-            return loss
-
-        search.step(closure)  # type: ignore[arg-type]
-    return _Probe(mean, spread, weight.detach(), bias.detach())
-
-
 class _Split:
-    """One way to deal the texts out."""
+    """One way to deal the texts out. `ranked` and `seconds` are by label whose features they are, and way."""
 
-    def __init__(self, pooled: Pooled, labels: Tensor, parts: _Parts, strength: float, seed: int) -> None:
-        self.pooled, self.labels, self.parts = pooled, labels, parts
+    def __init__(
+        self, pooled: Pooled, labels: Tensor, parts: _Parts, strength: float, sizes: list[int], seed: int
+    ) -> None:
+        self.pooled, self.labels, self.parts, self.sizes = pooled, labels, parts, sizes
         self.biased = self._trained(pooled.x, parts.agreeing)
-        self.oracle = self._trained(pooled.x, parts.independent)
+        self.oracles = [self._trained(pooled.x, parts.independent, label) for label in (CLASS, CONCEPT)]
+        self.ranked: list[dict[str, Tensor]] = []
+        for label in (CLASS, CONCEPT):
+            ranked, self.seconds, self.concept = self._rank(label, strength, seed)
+            self.ranked.append(ranked)
+        self.number = {way: self._number(order) for way, order in self.ranked[CONCEPT].items()}
+        self.circuit = self.number["circuit"]
+
+    def _trained(self, x: Float[Tensor, "text width"], rows: Int[Tensor, " some"], label: int = CLASS) -> Probe:
+        return train_probe(x[rows], self.labels[label][rows])
+
+    def _rank(self, label: int, strength: float, seed: int) -> tuple[dict[str, Tensor], dict[str, float], Probe]:
+        """By way, the features that tell a label; how long it took; and the probe that some of them use."""
         clock = time.perf_counter()
-        x, self.told = pooled.x[parts.concept], labels[1][parts.concept]
-        self.concept = train_probe(x, self.told)
+        probe = self._trained(self.pooled.x, self.parts.told, label)
+        told = self.parts.told
+        known = Told(self.pooled.codes[told], self.labels[label][told], self.pooled.written @ probe.direction)
         shared = time.perf_counter() - clock
-        self.ranked: dict[str, Tensor] = {}
-        self.seconds: dict[str, float] = {}
+        ranked, seconds = {}, {}
         for way in WAYS:
             clock = time.perf_counter()
-            self.ranked[way] = self._rank(way, strength, seed)
-            self.seconds[way] = time.perf_counter() - clock + (shared if way in ("gradient", "probe") else 0.0)
+            ranked[way] = known.ranked(way, strength, seed)
+            seconds[way] = time.perf_counter() - clock + (shared if way in ("gradient", "probe") else 0.0)
+        return ranked, seconds, probe
 
-    def _trained(self, x: Float[Tensor, "text width"], rows: Int[Tensor, " some"]) -> _Probe:
-        return train_probe(x[rows], self.labels[0][rows])
-
-    def _rank(self, way: str, strength: float, seed: int) -> Int[Tensor, " feature"]:
-        codes = self.pooled.codes[self.parts.concept]
-        reads = self.pooled.written @ self.concept.direction
-        fires = (codes > 0).any(0).nonzero().flatten()
-        match way:
-            case "circuit":
-                size = _circuit(codes, self.told, strength)
-                self.size = int((size > 0).sum())
-            case "gradient":
-                size = ((codes[self.told == 1].mean(0) - codes[self.told == 0].mean(0)) * reads).abs()
-            case "probe":
-                size = reads.abs()
-            case _:
-                size = torch.zeros(codes.shape[1], dtype=codes.dtype)
-                size[fires] = 1 + torch.rand(len(fires), generator=torch.Generator().manual_seed(seed)).to(size)
-        return size.argsort(descending=True, stable=True)
+    def _number(self, order: Int[Tensor, " feature"]) -> int:
+        parts, (classes, concept) = self.parts, self.labels
+        return chosen_number(self.pooled, order, self.sizes, parts.agreeing, classes, parts.told, concept)
 
     def rows(self) -> list[dict[str, Any]]:
         """The table's rows."""
-        found = [self._row("original", self.pooled.x, 0, 0.0, again=False)]
-        for way in WAYS:
-            x = self.pooled.without(self.ranked[way][: self.size])
-            found.append(self._row(way, x, self.size, self.seconds[way]))
-        for name, x, count in (("dimensions", self._dimensions(), self.size), ("blind", self._blind(), 0)):
-            found.append(self._row(name, x, count, 0.0))
-        oracle = self._figures(self.oracle, self.pooled.x)
-        return [*found, {"method": "oracle", "features": 0, **oracle, "kept": oracle["worst"], "seconds": 0.0}]
+        found = [self._row("original", self.pooled.x, 0, again=False)]
+        for way, order in self.ranked[CONCEPT].items():
+            row = self._row(way, self.pooled.without(order[: self.number[way]]), self.number[way])
+            equal = self.pooled.without(order[: self.circuit])
+            equally = self._figures(self._trained(equal, self.parts.agreeing), equal)["worst"]
+            found.append({**row, "equal": equally, "seconds": self.seconds[way]})
+        found.append(self._row("dimensions", self._dimensions(), min(self.circuit, self.pooled.x.shape[1])))
+        found.append(self._row("blind", self._blind(), 0))
+        oracle = self._figures(self.oracles[CLASS], self.pooled.x)
+        same = dict.fromkeys(("equal", "kept"), oracle["worst"])
+        return [*found, {"method": "oracle", "features": 0, **oracle, **same, "seconds": 0.0}]
 
-    def _row(self, method: str, x: Tensor, features: int, seconds: float, *, again: bool = True) -> dict[str, Any]:
-        probe = self._trained(x, self.parts.agreeing) if again else self.biased
+    def _row(self, method: str, x: Tensor, features: int, *, again: bool = True) -> dict[str, Any]:
+        figures = self._figures(self._trained(x, self.parts.agreeing) if again else self.biased, x)
         kept = self._figures(self.biased, x)["worst"]
-        return {"method": method, "features": features, **self._figures(probe, x), "kept": kept, "seconds": seconds}
+        return {
+            "method": method, "features": features, **figures, "equal": figures["worst"], "kept": kept, "seconds": 0.0
+        }  # fmt: skip
 
-    def _figures(self, probe: _Probe, x: Float[Tensor, "text width"]) -> dict[str, float]:
+    def _figures(self, probe: Probe, x: Float[Tensor, "text width"]) -> dict[str, float]:
         y, c = self.labels[:, self.parts.test]
         says = probe.says(x[self.parts.test]).long()
         groups = [float((says == y)[(y == a) & (c == b)].double().mean()) for a in (0, 1) for b in (0, 1)]
@@ -322,37 +242,53 @@ class _Split:
 
     def _dimensions(self) -> Float[Tensor, "text width"]:
         x, size = self.pooled.x.clone(), self.concept.weight.abs()
-        some = size.argsort(descending=True)[: self.size]
-        x[:, some] = x[self.parts.concept][:, some].mean(0)
+        some = size.argsort(descending=True)[: self.circuit]
+        x[:, some] = x[self.parts.told][:, some].mean(0)
         return x
 
     def _blind(self) -> Float[Tensor, "text width"]:
-        x = self.pooled.x[self.parts.concept]
-        way = torch.nn.functional.normalize(x[self.told == 1].mean(0) - x[self.told == 0].mean(0), dim=0)
+        x, told = self.pooled.x[self.parts.told], self.labels[CONCEPT][self.parts.told]
+        way = torch.nn.functional.normalize(x[told == 1].mean(0) - x[told == 0].mean(0), dim=0)
         return self.pooled.x - (self.pooled.x @ way)[:, None] * way
 
-    def scr(self, sizes: Sequence[int]) -> list[dict[str, Any]]:
-        """SCR of every way and number of features."""
-        first, last = (self._figures(probe, self.pooled.x)["classes"] for probe in (self.biased, self.oracle))
-        found = []
-        for way, ranked in self.ranked.items():
-            for size in (size for size in sizes if size <= len(ranked)):
-                after = self._figures(self.biased, self.pooled.without(ranked[:size]))["classes"]
-                removed = (after - first) / (last - first) if last > first else float("nan")
-                found.append({"method": way, "features": size, "scr": removed})
-        return found
+    def _accuracy(self, probe: Probe, x: Float[Tensor, "text width"], label: int) -> float:
+        test = self.parts.test
+        return float((probe.says(x[test]).long() == self.labels[label][test]).double().mean())
+
+    def scr(self) -> pd.DataFrame:
+        """SCR by way and number of features, of the label of lower accuracy before; NaN where no gap is to close."""
+        first = [self._accuracy(self.biased, self.pooled.x, label) for label in (CLASS, CONCEPT)]
+        kept = CLASS if first[CLASS] <= first[CONCEPT] else CONCEPT
+        gap = self._accuracy(self.oracles[kept], self.pooled.x, kept) - first[kept]
+
+        def of(order: Tensor, size: int) -> float:
+            after = self._accuracy(self.biased, self.pooled.without(order[:size]), kept)
+            return (after - first[kept]) / gap if gap > 0 else float("nan")
+
+        return self._by_size({way: lambda n, o=o: of(o, n) for way, o in self.ranked[1 - kept].items()})
+
+    def tpp(self) -> pd.DataFrame:
+        """TPP by way and number of features."""
+        before = [self._accuracy(probe, self.pooled.x, label) for label, probe in enumerate(self.oracles)]
+
+        def lost(order: Tensor, size: int, own: int) -> float:
+            x = self.pooled.without(order[:size])
+            drop = [before[label] - self._accuracy(self.oracles[label], x, label) for label in (own, 1 - own)]
+            return drop[0] - drop[1]
+
+        def of(way: str, size: int) -> float:
+            return sum(lost(self.ranked[own][way], size, own) for own in (CLASS, CONCEPT)) / 2
+
+        return self._by_size({way: lambda n, w=way: of(w, n) for way in WAYS})
+
+    def _by_size(self, figures: Mapping[str, Any]) -> pd.DataFrame:
+        rows = {way: [figure(size) for size in self.sizes] for way, figure in figures.items()}
+        return pd.DataFrame.from_dict(rows, orient="index", columns=pd.Index(self.sizes, name="features"))
 
 
-def _circuit(
-    codes: Float[Tensor, "text feature"], y: Int[Tensor, " text"], strength: float
-) -> Float[Tensor, " feature"]:
-    """|A_iy| in standard deviations of the codes."""
-    spread = codes.std(0)
-    alive = spread > 0
-    ready = (codes[:, alive] - codes[:, alive].mean(0)) / spread[alive]
-    size = torch.zeros(codes.shape[1], dtype=codes.dtype)
-    size[alive] = solve.logistic_lasso(ready, y, strength=strength).value[:, 0].abs().to(size)
-    return size
+def _mean(splits: list[pd.DataFrame]) -> pd.DataFrame:
+    found: Any = pd.concat(splits).groupby(level=0, sort=False).mean()
+    return found
 
 
 def _summary(table: pd.DataFrame) -> pd.DataFrame:
