@@ -7,9 +7,9 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 for _name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
     os.environ[_name] = "1"
 
-from jaxtyping import install_import_hook  # noqa: E402
+from tests import annotations  # noqa: E402
 
-install_import_hook("tl_circuitlasso", "beartype.beartype")
+annotations.install("tl_circuitlasso")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -25,6 +25,11 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("suite")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    annotations.forget()
 
 
 @pytest.fixture(autouse=True)
