@@ -1,0 +1,90 @@
+"""The second look: what was kept for nothing is dropped, and edges that stay have the cost that was measured."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+import tl_circuitlasso as tcl
+from tl_circuitlasso.demo import Demo
+from tl_circuitlasso.discover.refining import MANY_EDGES, refine
+from tl_circuitlasso.models import Prompts, adapt
+from tl_circuitlasso.models.bases import Component
+from tl_circuitlasso.models.collect import Plan
+from tl_circuitlasso.models.read import ReadDesign
+from tl_circuitlasso.models.reread import reread
+
+IDLE = {("input", "m1"), ("m1", "logits"), ("input", "a0.h3"), ("a0.h3", "logits")}  # no part of what was planted
+
+
+@pytest.fixture(scope="module")
+def demo() -> Demo:
+    return tcl.load_demo(prompts=64)
+
+
+@pytest.fixture(scope="module")
+def first(demo: Demo) -> tcl.AttributionGraph:
+    """The first look."""
+    return tcl.circuit_lasso(
+        demo.model, demo.tokens, target=demo.target, positions="last", refined=False, progress=False
+    )
+
+
+def keeping(graph: tcl.AttributionGraph, edges: set[tuple[str, str]]) -> tcl.AttributionGraph:
+    names = graph.index.names
+    return graph.keep([(names[s], names[t]) in edges for s, t in zip(graph.source.tolist(), graph.target.tolist())])
+
+
+def looked(demo: Demo, graph: tcl.AttributionGraph, **options: Any) -> tuple[tcl.AttributionGraph, int]:
+    adapter = adapt(demo.model)
+    sample = list(Prompts(adapter, demo.tokens, positions="last"))
+    plan = Plan(ReadDesign(Component()), demo.target, last=True)
+    return refine(adapter, sample, plan, graph, **{"prompts": len(demo.tokens), **options})
+
+
+def test_edges_that_cost_nothing_alone_are_dropped(demo: Demo, first: tcl.AttributionGraph) -> None:
+    assert not IDLE & demo.true_edges
+    graph, passes = looked(demo, keeping(first, demo.true_edges | IDLE))
+    assert graph.kept_edges() == demo.true_edges
+    assert graph.provenance["second_look"] == f"{len(IDLE)} edges dropped" and passes >= 2
+
+
+def test_what_stays_has_the_cost_that_was_measured(demo: Demo, first: tcl.AttributionGraph) -> None:
+    kept = keeping(first, demo.true_edges)
+    graph, _ = looked(demo, kept)
+    adapter = adapt(demo.model)
+    batches = list(Prompts(adapter, demo.tokens, positions="last"))
+    options = {"last": True, "probe": None, "draws": 1}
+    costs = [
+        reread(adapter, batch, sorted(demo.true_edges), demo.target, seed=number, **options)
+        for number, batch in enumerate(batches)
+    ]
+    pairs = sum(one.pairs for one in costs)
+    before, after = kept.pair_scores(), graph.pair_scores()
+    for edge in demo.true_edges:
+        measured = sum(one.edges[edge] * one.pairs for one in costs) / pairs
+        assert after[edge] == pytest.approx(measured, rel=1e-4)
+    assert any(abs(after[edge] - before[edge]) > 0.01 * before[edge] for edge in demo.true_edges)
+    others = [edge for edge in before if edge not in demo.true_edges]
+    assert all(after[edge] == before[edge] for edge in others)
+
+
+def test_it_is_left_out_where_it_would_be_no_evidence(demo: Demo, first: tcl.AttributionGraph) -> None:
+    """And the provenance says so: the graph stays as it was."""
+    true = keeping(first, demo.true_edges)
+    louder = replace(true, score=true.score * 1000)
+    every = first.keep(torch.ones_like(first.kept))
+    assert len(every.kept_edges()) <= MANY_EDGES
+    for graph, told in ((louder, "misses the behaviour"), (keeping(first, set()), "0 pairs of components")):
+        same, _ = looked(demo, graph)
+        assert told in same.provenance["second_look"]
+        assert torch.equal(same.kept, graph.kept) and torch.equal(same.score, graph.score)
+
+
+def test_the_default_looks_again(demo: Demo, first: tcl.AttributionGraph) -> None:
+    options = {"target": demo.target, "positions": "last", "progress": False}
+    graph = tcl.circuit_lasso(demo.model, demo.tokens, **options)
+    assert "second_look" in graph.provenance and "second_look" not in first.provenance
+    assert graph.kept_edges() <= first.kept_edges()
+    assert graph.provenance["forward_passes"] > first.provenance["forward_passes"]
