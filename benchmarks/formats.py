@@ -18,8 +18,9 @@ import pandas as pd
 import torch
 
 from tl_circuitlasso import formats
-from tl_circuitlasso.formats._grid import Components, Grid, graph_of
+from tl_circuitlasso.formats._grid import Grid, graph_of
 from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.graph.components import Components
 
 LIMITS = {"eap.pt": 5.0, "eap.json": 60.0}  # seconds to write, at Llama-3.1-8B's shape
 
@@ -46,7 +47,7 @@ def graph_of_shape(layers: int, heads: int, seed: int = 0) -> AttributionGraph:
     """A graph with a normal score on every edge of a model, ports apart; one in some 370 is kept."""
     parts = Components(n_layers=layers, n_heads=heads)
     generator = torch.Generator().manual_seed(seed)
-    score = torch.randn(parts.n_sources, parts.n_inputs, dtype=torch.float64, generator=generator)
+    score = torch.randn(parts.n_sources, parts.n_readers, dtype=torch.float64, generator=generator)
     return graph_of(Grid(parts, score, score.abs() > 3))
 
 

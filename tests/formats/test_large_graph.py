@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from tl_circuitlasso import formats
-from tl_circuitlasso.formats._grid import Components, Grid, graph_of
+from tl_circuitlasso.formats._grid import Grid, graph_of
+from tl_circuitlasso.graph.components import Components
 
 
 @pytest.mark.slow
 def test_eight_billion_parameters(tmp_path) -> None:
     parts = Components(n_layers=32, n_heads=32)
-    score = torch.randn(parts.n_sources, parts.n_inputs, dtype=torch.float64)
+    score = torch.randn(parts.n_sources, parts.n_readers, dtype=torch.float64)
     graph = graph_of(Grid(parts, score, score.abs() > 3))
     assert len(graph) == 1_592_881
     for suffix, limit in ((".pt", 5), (".json", 60)):

@@ -10,14 +10,15 @@ import torch
 from tests.formats.helpers import feature_graph, nonzero, small_graph
 from tl_circuitlasso import formats
 from tl_circuitlasso.errors import FormatError, InputError
-from tl_circuitlasso.formats._grid import Components, Grid, graph_of
+from tl_circuitlasso.formats._grid import Grid, graph_of
 from tl_circuitlasso.formats.mib import COLUMNS, MODELS, PERCENTAGES
 from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.graph.components import Components
 from tl_circuitlasso.graph.nodes import component_index
 
 
 def random_graph(parts: Components) -> AttributionGraph:
-    score = torch.randn(parts.n_sources, parts.n_inputs, generator=torch.Generator().manual_seed(0)).double()
+    score = torch.randn(parts.n_sources, parts.n_readers, generator=torch.Generator().manual_seed(0)).double()
     return graph_of(Grid(parts, score, score.abs() > 3))
 
 

@@ -1,20 +1,17 @@
 """All edges of a model as one matrix, and the sum over tokens that fills it.
 
-Rows are sources in the order of computation (input, then per layer its heads and its MLP); columns are readers: per
-layer q, k and v of every head, then the MLP; last the logits. A method fills the matrix; `graph` makes it a graph.
+Rows are sources and columns readers, in the order of `Components`. A method fills the matrix; `graph` makes it a graph.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_circuitlasso.data.sites import PORTS as PORT_NAMES
 from tl_circuitlasso.graph import AttributionGraph
-from tl_circuitlasso.graph.nodes import NodeIndex, component_index
+from tl_circuitlasso.graph.components import Components
 from tl_circuitlasso.models import Adapter, Shape
 from tl_circuitlasso.models.attention import PORTS
 from tl_circuitlasso.models.patch import Circuits
@@ -24,78 +21,24 @@ from tl_circuitlasso.models.tracing import Trace, read_gradient
 WORKSPACE = 128 << 20  # bytes for what the sources of one piece of tokens write; the only place where it's written out
 
 
-@dataclass(frozen=True, eq=False)
-class EdgeLayout:
-    """Where each edge lies in the matrix of sources by readers."""
+class EdgeLayout(Components):
+    """The components of a model, and the matrix of sources by readers that a method fills."""
 
     shape: Shape
-    index: NodeIndex = field(init=False)
 
-    def __post_init__(self) -> None:
-        s = self.shape
-        index = component_index(n_layers=s.n_layers, n_heads=s.n_heads, attn_only=s.attn_only, parallel=s.parallel)
-        object.__setattr__(self, "index", index)
-
-    @property
-    def n_sources(self) -> int:
-        return len(self.index) - 1
-
-    @property
-    def n_readers(self) -> int:
-        return self.shape.n_layers * self._per_layer + 1
-
-    @property
-    def _per_layer(self) -> int:
-        return 3 * self.shape.n_heads + (not self.shape.attn_only)
-
-    def columns(self, layer: int, port: str) -> slice:
-        """The columns of all heads through one port, of the layer's MLP (port ""), or of the logits (the layer behind
-        the last)."""
-        first = layer * self._per_layer
-        if layer == self.shape.n_layers:
-            return slice(first, first + 1)
-        if port == "":
-            return slice(first + 3 * self.shape.n_heads, first + 3 * self.shape.n_heads + 1)
-        start = first + PORTS.index(port) * self.shape.n_heads  # type: ignore[arg-type]
-        return slice(start, start + self.shape.n_heads)
-
-    def sources_of(self, layer: int, port: str) -> int:
-        """How many sources, the first ones, a reader may read."""
-        before = 1 + layer * (self.shape.n_heads + (not self.shape.attn_only))
-        own_heads = port == "" and layer < self.shape.n_layers and not self.shape.parallel
-        return before + self.shape.n_heads if own_heads else before
-
-    def readers(self) -> Iterator[tuple[int, str]]:
-        """Every (layer, port) with a column, in column order; (n_layers, "") is the logits."""
-        ports = PORTS if self.shape.attn_only else (*PORTS, "")
-        yield from ((layer, port) for layer in range(self.shape.n_layers) for port in ports)
-        yield self.shape.n_layers, ""
-
-    def mask(self) -> Bool[Tensor, "source reader"]:
-        """Which entries are edges."""
-        mask = torch.zeros(self.n_sources, self.n_readers, dtype=torch.bool)
-        for layer, port in self.readers():
-            mask[: self.sources_of(layer, port), self.columns(layer, port)] = True
-        return mask
+    def __init__(self, shape: Shape) -> None:
+        super().__init__(shape.n_layers, shape.n_heads, parallel=shape.parallel, attn_only=shape.attn_only)
+        object.__setattr__(self, "shape", shape)
 
     def targets(self) -> tuple[list[int], list[int]]:
         """Each column's node, as a position in the index, and port, as a position in `sites.PORTS`."""
-        nodes, ports = [], []
-        for layer, port in self.readers():
-            names = self._names(layer, port)
-            nodes += [self.index.position(name) for name in names]
-            ports += [PORT_NAMES.index(port)] * len(names)
-        return nodes, ports
-
-    def _names(self, layer: int, port: str) -> list[str]:
-        if layer == self.shape.n_layers:
-            return ["logits"]
-        return [f"m{layer}"] if port == "" else [f"a{layer}.h{head}" for head in range(self.shape.n_heads)]
+        nodes, ports = self.column_nodes()
+        return nodes.tolist(), ports.tolist()
 
     def graph(self, scores: Float[Tensor, "source reader"], provenance: dict[str, Any]) -> AttributionGraph:
         """All edges with their scores, all kept."""
         source, column = self.mask().nonzero(as_tuple=True)
-        nodes, port = (torch.tensor(values)[column] for values in self.targets())
+        nodes, port = (values[column] for values in self.column_nodes())
         score = scores.double().cpu()[source, column]
         return AttributionGraph(
             index=self.index,

@@ -1,4 +1,4 @@
-"""The component grid: the common ground of EAP-IG, MIB, ACDC and AutoCircuit.
+"""A graph on the component grid: the common ground of EAP-IG, MIB, ACDC and AutoCircuit.
 
 All four see a transformer as nodes `input`, heads, MLPs and `logits` with q, k and v inputs told apart. `Grid` holds
 a graph's scores and membership in EAP-IG's layout: rows are sources in order of computation, columns are inputs (per
@@ -16,114 +16,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_circuitlasso.data.sites import PORTS, Site
+from tl_circuitlasso.data.sites import Site
 from tl_circuitlasso.errors import FormatError, InputError
 from tl_circuitlasso.formats._read import MAX_EDGES
 from tl_circuitlasso.graph import AttributionGraph
-from tl_circuitlasso.graph.nodes import Block, NodeIndex, component_index
-
-QKV = PORTS[1:]
-
-
-@dataclass(frozen=True)
-class Components:
-    """The shape of a transformer at component level, which fixes nodes, edges and their order."""
-
-    n_layers: int
-    n_heads: int
-    parallel: bool = False
-
-    @property
-    def n_sources(self) -> int:
-        return 1 + self.n_layers * (self.n_heads + 1)
-
-    @property
-    def n_inputs(self) -> int:
-        return self.n_layers * (3 * self.n_heads + 1) + 1
-
-    @property
-    def n_edges(self) -> int:
-        """How many real edges there are, ports apart."""
-        per_layer = sum(1 + layer * (self.n_heads + 1) for layer in range(self.n_layers))
-        own_heads = 0 if self.parallel else self.n_layers * self.n_heads
-        return per_layer * (3 * self.n_heads + 1) + own_heads + self.n_sources
-
-    def row(self, site: Site) -> int:
-        """The site's row; `logits` and `target` come after the last one."""
-        start = 1 + site.layer * (self.n_heads + 1)
-        match site.kind:
-            case "input":
-                return 0
-            case "head":
-                return start + site.head
-            case "mlp":
-                return start + self.n_heads
-            case _:
-                return self.n_sources
-
-    def column(self, site: Site, port: str) -> int:
-        """The column of one input of a site."""
-        start = site.layer * (3 * self.n_heads + 1)
-        match site.kind:
-            case "head":
-                return start + QKV.index(port) * self.n_heads + site.head
-            case "mlp":
-                return start + 3 * self.n_heads
-            case _:
-                return self.n_inputs - 1
-
-    def sources(self) -> list[str]:
-        """The rows' names."""
-        layers = range(self.n_layers)
-        blocks = ([*(f"a{i}.h{h}" for h in range(self.n_heads)), f"m{i}"] for i in layers)
-        return ["input", *(name for block in blocks for name in block)]
-
-    def inputs(self) -> list[str]:
-        """The columns' names, ports in angle brackets."""
-        names = []
-        for i in range(self.n_layers):
-            names += [f"a{i}.h{h}<{port}>" for port in QKV for h in range(self.n_heads)] + [f"m{i}"]
-        return [*names, "logits"]
-
-    def column_nodes(self) -> tuple[Int[Tensor, " column"], Int[Tensor, " column"]]:
-        """Each column's node (its row; logits one past the last) and port (position in `PORTS`)."""
-        layer = np.arange(self.n_layers)[:, None]
-        within = np.r_[np.tile(np.arange(self.n_heads), 3), self.n_heads]
-        ports = np.r_[np.repeat([1, 2, 3], self.n_heads), 0]
-        nodes = (1 + layer * (self.n_heads + 1) + within).ravel()
-        all_ports = np.tile(ports, self.n_layers)
-        return torch.from_numpy(np.r_[nodes, self.n_sources]), torch.from_numpy(np.r_[all_ports, 0])
-
-    def edges(self) -> tuple[Int[Tensor, " edge"], Int[Tensor, " edge"]]:
-        """Row and column of every real edge, in the order in which EAP-IG lists them."""
-        pieces = [piece for layer in range(self.n_layers) for piece in self._layer_edges(layer)]
-        last = (np.arange(self.n_sources), np.full(self.n_sources, self.n_inputs - 1))
-        rows, columns = zip(*pieces, last)
-        return torch.from_numpy(np.concatenate(rows)), torch.from_numpy(np.concatenate(columns))
-
-    def _layer_edges(self, layer: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        start, width = 1 + layer * (self.n_heads + 1), 3 * self.n_heads + 1
-        heads = layer * width + np.arange(3 * self.n_heads).reshape(3, self.n_heads).T.ravel()
-        mlp = layer * width + 3 * self.n_heads
-        if self.parallel:
-            both = np.r_[heads, mlp]
-            return [(np.repeat(np.arange(start), both.size), np.tile(both, start))]
-        before_mlp = start + self.n_heads
-        return [
-            (np.repeat(np.arange(start), heads.size), np.tile(heads, start)),
-            (np.arange(before_mlp), np.full(before_mlp, mlp)),
-        ]
-
-    def edge_names(self) -> list[str]:
-        """Every real edge as EAP-IG writes it, `a0.h1->m0` or `input->a0.h1<q>`, in its order."""
-        rows, columns = self.edges()
-        sources, inputs = [f"{name}->" for name in self.sources()], self.inputs()
-        return [sources[r] + inputs[c] for r, c in zip(rows.tolist(), columns.tolist())]
+from tl_circuitlasso.graph.components import QKV, Components
+from tl_circuitlasso.graph.nodes import Block, NodeIndex
 
 
 def checked_components(n_layers: int, n_heads: int, parallel: bool, label: str) -> Components:
@@ -233,11 +135,11 @@ def _cells(
         raise InputError("`graph` has a q, k or v edge into a node that isn't a head: give that edge no port")
     column_node, _ = parts.column_nodes()
     first = torch.zeros(parts.n_sources + 1, dtype=torch.long)
-    first.scatter_reduce_(0, column_node, torch.arange(parts.n_inputs), "amin", include_self=False)
+    first.scatter_reduce_(0, column_node, torch.arange(parts.n_readers), "amin", include_self=False)
     ports_before = (graph.port - 1).clamp(min=0)
     column = first[rows[graph.target]] + ports_before * parts.n_heads
-    real = torch.zeros(parts.n_sources + 1, parts.n_inputs, dtype=torch.bool)
-    real[parts.edges()] = True
+    real = torch.zeros(parts.n_sources + 1, parts.n_readers, dtype=torch.bool)
+    real[:-1] = parts.mask()
     unreal = ~real[rows[graph.source], column]
     if bool(unreal.any()):
         edge = int(unreal.nonzero()[0])
@@ -256,7 +158,7 @@ def _largest(
     row, column = cells
     _, column_port = parts.column_nodes()
     shared = (graph.port == 0) & (column_port[column] != 0)
-    flat = row * parts.n_inputs + column
+    flat = row * parts.n_readers + column
     copies = torch.cat([flat[shared] + port * parts.n_heads for port in range(3)])
     score, kept, _ = _scatter(parts, copies, graph.score[shared].repeat(3), graph.kept[shared].repeat(3))
     own_score, own_kept, given = _scatter(parts, flat[~shared], graph.score[~shared], graph.kept[~shared])
@@ -266,7 +168,7 @@ def _largest(
 def _scatter(
     parts: Components, cell: Int[Tensor, " edge"], score: Float[Tensor, " edge"], kept: Bool[Tensor, " edge"]
 ) -> tuple[Float[Tensor, "source column"], Bool[Tensor, "source column"], Bool[Tensor, "source column"]]:
-    shape = (parts.n_sources, parts.n_inputs)
+    shape = (parts.n_sources, parts.n_readers)
     flat = torch.zeros(shape[0] * shape[1], dtype=torch.float64)
     highest = flat.scatter_reduce(0, cell, score, "amax", include_self=False)
     lowest = flat.scatter_reduce(0, cell, score, "amin", include_self=False)
@@ -302,7 +204,7 @@ def _ports_agree(columns: Mapping[str, Tensor]) -> bool:
 
 def _without_absent(grid: Grid, columns: dict[str, Tensor]) -> tuple[NodeIndex, dict[str, Tensor]]:
     parts = grid.parts
-    index = component_index(n_layers=parts.n_layers, n_heads=parts.n_heads, parallel=parts.parallel)
+    index = parts.index
     touched = (columns["score"] != 0) | columns["kept"]
     busy = torch.zeros(len(index), dtype=torch.bool)
     busy[columns["source"][touched]] = busy[columns["target"][touched]] = True
@@ -347,8 +249,7 @@ def grid_of_edges(
     parts = checked_components(n_layers or max(found_layers, 1), n_heads or max(found_heads, 1), parallel, label)
     if found_layers > parts.n_layers or found_heads > parts.n_heads:
         raise FormatError(f"{label}: has layer {found_layers - 1} and head {found_heads - 1}, beyond the shape given")
-    real = torch.zeros(parts.n_sources, parts.n_inputs, dtype=torch.bool)
-    real[parts.edges()] = True
+    real = parts.mask()
     score, kept = torch.zeros(real.shape, dtype=torch.float64), torch.zeros_like(real)
     for source, target, port, value, member in rows:
         for one in QKV if target.kind == "head" and not port else (port,):

@@ -4,7 +4,7 @@ import re
 
 from tl_circuitlasso.data.sites import Site
 from tl_circuitlasso.errors import FormatError
-from tl_circuitlasso.formats._grid import Components
+from tl_circuitlasso.graph.components import Components
 
 Hook = tuple[str, int | None]  # hook name, head
 

@@ -27,9 +27,10 @@ from torch import Tensor
 from tl_circuitlasso.data.sites import PORTS
 from tl_circuitlasso.errors import FormatError, InputError
 from tl_circuitlasso.formats import _read
-from tl_circuitlasso.formats._grid import QKV, Components, Grid, checked_components, graph_of, grid_of
+from tl_circuitlasso.formats._grid import Grid, checked_components, graph_of, grid_of
 from tl_circuitlasso.formats._read import Source
 from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.graph.components import QKV, Components
 
 _MODULE = re.compile(r"blocks\.(\d{1,5})\.hook_(q_input|k_input|v_input|attn_in|mlp_in|resid_post)\Z")
 
@@ -72,7 +73,7 @@ def from_auto_circuit(source: Source, *, task: str | None = None, algo: str | No
             data = _one_of(data, what, name, label)
         parts, attn_only = _shape(data, label)
         merged = not any("hook_q_input" in name for name in data)
-        score = torch.zeros(parts.n_sources, parts.n_inputs, dtype=torch.float64)
+        score = torch.zeros(parts.n_sources, parts.n_readers, dtype=torch.float64)
         for name, tensor in data.items():
             _place(name, tensor, score, parts, label)
         absent = tuple(f"m{layer}" for layer in range(parts.n_layers)) if attn_only else ()
@@ -115,28 +116,26 @@ def from_auto_circuit_edges(model: Any, prune_scores: Mapping[str, Tensor]) -> A
 
 
 def _modules(grid: Grid, values: Float[Tensor, "source column"], separate_qkv: bool) -> dict[str, Tensor]:
-    parts, width = grid.parts, 3 * grid.parts.n_heads + 1
+    parts = grid.parts
     no_mlps = all(f"m{layer}" in grid.absent for layer in range(parts.n_layers))
     modules: dict[str, Tensor] = {}
     for layer in range(parts.n_layers):
-        before, start = 1 + layer * (parts.n_heads + 1), layer * width
-        heads = values[:before, start : start + 3 * parts.n_heads].view(before, 3, parts.n_heads)
+        before, ports = parts.before(layer), slice(parts.columns(layer, "q").start, parts.columns(layer, "v").stop)
+        heads = values[:before, ports].view(before, 3, parts.n_heads)
         if separate_qkv:
             modules |= {f"blocks.{layer}.hook_{port}_input": heads[:, p].T for p, port in enumerate(QKV)}
         else:
             largest = heads.abs().argmax(1, keepdim=True)
             modules[f"blocks.{layer}.hook_attn_in"] = heads.gather(1, largest)[:, 0].T
         if not no_mlps:
-            before_mlp = before if parts.parallel else before + parts.n_heads
-            modules[f"blocks.{layer}.hook_mlp_in"] = values[:before_mlp, start + width - 1]
+            column = values[:, parts.columns(layer, "").start]
+            modules[f"blocks.{layer}.hook_mlp_in"] = column[: parts.sources_of(layer, "")]
     modules[f"blocks.{parts.n_layers - 1}.hook_resid_post"] = values[:, -1]
     return {name: _without_mlps(tensor, parts) if no_mlps else tensor.contiguous() for name, tensor in modules.items()}
 
 
 def _without_mlps(tensor: Tensor, parts: Components) -> Tensor:
-    source = torch.arange(tensor.shape[-1])
-    is_mlp = (source > 0) & (source % (parts.n_heads + 1) == 0)
-    return tensor[..., ~is_mlp].contiguous()
+    return tensor[..., ~parts.is_mlp()[: tensor.shape[-1]]].contiguous()
 
 
 def _kept_names(grid: Grid, separate_qkv: bool) -> set[str]:
@@ -203,7 +202,7 @@ def _one_of(data: Mapping[Any, Any], what: str, name: str | None, label: str) ->
 
 def _before(module: str, heads: int) -> int:
     match = _MODULE.match(module)
-    return 1 + int(match[1] if match else 0) * (heads + 1)
+    return Components(1, heads).before(int(match[1] if match else 0))
 
 
 def _place(name: str, tensor: Any, score: Float[Tensor, "source column"], parts: Components, label: str) -> None:
@@ -215,23 +214,19 @@ def _place(name: str, tensor: Any, score: Float[Tensor, "source column"], parts:
     heads = () if kind in ("mlp_in", "resid_post") else (parts.n_heads,)
     values = _read.expect_tensor(tensor, label, name, (*heads, rows.numel())).double()
     _read.expect_finite(values.flatten(), label, name, lambda cell: f"entry {cell}")
-    start = layer * (3 * parts.n_heads + 1)
     if kind == "resid_post":
         score[rows, -1] = values
     elif kind == "mlp_in":
-        score[rows, start + 3 * parts.n_heads] = values
+        score[rows, parts.columns(layer, "").start] = values
     else:
         for port in QKV if kind == "attn_in" else (kind[0],):
-            first = start + QKV.index(port) * parts.n_heads
-            score[rows, first : first + parts.n_heads] = values.T
+            score[rows, parts.columns(layer, port)] = values.T
 
 
 def _source_rows(layer: int, kind: str, parts: Components, tensor: Any) -> Int[Tensor, " row"]:
     """The rows that feed a module; those of MLPs are left out where the tensor shows that there are none."""
-    before = 1 + layer * (parts.n_heads + 1)
-    if kind == "mlp_in" and not parts.parallel:
-        before += parts.n_heads
-    rows = torch.arange(parts.n_sources if kind == "resid_post" else before)
-    heads_only = rows[(rows == 0) | (rows % (parts.n_heads + 1) != 0)]
+    before = parts.n_sources if kind == "resid_post" else parts.sources_of(layer, "" if kind == "mlp_in" else "q")
+    rows = torch.arange(before)
+    heads_only = rows[~parts.is_mlp()[:before]]
     n_sources = tensor.shape[-1] if isinstance(tensor, Tensor) and tensor.ndim else 0
     return heads_only if heads_only.numel() == n_sources else rows

@@ -39,9 +39,10 @@ from torch import Tensor
 from tl_circuitlasso.data import storage
 from tl_circuitlasso.errors import FormatError, InputError
 from tl_circuitlasso.formats import _read
-from tl_circuitlasso.formats._grid import Components, Grid, checked_components, graph_of, grid_of
+from tl_circuitlasso.formats._grid import Grid, checked_components, graph_of, grid_of
 from tl_circuitlasso.formats._read import Source
 from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.graph.components import Components
 
 _log = logging.getLogger(__name__)
 
@@ -184,7 +185,7 @@ def _from_rows(data: Mapping[Any, Any], label: str) -> AttributionGraph:
     edges = _read.expect_mapping(data["edges"], label, "edges")
     cells = _cells_of(list(edges), parts, label)
     rows = list(edges.values())
-    score = torch.zeros(parts.n_sources, parts.n_inputs, dtype=torch.float64)
+    score = torch.zeros(parts.n_sources, parts.n_readers, dtype=torch.float64)
     kept = torch.zeros(score.shape, dtype=torch.bool)
     names = list(edges)
     if any(isinstance(row, Mapping) and "score" in row for row in rows):
@@ -272,7 +273,7 @@ def _from_tensors(data: Mapping[Any, Any], label: str) -> AttributionGraph:
     for key, names in (("src_nodes", parts.sources()), ("dst_nodes", parts.inputs())):
         if data[key] != names:
             raise FormatError(f"{label}: `{key}` aren't the nodes of a model of this `cfg`, in EAP-IG's order")
-    shape = (parts.n_sources, parts.n_inputs)
+    shape = (parts.n_sources, parts.n_readers)
     score = torch.zeros(shape, dtype=torch.float64)
     if "edges_scores" in data:
         score = _read.expect_tensor(data["edges_scores"], label, "edges_scores", shape).double()
@@ -301,7 +302,7 @@ def _only_real(
     real = torch.zeros_like(member)
     real[parts.edges()] = True
     names = parts.sources(), parts.inputs()
-    cell_name = lambda flat: f"{names[0][flat // parts.n_inputs]}->{names[1][flat % parts.n_inputs]}"  # noqa: E731
+    cell_name = lambda flat: f"{names[0][flat // parts.n_readers]}->{names[1][flat % parts.n_readers]}"  # noqa: E731
     _read.expect_finite(score.flatten(), label, "edges_scores", cell_name)
     wrong = (score != 0) & ~real
     if "nodes_scores" not in data and "neurons_in_graph" not in data:

@@ -19,9 +19,10 @@ from pathlib import Path
 import torch
 
 from tl_circuitlasso.errors import FormatError, InputError
-from tl_circuitlasso.formats._grid import Components, Grid, graph_of, grid_of
+from tl_circuitlasso.formats._grid import Grid, graph_of, grid_of
 from tl_circuitlasso.formats.eap import from_eap, to_eap
 from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.graph.components import Components
 
 PERCENTAGES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0)
 MODELS: Mapping[str, Components] = {

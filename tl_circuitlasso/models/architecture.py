@@ -4,12 +4,14 @@ Everything is read from the model's config and modules once; nothing here runs t
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
 
 from tl_circuitlasso.errors import InputError, ModelError
+from tl_circuitlasso.graph.components import Components
 from tl_circuitlasso.models.hooks import find_module, is_a
 from tl_circuitlasso.models.norms import Norm, read_norm
 
@@ -31,6 +33,11 @@ class Shape:
     moe: bool
     gated: bool
     causal: bool
+
+    @cached_property
+    def components(self) -> Components:
+        """The grid of its sources and readers."""
+        return Components(self.n_layers, self.n_heads, parallel=self.parallel, attn_only=self.attn_only)
 
 
 @dataclass(frozen=True)

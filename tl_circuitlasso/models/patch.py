@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -33,7 +32,7 @@ from tl_circuitlasso.models.norms import Norm, apply_norm, scale_of
 from tl_circuitlasso.models.patching import Projection, mlp_entry, mlp_norm, own_heads, real_mask
 from tl_circuitlasso.models.port_reads import alone_readers, by_port, centred_scale, port_projection, project
 from tl_circuitlasso.models.rotary import position_ids
-from tl_circuitlasso.models.sources import Sources, hook_point, source_counts, source_kinds
+from tl_circuitlasso.models.sources import Sources, hook_point
 from tl_circuitlasso.models.tracing import differentiable
 from tl_circuitlasso.models.weights import Port
 
@@ -86,19 +85,17 @@ def _reads(kept: Bool[Tensor, "circuit reader source"], live: Bool[Tensor, "circ
 
 
 def _plans(adapter: Adapter, circuits: Circuits) -> dict[ReaderKind, _Reads]:
-    shape = adapter.shape
-    counts = source_counts(shape)
-    starts = dict(zip(source_kinds(shape), accumulate(counts, initial=0)))
-    read = circuits.read(sum(counts))
+    parts = adapter.shape.components
+    groups, read = parts.groups(), circuits.read(parts.n_sources)
     plans = {}
     for (layer, port), kept in circuits.kept.items():
-        start = starts.get((layer, "heads" if port else "mlp"))
+        rows = groups.get((layer, "heads" if port else "mlp"))
         # Logits are always read; the norm behind attention takes every head into account.
-        always = start is None or (port != "" and adapter.layouts[layer].attn_post is not None)
+        always = rows is None or (port != "" and adapter.layouts[layer].attn_post is not None)
         live = torch.ones(kept.shape[:2], dtype=torch.bool)
         if not always:
-            assert start is not None
-            live = read[:, start : start + kept.shape[1]]
+            assert rows is not None
+            live = read[:, rows]
         plans[layer, port] = _reads(kept.cpu(), live)
     return plans
 

@@ -162,15 +162,13 @@ def affordable_draws(adapter: Adapter, prompts: int, positions: int) -> int:
 
 def children(adapter: Adapter) -> list[tuple[str, int, int]]:
     """Every group of children: its key, how many there are, and how many sources may feed them."""
-    shape = adapter.shape
-    per_layer = shape.n_heads + (not shape.attn_only)
+    parts = adapter.shape.components
     found = []
-    for layer in range(shape.n_layers):
-        before = 1 + layer * per_layer
-        found.append((schema.heads(layer), shape.n_heads, before))
-        if not shape.attn_only:
-            found.append((schema.mlp(layer), 1, before if shape.parallel else before + shape.n_heads))
-    return [*found, (schema.TARGET, 1, 1 + shape.n_layers * per_layer)]
+    for layer in range(parts.n_layers):
+        found.append((schema.heads(layer), parts.n_heads, parts.sources_of(layer, "q")))
+        if not parts.attn_only:
+            found.append((schema.mlp(layer), 1, parts.sources_of(layer, "")))
+    return [*found, (schema.TARGET, 1, parts.n_sources)]
 
 
 def _empty_sums(

@@ -1,13 +1,12 @@
 """What every component of a model writes in a pass less what it writes when ablated, and scaling what components write.
 
-Sources are numbered in the order of computation: the input, then each layer's heads and its MLP.
+Sources are numbered as in `Components`.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -17,22 +16,10 @@ from torch import Tensor
 from tl_circuitlasso.data.sites import Site
 from tl_circuitlasso.errors import ModelError
 from tl_circuitlasso.models.adapter import Adapter
-from tl_circuitlasso.models.architecture import Shape
 from tl_circuitlasso.models.hooks import observe
 from tl_circuitlasso.models.patching import Written
 
 WRITTEN_OUT = 512 << 20  # bytes of sources kept in d_model; beyond it they are written out again for each layer
-
-
-def source_kinds(shape: Shape) -> list[tuple[int, str]]:
-    """The groups of sources in order: (-1, "input"), then (layer, "heads") and (layer, "mlp")."""
-    layer_kinds = ("heads",) if shape.attn_only else ("heads", "mlp")
-    return [(-1, "input"), *((layer, kind) for layer in range(shape.n_layers) for kind in layer_kinds)]
-
-
-def source_counts(shape: Shape) -> list[int]:
-    """The size of each group of sources."""
-    return [shape.n_heads if kind == "heads" else 1 for _, kind in source_kinds(shape)]
 
 
 class Sources:
@@ -51,9 +38,9 @@ class Sources:
         ablated: Written,
     ) -> None:
         self.adapter, self.sizes, self.wanted, self.value, self.ablated = adapter, sizes, wanted, value, ablated
-        counts = source_counts(adapter.shape)
-        self.kinds, self.starts = source_kinds(adapter.shape), list(accumulate(counts, initial=0))
-        self.group_of = [group for group, count in enumerate(counts) for _ in range(count)]
+        groups = adapter.shape.components.groups()
+        self.kinds, self.starts = list(groups), [rows.start for rows in groups.values()]
+        self.group_of = [group for group, rows in enumerate(groups.values()) for _ in range(rows.start, rows.stop)]
         self.place = {column: place for place, column in enumerate(wanted)}
         shape = (len(wanted), *sizes, adapter.shape.d_model)
         empty = torch.empty(0, dtype=adapter.compute_dtype, device=adapter.device)

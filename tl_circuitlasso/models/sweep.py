@@ -75,16 +75,16 @@ def sweep(
     sources = _Sources(view)
     m = at_target(view, directions)
     n_layers, parallel = adapter.shape.n_layers, adapter.shape.parallel
-    yield Read(n_layers, "", sources.read(m.unsqueeze(2), n_layers, False))
+    yield Read(n_layers, "", sources.read(m.unsqueeze(2), n_layers, ""))
     for layer in reversed(range(n_layers)):
         behind = total = m
         if not adapter.shape.attn_only:
             n = through_mlp(view, layer, m)
-            yield Read(layer, "", sources.read(n.unsqueeze(2), layer, not parallel))
+            yield Read(layer, "", sources.read(n.unsqueeze(2), layer, ""))
             total = m + n
             behind = m if parallel else total
         n = through_heads(view, layer, behind)
-        for port, value in zip(PORTS, sources.read(n, layer, False).chunk(len(PORTS), dim=2)):
+        for port, value in zip(PORTS, sources.read(n, layer, "q").chunk(len(PORTS), dim=2)):
             yield Read(layer, port, value)
         m = total + n.sum(2)
 
@@ -106,30 +106,28 @@ class _Sources:
     """
 
     def __init__(self, view: View) -> None:
-        shape = view.adapter.shape
-        self.per_layer = shape.n_heads + (not shape.attn_only)
+        parts = self.parts = view.adapter.shape.components
         first = view.difference("resid_pre.0")
         pairs, positions, d_model = first.shape
-        self.rows = first.new_empty(pairs, 1 + shape.n_layers * self.per_layer, positions, d_model)
+        self.rows = first.new_empty(pairs, parts.n_sources, positions, d_model)
         self.rows[:, 0] = first
-        for layer in range(shape.n_layers):
-            start = 1 + layer * self.per_layer
+        for layer in range(parts.n_layers):
             own, partner = (
                 z / scale.unsqueeze(-1)
                 for z, scale in zip(view.ends(f"z.{layer}"), view.ends(f"scale.attn_out.{layer}"))
             )
             heads = (partner - own).transpose(1, 2)  # pair head pos d_head
-            self.rows[:, start : start + shape.n_heads] = by_head(heads, view.adapter.writer(layer)[0])
-            if not shape.attn_only:
-                self.rows[:, start + shape.n_heads] = view.difference(f"mlp_out.{layer}")
+            start = parts.before(layer)
+            self.rows[:, start : start + parts.n_heads] = by_head(heads, view.adapter.writer(layer)[0])
+            if not parts.attn_only:
+                self.rows[:, parts.mlp(layer)] = view.difference(f"mlp_out.{layer}")
         self.rows = self.rows.flatten(2)
-        self.n_heads = shape.n_heads
 
     def read(
-        self, n: Float[Tensor, "pair direction head pos d_model"], layers: int, own_heads: bool
+        self, n: Float[Tensor, "pair direction head pos d_model"], layer: int, port: str
     ) -> Float[Tensor, "pair direction head source"]:
-        """sum over positions and d_model of n times each source below layer `layers` (and that layer's heads)."""
-        count = 1 + layers * self.per_layer + own_heads * self.n_heads
+        """sum over positions and d_model of n times each source that the reader (layer, port) may read."""
+        count = self.parts.sources_of(layer, port)
         reads = n.flatten(3).flatten(1, 2)  # pair (direction head) (pos d_model)
         return (reads @ self.rows[:, :count].mT).unflatten(1, n.shape[1:3])
 
@@ -137,7 +135,7 @@ class _Sources:
 def memory(adapter: Adapter, positions: int, directions: int) -> int:
     """Bytes that sweeping one pair of prompts takes, to the leading term."""
     shape = adapter.shape
-    sources = 1 + shape.n_layers * (shape.n_heads + 1)
+    sources = shape.components.n_sources
     reads = 2 * len(PORTS) * shape.n_heads * directions
     return 4 * positions * (shape.d_model * (sources + reads) + 8 * directions * shape.n_heads * positions)
 
