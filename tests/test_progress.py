@@ -1,10 +1,17 @@
 """Progress where there is no terminal: lines, now and then, and none of what is soon done."""
 
+import re
 import sys
+import time
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
+import tl_circuitlasso as tcl
 from tl_circuitlasso import progress
+from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.graph.nodes import component_index
 
 
 def _count(
@@ -20,10 +27,103 @@ def _count(
 
 def test_lines_come_one_after_the_other(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     lines = _count(monkeypatch, capsys, 0.0).splitlines()
-    assert len(lines) > 3 and all(line.startswith("collect: ") and " to go" in line for line in lines)
+    assert len(lines) > 3 and all(line.startswith("collect: ") for line in lines)
+    assert all(" to go" in line for line in lines[2:])
     assert lines[-1].startswith("collect: 50 of 50 prompts")
 
 
 def test_short_and_quiet_work_says_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert _count(monkeypatch, capsys, 10.0) == ""
     assert _count(monkeypatch, capsys, 0.0, shown=False) == ""
+
+
+def test_one_long_step_says_that_it_is_alive(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "EVERY", 0.05)
+    for _ in progress.bar(range(1), progress=True, desc="solve", unit="block"):
+        time.sleep(0.4)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) > 2 and lines[0].startswith("solve: 0 of 1 blocks") and lines[-1].startswith("solve: 1 of 1")
+    time.sleep(0.2)
+    assert capsys.readouterr().err == ""  # nobody speaks of work that is done
+
+
+def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(progress, "SHORT", 0)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    sized = {"progress": True, "desc": "read", "total": 3}
+    assert list(progress.counted(["ab", "c"], len, **sized)) == ["ab", "c"]
+    assert "3/3 prompts" in capsys.readouterr().err
+
+
+# ---- who speaks -----------------------------------------------------------------------------------------------------
+
+Call = Callable[..., object]
+_METRIC_METHODS = (
+    "acdc",
+    "bootstrap-eap-ig",
+    "clean-corrupted",
+    "eap",
+    "eap-gp",
+    "eap-ig",
+    "eap-ig-activations",
+    "exact",
+)
+_WATCHING = ("correlation", "information-flow-routes", "magnitude")
+
+
+@pytest.fixture(scope="module")
+def given() -> tuple[Any, ...]:
+    """The small model, its planted circuit, three prompts with partners, and a metric."""
+    demo = tcl.load_demo(prompts=3)
+    index = component_index(n_layers=3, n_heads=4)
+    graph = AttributionGraph.from_edges(index, dict.fromkeys(demo.true_edges, 1.0))
+    return demo.model, graph, demo.tokens, demo.corrupted, tcl.evaluate.logit_diff(demo.correct, demo.incorrect)
+
+
+def _evaluations() -> dict[str, Call]:
+    on_graph = {name: getattr(tcl.evaluate, name) for name in ("faithfulness", "completeness", "minimality", "curve")}
+    calls: dict[str, Call] = {
+        name: lambda run=run, *, given, **options: run(*given, **options) for name, run in on_graph.items()
+    }
+    calls["tests"] = lambda *, given, **options: tcl.evaluate.tests(*given, circuits=10, **options)
+    calls["confirm"] = lambda *, given, **options: tcl.evaluate.confirm(given[1], given[0], *given[2:], **options)
+    calls["stability"] = lambda *, given, **options: tcl.evaluate.stability(
+        tcl.baselines.random_edges, given[0], *given[2:], resamples=2, **options
+    )
+    calls["steer"] = lambda *, given, **options: tcl.evaluate.steer(
+        given[0], given[1], ["a2.h0"], 0, given[2], given[4], **options
+    )
+    return calls
+
+
+def _baselines() -> dict[str, Call]:
+    calls: dict[str, Call] = {}
+    short = {"acdc": {"threshold": 1e9}, "bootstrap-eap-ig": {"resamples": 2}, "magnitude": {}}
+    for name in (*_METRIC_METHODS, *_WATCHING):
+        run, few = tcl.baselines.METHODS[name], short.get(name, {"steps": 1})
+        calls[name] = lambda run=run, few=few, *, given, **options: run(given[0], *given[2:], **few, **options)
+    for name in ("relp", "gradient_activation", "integrated_gradients", "node_scores"):
+        run = getattr(tcl.baselines, name)
+        calls[name] = lambda run=run, *, given, **options: run(given[0], *given[2:], **options)
+    return calls
+
+
+@pytest.mark.parametrize("name", [*_evaluations(), *_baselines()])
+def test_what_takes_long_says_how_far_it_is(
+    name: str, given: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call = {**_evaluations(), **_baselines()}[name]
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    capsys.readouterr()
+    call(given=given)
+    lines = [line for line in capsys.readouterr().err.splitlines() if " gone" in line]
+    counts = re.search(r": ([\d,]+) of ([\d,]+) \w", lines[-1]) if lines else None
+    assert counts is not None and counts[1] == counts[2], f"{name} isn't counted to its end"
+    call(given=given, progress=False)
+    assert " gone" not in capsys.readouterr().err
+
+
+def test_every_method_is_heard_here() -> None:
+    assert {*_METRIC_METHODS, *_WATCHING, "random"} == set(tcl.baselines.METHODS)  # `random` does no work

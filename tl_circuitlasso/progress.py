@@ -4,36 +4,111 @@ Nothing is said of what takes less than a second on a terminal, or less than ten
 """
 
 import sys
-from collections.abc import Iterable
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sized
+from datetime import timedelta
 from typing import Any
 
 from tqdm import tqdm
 
 EVERY = 10.0  # seconds from one line to the next, where there is no terminal
+SHORT = 1.0  # seconds of work that a terminal isn't told of
+FORM = "{l_bar}{bar}| {n:.0f}/{total_fmt} {unit}s [{elapsed}<{remaining}]"  # counts may be fractions
 
 
 def bar(
     items: Iterable[Any] | None = None, *, progress: bool, desc: str, unit: str = "it", total: int | None = None
 ) -> Any:
-    """A tqdm over `items`, or one that counts to `total` by its `update`; silent without `progress`.
+    """A bar over `items`, or one that counts to `total` by its `update`; silent without `progress`.
 
     >>> sum(bar([1, 2, 3], progress=False, desc="add"))
     6
     """
+    if total is None and isinstance(items, Sized):
+        total = len(items)
     if not progress or sys.stderr.isatty():
-        return tqdm(items, desc=desc, unit=unit, total=total, disable=not progress, delay=1)
-    form = "{desc}: {n_fmt} of {total_fmt} {unit}s, {elapsed} gone, {remaining} to go"
-    lines: Any = _Lines()
-    times: Any = {"mininterval": EVERY, "maxinterval": EVERY, "delay": EVERY}
-    return tqdm(items, desc=desc, unit=unit, total=total, file=lines, bar_format=form, miniters=1, **times)
+        form = None if total is None else FORM
+        options: Any = {"disable": not progress, "delay": SHORT, "leave": None, "bar_format": form}
+        return tqdm(items, desc=desc, unit=unit, total=total, **options)
+    return _Lines(items, desc, unit, total)
+
+
+def counted(
+    items: Iterable[Any], size: Callable[[Any], int], *, progress: bool, desc: str, unit: str = "prompt", total: int
+) -> Iterator[Any]:
+    """The items, while a bar counts what they hold: batches of prompts, say.
+
+    >>> list(counted(["ab", "c"], len, progress=False, desc="read", total=3))
+    ['ab', 'c']
+    """
+    with bar(total=total, progress=progress, desc=desc, unit=unit) as counting:
+        for item in items:
+            yield item
+            counting.update(size(item))
 
 
 class _Lines:
-    """Standard error, where a bar that would be drawn over itself becomes one line after the other."""
+    """One line after the other on standard error, also while a single item takes long."""
 
-    def write(self, text: str) -> None:
-        if line := text.strip():
-            sys.stderr.write(f"{line}\n")
+    def __init__(self, items: Iterable[Any] | None, desc: str, unit: str, total: int | None) -> None:
+        self._items, self._desc, self._unit, self._total = items, desc, unit, total
+        self.n: int | float = 0
+        self._began = self._told = time.monotonic()
+        self._lock, self._done = threading.Lock(), threading.Event()
+        threading.Thread(target=_watch, args=(weakref.ref(self), self._done), daemon=True).start()
 
-    def flush(self) -> None:
-        sys.stderr.flush()
+    def __iter__(self) -> Iterator[Any]:
+        with self:
+            for item in self._items or ():
+                yield item
+                self.update(1)
+
+    def __enter__(self) -> "_Lines":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self._done.set()
+
+    def update(self, n: int | float = 1) -> None:
+        self.n += n
+        self.tell()
+
+    def close(self) -> None:
+        """The last line, where there was one before."""
+        if not self._done.is_set() and self._told > self._began:
+            self.tell(last=True)
+        with self._lock:  # a line that was on its way is out, and none comes after this
+            self._done.set()
+
+    def tell(self, *, last: bool = False) -> None:
+        """A line, where the last one is long enough ago."""
+        with self._lock:
+            now = time.monotonic()
+            if last or (now - self._told >= EVERY and not self._done.is_set()):
+                self._told = now
+                sys.stderr.write(f"{self._line(now - self._began)}\n")
+                sys.stderr.flush()
+
+    def _line(self, gone: int | float) -> str:
+        known = self._total is not None
+        count = f"{self.n:,.0f} of {self._total:,} {self._unit}s" if known else f"{self.n:,.0f} {self._unit}s"
+        left = gone * (self._total - self.n) / self.n if known and self.n else None
+        to_go = "" if left is None else f", {_clock(left)} to go"
+        return f"{self._desc}: {count}, {_clock(gone)} gone{to_go}"
+
+
+def _clock(seconds: int | float) -> str:
+    return str(timedelta(seconds=round(max(seconds, 0.0))))
+
+
+def _watch(lines: "weakref.ref[_Lines]", done: threading.Event) -> None:
+    """Lets the lines speak until they are done or forgotten."""
+    while not done.wait(max(EVERY, 0.05)):
+        if (found := lines()) is None:
+            return
+        found.tell()

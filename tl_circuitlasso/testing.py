@@ -33,11 +33,15 @@ from tl_circuitlasso.models.encoder import Encoder
 from tl_circuitlasso.models.patch import run_circuits
 from tl_circuitlasso.models.patching import record_all, unembed
 from tl_circuitlasso.models.sae import SAEFeatures
+from tl_circuitlasso.naming import directory as _directory
 
 PROMPTS, LENGTH = 4, 8  # of random tokens, where none are given
 CLOSE = {torch.float64: 1e-9, torch.float32: 2e-4}  # relative; 16-bit models get 5e-2
 
 Check = tuple[str, Callable[[], None]]
+
+
+__dir__ = _directory(__name__)
 
 
 class CheckFailure(CircuitLassoError, AssertionError):
@@ -83,6 +87,11 @@ def check_model(model: Any, tokens: Int[Tensor, "batch pos"] | None = None) -> t
     Raises
     ------
     CheckFailure: names every check that failed.
+
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=1)
+    >>> len(check_model(demo.model)) > 3
+    True
     """
     return _run("the model", _model_checks(model, tokens))
 
@@ -165,6 +174,12 @@ def check_basis(
     Raises
     ------
     CheckFailure: names every check that failed. InputError: no hook is given or known.
+
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=1)
+    >>> sae = tcl.synthetic.random_sae(48, 8)
+    >>> len(check_basis(sae, demo.model, "blocks.0.hook_resid_post")) > 3
+    True
     """
     place = hook or _own_hook(sae)
     return _run(f"the basis at {place}", _basis_checks(sae, adapt(model), place, tokens))
@@ -242,6 +257,10 @@ def check_format(
     Raises
     ------
     CheckFailure: names every check that failed.
+
+    >>> import tl_circuitlasso as tcl
+    >>> len(check_format(tcl.formats.from_eap, tcl.formats.to_eap)) > 3
+    True
     """
     with tempfile.TemporaryDirectory() as folder:
         return _run("the format", _format_checks(reader, writer, Path(folder), suffix))
@@ -328,6 +347,10 @@ def check_method(method: Callable[..., AttributionGraph], model: Any = None, **o
     Raises
     ------
     CheckFailure: names every check that failed.
+
+    >>> import tl_circuitlasso as tcl
+    >>> len(check_method(tcl.baselines.eap)) > 3
+    True
     """
     return _run(getattr(method, "__name__", "the method"), _method_checks(method, _case(model), options))
 

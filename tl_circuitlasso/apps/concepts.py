@@ -85,6 +85,15 @@ def concepts(
     Raises
     ------
     InputError: a bound outside (0, 1], or a graph without edges between features of hooks.
+
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=32)
+    >>> saes = {f"blocks.{layer}.hook_resid_post": tcl.synthetic.random_sae(48, 12, seed=layer) for layer in (0, 1)}
+    >>> basis = tcl.SAEFeatures(saes)
+    >>> graph = tcl.circuit_lasso(demo.model, demo.tokens, basis=basis, progress=False)
+    >>> found = tcl.apps.concepts(graph)
+    >>> sorted(found.counts())
+    ['dropping', 'merging', 'persistence']
     """
     for name, value in {"carried": carried, "part": part, "dominant": dominant, "dropped": dropped}.items():
         if not (isinstance(value, (int, float)) and 0 < value <= 1):

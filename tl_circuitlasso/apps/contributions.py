@@ -86,6 +86,15 @@ def contributions(
     Raises
     ------
     InputError: more than one prompt, a prompt without samples, or a graph of other SAEs.
+
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=32)
+    >>> saes = {f"blocks.{layer}.hook_resid_post": tcl.synthetic.random_sae(48, 12, seed=layer) for layer in (0, 1)}
+    >>> basis = tcl.SAEFeatures(saes)
+    >>> graph = tcl.circuit_lasso(demo.model, demo.tokens, basis=basis, progress=False)
+    >>> view = contributions(graph, demo.model, basis, demo.tokens[0])
+    >>> view.graph.n_kept <= graph.n_kept, list(view.table.columns[:4])
+    (True, ['position', 'token', 'source', 'target'])
     """
     adapter = model if isinstance(model, Adapter) else adapt(model)
     encoders = (basis if isinstance(basis, SAEFeatures) else SAEFeatures(basis)).encoders()

@@ -94,6 +94,16 @@ def debias(
     ------
     InputError: not one SAE, labels that aren't 0 and 1 or of another number, a group of fewer than 12 texts, `sizes`
         that the SAE doesn't have, or an SAE whose decoder isn't linear.
+
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=128)
+    >>> sae = tcl.synthetic.random_sae(48, 12)
+    >>> classes = torch.arange(128) % 2  # of no meaning: what a text is about, and what it should not be told by
+    >>> concept = torch.arange(128) // 2 % 2
+    >>> saes = {"blocks.1.hook_resid_post": sae}
+    >>> found = debias(demo.model, saes, demo.tokens, classes, concept, splits=1, sizes=[2])
+    >>> list(found.summary.columns)[:2]
+    ['features', 'classes']
     """
     adapter = model if isinstance(model, Adapter) else adapt(model)
     encoders = (saes if isinstance(saes, SAEFeatures) else SAEFeatures(saes)).encoders()

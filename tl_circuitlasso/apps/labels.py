@@ -17,11 +17,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from tl_circuitlasso.data import storage
 from tl_circuitlasso.errors import FormatError, InputError
 from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.progress import bar as counting
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +49,9 @@ def neuronpedia_labels(
     ------
     InputError: a set that isn't "<model>/<set>", a host that isn't http(s), or a cache that can't be written.
     FormatError: a cache file that isn't a JSON object of texts.
+
+    >>> sets = {"blocks.7.hook_resid_pre": "gpt2-small/7-res-jb"}
+    >>> neuronpedia_labels(graph, sets, cache="labels.json")  # doctest: +SKIP
     """
     _check(sets, host)
     known = _read(Path(cache))
@@ -57,7 +59,7 @@ def neuronpedia_labels(
     keys = {name: key for name in names if (key := _key(name, sets))}
     missing = [key for key in dict.fromkeys(keys.values()) if key not in known]
     try:
-        for number, key in enumerate(tqdm(missing, disable=not progress, desc="labels"), 1):
+        for number, key in enumerate(counting(missing, progress=progress, desc="labels", unit="label"), 1):
             known[key] = _ask(f"{host}/api/feature/{urllib.parse.quote(key)}", timeout, api_key)
             if number % SAVE_EVERY == 0:
                 _write(Path(cache), known)
@@ -74,6 +76,17 @@ def with_labels(graph: AttributionGraph, labels: Mapping[str, str]) -> Attributi
     Raises
     ------
     InputError: a label of a node that the graph doesn't have.
+
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=1)
+    >>> named = with_labels(demo.circuit, {"a2.h0": "name mover"})
+    >>> print(tcl.explain(named, "a2.h0"))
+    a2.h0 name mover
+    parents
+      +1.4335  m0
+      +1.4157  a1.h2
+    children
+      +1.4390  logits
     """
     for name in labels:
         graph.index.position(name)

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from tqdm import tqdm
 
 from tl_circuitlasso.baselines.edges import EdgeLayout, as_circuits
 from tl_circuitlasso.baselines.gradient import Count, Job, Metric, Setting, facts, jobs
@@ -29,6 +28,7 @@ from tl_circuitlasso.models.ablation import Ablated, from_run, from_values
 from tl_circuitlasso.models.pairs import PairBatch
 from tl_circuitlasso.models.patch import run_circuits
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
+from tl_circuitlasso.progress import bar as counting
 
 SHARE = 0.01  # of the metric's range: the threshold where none is given
 AHEAD = 8  # edges tried at once, as if those before them were cut
@@ -49,7 +49,7 @@ def acdc(
     input_node: str = "embed",
     batch_size: int = 32,
     steps: int = 1,
-    progress: bool = False,
+    progress: bool = True,
 ) -> AttributionGraph:
     """The circuit that the search leaves; other arguments as in `eap`.
 
@@ -65,16 +65,23 @@ def acdc(
     Raises
     ------
     InputError: a negative threshold, and as in `eap`.
+
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=2)
+    >>> graph = acdc(demo.model, demo.tokens, demo.corrupted, demo.target, progress=False)
+    >>> graph.n_kept < len(graph.candidate_edges())
+    True
     """
     if threshold is not None and not threshold >= 0:
         raise InputError(f"`threshold` is {threshold!r}: give what an edge must be worth, in the metric's units, >= 0")
     began = time.perf_counter()
-    setting = Setting("acdc", ablation, mean_over, input_node, steps)
+    setting = Setting("acdc", ablation, mean_over, input_node, steps, progress)
     data = setting.pairs(model, clean, corrupted, attention_mask, batch_size)
     count = Count()
     search = _Search.over(list(jobs(data, metric or _unused, setting, count)), metric)
     bar_value = SHARE * abs(search.model - search.ablated) if threshold is None else float(threshold)
-    with tqdm(total=int(search.layout.mask().sum()), disable=not progress, unit="edge") as bar:
+    total = int(search.layout.mask().sum())
+    with counting(total=total, progress=progress, desc="acdc", unit="edge") as bar:
         for tried in search.tries(bar_value):
             bar.update(tried)
     worth = search.worth

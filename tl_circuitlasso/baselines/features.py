@@ -21,6 +21,7 @@ from tl_circuitlasso.models.encoder import Encoder
 from tl_circuitlasso.models.feature_effects import ENCODE_CHUNK, Recording, record, trials
 from tl_circuitlasso.models.sae import SAEFeatures
 from tl_circuitlasso.models.tokens import Prompts
+from tl_circuitlasso.progress import bar as counting
 
 HookPair = tuple[str, str]
 
@@ -28,6 +29,7 @@ HookPair = tuple[str, str]
 def feature_correlation(
     model: Any, basis: SAEFeatures | Mapping[str, Any], tokens: Any, like: AttributionGraph, *,
     positions: Any = "all", attention_mask: Tensor | None = None, batch_size: int = 32,
+    progress: bool = True,
 ) -> AttributionGraph:  # fmt: skip
     """The most correlated pairs of features at the same position: weight = cov(z_i, z_j) / var(z_i).
 
@@ -37,12 +39,21 @@ def feature_correlation(
     Raises
     ------
     InputError: `like` has no edge between features of `basis`.
+
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=32)
+    >>> saes = {f"blocks.{layer}.hook_resid_post": tcl.synthetic.random_sae(48, 12, seed=layer) for layer in (0, 1)}
+    >>> basis = tcl.SAEFeatures(saes)
+    >>> graph = tcl.circuit_lasso(demo.model, demo.tokens, basis=basis, progress=False)
+    >>> rival = feature_correlation(demo.model, basis, demo.tokens, graph)
+    >>> rival.n_kept <= graph.n_kept
+    True
     """
     began = time.perf_counter()
     adapter, encoders, pairs = _setup(model, basis, like)
     prompts = Prompts(adapter, tokens, attention_mask=attention_mask, positions=positions, batch_size=batch_size)
     moments = _Moments(pairs, features_of(like))
-    for batch in prompts:
+    for batch in counting(prompts, progress=progress, desc="feature_correlation", unit="batch"):
         acts = adapter.run(batch.tokens, batch.mask, list(encoders))
         moments.add({hook: encoder.encode(acts[hook][batch.keep]).cpu() for hook, encoder in encoders.items()})
     weights = {pair: moments.slope(pair) for pair in pairs}
@@ -54,7 +65,7 @@ def feature_correlation(
 def feature_gradient(
     model: Any, basis: SAEFeatures | Mapping[str, Any], tokens: Any, like: AttributionGraph, *,
     positions: Any = "all", attention_mask: Tensor | None = None, prompts: int = 16, batch_size: int = 64,
-    seed: int = 0,
+    seed: int = 0, progress: bool = True,
 ) -> AttributionGraph:  # fmt: skip
     """Gradient times activation between features, as in sparse feature circuits (Marks et al. 2024, section 3).
 
@@ -65,6 +76,15 @@ def feature_gradient(
     Raises
     ------
     InputError: `like` has no edge between features of `basis`. ModelError: an operation without forward derivative.
+
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=32)
+    >>> saes = {f"blocks.{layer}.hook_resid_post": tcl.synthetic.random_sae(48, 12, seed=layer) for layer in (0, 1)}
+    >>> basis = tcl.SAEFeatures(saes)
+    >>> graph = tcl.circuit_lasso(demo.model, demo.tokens, basis=basis, progress=False)
+    >>> rival = feature_gradient(demo.model, basis, demo.tokens, graph, prompts=2)
+    >>> rival.n_kept <= graph.n_kept
+    True
     """
     began = time.perf_counter()
     adapter, encoders, pairs = _setup(model, basis, like)
@@ -80,7 +100,8 @@ def feature_gradient(
         options = {"modes": ("gradient",), "prompts": prompts, "batch_size": batch_size, "seed": seed}
         found = torch.zeros(len(sources), len(targets), dtype=torch.float64)
         mass = torch.zeros(len(sources), dtype=torch.float64)
-        for batch in trials(adapter, recording, ends, sources, targets, **options):
+        made = trials(adapter, recording, ends, sources, targets, **options)
+        for batch in counting(made, progress=progress, desc=f"feature_gradient {pair[0]}", unit="batch"):
             some = batch["gradient"]
             found.index_add_(0, some.source, some.code.cpu())
             mass.index_add_(0, some.source, some.mass.cpu())

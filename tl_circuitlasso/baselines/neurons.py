@@ -25,6 +25,7 @@ from tl_circuitlasso.models.neuron_scores import Batch, ByGradient, BySweep, Sco
 from tl_circuitlasso.models.neuron_sweep import RELP
 from tl_circuitlasso.models.pairs import Metric, Pairs, pairs_of, shown
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
+from tl_circuitlasso.progress import counted
 
 MAX_NODES = 4096  # nodes that a graph keeps of those that are scored
 
@@ -42,6 +43,7 @@ def relp(
     attention_mask: Tensor | None = None,
     batch_size: int = 32,
     max_nodes: int | None = MAX_NODES,
+    progress: bool = True,
 ) -> AttributionGraph:
     """Relevance patching (Rezaei Jafari et al. 2025, arXiv 2508.21258; arXiv 2601.22594).
 
@@ -79,7 +81,7 @@ def relp(
     rules = replace(RELP, attention=attention == "frozen", half=products == "half")
     data = pairs_of(model, clean, corrupted, attention_mask=attention_mask, batch_size=batch_size)
     chosen = _reference(reference, corrupted)
-    return _graph("relp", data, corrupted, metric, basis, chosen, BySweep(rules, alone=True), max_nodes)
+    return _graph("relp", data, corrupted, metric, basis, chosen, BySweep(rules, alone=True), max_nodes, progress)
 
 
 def gradient_activation(
@@ -93,11 +95,19 @@ def gradient_activation(
     attention_mask: Tensor | None = None,
     batch_size: int = 32,
     max_nodes: int | None = MAX_NODES,
+    progress: bool = True,
 ) -> AttributionGraph:
-    """Activation (less its reference) times the gradient on the clean prompt: attribution patching; as in `relp`."""
+    """Activation (less its reference) times the gradient on the clean prompt: attribution patching; as in `relp`.
+
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=4)
+    >>> graph = gradient_activation(demo.model, demo.tokens, demo.corrupted, demo.target, basis="head")
+    >>> sorted(graph.top_k(2).kept_nodes())
+    ['a0.h0', 'a2.h0', 'logits']
+    """
     data = pairs_of(model, clean, corrupted, attention_mask=attention_mask, batch_size=batch_size)
     chosen = _reference(reference, corrupted)
-    return _graph("gradient_activation", data, corrupted, metric, basis, chosen, ByGradient(), max_nodes)
+    return _graph("gradient_activation", data, corrupted, metric, basis, chosen, ByGradient(), max_nodes, progress)
 
 
 def integrated_gradients(
@@ -112,23 +122,39 @@ def integrated_gradients(
     attention_mask: Tensor | None = None,
     batch_size: int = 32,
     max_nodes: int | None = MAX_NODES,
+    progress: bool = True,
 ) -> AttributionGraph:
     """Activation (less its reference) times the gradient's mean over a line of inputs; other arguments as in `relp`.
 
     The embeddings are r + k/steps (clean - r) with k = 0 .. steps - 1 (left Riemann sum), r being the corrupted
     prompt's embedding or, without one, zero. 1 or 2 + steps forward passes and `steps` backward ones per prompt.
+
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=4)
+    >>> graph = integrated_gradients(demo.model, demo.tokens, demo.corrupted, demo.target, basis="head", steps=5)
+    >>> sorted(graph.top_k(2).kept_nodes())
+    ['a0.h0', 'a2.h0', 'logits']
     """
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise InputError(f"`steps` is {steps!r}: the number of integration steps is an integer >= 1")
     data = pairs_of(model, clean, corrupted, attention_mask=attention_mask, batch_size=batch_size)
     chosen = _reference(reference, corrupted)
-    return _graph("integrated_gradients", data, corrupted, metric, basis, chosen, ByGradient(steps), max_nodes)
+    return _graph(
+        "integrated_gradients", data, corrupted, metric, basis, chosen, ByGradient(steps), max_nodes, progress
+    )
 
 
 def random_nodes(
     model: Any, *, basis: str = "neuron", seed: int = 0, max_nodes: int | None = MAX_NODES
 ) -> AttributionGraph:
-    """A score drawn uniformly from (0, 1) for every node: its k highest are k nodes drawn at random."""
+    """A score drawn uniformly from (0, 1) for every node: its k highest are k nodes drawn at random.
+
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=1)
+    >>> graph = random_nodes(demo.model, basis="head")
+    >>> len(graph)
+    12
+    """
     adapter = model if isinstance(model, Adapter) else adapt(model)
     setup = Scoring(adapter, lambda logits, batch: logits.sum(), basis, "zero")
     generator = torch.Generator().manual_seed(seed)
@@ -157,11 +183,12 @@ def _graph(
     reference: str,
     way: BySweep | ByGradient,
     max_nodes: int | None,
+    progress: bool,
 ) -> AttributionGraph:
     began, given = time.perf_counter(), metric
     metric = data.metric(metric)
     setup = Scoring(data.adapter, lambda logits, batch: metric(shown(logits, batch.mask), batch.rows), basis, reference)
-    found = scores(setup, lambda: batches(data, corrupted is not None), len(data), way)
+    found = scores(setup, lambda: batches(data, corrupted is not None, method, progress), len(data), way)
     facts = record(
         method,
         data.adapter.facts(),
@@ -180,9 +207,10 @@ def _graph(
     return score_graph(data.adapter, basis, found, Site("logits"), max_nodes, facts)
 
 
-def batches(data: Pairs, paired: bool) -> Iterator[Batch]:
-    """The prompts as scoring takes them."""
-    for batch in data:
+def batches(data: Pairs, paired: bool, method: str, progress: bool) -> Iterator[Batch]:
+    """The prompts as scoring takes them, while a bar counts them."""
+    sized = {"progress": progress, "desc": method, "total": len(data)}
+    for batch in counted(data, lambda pair: len(pair.rows), **sized):
         yield Batch(batch.clean.tokens, batch.corrupted.tokens if paired else None, batch.mask, batch.rows)
 
 

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_circuitlasso.baselines.edges import EdgeLayout
-from tl_circuitlasso.baselines.gradient import Count, Job, Path, Setting, Step, at_clean, jobs
+from tl_circuitlasso.baselines.gradient import Count, Job, Path, Setting, Step, at_clean, walked
 from tl_circuitlasso.data.targets import LogitDiff
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.models.metric import Metric
@@ -28,23 +28,29 @@ def node_scores(
     mean_over: str = "clean",
     input_node: str = "embed",
     batch_size: int = 32,
+    progress: bool = True,
 ) -> dict[str, float]:
     """score(u) = mean over prompts of <u_clean - u_ablated, d metric / d (output of u)>, by node name.
 
     "eap" takes the derivative on the clean prompt, "eap_ig" the mean over embeddings corrupted + k/steps (clean -
     corrupted), k = 1 .. steps; other arguments as in `baselines.eap`. It is that of an MLP's output, not of its input
     (as EAP-IG's node scores have it).
+
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=4)
+    >>> scores = node_scores(demo.model, demo.tokens, demo.corrupted, demo.target)
+    >>> max(scores, key=scores.get)
+    'a2.h0'
     """
     path: Path | None = {"eap": at_clean, "eap_ig": _along_inputs}.get(method)
     if path is None:
         raise InputError(f"`method` is {method!r}: write 'eap' or 'eap_ig'")
-    setting = Setting(method, ablation, mean_over, input_node, steps)
+    setting = Setting(method, ablation, mean_over, input_node, steps, progress)
     data = setting.pairs(model, clean, corrupted, attention_mask, batch_size)
     layout = EdgeLayout(data.adapter.shape)
     scores = torch.zeros(layout.n_sources, dtype=torch.float64)
-    for job in jobs(data, metric, setting, Count(), outputs=True):
-        for step in path(job):
-            scores += _products(job, step)
+    for job, step in walked(data, metric, setting, Count(), path, outputs=True):
+        scores += _products(job, step)
     return dict(zip(layout.index.names, (scores / len(data)).tolist()))
 
 

@@ -1,6 +1,7 @@
 """Baselines that only watch: information-flow routes, marginal correlation, and random edges."""
 
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from tl_circuitlasso.models.metric import Metric
 from tl_circuitlasso.models.pairs import Pairs, pairs_of
 from tl_circuitlasso.models.patching import Written, learned_positions, record_all
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
+from tl_circuitlasso.progress import counted
 
 SKETCH = 32  # dimensions to which what a component writes is projected before correlations are taken
 
@@ -30,18 +32,25 @@ def information_flow_routes(
     input_node: str = "embed",
     batch_size: int = 32,
     steps: int = 1,
+    progress: bool = True,
 ) -> AttributionGraph:
     """Information-flow routes (Ferrando & Voita 2024, arXiv 2403.00824): how near each source is to what is read.
 
     importance(u -> v) = max(0, |x_v|_1 - |x_v - u|_1), divided by its sum over the sources of v, averaged over the
     positions of each prompt and over prompts; x_v is the residual stream that v reads. Scores are unsigned and the same
     for all heads and ports of a layer. One forward pass; corrupted prompts, the metric and steps aren't used.
+
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=8)
+    >>> graph = information_flow_routes(demo.model, demo.tokens)
+    >>> bool((graph.score >= 0).all())
+    True
     """
     began = time.perf_counter()
     data = pairs_of(model, clean, None, attention_mask=attention_mask, batch_size=batch_size)
     layout = EdgeLayout(data.adapter.shape)
     scores = torch.zeros(layout.n_sources, layout.n_readers, dtype=torch.float64, device=data.adapter.device)
-    for batch, _ in data:
+    for batch in _watched(data, "information_flow_routes", progress):
         _add_nearness(layout, data.adapter, scores, batch, input_node)
     made = record(
         "information_flow_routes",
@@ -95,17 +104,24 @@ def correlation(
     batch_size: int = 32,
     steps: int = 1,
     seed: int = 0,
+    progress: bool = True,
 ) -> AttributionGraph:
     """Marginal correlation: how far what u writes and what v writes vary together at the same position.
 
     The RV coefficient |C_uv|^2 / (|C_uu| |C_vv|) of cross-covariances (Frobenius norms; Escoufier 1973), the squared
     correlation where both are numbers; between 0 and 1, without ports. Outputs wider than 32 dimensions are projected
     to 32 random ones first. One forward pass; corrupted prompts, the metric and steps aren't used.
+
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=8)
+    >>> graph = correlation(demo.model, demo.tokens)
+    >>> len(graph), 0 <= float(graph.score.min()) <= float(graph.score.max()) <= 1
+    (118, True)
     """
     began = time.perf_counter()
     data = pairs_of(model, clean, None, attention_mask=attention_mask, batch_size=batch_size)
     layout = EdgeLayout(data.adapter.shape)
-    rv = _rv(_covariance(data, layout, seed), len(layout.index)).cpu()
+    rv = _rv(_covariance(data, layout, seed, progress), len(layout.index)).cpu()
     made = record(
         "correlation",
         data.adapter.facts(),
@@ -121,13 +137,20 @@ def correlation(
     return graph.keep(torch.ones_like(graph.kept))
 
 
-def _covariance(data: Pairs, layout: EdgeLayout, seed: int) -> Float[Tensor, "node sketch node sketch"]:
+def _watched(data: Pairs, method: str, progress: bool) -> Iterator[Batch]:
+    """The clean prompts, while a bar counts them."""
+    sized = {"progress": progress, "desc": method, "total": len(data)}
+    for batch, _ in counted(data, lambda pair: len(pair.rows), **sized):
+        yield batch
+
+
+def _covariance(data: Pairs, layout: EdgeLayout, seed: int, progress: bool) -> Float[Tensor, "node sketch node sketch"]:
     adapter = data.adapter
     project = _Sketch(adapter, seed)
     columns = len(layout.index) * project.width
     total = torch.zeros(columns, dtype=torch.float64, device=adapter.device)
     gram, count, pilot = torch.zeros(columns, columns).to(total), 0, None
-    for batch, _ in data:
+    for batch in _watched(data, "correlation", progress):
         values = _outputs(layout, adapter, batch, project)
         pilot = values.mean(0) if pilot is None else pilot  # centring before the products keeps their digits
         values = values - pilot
@@ -181,8 +204,16 @@ def random_edges(
     batch_size: int = 32,
     steps: int = 1,
     seed: int = 0,
+    progress: bool = True,
 ) -> AttributionGraph:
-    """A score drawn uniformly from (0, 1) for every edge: what chance finds. Only the model's shape is read."""
+    """A score drawn uniformly from (0, 1) for every edge: what chance finds. Only the model's shape is read.
+
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=1)
+    >>> graph = random_edges(demo.model, seed=1)
+    >>> graph.n_kept == len(graph.candidate_edges())
+    True
+    """
     if not isinstance(seed, int):
         raise InputError(f"`seed` is {seed!r}: give an integer")
     adapter = model if isinstance(model, Adapter) else adapt(model)

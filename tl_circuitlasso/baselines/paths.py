@@ -19,7 +19,7 @@ from tl_circuitlasso.baselines.gradient import (
     along_inputs,
     attribute,
     facts,
-    jobs,
+    walked,
 )
 from tl_circuitlasso.data.targets import LogitDiff
 from tl_circuitlasso.errors import InputError
@@ -42,6 +42,7 @@ def eap_gp(
     mean_over: str = "clean",
     input_node: str = "embed",
     batch_size: int = 32,
+    progress: bool = True,
 ) -> AttributionGraph:
     """EAP along a gradient path (EAP-GP, Zhang et al. 2025, arXiv 2502.06852); arguments as in `eap`.
 
@@ -52,8 +53,14 @@ def eap_gp(
 
     with f the logits at real positions and norms over a prompt. The derivative is the mean of those at x_0 ...
     x_{steps-1}. 2 steps forward and 2 steps - 1 backward passes per prompt.
+
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=4)
+    >>> graph = eap_gp(demo.model, demo.tokens, demo.corrupted, demo.target, steps=2)
+    >>> len(graph.top_k(6).kept_edges() & demo.true_edges)  # of the six planted edges
+    3
     """
-    setting = Setting("eap_gp", ablation, mean_over, input_node, steps)
+    setting = Setting("eap_gp", ablation, mean_over, input_node, steps, progress)
     data = setting.pairs(model, clean, corrupted, attention_mask, batch_size)
     return attribute(data, metric, setting, _along_gradients)
 
@@ -113,6 +120,7 @@ def bootstrap_eap_ig(
     mean_over: str = "clean",
     input_node: str = "embed",
     batch_size: int = 32,
+    progress: bool = True,
 ) -> AttributionGraph:
     """EAP-IG with an interval for each edge over resamples of the prompts (arXiv 2510.25786); arguments as in `eap_ig`.
 
@@ -127,27 +135,31 @@ def bootstrap_eap_ig(
     Raises
     ------
     InputError: fewer than 2 resamples, a level outside (0, 1), and as in `eap_ig`.
+
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=4)
+    >>> graph = bootstrap_eap_ig(demo.model, demo.tokens, demo.corrupted, demo.target, steps=2, resamples=5)
+    >>> ("a2.h0", "logits") in graph.kept_edges()
+    True
     """
     if not isinstance(resamples, int) or isinstance(resamples, bool) or resamples < 2:
         raise InputError(f"`resamples` is {resamples!r}: how often prompts are drawn again is an integer >= 2")
     if not 0 < level < 1:
         raise InputError(f"`level` is {level!r}: give a share between 0 and 1, such as .95")
     began = time.perf_counter()
-    setting = Setting("bootstrap_eap_ig", ablation, mean_over, input_node, steps)
+    setting = Setting("bootstrap_eap_ig", ablation, mean_over, input_node, steps, progress)
     data = setting.pairs(model, clean, corrupted, attention_mask, batch_size)
     layout, count = EdgeLayout(data.adapter.shape), Count()
     times = _times_drawn(len(data), resamples, seed)
     device = data.adapter.device
     scores = torch.zeros(1 + resamples, layout.n_sources, layout.n_readers, dtype=torch.float64, device=device)
-    for job in jobs(data, metric, setting, count):
-        weights = times[:, job.batch.rows].to(device)
-        for difference, traced, share in along_inputs(job):
-            for number, weight in enumerate(weights):
-                drawn = job.batch.mask & (weight > 0)[:, None]
-                if bool(drawn.any()):
-                    part = torch.zeros_like(scores[number])
-                    add_products(layout, data.adapter, part, _weighted(difference, weight), traced, drawn)
-                    scores[number] += share * part
+    for job, (difference, traced, share) in walked(data, metric, setting, count, along_inputs):
+        for number, weight in enumerate(times[:, job.batch.rows].to(device)):
+            drawn = job.batch.mask & (weight > 0)[:, None]
+            if bool(drawn.any()):
+                part = torch.zeros_like(scores[number])
+                add_products(layout, data.adapter, part, _weighted(difference, weight), traced, drawn)
+                scores[number] += share * part
     found = facts(data, setting, count, began, metric) | {"resamples": resamples, "level": level, "seed": seed}
     graph = layout.graph(scores[0] / len(data), found)
     source, column = layout.mask().nonzero(as_tuple=True)

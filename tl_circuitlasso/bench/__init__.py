@@ -58,6 +58,9 @@ def interpbench(
     Raises
     ------
     InputError: no such folder, no cases in it, an unknown method or truth, `prompts` < 1 or `seeds` < 1.
+
+    >>> report = interpbench("interpbench", ["circuit-lasso", "eap-ig"], json_path="figures.json")  # doctest: +SKIP
+    >>> print(report)  # doctest: +SKIP
     """
     wanted = chosen(methods)
     if truth not in TRUTHS:

@@ -62,6 +62,9 @@ def load_case(folder: Path, truth: str = "effective") -> Case:
     FormatError: a file that isn't what its name says.
     ModelError: weights and config that don't make a model.
     All messages name the case.
+
+    >>> case = load_case(Path("interpbench/3"))  # doctest: +SKIP
+    >>> len(case.true_edges)  # doctest: +SKIP
     """
     if truth not in TRUTHS:
         raise InputError(f"`truth` is {truth!r}: write 'effective', 'flow' or 'gt'")

@@ -78,7 +78,7 @@ def _baseline(
     def run(case: Case, prompts: int | None, seed: int) -> AttributionGraph:
         clean, corrupted = limited(case, prompts)
         metric = objective(case, clean, corrupted, kind)
-        return method(case.model, clean, corrupted, metric, batch_size=BATCH, **options)
+        return method(case.model, clean, corrupted, metric, batch_size=BATCH, progress=False, **options)
 
     return run
 
@@ -87,7 +87,8 @@ def _watching(method: Callable[..., AttributionGraph], *, seeded: bool = False) 
     def run(case: Case, prompts: int | None, seed: int) -> AttributionGraph:
         clean, _ = limited(case, prompts)
         mask = torch.ones_like(clean, dtype=torch.bool)
-        return method(case.model, clean, attention_mask=mask, batch_size=BATCH, **({"seed": seed} if seeded else {}))
+        options = {"seed": seed} if seeded else {}
+        return method(case.model, clean, attention_mask=mask, batch_size=BATCH, progress=False, **options)
 
     return run
 
@@ -95,7 +96,7 @@ def _watching(method: Callable[..., AttributionGraph], *, seeded: bool = False) 
 def _exact(case: Case, prompts: int | None, seed: int) -> AttributionGraph:
     clean, corrupted = limited(case, prompts)
     metric = objective(case, clean, corrupted, "distance")
-    return baselines.exact(case.model, clean, corrupted, metric, batch_size=2048)
+    return baselines.exact(case.model, clean, corrupted, metric, batch_size=2048, progress=False)
 
 
 def _circuit_lasso(**options: Any) -> Callable[..., AttributionGraph]:
@@ -113,7 +114,7 @@ def _circuit_lasso(**options: Any) -> Callable[..., AttributionGraph]:
 
 def _magnitude(case: Case, prompts: int | None, seed: int) -> AttributionGraph:
     clean, corrupted = limited(case, prompts)
-    return baselines.METHODS["magnitude"](case.model, clean, corrupted, batch_size=BATCH)
+    return baselines.METHODS["magnitude"](case.model, clean, corrupted, batch_size=BATCH, progress=False)
 
 
 def _confirmed(case: Case, prompts: int | None, seed: int) -> AttributionGraph:
@@ -123,7 +124,8 @@ def _confirmed(case: Case, prompts: int | None, seed: int) -> AttributionGraph:
     if not bool(graph.prune().kept.any()):
         return graph
     metric = objective(case, clean, corrupted, "distance")
-    found = confirm(graph, case.model, clean, corrupted, metric, batch_size=BATCH, seed=seed).prune()
+    options = {"batch_size": BATCH, "seed": seed, "progress": False}
+    found = confirm(graph, case.model, clean, corrupted, metric, **options).prune()
     passes = graph.provenance["forward_passes"] + found.provenance["confirm"]["forward_passes"]
     return replace(found, provenance={**found.provenance, "forward_passes": passes})
 

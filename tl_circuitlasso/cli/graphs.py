@@ -10,6 +10,7 @@ from tl_circuitlasso.cli.options import (
     GRAPH,
     PICTURES,
     command,
+    interactive,
     load_graph,
     load_graphs,
     load_truth,
@@ -122,7 +123,7 @@ def _on_model(arguments: argparse.Namespace) -> dict[str, Any]:
         return {}
     name, prompts = arguments.faithfulness
     asked = judged(name, Path(prompts), arguments.metric, arguments.limit)
-    return {**asked.as_options(), "ablation": arguments.ablation}
+    return {**asked.as_options(), "ablation": arguments.ablation, "progress": interactive(arguments)}
 
 
 def convert(arguments: argparse.Namespace) -> None:

@@ -72,7 +72,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if arguments.out:
         writable_file(arguments.out, PICTURES)
     asked = judged(arguments.model, arguments.prompts, arguments.metric, arguments.limit)
-    graphs, options = load_graphs(arguments.graphs), _features(arguments)
+    graphs = load_graphs(arguments.graphs)
+    options = {**_features(arguments), "progress": interactive(arguments)}
     report = evaluation.report(
         asked.model, graphs, asked.clean, asked.corrupted, asked.metric, arguments.ablation, **options
     )
@@ -89,6 +90,7 @@ def baseline(arguments: argparse.Namespace) -> None:
     if arguments.top is not None and arguments.top < 1:
         raise InputError(f"`--top` is {arguments.top}: how many edges to keep is a whole number, 1 or more")
     method, options = baselines.method(arguments.method), {} if arguments.steps is None else {"steps": arguments.steps}
+    options["progress"] = interactive(arguments)
     out = writable(arguments.out)
     asked = judged(arguments.model, arguments.prompts, arguments.metric, arguments.limit)
     graph = method(asked.model, asked.clean, asked.corrupted, asked.metric, **options)

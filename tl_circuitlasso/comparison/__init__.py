@@ -138,6 +138,13 @@ def compare(
     InputError: fewer than two graphs, graphs of different models, no candidate edge in common, true edges that aren't
         candidates, rankings only without `edges` or a truth to say how many edges to take, or a model without prompts
         or metric.
+
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=4)
+    >>> graphs = {"planted": demo.circuit, "chance": tcl.baselines.random_edges(demo.model)}
+    >>> found = compare(graphs, demo.true_edges)
+    >>> found.equal, found.n_true, list(found.table.index)
+    (6, 6, ['planted', 'chance'])
     """
     made = _made(graphs)
     if edges is not None and (not isinstance(edges, int) or isinstance(edges, bool) or edges < 1):

@@ -113,6 +113,9 @@ class Labels:
     Raises
     ------
     InputError: not integers, negative, not numbered from 0, or only one class.
+
+    >>> Labels([0, 1, 1]).y.tolist()
+    [0, 1, 1]
     """
 
     y: Any
@@ -141,6 +144,9 @@ class Values:
     Raises
     ------
     InputError: not numbers, NaN or infinite.
+
+    >>> Values([0.5, -1]).y.tolist()
+    [0.5, -1.0]
     """
 
     y: Any

@@ -27,6 +27,8 @@ from tl_circuitlasso.data.storage import parse_json
 from tl_circuitlasso.data.targets import LogitDiff
 from tl_circuitlasso.demo.ioi import sentences, text
 from tl_circuitlasso.errors import InputError
+from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.graph.nodes import component_index
 
 Pair = tuple[str, str]
 
@@ -76,6 +78,18 @@ class Demo:
     @property
     def target(self) -> LogitDiff:
         return LogitDiff(self.correct, self.incorrect)
+
+    @property
+    def circuit(self) -> AttributionGraph:
+        """The planted circuit as a graph: every candidate edge, its score the measured effect, the true ones kept.
+
+        >>> len(load_demo(prompts=1).circuit.kept_edges())
+        6
+        """
+        graph = AttributionGraph.from_edges(component_index(n_layers=3, n_heads=4), dict(self.effects))
+        pairs = zip(graph.source.tolist(), graph.target.tolist())
+        names = graph.index.names
+        return graph.keep([(names[source], names[target]) in self.true_edges for source, target in pairs])
 
     def decode(self, tokens: Int[Tensor, " count"]) -> list[str]:
         """The word of each token."""

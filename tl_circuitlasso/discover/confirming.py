@@ -32,12 +32,14 @@ class Confirmation:
     pairs: Pairs
     metric: Metric
 
-    def apply(self, graph: AttributionGraph, adapter: Adapter, *, seed: int, ranks: Ranks = ALONE) -> AttributionGraph:
+    def apply(
+        self, graph: AttributionGraph, adapter: Adapter, *, seed: int, progress: bool, ranks: Ranks = ALONE
+    ) -> AttributionGraph:
         """The graph with measured effects, less the refuted edges and what no longer lies on a path; `ranks` share the
         edges."""
         if not bool(graph.prune().kept.any()):  # no path was found, so there's nothing to measure
             return graph
-        options = {"seed": seed, "process_group": ranks}
+        options = {"seed": seed, "process_group": ranks, "progress": progress and ranks.rank == 0}
         return confirm(graph, adapter, self.pairs.clean, self.pairs.corrupted, self.metric, **options).prune()
 
 

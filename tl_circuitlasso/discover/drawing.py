@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from tl_circuitlasso.data.sharing import ALONE, Ranks
 from tl_circuitlasso.data.targets import Labels, LogitDiff, Target, Values, check_length
@@ -18,6 +17,7 @@ from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.metric import answer_difference
 from tl_circuitlasso.models.pairs import last_places
 from tl_circuitlasso.models.tokens import Batch, Prompts
+from tl_circuitlasso.progress import bar as counting
 
 AT_LEAST = 16  # prompts of each stratum, as far as there are so many and room for them
 BINS = 8  # strata of a target that is a number, by its quantiles
@@ -85,7 +85,7 @@ def _outputs(
         return _binned(target.y), 0
     found: dict[str, Tensor] = {}
     with ranks.together():
-        bar = tqdm(prompts, desc="outputs", unit="batch", disable=None if progress else True)
+        bar = counting(prompts, desc="outputs", unit="batch", progress=progress)
         for number, batch in enumerate(bar):
             if ranks.mine(number):
                 found[str(number)] = _said(adapter, batch, target)

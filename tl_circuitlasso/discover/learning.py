@@ -42,6 +42,12 @@ def learn_children(
     Raises
     ------
     InputError: fewer than two samples, or a strength that needs folds the statistics don't have.
+
+    >>> from tl_circuitlasso.synthetic import planted
+    >>> problem = planted(layers=1, heads=2, prompts=64, seed=1)
+    >>> graph = learn(problem.statistics())
+    >>> ("m0", "target") in graph.kept_edges()
+    True
     """
     index = _index(statistics)
     own: dict[int, Learned] = {}

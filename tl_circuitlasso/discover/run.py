@@ -123,9 +123,11 @@ def circuit_lasso(
     ------
     InputError: an argument is wrong; the message names it. ModelError: the model can't be read truthfully.
 
-    >>> graph = circuit_lasso(model, tokens)          # doctest: +SKIP
-    >>> graph.kept_edges()                            # doctest: +SKIP
-    {('input', 'a0.h1'), ('a0.h1', 'm1'), ('m1', 'logits')}
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=32)
+    >>> graph = circuit_lasso(demo.model, demo.tokens, target=demo.target, positions="last", progress=False)
+    >>> sorted(graph.kept_edges() & demo.true_edges)[:2]
+    [('a0.h1', 'a1.h2'), ('a1.h2', 'a2.h0')]
     """
     began, ranks = time.perf_counter(), as_ranks(process_group)
     checked, target, seed = as_strength(strength), as_target(target), as_seed(seed)
@@ -237,7 +239,7 @@ def _components(
         )
     clock.append(time.perf_counter())
     if causal is not None:
-        graph = causal.apply(graph, job.adapter, seed=job.seed, ranks=job.ranks)
+        graph = causal.apply(graph, job.adapter, seed=job.seed, progress=job.progress, ranks=job.ranks)
     clock.append(time.perf_counter())
     solve, second, measured = (after - before for before, after in pairwise(clock))
     seconds = {"forward and statistics": collected.seconds, "solve": solve, "second look": second}
@@ -334,8 +336,12 @@ def collect_statistics(
     `first.fresh()`, and `learn` takes the sum. `folds` > 1 keeps what the strengths "cv" and "stability" need. With a
     `process_group`, as in `circuit_lasso`, torch.distributed does this: every process gets the statistics of all.
 
-    >>> parts = [collect_statistics(model, half) for half in tokens.chunk(2)]       # doctest: +SKIP
-    >>> graph = tcl.learn(parts[0] + parts[1])                                       # doctest: +SKIP
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=8)
+    >>> options = {"positions": "last", "progress": False}
+    >>> parts = [collect_statistics(demo.model, half, **options) for half in demo.tokens.chunk(2)]
+    >>> tcl.learn(parts[0] + parts[1]).nodes[0]
+    'input'
     """
     chosen, ranks = as_design(design, basis, nonlinear=nonlinear), as_ranks(process_group)
     target, seed = as_target(target), as_seed(seed)

@@ -57,6 +57,12 @@ def confirm(
     Raises
     ------
     InputError: no kept edge on a path from the input to the logits, and as in `faithfulness`.
+
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=4)
+    >>> graph = confirm(demo.circuit, demo.model, demo.tokens, demo.corrupted, demo.target)
+    >>> graph.provenance["confirm"]["tested"], graph.n_kept
+    (6, 6)
     """
     if not tolerance >= 0:
         raise InputError(f"`tolerance` is {tolerance!r}: give a share of the metric's range, 0 or more")

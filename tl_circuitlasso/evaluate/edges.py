@@ -20,7 +20,6 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from tl_circuitlasso.baselines.features import features_of, hook_pairs
 from tl_circuitlasso.errors import InputError
@@ -32,6 +31,7 @@ from tl_circuitlasso.models.encoder import Encoder
 from tl_circuitlasso.models.feature_effects import Mode, Reading, Recording, record, trials
 from tl_circuitlasso.models.sae import SAEFeatures
 from tl_circuitlasso.models.tokens import Prompts
+from tl_circuitlasso.progress import bar as counting
 
 Key = tuple[str, str, str]  # source, target, port
 RESAMPLES = 500
@@ -119,6 +119,16 @@ def edges(
     ------
     InputError: no kept edge between features, graphs of other SAEs, numbers below 1, or tokens on which no source of
         an edge fires.
+
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=16)
+    >>> saes = {f"blocks.{layer}.hook_resid_post": tcl.synthetic.random_sae(48, 12, seed=layer) for layer in (0, 1)}
+    >>> basis = tcl.SAEFeatures(saes)
+    >>> graph = tcl.circuit_lasso(demo.model, demo.tokens, basis=basis, progress=False)
+    >>> few = {"strongest": 3, "sample": 3, "non_edges": 3, "prompts": 2, "recall_sources": 2}
+    >>> found = edges(graph, demo.model, basis, demo.tokens, **few)
+    >>> list(found.table.columns[:4])
+    ['source', 'target', 'port', 'score']
     """
     _check_numbers(
         strongest=strongest, sample=sample, non_edges=non_edges, prompts=prompts, recall_sources=recall_sources
@@ -136,7 +146,7 @@ def edges(
     reading = _READING_POOLED if whole.mixing == "pooled" else _READING
     effects = _measure(adapter, recording, used, unique, reading, options, progress)
     cosines = {key: _cosine(used, *key) for key in zip(unique["source"], unique["target"])}
-    with tqdm(disable=not progress, desc="all effects", unit="batch") as bar:
+    with counting(progress=progress, desc="all effects", unit="batch") as bar:
         options = {**options, "modes": ("ablate",), "read": reading[""]}
         first = next(iter(named.values()))
         truths = measure_all(adapter, recording, used, first, recall_sources, options, bar.update)
@@ -228,7 +238,7 @@ def _measure(
     groups: Any = table.groupby([table["source"].map(_hook), table["target"].map(_hook), "port"], sort=False)
     found: dict[Key, _Effect] = {}
     total = sum(rows["source"].nunique() for _, rows in groups)
-    with tqdm(total=total, disable=not progress, desc="edit features", unit="feature") as bar:
+    with counting(total=total, progress=progress, desc="edit features", unit="feature") as bar:
         for (first, last, port), rows in groups:
             ends = (encoders[first], encoders[last])
             sources, targets = (sorted({_feature(node) for node in rows[end]}) for end in ("source", "target"))

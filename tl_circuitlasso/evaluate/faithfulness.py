@@ -92,6 +92,7 @@ def faithfulness(
     input_node: str = "embed",
     batch_size: int = 32,
     seed: int = 0,
+    progress: bool = True,
 ) -> Faithfulness:
     """(m(circuit) - m(ablated)) / (m(model) - m(ablated)), as in MIB (Mueller et al. 2025, arXiv 2504.13151).
 
@@ -115,11 +116,18 @@ def faithfulness(
     mean_over: whether means are over the "clean" or the "corrupted" prompts.
     input_node: whether `input` is the token embedding alone ("embed", as in EAP-IG) or with learned positions
         ("resid"). It makes no difference to "patch".
+    progress: a bar on a terminal, elsewhere a line every ten seconds, of what takes long.
 
     Raises
     ------
     InputError: a graph of another model, prompts or metric that can't be used, or a metric that is the same for the
         model and for the ablated model, so that there's no scale.
+
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=8)
+    >>> found = faithfulness(demo.model, demo.circuit, demo.tokens, demo.corrupted, demo.target)
+    >>> found.nodes, found.faithfulness > 0.9, found.low <= found.faithfulness <= found.high
+    (6, True, True)
     """
     setup = intervention(
         model,
@@ -131,6 +139,7 @@ def faithfulness(
         mean_over=mean_over,
         input_node=input_node,
         batch_size=batch_size,
+        progress=progress,
     )
     features = FeatureOptions({} if saes is None else saes, error, rest)
     return _either(setup, graph, level, features, seed, complement=False)
@@ -152,7 +161,13 @@ def completeness(
     **options: Any,
 ) -> Faithfulness:
     """The faithfulness of everything but the circuit: near 0 where the circuit leaves nothing out (Marks et al. 2024,
-    arXiv 2403.19647). Arguments as in `faithfulness`."""
+    arXiv 2403.19647). Arguments as in `faithfulness`.
+
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=8)
+    >>> abs(completeness(demo.model, demo.circuit, demo.tokens, demo.corrupted, demo.target).faithfulness) < 0.1
+    True
+    """
     setup = intervention(model, clean, corrupted, metric, ablation, **options)
     features = FeatureOptions({} if saes is None else saes, error, rest)
     return _either(setup, graph, level, features, seed, complement=True)

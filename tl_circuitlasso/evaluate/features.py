@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_circuitlasso.errors import InputError
-from tl_circuitlasso.evaluate.interventions import Intervention, Measured, prompt_values
+from tl_circuitlasso.evaluate.interventions import Intervention, Measured, count_passes, prompt_values
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.graph.nodes import Block
 from tl_circuitlasso.models import Adapter
@@ -212,14 +212,17 @@ def measure_features(setup: Intervention, sites: Sequence[FeatureSite], circuits
     if setup.ablation == "optimal":
         raise InputError("`ablation` 'optimal' fits constants to whole components: use 'mean' for features")
     values = torch.zeros(1 + len(circuits), len(setup.pairs), dtype=torch.float64)
-    means = _means(setup, sites) if setup.ablation.startswith("mean") else None
-    for batch in setup.pairs:
-        logits = setup.adapter.run(batch.clean.tokens, batch.mask, ["logits"])["logits"]
-        values[0, batch.rows] = prompt_values(setup.metric, logits, batch, "the model")
-        carried = _carried(setup, sites, batch, means)
-        for number, circuit in enumerate(circuits, 1):
-            logits = run_features(setup.adapter, batch.clean.tokens, batch.mask, sites, circuit, carried)
-            values[number, batch.rows] = prompt_values(setup.metric, logits, batch, "a circuit")
+    with count_passes(setup, 1 + len(circuits), "measure") as bar:
+        means = _means(setup, sites) if setup.ablation.startswith("mean") else None
+        for batch in setup.pairs:
+            logits = setup.adapter.run(batch.clean.tokens, batch.mask, ["logits"])["logits"]
+            values[0, batch.rows] = prompt_values(setup.metric, logits, batch, "the model")
+            carried = _carried(setup, sites, batch, means)
+            bar.update(len(batch.rows))
+            for number, circuit in enumerate(circuits, 1):
+                logits = run_features(setup.adapter, batch.clean.tokens, batch.mask, sites, circuit, carried)
+                values[number, batch.rows] = prompt_values(setup.metric, logits, batch, "a circuit")
+                bar.update(len(batch.rows))
     passes = 1.0 + (setup.ablation != "zero") + len(circuits)
     return Measured(values[0], values[-1], values[1:-1], passes)
 

@@ -100,6 +100,12 @@ def tests(
     Raises
     ------
     InputError: nothing kept on a path or everything kept, numbers out of range, and as in `faithfulness`.
+
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=4)
+    >>> found = tests(demo.model, demo.circuit, demo.tokens, demo.corrupted, demo.target, circuits=10)
+    >>> list(found.table.index)
+    ['equivalence', 'independence', 'minimality', 'sufficiency', 'partial necessity']
     """
     _check(circuits, quantile, margin, level)
     setup = intervention(model, clean, corrupted, metric, ablation, **options)
@@ -170,7 +176,9 @@ class _Values:
 
 
 def _measured(setup: Intervention, circuits: EdgeMatrix) -> _Values:
-    parts = [measure(setup, some) for some in circuits.split(TOGETHER)]
+    pieces = circuits.split(TOGETHER)
+    names = [f"measure, part {number} of {len(pieces)}" for number in range(1, len(pieces) + 1)]
+    parts = [measure(setup, some, name) for some, name in zip(pieces, names)]
     check_scale(parts[0])
     passes = sum(part.forward_passes for part in parts)
     return _Values(parts[0].model, parts[0].ablated, torch.cat([part.circuits for part in parts]), passes)

@@ -25,6 +25,8 @@ from tl_circuitlasso.models.pairs import PairBatch, Pairs, pairs_of
 from tl_circuitlasso.models.patch import Circuits, run_circuits
 from tl_circuitlasso.models.patching import Written, record
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
+from tl_circuitlasso.progress import bar as counting
+from tl_circuitlasso.progress import counted
 
 ABLATIONS = ("patch", "zero", "mean", "mean-all", "optimal")
 Ablation = str | Optimal
@@ -43,6 +45,7 @@ class Intervention:
     mean_over: whether means are over the "clean" prompts or the "corrupted" ones.
     input_node: whether `input` is the token embedding alone ("embed", as in EAP-IG), so that learned positions are
         never ablated, or everything in front of the first layer ("resid"). The same for ablation="patch".
+    progress: whether what takes long says how far it is.
     """
 
     pairs: Pairs
@@ -51,6 +54,7 @@ class Intervention:
     mean_over: str
     input_node: str
     optimal: Optimal
+    progress: bool = True
 
     @property
     def adapter(self) -> Adapter:
@@ -68,6 +72,7 @@ def intervention(
     mean_over: str = "clean",
     input_node: str = "embed",
     batch_size: int = 32,
+    progress: bool = True,
 ) -> Intervention:
     """The checked arguments of every function that measures by intervention.
 
@@ -86,7 +91,7 @@ def intervention(
             "'mean-all', 'optimal' or 'zero', and means over the clean prompts"
         )
     data = pairs_of(model, clean, corrupted, attention_mask=attention_mask, batch_size=batch_size)
-    return Intervention(data, data.metric(metric), ablation, mean_over, input_node, how)
+    return Intervention(data, data.metric(metric), ablation, mean_over, input_node, how, progress)
 
 
 def _one_of(name: str, given: str, known: tuple[str, ...]) -> None:
@@ -107,11 +112,12 @@ class Measured:
     forward_passes: float
 
 
-def measure(setup: Intervention, kept: EdgeMatrix) -> Measured:
+def measure(setup: Intervention, kept: EdgeMatrix, what: str = "measure") -> Measured:
     """The metric of the model, of the ablated model and of every circuit, pruned first.
 
     One forward pass for the model, one for the ablated activations (none for "zero"), one for each circuit; the full
     and the empty circuit cost nothing more. Optimal constants take tens of forward and backward passes a circuit.
+    `what` is the name of the progress bar, which counts runs of single prompts.
 
     Raises
     ------
@@ -123,21 +129,31 @@ def measure(setup: Intervention, kept: EdgeMatrix) -> Measured:
     partly = (~full & ~empty).nonzero().flatten()
     model, ablated = torch.zeros(2, len(setup.pairs), dtype=torch.float64)
     circuits = torch.zeros(len(kept), len(setup.pairs), dtype=torch.float64)
-    constants, spent = _constants(setup, None)
-    for batch in setup.pairs:
-        cut = _ablated(setup, batch, constants)
-        logits = setup.adapter.run(batch.clean.tokens, batch.mask, ["logits"])["logits"]
-        model[batch.rows] = prompt_values(setup.metric, logits, batch, "the model")
-        ablated[batch.rows] = prompt_values(setup.metric, cut.logits, batch, "the ablated model")
-        for some in partly.split(_copies(setup.adapter, batch)) if setup.ablation != "optimal" else ():
-            made = run_circuits(setup.adapter, batch.clean.tokens, batch.mask, as_circuits(kept[some], layout), cut)
-            for circuit, logits in zip(some.tolist(), made):
-                circuits[circuit, batch.rows] = prompt_values(setup.metric, logits, batch, "a circuit")
-    for circuit in partly.tolist() if setup.ablation == "optimal" else ():
-        circuits[circuit], evaluations = _with_own_constants(setup, as_circuits(kept[circuit : circuit + 1], layout))
-        spent += evaluations
+    with count_passes(setup, 2 + len(partly), what) as bar:
+        constants, spent = _constants(setup, None)
+        for batch in setup.pairs:
+            cut = _ablated(setup, batch, constants)
+            logits = setup.adapter.run(batch.clean.tokens, batch.mask, ["logits"])["logits"]
+            model[batch.rows] = prompt_values(setup.metric, logits, batch, "the model")
+            ablated[batch.rows] = prompt_values(setup.metric, cut.logits, batch, "the ablated model")
+            bar.update(2 * len(batch.rows))
+            for some in partly.split(_copies(setup.adapter, batch)) if setup.ablation != "optimal" else ():
+                made = run_circuits(setup.adapter, batch.clean.tokens, batch.mask, as_circuits(kept[some], layout), cut)
+                for circuit, logits in zip(some.tolist(), made):
+                    circuits[circuit, batch.rows] = prompt_values(setup.metric, logits, batch, "a circuit")
+                bar.update(len(some) * len(batch.rows))
+        for circuit in partly.tolist() if setup.ablation == "optimal" else ():
+            own = as_circuits(kept[circuit : circuit + 1], layout)
+            circuits[circuit], evaluations = _with_own_constants(setup, own)
+            spent += evaluations
+            bar.update(len(setup.pairs))
     circuits[full], circuits[empty] = model, ablated
     return Measured(model, ablated, circuits, 1.0 + spent + len(partly))
+
+
+def count_passes(setup: Intervention, passes: int, what: str) -> Any:
+    """A progress bar over so many passes of every prompt."""
+    return counting(total=passes * len(setup.pairs), progress=setup.progress, desc=what, unit="prompt run")
 
 
 def _constants(setup: Intervention, circuits: Circuits | None) -> tuple[Written | None, float]:
@@ -215,7 +231,8 @@ def changes(setup: Intervention) -> Float[Tensor, " source"]:
         raise InputError("`ablation` 'optimal' fits constants to a circuit, and there's none here: use 'mean'")
     constants, _ = _constants(setup, None)
     total, count = torch.zeros(EdgeLayout(setup.adapter.shape).n_sources, dtype=torch.float64), 0
-    for batch in setup.pairs:
+    sized = {"progress": setup.progress, "desc": "magnitude", "total": len(setup.pairs)}
+    for batch in counted(setup.pairs, lambda pair: len(pair.rows), **sized):
         written = record(setup.adapter, batch.clean.tokens, batch.mask)
         difference = written.map(torch.sub, _ablated(setup, batch, constants).written)
         total += torch.cat([part[batch.mask].double().sum(0).cpu() for part in _norms(setup.adapter, difference)])

@@ -45,7 +45,12 @@ def logit_diff(correct: Ids, incorrect: Ids, *, position: Places = -1) -> Prompt
 
 
 def prob_diff(correct: Ids, incorrect: Ids, *, position: Places = -1) -> PromptMetric:
-    """P(correct) - P(incorrect) of each prompt; arguments as in `logit_diff`."""
+    """P(correct) - P(incorrect) of each prompt; arguments as in `logit_diff`.
+
+    >>> metric = prob_diff([1], [0])
+    >>> float(metric(torch.tensor([[[0.0, 0.0]]]), torch.tensor([0])))
+    0.0
+    """
     right, wrong, place = _ids(correct, "correct"), _ids(incorrect, "incorrect"), _place(position)
     _same_length(right, wrong)
 
@@ -57,13 +62,23 @@ def prob_diff(correct: Ids, incorrect: Ids, *, position: Places = -1) -> PromptM
 
 
 def cross_entropy(correct: Ids, *, position: Places = -1) -> PromptMetric:
-    """log P(correct), the negative cross-entropy in nats, of each prompt; arguments as in `logit_diff`."""
+    """log P(correct), the negative cross-entropy in nats, of each prompt; arguments as in `logit_diff`.
+
+    >>> metric = cross_entropy([1])
+    >>> round(float(metric(torch.tensor([[[0.0, 0.0]]]), torch.tensor([0]))), 3)
+    -0.693
+    """
     right, place = _ids(correct, "correct"), _place(position)
     return PromptMetric(lambda logits, rows: _pick(place(logits, rows).log_softmax(-1), right[rows]), _single(position))
 
 
 def accuracy(correct: Ids, *, position: Places = -1) -> PromptMetric:
-    """1 where the largest logit is the correct one's, else 0. It has no derivative: not for `baselines`."""
+    """1 where the largest logit is the correct one's, else 0. It has no derivative: not for `baselines`.
+
+    >>> metric = accuracy([1])
+    >>> float(metric(torch.tensor([[[1.0, 3.0]]]), torch.tensor([0])))
+    1.0
+    """
     right, place = _ids(correct, "correct"), _place(position)
 
     def each(logits: Tensor, rows: Tensor) -> Tensor:
@@ -73,7 +88,12 @@ def accuracy(correct: Ids, *, position: Places = -1) -> PromptMetric:
 
 
 def kl(reference: Float[Tensor, "prompt vocab"], *, position: Places = -1) -> PromptMetric:
-    """-KL(reference || run) in nats, from the reference's logits (those of the whole model) at the same position."""
+    """-KL(reference || run) in nats, from the reference's logits (those of the whole model) at the same position.
+
+    >>> metric = kl(torch.tensor([[1.0, 3.0]]))
+    >>> float(metric(torch.tensor([[[1.0, 3.0]]]), torch.tensor([0])))
+    0.0
+    """
     if reference.ndim != 2:
         raise InputError(f"`reference` has shape {tuple(reference.shape)}: give logits (prompt, vocab) at one position")
     place, expected = _place(position), reference.detach().log_softmax(-1)
@@ -86,7 +106,12 @@ def kl(reference: Float[Tensor, "prompt vocab"], *, position: Places = -1) -> Pr
 
 
 def next_token(tokens: Int[Tensor, "prompt pos"], mask: Bool[Tensor, "prompt pos"] | None = None) -> PromptMetric:
-    """Mean log P(next token) in nats over a prompt's real positions: the negative language-modelling loss."""
+    """Mean log P(next token) in nats over a prompt's real positions: the negative language-modelling loss.
+
+    >>> metric = next_token(torch.tensor([[0, 1]]))
+    >>> round(float(metric(torch.zeros(1, 2, 2), torch.tensor([0]))), 3)
+    -0.693
+    """
     real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
 
     def each(logits: Tensor, rows: Tensor) -> Tensor:

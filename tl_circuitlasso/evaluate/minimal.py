@@ -55,6 +55,12 @@ def minimality(
     Raises
     ------
     InputError: nothing is kept, and as in `faithfulness`.
+
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=8)
+    >>> table = minimality(demo.model, demo.circuit, demo.tokens, demo.corrupted, demo.target)
+    >>> list(table.columns), bool(table.useless.any())
+    (['source', 'target', 'port', 'drop', 'low', 'high', 'useless'], False)
     """
     setup = intervention(model, clean, corrupted, metric, ablation, **options)
     if has_features(graph):

@@ -45,6 +45,13 @@ class Optimal:
     Raises
     ------
     InputError: a value that can't be used.
+
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=2)
+    >>> metric = tcl.evaluate.kl(demo.model(demo.tokens)[:, -1].detach())
+    >>> how = Optimal(positions="shared", steps=2)
+    >>> tcl.evaluate.faithfulness(demo.model, demo.circuit, demo.tokens, None, metric, how).edges
+    14
     """
 
     positions: str = "each"

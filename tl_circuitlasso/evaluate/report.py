@@ -72,6 +72,12 @@ def report(
     """Faithfulness, completeness and curve of each graph, beside two rankings of the same sizes that know nothing.
 
     Arguments and errors as in `faithfulness`. Some 16 forward passes per prompt and graph, and 22 for the two.
+
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=4)
+    >>> found = report(demo.model, {"planted": demo.circuit}, demo.tokens, demo.corrupted, demo.target)
+    >>> list(found.table.index)
+    ['planted', 'magnitude', 'random']
     """
     adapter = model if isinstance(model, Adapter) else adapt(model)
     data = (clean, corrupted, metric, ablation)
@@ -130,12 +136,20 @@ class PairFile:
 
 
 def read_pairs(path: str | Path, limit: int | None = None) -> PairFile:
-    """Prompt pairs from a .csv, .tsv, .json or .jsonl file.
+    r"""Prompt pairs from a .csv, .tsv, .json or .jsonl file.
 
     Raises
     ------
     InputError: no such file, another kind of file, no rows, or no column `clean`.
     FormatError: a line that isn't JSON, or rows of different columns.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder) / "pairs.csv"
+    ...     _ = path.write_text("clean,corrupted,correct,incorrect\nTom and Ann,Tom and Tom, Ann, Tom\n")
+    ...     pairs = read_pairs(path)
+    >>> pairs.clean, pairs.correct
+    (['Tom and Ann'], [' Ann'])
     """
     path = Path(path)
     rows = _rows(path)[:limit]
@@ -168,6 +182,8 @@ def metric_by_name(name: str, model: Any, prompts: PairFile) -> Metric:
     Raises
     ------
     InputError: an unknown name, a missing column, or an answer that isn't one token.
+
+    >>> metric_by_name("logit-diff", model, read_pairs("pairs.csv"))  # doctest: +SKIP
     """
     if name not in METRICS:
         raise InputError(f"`metric` is {name!r}: write one of {', '.join(METRICS)}")

@@ -18,13 +18,15 @@ import torch
 from jaxtyping import Int
 from scipy.stats import beta
 from torch import Tensor
-from tqdm import tqdm
 
 from tl_circuitlasso.data.targets import LogitDiff
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.metrics import Metric
 from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.models import Adapter, adapt
+from tl_circuitlasso.models.metric import as_metric
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
+from tl_circuitlasso.progress import bar
 
 Edge = tuple[str, str]
 
@@ -62,7 +64,7 @@ def stability(
     how: str = "top",
     confidence: int | float = 0.95,
     seed: int = 0,
-    progress: bool = False,
+    progress: bool = True,
     **options: Any,
 ) -> Stability:
     """The circuits that a method finds on prompts drawn again with replacement, and how far they agree.
@@ -72,18 +74,26 @@ def stability(
     method: called as `method(model, clean, corrupted, metric, **options)`, as all of `baselines.METHODS` are; `metric`
         keeps its meaning on the drawn prompts, and is None for methods that use none.
     k, how: cut every graph to k edges by `graph.top_k(k, how=how)`; None takes the edges that the method keeps.
-    confidence: of the intervals behind each edge's verdict.
+    confidence: of the intervals behind each edge's verdict. progress: how many resamples are done.
 
     Raises
     ------
     InputError: fewer than 2 resamples, a confidence outside (0, 1), or what the method raises.
+
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=8)
+    >>> found = stability(tcl.baselines.eap, demo.model, demo.tokens, demo.corrupted, demo.target, resamples=3, k=6)
+    >>> len(found.sizes), list(found.edges.columns)
+    (3, ['source', 'target', 'share', 'low', 'high', 'verdict'])
     """
     if not isinstance(resamples, int) or isinstance(resamples, bool) or resamples < 2:
         raise InputError(f"`resamples` is {resamples!r}: how often prompts are drawn again is an integer >= 2")
     if not 0 < confidence < 1:
         raise InputError(f"`confidence` is {confidence!r}: give a share between 0 and 1, such as .95")
+    if isinstance(metric, LogitDiff):
+        metric = as_metric(metric, model if isinstance(model, Adapter) else adapt(model), len(clean))
     circuits = []
-    for drawn in tqdm(list(_draws(len(clean), resamples, seed)), disable=not progress, unit="resample"):
+    for drawn in bar(list(_draws(len(clean), resamples, seed)), progress=progress, desc="stability", unit="resample"):
         graph = method(model, _rows(clean, drawn), _rows(corrupted, drawn), _on(metric, drawn), **options)
         circuits.append((graph if k is None else graph.top_k(k, how=how)).kept_edges())
     return Stability(
@@ -99,6 +109,11 @@ def agreement(graphs: Mapping[str, AttributionGraph] | Iterable[AttributionGraph
     Raises
     ------
     InputError: fewer than two graphs.
+
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=1)
+    >>> agreement([demo.circuit, demo.circuit])
+    1.0
     """
     some = list(graphs.values() if isinstance(graphs, Mapping) else graphs)
     if len(some) < 2:

@@ -21,6 +21,7 @@ from tl_circuitlasso.models.feature_patch import Carried, FeatureSite, Kept, run
 from tl_circuitlasso.models.pairs import Pairs, pairs_of
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
 from tl_circuitlasso.models.sources import scaled_nodes
+from tl_circuitlasso.progress import counted
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ def steer(
     attention_mask: Any = None,
     batch_size: int = 32,
     seed: int = 0,
+    progress: bool = True,
 ) -> Steered:
     """Multiply what heads and MLPs of a circuit write, or its features' codes, by `scale`: 0 turns them off, 2 doubles.
 
@@ -77,6 +79,12 @@ def steer(
     ------
     InputError: a node that isn't a head or MLP of the circuit or a feature of `saes`, a scale that isn't finite, and as
         in `faithfulness`.
+
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=4)
+    >>> found = steer(demo.model, demo.circuit, ["a2.h0"], 0, demo.tokens, demo.target)
+    >>> found.after < found.before
+    True
     """
     if not isinstance(scale, (int, float)) or not -float("inf") < scale < float("inf"):
         raise InputError(f"`scale` is {scale!r}: give a finite factor, 0 to turn nodes off")
@@ -85,12 +93,12 @@ def steer(
     metric = data.metric(metric)
     adapter, factor = data.adapter, float(scale)
     chosen, steered = _steering(adapter, graph, nodes, factor, {} if saes is None else saes)
-    before, after = _measured(data, metric, steered)
+    before, after = _measured(data, metric, steered, progress)
     (low, high), change = mean_interval((after - before)[None], seed)[0], float((after - before).mean())
     losses: tuple[float, float] | None = None
     if other is not None:
         text = pairs_of(adapter, other, None, batch_size=batch_size, name="other")
-        losses = _losses(text, steered)
+        losses = _losses(text, steered, progress)
     return Steered(
         nodes=chosen,
         scale=factor,
@@ -164,9 +172,10 @@ def _chosen(graph: AttributionGraph, nodes: Collection[str] | None, able: set[st
     return tuple(sorted(chosen, key=graph.index.position))
 
 
-def _measured(data: Pairs, metric: Metric, steered: Run) -> Float[Tensor, "state prompt"]:
+def _measured(data: Pairs, metric: Metric, steered: Run, progress: bool) -> Float[Tensor, "state prompt"]:
     values = torch.zeros(2, len(data), dtype=torch.float64)
-    for batch in data:
+    sized = {"progress": progress, "desc": "steer", "total": len(data)}
+    for batch in counted(data, lambda batch: len(batch.rows), **sized):
         plain = data.adapter.run(batch.clean.tokens, batch.mask, ["logits"])["logits"]
         values[0, batch.rows] = prompt_values(metric, plain, batch, "the model")
         values[1, batch.rows] = prompt_values(
@@ -175,9 +184,9 @@ def _measured(data: Pairs, metric: Metric, steered: Run) -> Float[Tensor, "state
     return values
 
 
-def _losses(text: Pairs, steered: Run) -> tuple[float, float]:
+def _losses(text: Pairs, steered: Run, progress: bool) -> tuple[float, float]:
     whole = text.clean.whole()
     metric = next_token(whole.tokens, whole.mask)
-    before, after = _measured(text, metric, steered)
+    before, after = _measured(text, metric, steered, progress)
     weights = (whole.mask[:, 1:] & whole.mask[:, :-1]).sum(1).double()
     return tuple(-float((values * weights).sum() / weights.sum()) for values in (before, after))  # type: ignore[return-value]

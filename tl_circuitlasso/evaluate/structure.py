@@ -84,6 +84,12 @@ def structure(
     Raises
     ------
     InputError: no true edges, a true edge that isn't a candidate, or a node that the graph doesn't know.
+
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=1)
+    >>> found = structure(demo.circuit, demo.true_edges)
+    >>> found.shd, found.empty_shd, found.auroc
+    (0, 6, 1.0)
     """
     truth = _edges(true_edges, "true_edges")
     given = _own_candidates(graph, ports=len(next(iter(truth))) == 3) if candidate_edges is None else candidate_edges
@@ -274,6 +280,10 @@ def paired_test(
     Raises
     ------
     InputError: different lengths, no values, or NaN.
+
+    >>> found = paired_test([0, 1, 0, 0], [2, 1, 3, 2])
+    >>> round(found.p_value, 3)
+    0.25
     """
     first, second = _finite(a, "a"), _finite(b, "b")
     if len(first) != len(second):
@@ -306,7 +316,14 @@ def _finite(values: Sequence[float | int], name: str) -> np.ndarray:
 
 
 def summary(cases: Mapping[str, Structure]) -> dict[str, Any]:
-    """Each figure's mean over cases with its bootstrap interval; NaN figures are left out of their own mean."""
+    """Each figure's mean over cases with its bootstrap interval; NaN figures are left out of their own mean.
+
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=1)
+    >>> case = structure(demo.circuit, demo.true_edges)
+    >>> sorted(summary({"one": case, "two": case}))[:3]
+    ['auprc', 'auroc', 'empty_node_shd']
+    """
     columns = {name: [asdict(case)[name] for case in cases.values()] for name in Structure.__dataclass_fields__}
     usable = {name: [v for v in values if not math.isnan(v)] for name, values in columns.items()}
     return {name: bootstrap(values) for name, values in usable.items() if values}

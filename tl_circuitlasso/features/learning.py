@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from tl_circuitlasso.data import storage
 from tl_circuitlasso.data.sharing import ALONE, Ranks
@@ -47,6 +46,7 @@ from tl_circuitlasso.models.feature_setup import TARGET
 from tl_circuitlasso.models.feature_survey import Alive, Firing, choose_alive, strongest, survey
 from tl_circuitlasso.models.sae import SAEFeatures
 from tl_circuitlasso.models.tokens import Prompts
+from tl_circuitlasso.progress import bar as counting
 
 log = logging.getLogger(__name__)
 
@@ -132,17 +132,15 @@ def _regress_all(
     clock = time.perf_counter()
     effects, unread = _effects(adapter, collected, basis, setup, alive, places)
     replayed = time.perf_counter() - clock
-    off = None if setup.progress and setup.ranks.rank == 0 else True
+    shown = setup.progress and setup.ranks.rank == 0
     found: dict[Pair, Regressed] = {}
-    with tqdm(places.items(), desc="regress", unit="pair", disable=off) as bar:
-        for pair, place in bar:
-            bar.set_postfix_str(" -> ".join(pair), refresh=False)
-            done = place.done
-            if done is None:
-                done = _regress(replace(place.data, effects=effects.get(pair)), basis, setup, pair)
-                if place.path is not None:
-                    _store(place.path, done, place.identity, setup.ranks)
-            found[pair] = done
+    for pair, place in counting(places.items(), desc="regress", unit="pair", progress=shown):
+        done = place.done
+        if done is None:
+            done = _regress(replace(place.data, effects=effects.get(pair)), basis, setup, pair)
+            if place.path is not None:
+                _store(place.path, done, place.identity, setup.ranks)
+        found[pair] = done
     return found, unread, replayed
 
 

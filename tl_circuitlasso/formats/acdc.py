@@ -44,6 +44,12 @@ def to_acdc(graph: AttributionGraph, path: str | Path | None = None, *, use_pos_
     Raises
     ------
     InputError: the graph has nodes that aren't components, or `path` can't be written.
+
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=1)
+    >>> edges = to_acdc(demo.circuit)
+    >>> len(edges), sum(edges.values())
+    (337, 62)
     """
     subgraph = {key: kept for key, (_, kept) in _edges(graph, use_pos_embed).items()}
     subgraph |= _inner_edges(_sequential(graph), subgraph)
@@ -53,7 +59,13 @@ def to_acdc(graph: AttributionGraph, path: str | Path | None = None, *, use_pos_
 
 
 def to_acdc_effects(graph: AttributionGraph, *, use_pos_embed: bool = False) -> dict[Key, float]:
-    """The kept edges' scores by ACDC's keys: set `edge.effect_size` from them, without which ACDC draws nothing."""
+    """The kept edges' scores by ACDC's keys: set `edge.effect_size` from them, without which ACDC draws nothing.
+
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=1)
+    >>> len(to_acdc_effects(demo.circuit))
+    14
+    """
     return {key: score for key, (score, kept) in _edges(graph, use_pos_embed).items() if kept}
 
 
@@ -66,6 +78,11 @@ def from_acdc(source: Source, *, effects: Mapping[Key, float] | None = None) -> 
     Raises
     ------
     FormatError: keys that aren't ACDC's, unknown hook points, edges against the order of computation.
+
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=1)
+    >>> from_acdc(to_acdc(demo.circuit)).kept_edges() == demo.circuit.kept_edges()
+    True
     """
     label = _read.label_of(source)
     data = _read.expect_mapping(_read.read_source(source), label, "the file")

@@ -47,6 +47,11 @@ def to_auto_circuit(
     Raises
     ------
     InputError: the graph has nodes that aren't components, or `path` can't be written.
+
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=1)
+    >>> to_auto_circuit(demo.circuit)["blocks.1.hook_q_input"].shape
+    torch.Size([4, 6])
     """
     grid = grid_of(graph)
     values = grid.kept.double() if membership else grid.score
@@ -65,6 +70,12 @@ def from_auto_circuit(source: Source, *, task: str | None = None, algo: str | No
     ------
     FormatError: several scores and no choice, unknown modules, tensors of the wrong shape (another model, or a token
         axis), scores that aren't finite.
+
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=1)
+    >>> again = from_auto_circuit(to_auto_circuit(demo.circuit, membership=True))
+    >>> again.kept_edges() == demo.circuit.kept_edges()
+    True
     """
     label = _read.label_of(source)
     data = _read.expect_mapping(_read.read_source(source), label, "the file")
@@ -86,6 +97,8 @@ def to_auto_circuit_edges(graph: AttributionGraph, model: Any) -> set[Any]:
     Raises
     ------
     InputError: the model has no such edge: another shape, or ports where the graph has none to offer.
+
+    >>> edges = to_auto_circuit_edges(graph, patchable)  # doctest: +SKIP
     """
     by_name = {edge.name: edge for edge in getattr(model, "edges", ())}
     if not by_name:
@@ -103,6 +116,8 @@ def from_auto_circuit_edges(model: Any, prune_scores: Mapping[str, Tensor]) -> A
     Raises
     ------
     FormatError: the scores belong to another model.
+
+    >>> graph = from_auto_circuit_edges(patchable, prune_scores)  # doctest: +SKIP
     """
     expected = {name: tuple(mask.shape) for name, mask in model.patch_masks.items()}
     given = {name: tuple(tensor.shape) for name, tensor in prune_scores.items()}

@@ -76,6 +76,12 @@ def to_circuit_tracer(
     ------
     InputError: a supernode of unknown nodes, two nodes that share an id, a .pt without circuit-tracer or with too many
         nodes for a dense matrix, or a `path` that can't be written.
+
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=1)
+    >>> page = to_circuit_tracer(demo.circuit, prompt="Mary and John ...")
+    >>> len(page["links"])
+    6
     """
     data = _frontend.page(graph, slug=slug, scan=scan, prompt=prompt, supernodes=supernodes, pinned=pinned)
     data["metadata"] = {"transcoder_list": [], "schema_version": 1} | data["metadata"]
@@ -98,6 +104,12 @@ def from_circuit_tracer(source: Source) -> AttributionGraph:
     Raises
     ------
     FormatError: entries missing or of the wrong shape, scores that aren't finite, edges against the layers.
+
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=1)
+    >>> again = from_circuit_tracer(to_circuit_tracer(demo.circuit))
+    >>> again.kept_edges() == demo.circuit.kept_edges()
+    True
     """
     label = _read.label_of(source)
     data = _read.read_source(source, STAND_INS)
@@ -113,6 +125,8 @@ def to_circuit_tracer_graph(graph: AttributionGraph, *, slug: str = "", scan: st
     Raises
     ------
     InputError: circuit-tracer isn't installed (from its repository; PyPI has a fork of that name).
+
+    >>> live = to_circuit_tracer_graph(graph, prompt="Mary and John ...")  # doctest: +SKIP
     """
     page = _frontend.page(graph, slug=slug, scan=scan, prompt=prompt, supernodes=None, pinned=())
     return _live(page, graph)

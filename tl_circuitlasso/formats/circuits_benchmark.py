@@ -36,6 +36,11 @@ def to_circuits_benchmark(
     Raises
     ------
     InputError: the graph has nodes that aren't components, or `path` can't be written.
+
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=1)
+    >>> to_circuits_benchmark(demo.circuit)[0]
+    ('hook_embed', 'blocks.0.hook_q_input[1]')
     """
     grid = grid_of(graph)
     nodes = [*(parse_site(name) for name in grid.parts.sources()), Site("logits")]
@@ -61,6 +66,12 @@ def from_circuits_benchmark(
     Raises
     ------
     FormatError: not a list of pairs of hook points, unknown ones, or edges against the order of computation.
+
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=1)
+    >>> again = from_circuits_benchmark(to_circuits_benchmark(demo.circuit))
+    >>> again.kept_edges() == demo.circuit.kept_edges()
+    True
     """
     label = _read.label_of(source)
     data = _read.read_json(source) if isinstance(source, (str, Path)) else source

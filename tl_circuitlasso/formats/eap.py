@@ -61,6 +61,12 @@ def to_eap(graph: AttributionGraph, path: str | Path | None = None, *, d_model: 
     Raises
     ------
     InputError: the graph has nodes that aren't components, or `path` can't be written.
+
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=1)
+    >>> data = to_eap(demo.circuit)
+    >>> sorted(data)
+    ['cfg', 'edges', 'nodes']
     """
     if path is not None and Path(path).suffix.lower() in (".pt", ".pth"):
         data = _tensors(graph, d_model)
@@ -83,6 +89,11 @@ def from_eap(source: Source) -> AttributionGraph:
     Raises
     ------
     FormatError: not EAP-IG's data: missing keys, unknown nodes or edges, infinite scores, wrong shapes.
+
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=1)
+    >>> from_eap(to_eap(demo.circuit)).kept_edges() == demo.circuit.kept_edges()
+    True
     """
     label = _read.label_of(source)
     data = _read.expect_mapping(_read.read_source(source, constants=True), label, "the file")
@@ -351,6 +362,9 @@ def to_eap_graph(graph: AttributionGraph, *, d_model: int | None = None) -> Any:
     Raises
     ------
     InputError: EAP-IG isn't installed (from its repository; the package named `eap` on PyPI is another project).
+
+    >>> live = to_eap_graph(graph)  # doctest: +SKIP
+    >>> live.count_included_edges()  # doctest: +SKIP
     """
     try:
         live = import_module("eap.graph").Graph
@@ -375,6 +389,8 @@ def from_eap_graph(live: Any) -> AttributionGraph:
     Raises
     ------
     FormatError: the object isn't EAP-IG's graph, or holds scores that aren't finite.
+
+    >>> graph = from_eap_graph(live)  # doctest: +SKIP
     """
     with _read.reading("the given eap graph"):
         sources = [name for name in live.nodes if name != "logits"]

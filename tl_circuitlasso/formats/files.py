@@ -83,6 +83,15 @@ def read(path: str | Path, format: str | None = None) -> AttributionGraph:
     Raises
     ------
     InputError: an unknown `format`. FormatError: the file can't be read, or its format can't be told.
+
+    >>> import tempfile
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=1)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = write(demo.circuit, Path(folder) / "eap.json", "eap")
+    ...     graph = read(Path(folder) / "eap.json")
+    >>> graph.n_kept
+    6
     """
     return READERS[_checked(format) if format else guess(path)](path)
 
@@ -95,6 +104,14 @@ def write(graph: AttributionGraph, path: str | Path, format: str | None = None, 
     Raises
     ------
     InputError: an unknown `format` or option, a suffix that leaves the format open, or what the writer raises.
+
+    >>> import tempfile
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=1)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     kind = write(demo.circuit, Path(folder) / "circuit.gexf")
+    >>> kind
+    'gexf'
     """
     name = _checked(format) if format else _of_suffix(Path(path))
     known = [p.name for p in inspect.signature(WRITERS[name]).parameters.values() if p.kind is p.KEYWORD_ONLY]
@@ -111,6 +128,15 @@ def guess(path: str | Path) -> str:
     Raises
     ------
     FormatError: no such file, damaged, or of none of the formats.
+
+    >>> import tempfile
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=1)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     demo.circuit.save(Path(folder) / "circuit.json")
+    ...     kind = guess(Path(folder) / "circuit.json")
+    >>> kind
+    'circuit-lasso'
     """
     path = Path(path)
     if path.is_dir():

@@ -66,6 +66,12 @@ def to_mib(
     Raises
     ------
     InputError: a name with a slash, an unknown suffix, a graph that isn't of components, or one of another model.
+
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=1)
+    >>> files = to_mib(demo.circuit, task="ioi", model="demo")
+    >>> list(files)
+    ['CircuitLasso_patching_edge/ioi_demo/importances.json']
     """
     task = task.replace("_", "-")
     names = {"task": task, "model": model, "method": method, "ablation": ablation, "level": level}
@@ -94,6 +100,15 @@ def from_mib(path: str | Path) -> dict[str, AttributionGraph]:
     Raises
     ------
     FormatError: no such folder, no circuits in it, or a file that EAP-IG couldn't load.
+
+    >>> import tempfile
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=1)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = to_mib(demo.circuit, folder, model="demo")
+    ...     graphs = from_mib(folder)
+    >>> list(graphs)
+    ['CircuitLasso_patching_edge/ioi_demo/importances.json']
     """
     root = Path(path)
     if not root.is_dir():
@@ -112,6 +127,9 @@ def check_mib(path: str | Path) -> list[str]:
     circuits without scores and scores of nodes. Checked: tasks and models known to MIB and how many, file counts, that
     every file loads, that its model has the right shape, scores that can be ranked, and the size of each of the nine
     circuits.
+
+    >>> check_mib("nowhere")
+    ['nowhere: no such folder; give the folder that holds one folder per task and model']
     """
     root = Path(path)
     if not root.is_dir():

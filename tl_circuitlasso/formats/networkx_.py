@@ -49,6 +49,11 @@ def to_networkx(
     Raises
     ------
     InputError: an unknown suffix, or a `path` that can't be written.
+
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=1)
+    >>> to_networkx(demo.circuit, kept_only=True).number_of_edges()
+    6
     """
     rows = graph.kept.nonzero()[:, 0] if kept_only else torch.arange(len(graph))
     pairs = graph.source[rows] * len(graph.index) + graph.target[rows]
@@ -70,6 +75,11 @@ def from_networkx(source: Source) -> AttributionGraph:
     Raises
     ------
     FormatError: undirected, names that aren't sites, missing or infinite scores, cycles, edges against the order.
+
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=1)
+    >>> from_networkx(to_networkx(demo.circuit)).kept_edges() == demo.circuit.kept_edges()
+    True
     """
     if not isinstance(source, nx.Graph):
         raise FormatError(f"the given data: a {type(source).__name__} where a networkx graph is expected")
@@ -77,27 +87,74 @@ def from_networkx(source: Source) -> AttributionGraph:
 
 
 def to_graphml(graph: AttributionGraph, path: str | Path, *, kept_only: bool = False) -> None:
-    """Write GraphML (yEd, Gephi, igraph)."""
+    """Write GraphML (yEd, Gephi, igraph).
+
+    >>> import tempfile
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=1)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = to_graphml(demo.circuit, Path(folder) / "g.graphml")
+    ...     again = from_graphml(Path(folder) / "g.graphml")
+    >>> again.kept_edges() == demo.circuit.kept_edges()
+    True
+    """
     _write_graphml(to_networkx(graph, kept_only=kept_only), Path(path))
 
 
 def from_graphml(path: str | Path) -> AttributionGraph:
-    """Read GraphML; raises FormatError as `from_networkx` does, and for anything that isn't GraphML."""
+    """Read GraphML; raises FormatError as `from_networkx` does, and for anything that isn't GraphML.
+
+    >>> import tempfile
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=1)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = to_graphml(demo.circuit, Path(folder) / "g.graphml")
+    ...     again = from_graphml(Path(folder) / "g.graphml")
+    >>> again.kept_edges() == demo.circuit.kept_edges()
+    True
+    """
     return _from_networkx(_unescaped(_read_xml(path, nx.read_graphml)), str(path))
 
 
 def to_gexf(graph: AttributionGraph, path: str | Path, *, kept_only: bool = False) -> None:
-    """Write GEXF (Gephi)."""
+    """Write GEXF (Gephi).
+
+    >>> import tempfile
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=1)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = to_gexf(demo.circuit, Path(folder) / "g.gexf")
+    ...     again = from_gexf(Path(folder) / "g.gexf")
+    >>> again.kept_edges() == demo.circuit.kept_edges()
+    True
+    """
     _write_gexf(to_networkx(graph, kept_only=kept_only), Path(path))
 
 
 def from_gexf(path: str | Path) -> AttributionGraph:
-    """Read GEXF; raises FormatError as `from_networkx` does, and for anything that isn't GEXF."""
+    """Read GEXF; raises FormatError as `from_networkx` does, and for anything that isn't GEXF.
+
+    >>> import tempfile
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=1)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = to_gexf(demo.circuit, Path(folder) / "g.gexf")
+    ...     again = from_gexf(Path(folder) / "g.gexf")
+    >>> again.kept_edges() == demo.circuit.kept_edges()
+    True
+    """
     return _from_networkx(_unescaped(_read_xml(path, nx.read_gexf)), str(path))
 
 
 def to_cytoscape(graph: AttributionGraph, path: str | Path | None = None, *, kept_only: bool = False) -> dict[str, Any]:
-    """Cytoscape JSON (Cytoscape, cytoscape.js), written to `path` if one is given."""
+    """Cytoscape JSON (Cytoscape, cytoscape.js), written to `path` if one is given.
+
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=1)
+    >>> data = to_cytoscape(demo.circuit, kept_only=True)
+    >>> len(data["elements"]["edges"])
+    6
+    """
     data = nx.cytoscape_data(to_networkx(graph, kept_only=kept_only))
     data["data"] = list(map(list, data["data"]))  # pairs, as JSON gives them back
     if path is not None:
@@ -106,7 +163,13 @@ def to_cytoscape(graph: AttributionGraph, path: str | Path | None = None, *, kep
 
 
 def from_cytoscape(source: Source) -> AttributionGraph:
-    """Read Cytoscape JSON; raises FormatError as `from_networkx` does, and for anything that isn't Cytoscape JSON."""
+    """Read Cytoscape JSON; raises FormatError as `from_networkx` does, and for anything that isn't Cytoscape JSON.
+
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=1)
+    >>> from_cytoscape(to_cytoscape(demo.circuit)).kept_edges() == demo.circuit.kept_edges()
+    True
+    """
     label = _read.label_of(source)
     data = _read.read_json(source) if isinstance(source, (str, Path)) else source
     with _read.reading(label):

@@ -52,6 +52,12 @@ def to_neuronpedia(
     ------
     InputError: SAEs of several models or sets, or of none, a supernode of unknown nodes, two nodes that share an id, or
         a `path` that can't be written.
+
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=1)
+    >>> page = to_neuronpedia(demo.circuit)
+    >>> len(page["links"])
+    6
     """
     if saes is not None:
         known = _ids_of(saes)
@@ -99,6 +105,11 @@ def from_neuronpedia(source: Source) -> AttributionGraph:
     ------
     FormatError: entries missing or of the wrong type, unknown ends, ids given twice, links against the layers, weights
         that aren't finite.
+
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=1)
+    >>> from_neuronpedia(to_neuronpedia(demo.circuit)).kept_edges() == demo.circuit.kept_edges()
+    True
     """
     label = _read.label_of(source)
     data = _read.read_json(source) if isinstance(source, (str, Path)) else source
@@ -112,6 +123,10 @@ def check_neuronpedia(source: Source) -> None:
     Raises
     ------
     FormatError: names the first entry that is missing, of the wrong type or points nowhere.
+
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=1)
+    >>> check_neuronpedia(to_neuronpedia(demo.circuit))
     """
     label = _read.label_of(source)
     data = _read.read_json(source) if isinstance(source, (str, Path)) else source

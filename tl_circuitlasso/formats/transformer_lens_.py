@@ -30,6 +30,8 @@ def to_transformer_lens(graph: AttributionGraph, positions: int, *, result: bool
     Raises
     ------
     InputError: TransformerLens 4 isn't installed, no positions, or nodes that aren't components.
+
+    >>> circuit = to_transformer_lens(graph, positions=12)  # doctest: +SKIP
     """
     if not isinstance(positions, int) or isinstance(positions, bool) or positions < 1:
         raise InputError(f"`positions` is {positions!r}: give the length of the prompts, 1 or more")
@@ -68,6 +70,8 @@ def from_transformer_lens(source: Any, *, parallel: bool = False) -> Attribution
     Raises
     ------
     FormatError: a result without edges (a sweep over nodes), other objects than its nodes, scores that aren't finite.
+
+    >>> graph = from_transformer_lens(result)  # doctest: +SKIP
     """
     label = "the given attribution"
     with _read.reading(label):

@@ -124,7 +124,15 @@ class AttributionGraph(Verbs):
         candidates: Bool[Tensor, "source target"] | None = None,
         **rest: Any,
     ) -> "AttributionGraph":
-        """A graph without ports from a dense matrix; every allowed pair is a candidate, every nonzero one is kept."""
+        """A graph without ports from a dense matrix; every allowed pair is a candidate, every nonzero one is kept.
+
+        >>> from tl_circuitlasso.graph.nodes import component_index
+        >>> index = component_index(n_layers=1, n_heads=1)
+        >>> score = torch.zeros(4, 4)
+        >>> score[0, 2] = 1.5
+        >>> AttributionGraph.from_adjacency(index, score).kept_edges()
+        {('input', 'm0')}
+        """
         mask = index.allowed() if candidates is None else candidates
         forbidden = (score != 0) & ~mask
         if bool(forbidden.any()):
@@ -150,7 +158,13 @@ class AttributionGraph(Verbs):
         edges: Mapping[tuple[str, str] | tuple[str, str, str], float],
         **rest: Any,
     ) -> "AttributionGraph":
-        """A graph from `{(source, target): score}` or `{(source, target, port): score}` by name; all edges are kept."""
+        """A graph from `{(source, target): score}` or `{(source, target, port): score}` by name; all edges are kept.
+
+        >>> from tl_circuitlasso.graph.nodes import component_index
+        >>> index = component_index(n_layers=1, n_heads=1)
+        >>> AttributionGraph.from_edges(index, {("input", "a0.h0", "v"): 1.0}).kept_edges()
+        {('input', 'a0.h0')}
+        """
         keys = [(*key, "") if len(key) == 2 else key for key in edges]
         bad = [port for *_, port in keys if port not in PORTS]
         if bad:
@@ -191,7 +205,13 @@ class AttributionGraph(Verbs):
         return table.loc[table.kept, table.columns.drop("kept")].reset_index(drop=True)
 
     def edge_table(self) -> pd.DataFrame:
-        """All candidate edges: source, target, port, weight, score, kept and the extras, largest |score| first."""
+        """All candidate edges: source, target, port, weight, score, kept and the extras, largest |score| first.
+
+        >>> import tl_circuitlasso as tcl
+        >>> graph = tcl.load_demo(prompts=1).circuit
+        >>> graph.edge_table().head(2)[["source", "target", "kept"]].values.tolist()
+        [['a2.h0', 'logits', True], ['m0', 'a2.h0', True]]
+        """
         order = self.score.abs().argsort(descending=True, stable=True)
         return self._rows().iloc[order.numpy()].reset_index(drop=True)
 
@@ -207,11 +227,23 @@ class AttributionGraph(Verbs):
         return pd.DataFrame(columns | {name: column[chosen].numpy() for name, column in numbers.items()})
 
     def kept_edges(self) -> set[tuple[str, str]]:
-        """The circuit's edges as (source, target) names, ports merged."""
+        """The circuit's edges as (source, target) names, ports merged.
+
+        >>> import tl_circuitlasso as tcl
+        >>> graph = tcl.load_demo(prompts=1).circuit
+        >>> sorted(graph.kept_edges())[:2]
+        [('a0.h1', 'a1.h2'), ('a1.h2', 'a2.h0')]
+        """
         return self._pairs(self.kept)
 
     def candidate_edges(self) -> set[tuple[str, str]]:
-        """Every edge that the method could have returned, ports merged."""
+        """Every edge that the method could have returned, ports merged.
+
+        >>> import tl_circuitlasso as tcl
+        >>> graph = tcl.load_demo(prompts=1).circuit
+        >>> len(graph.candidate_edges())
+        117
+        """
         return self._pairs(torch.ones_like(self.kept))
 
     def _pairs(self, mask: Bool[Tensor, " edge"]) -> set[tuple[str, str]]:
@@ -220,11 +252,23 @@ class AttributionGraph(Verbs):
         return {(names[s], names[t]) for s, t in pairs}
 
     def kept_nodes(self) -> set[str]:
-        """The names of all nodes that a kept edge touches."""
+        """The names of all nodes that a kept edge touches.
+
+        >>> import tl_circuitlasso as tcl
+        >>> graph = tcl.load_demo(prompts=1).circuit
+        >>> sorted(graph.kept_nodes())
+        ['a0.h1', 'a1.h2', 'a2.h0', 'input', 'logits', 'm0']
+        """
         return {name for edge in self.kept_edges() for name in edge}
 
     def pair_scores(self) -> dict[tuple[str, str], float]:
-        """Each candidate edge's largest |score| over its ports, by (source, target) name."""
+        """Each candidate edge's largest |score| over its ports, by (source, target) name.
+
+        >>> import tl_circuitlasso as tcl
+        >>> graph = tcl.load_demo(prompts=1).circuit
+        >>> round(graph.pair_scores()["a2.h0", "logits"], 2)
+        1.44
+        """
         matrix = self.adjacency(absolute=True)
         names = self.index.names
         unique = {(s, t) for s, t in zip(self.source.tolist(), self.target.tolist())}
@@ -233,7 +277,13 @@ class AttributionGraph(Verbs):
     def adjacency(
         self, *, port: str | None = None, kept_only: bool = False, absolute: bool = False
     ) -> Float[Tensor, "source target"]:
-        """Scores as a dense matrix; ports merge to the entry of largest size unless one `port` is asked for."""
+        """Scores as a dense matrix; ports merge to the entry of largest size unless one `port` is asked for.
+
+        >>> import tl_circuitlasso as tcl
+        >>> graph = tcl.load_demo(prompts=1).circuit
+        >>> graph.adjacency(kept_only=True).count_nonzero().item()
+        6
+        """
         if port is not None and port not in PORTS:
             raise InputError(f"`port` {port!r} is not one of {PORTS}")
         rows = self.kept.clone() if kept_only else torch.ones_like(self.kept)
@@ -262,6 +312,11 @@ class AttributionGraph(Verbs):
         Raises
         ------
         InputError: something else.
+
+        >>> import tl_circuitlasso as tcl
+        >>> graph = tcl.load_demo(prompts=1).circuit
+        >>> graph.keep(graph.score > 1).n_kept
+        6
         """
         try:
             chosen = torch.as_tensor(mask) if isinstance(mask, Tensor | np.ndarray | list | tuple) else None
@@ -276,7 +331,13 @@ class AttributionGraph(Verbs):
         return replace(self, kept=chosen)
 
     def threshold(self, x: int | float | np.number) -> "AttributionGraph":
-        """Keep the edges with |score| >= x."""
+        """Keep the edges with |score| >= x.
+
+        >>> import tl_circuitlasso as tcl
+        >>> graph = tcl.load_demo(prompts=1).circuit
+        >>> sorted(graph.threshold(1.43).kept_edges())
+        [('a2.h0', 'logits'), ('m0', 'a2.h0')]
+        """
         if not (isinstance(x, Real) and math.isfinite(x) and x >= 0):
             raise InputError(f"`x` is {shortened(x)}: a threshold is a finite number >= 0 on |score|")
         return self.keep(self.score.abs() >= x)
@@ -295,6 +356,11 @@ class AttributionGraph(Verbs):
         ------
         InputError: k isn't a whole number >= 0, an unknown `how`, or "milp" on more than 20,000 edges.
         SolveError: the integer programme ran out of time.
+
+        >>> import tl_circuitlasso as tcl
+        >>> graph = tcl.load_demo(prompts=1).circuit
+        >>> graph.top_k(4).n_kept
+        4
         """
         k = whole_number("k", k, least=0, what="of edges to keep")
         edges = self._edges
@@ -308,6 +374,11 @@ class AttributionGraph(Verbs):
         """Drop kept edges that aren't on a kept path from a root to a sink.
 
         Roots are nodes that no candidate edge feeds (`input`), sinks nodes that feed no candidate edge (`logits`).
+
+        >>> import tl_circuitlasso as tcl
+        >>> graph = tcl.load_demo(prompts=1).circuit
+        >>> graph.threshold(1.43).prune().n_kept  # nothing is left that reaches from the input to the logits
+        0
         """
         return self.keep(selection.on_path(self._edges, self.kept))
 
@@ -321,6 +392,11 @@ class AttributionGraph(Verbs):
         Raises
         ------
         InputError: one name instead of several, or a name that the graph doesn't have.
+
+        >>> import tl_circuitlasso as tcl
+        >>> graph = tcl.load_demo(prompts=1).circuit
+        >>> graph.subgraph(["a2.h0", "logits"]).kept_edges()
+        {('a2.h0', 'logits')}
         """
         if isinstance(nodes, str) or not isinstance(nodes, Iterable):
             raise InputError(f"`nodes` is {shortened(nodes)}: give a list of names, such as ['input', 'm0']")
@@ -336,6 +412,15 @@ class AttributionGraph(Verbs):
         Raises
         ------
         InputError: the path can't be written to. Nothing is left half-written.
+
+        >>> import tempfile
+        >>> import tl_circuitlasso as tcl
+        >>> graph = tcl.load_demo(prompts=1).circuit
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     graph.save(Path(folder) / "circuit")
+        ...     files = sorted(path.name for path in (Path(folder) / "circuit").iterdir())
+        >>> files
+        ['graph.json', 'graph.safetensors']
         """
         columns = {name: getattr(self, name) for name in graph_file.COLUMNS}
         header = {
@@ -353,6 +438,15 @@ class AttributionGraph(Verbs):
         Raises
         ------
         FormatError: missing, truncated, foreign or inconsistent; the message names the file and the fault.
+
+        >>> import tempfile
+        >>> import tl_circuitlasso as tcl
+        >>> graph = tcl.load_demo(prompts=1).circuit
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     graph.save(Path(folder) / "circuit.safetensors")
+        ...     again = AttributionGraph.load(Path(folder) / "circuit.safetensors")
+        >>> again.kept_edges() == graph.kept_edges()
+        True
         """
         parts = graph_file.read(Path(path))
         try:

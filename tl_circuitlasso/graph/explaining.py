@@ -95,6 +95,11 @@ def explain(graph: AttributionGraph, node: str, k: int = 10) -> Explanation:
     Raises
     ------
     InputError: no such node, or `k` below 1.
+
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=1)
+    >>> [edge.node for edge in explain(demo.circuit, "a2.h0").parents]
+    ['m0', 'a1.h2']
     """
     _check_count("k", k)
     here = graph.index.position(node)
@@ -155,6 +160,11 @@ def strongest_paths(
     Raises
     ------
     InputError: an unknown node, `k` below 1, an unknown `by`, or a source that isn't computed before the target.
+
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=1)
+    >>> strongest_paths(demo.circuit, "input", 1, by="bottleneck")[0].nodes
+    ('input', 'a0.h1', 'a1.h2', 'a2.h0', 'logits')
     """
     _check_count("k", k)
     if by not in ("product", "bottleneck"):
@@ -208,6 +218,13 @@ def supernodes(graph: AttributionGraph, similarity: int | float = 0.5) -> dict[s
     Raises
     ------
     InputError: `similarity` isn't above 0 and at most 1.
+
+    >>> from tl_circuitlasso.data.sites import Site
+    >>> from tl_circuitlasso.graph.nodes import Block, NodeIndex
+    >>> index = NodeIndex((Block(Site("input"), 0), Block(Site("mlp", 0), 1, (3, 7)), Block(Site("logits"), 2)))
+    >>> edges = {("input", "m0#3"): 1.0, ("input", "m0#7"): 0.9, ("m0#3", "logits"): 1.0, ("m0#7", "logits"): 0.8}
+    >>> list(supernodes(AttributionGraph.from_edges(index, edges)).values())
+    [('m0#3', 'm0#7')]
     """
     if not 0 < similarity <= 1:
         raise InputError(f"`similarity` is {similarity!r}: give a cosine above 0, at most 1")

@@ -52,6 +52,10 @@ class NodeIndex:
     Raises
     ------
     InputError: no blocks, a site given twice, or blocks that aren't sorted by rank.
+
+    >>> index = component_index(n_layers=1, n_heads=1)
+    >>> index.position("m0"), index.may_feed("a0.h0", "m0"), index.may_feed("m0", "a0.h0")
+    (2, True, False)
     """
 
     blocks: tuple[Block, ...]
@@ -159,6 +163,9 @@ def component_index(*, n_layers: int, n_heads: int, attn_only: bool = False, par
     """The nodes of a transformer at component level: input, every head, every MLP, logits.
 
     Ranks: input 0; heads of layer l 1 + 2l; its MLP 2 + 2l, or 1 + 2l where attention and MLP run in parallel.
+
+    >>> component_index(n_layers=1, n_heads=2).names
+    ('input', 'a0.h0', 'a0.h1', 'm0', 'logits')
     """
     blocks = [Block(Site("input"), 0)]
     for layer in range(n_layers):

@@ -8,6 +8,7 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tl_circuitlasso.data import storage
 from tl_circuitlasso.errors import InputError
 
 if TYPE_CHECKING:
@@ -25,38 +26,76 @@ class Verbs:
     """The methods of an AttributionGraph that are done elsewhere."""
 
     def confirm(self, model: Any, clean: Any, corrupted: Any, metric: Any, **options: Any) -> Any:
-        """The kept edges cut one at a time in the model, and the refuted ones dropped: see `evaluate.confirm`."""
+        """The kept edges cut one at a time in the model, and the refuted ones dropped: see `evaluate.confirm`.
+
+        >>> import tl_circuitlasso as tcl
+        >>> demo = tcl.load_demo(prompts=4)
+        >>> demo.circuit.confirm(demo.model, demo.tokens, demo.corrupted, demo.target).n_kept
+        6
+        """
         return _verb("evaluate", "confirm")(self, model, clean, corrupted, metric, **options)
 
     def explain(self, node: str, k: int = 10) -> Any:
-        """What feeds a node, what it feeds, and where it fires: see `tcl.explain`; print it, or show it."""
+        """What feeds a node, what it feeds, and where it fires: see `tcl.explain`; print it, or show it.
+
+        >>> import tl_circuitlasso as tcl
+        >>> graph = tcl.load_demo(prompts=1).circuit
+        >>> [edge.node for edge in graph.explain("a2.h0").children]
+        ['logits']
+        """
         return _verb("graph.explaining", "explain")(self, node, k)
 
     def paths(self, source: str, k: int = 5, **options: Any) -> Any:
-        """The k strongest kept paths from `source` to the target: see `graph.explaining.strongest_paths`."""
+        """The k strongest kept paths from `source` to the target: see `graph.explaining.strongest_paths`.
+
+        >>> import tl_circuitlasso as tcl
+        >>> graph = tcl.load_demo(prompts=1).circuit
+        >>> print(graph.paths("a1.h2", 1)[0])
+        +2.0371  a1.h2 -> a2.h0 -> logits
+        """
         return _verb("graph.explaining", "strongest_paths")(self, source, k, **options)
 
     def supernodes(self, similarity: int | float = 0.5) -> dict[str, tuple[str, ...]]:
-        """Groups of nodes with nearly the same parents and children: see `tcl.supernodes`."""
+        """Groups of nodes with nearly the same parents and children: see `tcl.supernodes`.
+
+        >>> import tl_circuitlasso as tcl
+        >>> graph = tcl.load_demo(prompts=1).circuit
+        >>> graph.supernodes()  # heads and MLPs are sites of their own: only features form groups
+        {}
+        """
         return _verb("graph.explaining", "supernodes")(self, similarity)
 
     def to_eap_graph(self, **options: Any) -> Any:
-        """The same graph as a live `eap.graph.Graph` of the EAP-IG package: see `formats.to_eap_graph`."""
+        """The same graph as a live `eap.graph.Graph` of the EAP-IG package: see `formats.to_eap_graph`.
+
+        >>> graph.to_eap_graph().count_included_edges()  # doctest: +SKIP
+        """
         return _verb("formats", "to_eap_graph")(self, **options)
 
     def plot(self, path: str | Path | None = None, **options: Any) -> "Figure":
-        """The layered drawing of the kept edges, written to `path` where one is given: see `plot.circuit`."""
+        """The layered drawing of the kept edges, written to `path` where one is given: see `plot.circuit`.
+
+        >>> import tl_circuitlasso as tcl
+        >>> graph = tcl.load_demo(prompts=1).circuit
+        >>> len(graph.plot(title="planted").axes)
+        1
+        """
         return _verb("plot", "circuit")(self, path, **options)
 
     def show(self, **options: Any) -> Any:
-        """The interactive page: in a notebook under the cell, elsewhere in the web browser: see `plot.show`."""
+        """The interactive page: in a notebook under the cell, elsewhere in the web browser: see `plot.show`.
+
+        >>> graph.show()  # doctest: +SKIP
+        """
         return _verb("plot", "show")(self, **options)
 
-    def to(self, format: str, path: str | Path, **options: Any) -> Path:
-        """Write the graph to `path` as a picture ("png", "svg", "pdf", ...), as the interactive page ("html"), or in
-        any format of `formats.WRITERS` ("eap", "acdc", "neuronpedia", ...); the path is returned.
+    def to(self: Any, format: str | Path, path: str | Path | None = None, **options: Any) -> Path:
+        """Write the graph to `path` as a picture ("png", "svg", "pdf", ...), as the interactive page ("html"), as a
+        table of its candidate edges ("csv"), or in any format of `formats.WRITERS` ("eap", "acdc", "neuronpedia", ...);
+        the path is returned.
 
-        `options` go to `plot.circuit`, `plot.interactive` or the format's writer.
+        A path alone, `graph.to("circuit.html")`, is written as its suffix says, where that is clear. `options` go to
+        `plot.circuit`, `plot.interactive` or the format's writer.
 
         Raises
         ------
@@ -68,12 +107,19 @@ class Verbs:
         >>> graph = AttributionGraph.from_edges(component_index(n_layers=1, n_heads=1), {("input", "m0"): 1.0})
         >>> graph.to("eap", pathlib.Path(tempfile.mkdtemp()) / "graph.json").name
         'graph.json'
+        >>> graph.to(pathlib.Path(tempfile.mkdtemp()) / "edges.csv").read_text().splitlines()[0]
+        'source,target,port,weight,score,kept'
         """
-        path = Path(path)
-        if format not in PICTURES:
-            _verb("formats", "write")(self, path, format, **options)
+        if path is None:
+            path, suffix = Path(format), Path(format).suffix.lower().removeprefix(".")
+            format = suffix if suffix in (*PICTURES, "csv") else ""
+        path, format = Path(path), str(format)
+        if format not in (*PICTURES, "csv"):
+            _verb("formats", "write")(self, path, format or None, **options)
         elif path.suffix.lower() != f".{format}":
             raise InputError(f"`path` is {str(path)!r}, which doesn't end in .{format}: name it {path.stem}.{format}")
+        elif format == "csv":
+            storage.write_text(path, self.edge_table().to_csv(index=False), **options)
         else:
             _verb("plot", "interactive" if format == "html" else "circuit")(self, path, **options)
         return path

@@ -67,6 +67,12 @@ class Component:
     A head is described by z R' with W_O' = Q R, an isometry of its output that is d_head wide: the d_model-wide output
     of a head is never formed. With `directions=None` it is: every component is what it writes to the residual stream,
     coordinate by coordinate, as the paper stacks activations.
+
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=4)
+    >>> options = {"basis": Component(directions=1), "refined": False, "progress": False}
+    >>> len(tcl.circuit_lasso(demo.model, demo.tokens, **options).index)
+    17
     """
 
     directions: int | None = 16
@@ -123,6 +129,13 @@ class Neuron:
         circuits are mostly judged, or what it does in the prompt's own partner ("corrupted").
     linked: with design "read", how many of them are joined by edges, their direct effects on one another (0: none).
         Each costs a sweep through attention alone on a small sample of the prompts.
+
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=8)
+    >>> options = {"target": demo.target, "corrupted": demo.corrupted, "progress": False}
+    >>> graph = tcl.circuit_lasso(demo.model, demo.tokens, basis=Neuron(linked=8), **options)
+    >>> graph.provenance["unit"]
+    'logits'
     """
 
     max_nodes: int = 4096
@@ -163,7 +176,14 @@ class Neuron:
 
 @dataclass(frozen=True)
 class Residual:
-    """Dimensions of the residual stream in front of every layer and behind the last; those that vary most."""
+    """Dimensions of the residual stream in front of every layer and behind the last; those that vary most.
+
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=4)
+    >>> options = {"basis": Residual(max_nodes=4), "design": "activation", "progress": False}
+    >>> len(tcl.circuit_lasso(demo.model, demo.tokens, **options).index) > 1
+    True
+    """
 
     max_nodes: int = 4096
     name: str = "residual"

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from tl_circuitlasso.data.sharing import ALONE, Ranks
 from tl_circuitlasso.models.adapter import Adapter
@@ -30,6 +29,7 @@ from tl_circuitlasso.models.feature_layers import Layers, Rows
 from tl_circuitlasso.models.feature_path import Path
 from tl_circuitlasso.models.feature_survey import positions_of
 from tl_circuitlasso.models.tokens import Batch, find_bos
+from tl_circuitlasso.progress import bar as counting
 
 GROUPS = 24  # prompts that tell of one feature
 ELSEWHERE = 8  # positions of a prompt at which what attention brings is read
@@ -253,7 +253,7 @@ def _tallied(
     tallies = {pair: _empty(kept[pair[0]], kept[pair[1]], copies[pair]) for pair in paths}
     prompts = torch.cat([prompt for _, prompt in chosen.values()]).unique()
     keys = set().union(*(path.wanted() for path in paths.values()))
-    with tqdm(total=len(prompts), desc="replay", unit="prompt", disable=not progress) as bar:
+    with counting(total=len(prompts), desc="replay", unit="prompt", progress=progress) as bar:
         for batch, numbers in _batches(adapter, chunks, prompts):
             acts = adapter.run(batch.tokens, batch.mask, keys)
             again = _Replay(Layers(adapter, acts, batch.mask), batch, numbers, kept)

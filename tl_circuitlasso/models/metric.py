@@ -96,16 +96,23 @@ def token_of(adapter: Adapter, word: str, name: str) -> int:
     """
     if not adapter.has_tokenizer:
         raise InputError(f"`{name}` has the word {word!r}, but the model has no tokenizer; give token ids")
-    tokens = [] if not word else adapter.to_tokens([word])[0][0].tolist()
-    if tokens and tokens[0] == adapter.special_ids()[0]:
-        tokens = tokens[1:]
+    tokens = _tokens(adapter, word)
     tokenizer: Any = adapter.model.tokenizer
     if tokens == [getattr(tokenizer, "unk_token_id", None)]:
         raise InputError(f"`{name}` has {word!r}, which the tokenizer doesn't know: give another word, or a token id")
     if len(tokens) != 1:
         pieces = tokenizer.convert_ids_to_tokens(tokens)
+        other = word.lstrip() if word[:1].isspace() else f" {word}"
+        fits = bool(other) and len(_tokens(adapter, other)) == 1
+        general = "give a word of one token, with its leading space, or a token id"
         raise InputError(
             f"`{name}` has {word!r}, which is {len(tokens)} tokens to the tokenizer ({' '.join(map(repr, pieces))}): "
-            "give a word of one token, with its leading space, or a token id"
+            f"{f'{other!r} is one token: give that' if fits else general}"
         )
     return int(tokens[0])
+
+
+def _tokens(adapter: Adapter, word: str) -> list[int]:
+    """The token ids of a word, without BOS."""
+    tokens = [] if not word else adapter.to_tokens([word])[0][0].tolist()
+    return tokens[1:] if tokens and tokens[0] == adapter.special_ids()[0] else tokens

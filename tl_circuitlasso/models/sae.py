@@ -60,6 +60,14 @@ class SAEFeatures:
     Raises
     ------
     InputError: unknown names, numbers out of range, no SAE, a hook twice, a pair of unknown hooks, a bad labels file.
+
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=32)
+    >>> saes = {f"blocks.{layer}.hook_resid_post": tcl.synthetic.random_sae(48, 12, seed=layer) for layer in (0, 1)}
+    >>> basis = SAEFeatures(saes)
+    >>> graph = tcl.circuit_lasso(demo.model, demo.tokens, basis=basis, progress=False)
+    >>> len(graph.index), graph.provenance["pairs"][0]["source"]
+    (16, 'blocks.0.hook_resid_post')
     """
 
     saes: Any
@@ -118,6 +126,8 @@ def load_sae(source: Any) -> Any:
     Raises
     ------
     InputError: SAELens isn't installed, or it can't load that; the message says why.
+
+    >>> sae = load_sae("gpt2-small-res-jb/blocks.7.hook_resid_pre")  # doctest: +SKIP
     """
     if not isinstance(source, str | Path | tuple):
         return source

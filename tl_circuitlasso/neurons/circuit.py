@@ -15,8 +15,6 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from tl_circuitlasso.baselines.neurons import score_graph
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.features.graph import Text
@@ -29,6 +27,7 @@ from tl_circuitlasso.models.neuron_sweep import SECANT
 from tl_circuitlasso.neurons.behaviour import Behaviour
 from tl_circuitlasso.neurons.links import link
 from tl_circuitlasso.neurons.tally import Tally
+from tl_circuitlasso.progress import bar as counting
 
 SHARE = 0.005  # of the target's difference: what a kept neuron carries at least,
 OF_LARGEST = 0.05  # or of the foremost neuron's contribution, where neurons carry little of it
@@ -53,7 +52,7 @@ def neuron_circuit(behaviour: Behaviour, basis: Neuron, *, strength: str | float
     if basis.linked > total:
         raise InputError(f"`linked` is {basis.linked}, but the model has only {total} neurons")
     tally = Tally(behaviour.prompts.width, total, basis.reference)
-    bar = tqdm(behaviour.pairs(), disable=None if progress else True, desc="neurons", unit="batch")
+    bar = counting(behaviour.pairs(), progress=progress, desc="neurons", unit="batch")
     way = BySweep(SECANT, alone=False)
     for batch, key, at, own, other in multiplied(scoring, lambda: iter(bar), behaviour.n_prompts, way):
         assert other is not None  # every pair has a partner

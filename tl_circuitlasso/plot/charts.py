@@ -289,7 +289,12 @@ def curves(
     ------
     InputError: no curve, or one whose `sizes` and `faithfulness` differ in length.
 
-    >>> curves({"CircuitLasso": tcl.evaluate.curve(model, graph, clean, corrupted, metric)})        # doctest: +SKIP
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=4)
+    >>> setting = (demo.model, {"planted": demo.circuit}, demo.tokens, demo.corrupted, demo.target)
+    >>> figure = curves(tcl.evaluate.curves(*setting, sizes=[20, 200]))
+    >>> len(figure.axes)
+    1
     """
     instance("named", named, Mapping, "{name: curve, ...}, with curves as evaluate.curve returns them")
     if not named:

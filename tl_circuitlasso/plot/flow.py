@@ -44,6 +44,15 @@ def flow(
     Raises
     ------
     InputError: numbers below 0, nothing to draw, an unknown suffix, or a path that can't be written to.
+
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=32)
+    >>> saes = {f"blocks.{layer}.hook_resid_post": tcl.synthetic.random_sae(48, 12, seed=layer) for layer in (0, 1)}
+    >>> basis = tcl.SAEFeatures(saes)
+    >>> graph = tcl.circuit_lasso(demo.model, demo.tokens, basis=basis, progress=False)
+    >>> figure = flow(tcl.apps.concepts(graph))
+    >>> len(figure.axes)
+    1
     """
     instance("found", found, Concepts, "what apps.concepts returned; a graph is drawn by plot.circuit")
     for name, value in {"chains": chains, "merges": merges, "drops": drops}.items():

@@ -29,7 +29,14 @@ def duality_gap(
     strength: Float[Tensor, " target"],
     negative_gradient: Float[Tensor, "source target"] | None = None,
 ) -> Float[Tensor, " target"]:
-    """P(A) - D(theta) per target, in the units of the objective; never below the true suboptimality."""
+    """P(A) - D(theta) per target, in the units of the objective; never below the true suboptimality.
+
+    >>> from tl_circuitlasso.solve import L1, QuadraticGram
+    >>> loss = QuadraticGram(torch.eye(2), torch.tensor([[0.9], [0.1]]), torch.ones(1))
+    >>> best = torch.tensor([[0.8], [0.0]])  # soft thresholding of 0.9 and 0.1 at 0.1
+    >>> round(float(duality_gap(loss, L1(), best, torch.tensor([0.1]))), 6)
+    0.0
+    """
     return _signed_gap(loss, penalty, value, strength, negative_gradient).clamp(min=0)
 
 
@@ -69,7 +76,13 @@ def relative_gap(
     strength: Float[Tensor, " target"],
     negative_gradient: Float[Tensor, "source target"] | None = None,
 ) -> Float[Tensor, " target"]:
-    """The duality gap over the objective of the empty solution; 0 where that objective is 0 and A is empty."""
+    """The duality gap over the objective of the empty solution; 0 where that objective is 0 and A is empty.
+
+    >>> from tl_circuitlasso.solve import L1, QuadraticGram
+    >>> loss = QuadraticGram(torch.eye(2), torch.tensor([[0.9], [0.1]]), torch.ones(1))
+    >>> bool(relative_gap(loss, L1(), torch.zeros(2, 1), torch.tensor([0.1])) > 0.1)
+    True
+    """
     gap = _signed_gap(loss, penalty, value, strength, negative_gradient)
     null = per_problem(loss.null_objective(), penalty.coupled())
     # no convex problem has a negative gap: the Gram is indefinite, or a coefficient has overflowed

@@ -62,6 +62,11 @@ def multinomial_lasso(
 
     `labels` are class numbers (sample,) or probabilities (sample, outcome), for example a model's own prediction. The
     problem is one, so `gap` and `converged` repeat its figure for every outcome; intercepts are in `stats`.
+
+    >>> x = torch.tensor([[-2.0], [-1.0], [1.0], [2.0]])
+    >>> found = multinomial_lasso(x, torch.tensor([0, 0, 1, 1]), strength=0.5)
+    >>> bool(found.value[0, 1] > found.value[0, 0])
+    True
     """
     if labels.ndim == 1:
         labels = torch.nn.functional.one_hot(_classes(labels))

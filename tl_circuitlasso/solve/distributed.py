@@ -26,7 +26,10 @@ ROWS = 1024  # of the Gram that travel at once
 
 
 def all_reduce_moments(data: Moments) -> Moments:
-    """The moments of the samples of all ranks, on every rank (each rank's must be centred by one common mean)."""
+    """The moments of the samples of all ranks, on every rank (each rank's must be centred by one common mean).
+
+    >>> everyones = all_reduce_moments(own)  # doctest: +SKIP
+    """
     ranks = _ranks()
     if ranks.size == 1:
         return data
@@ -40,6 +43,8 @@ def all_reduce_sums(sums: PairSums, ranks: Ranks) -> PairSums:
     """The sums over the samples of all processes, on each, in the buffers of `sums`, which it consumes.
 
     Of X'X only the upper triangle travels, in strips, so that no second matrix of its size is needed.
+
+    >>> everyones = all_reduce_sums(own, ranks)  # doctest: +SKIP
     """
     if ranks.size == 1:
         return sums
@@ -70,6 +75,8 @@ def lasso_sharded(
     Raises
     ------
     InputError, SolveError: as `lasso` does. CircuitLassoError: another rank failed.
+
+    >>> solution = lasso_sharded(gram, cross, target_sq_norm=norms, strength=0.1)  # doctest: +SKIP
     """
     ranks = _ranks()
     if ranks.size == 1:

@@ -157,5 +157,12 @@ class Group(AbstractPenalty):
 
 
 def row_group(sources: int, targets: int, *, non_negative: bool = False) -> Group:
-    """The multitask Lasso, lambda * sum_i ||A_i,:||_2: a source is in for every target or for none."""
+    """The multitask Lasso, lambda * sum_i ||A_i,:||_2: a source is in for every target or for none.
+
+    >>> import tl_circuitlasso as tcl
+    >>> cross = torch.tensor([[0.9, 0.8], [0.01, 0.0]])
+    >>> options = {"target_sq_norm": torch.ones(2), "strength": 0.5, "penalty": row_group(2, 2)}
+    >>> (tcl.solve.lasso(torch.eye(2), cross, **options).value != 0).tolist()
+    [[True, True], [False, False]]
+    """
     return Group(torch.arange(sources), torch.zeros(targets, dtype=torch.long), non_negative=non_negative)

@@ -40,7 +40,12 @@ def moments_of(features: Float[Tensor, "sample source"], targets: Float[Tensor, 
 
 
 def total(parts: Sequence[Moments]) -> Moments:
-    """The moments of all parts together."""
+    """The moments of all parts together.
+
+    >>> half = Moments(torch.eye(2), torch.zeros(2, 1), torch.ones(1), 50.0)
+    >>> total([half, half]).count
+    100.0
+    """
     if not parts:
         raise InputError("no moments to add: pass at least one")
     whole = parts[0]
@@ -68,7 +73,11 @@ def path(verb: Callable[..., Solution], strengths: Sequence[int | float | Tensor
 
 
 def geometric_strengths(count: int = 20, smallest: float = 0.02, largest: float = 0.9) -> list[float]:
-    """`count` strengths from `largest` down to `smallest`, evenly spaced in the logarithm."""
+    """`count` strengths from `largest` down to `smallest`, evenly spaced in the logarithm.
+
+    >>> [round(strength, 3) for strength in geometric_strengths(3, 0.01, 1.0)]
+    [1.0, 0.1, 0.01]
+    """
     if not (count >= 1 and 0 < smallest <= largest):
         raise InputError(f"need count >= 1 and 0 < smallest <= largest, got {count}, {smallest}, {largest}")
     steps = torch.linspace(0, 1, count, dtype=torch.float64)

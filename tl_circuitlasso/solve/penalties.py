@@ -165,6 +165,9 @@ def ElasticNet(l1_ratio: float = 0.5, weights: Entries = None, non_negative: boo
     """lambda * sum_ij (rho w_ij |a_ij| + (1 - rho)/2 a_ij^2), rho = `l1_ratio` in (0, 1] (Zou & Hastie 2005).
 
     It shares the coefficient among near-copies of one source, where the Lasso's choice between them is arbitrary.
+
+    >>> float(ElasticNet(l1_ratio=0.5).value(torch.full((1, 1), 2.0), torch.ones(1)))
+    2.0
     """
     if not 0 < l1_ratio <= 1:
         raise InputError(f"`l1_ratio` must lie in (0, 1], got {l1_ratio}")

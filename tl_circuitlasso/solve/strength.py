@@ -101,6 +101,11 @@ def ebic(
 
     rss_S is that of the least-squares refit on S: the Lasso's own residual still carries its shrinkage, and would
     choose too small a strength. One path, one small factorisation per strength and target.
+
+    >>> gram, cross = torch.eye(2), torch.tensor([[0.9], [0.01]])
+    >>> choice = ebic(Moments(gram, cross, torch.ones(1), 100.0))
+    >>> (choice.solution.value != 0).flatten().tolist()
+    [True, False]
     """
     levels = list(strengths) if strengths is not None else geometric_strengths()
     verb = partial(lasso, data.gram, data.cross, target_sq_norm=data.target_sq_norm, penalty=penalty, **options)
@@ -121,6 +126,11 @@ def cross_validate(
 
     `one_se` takes the largest strength within one standard error of the best. For edges prefer "ebic" or "adaptive":
     the strength that predicts best keeps many false edges.
+
+    >>> folds = [Moments(torch.eye(2), torch.tensor([[0.9], [0.01]]), torch.ones(1), 50.0) for _ in range(2)]
+    >>> choice = cross_validate(folds)
+    >>> bool(choice.solution.value[0, 0] > 0.5)
+    True
     """
     if len(folds) < 2:
         raise InputError(f"`folds` must hold at least 2 parts, got {len(folds)}")
@@ -158,6 +168,10 @@ def stability(
 
     `parts` are Moments of disjoint parts of the data (10 or more); each draw takes a random half of them, and the next
     draw the other half (complementary pairs, Shah & Samworth 2013). Above 0.8 is a usual bar.
+
+    >>> parts = [Moments(torch.eye(2), torch.tensor([[0.9], [0.01]]), torch.ones(1), 10.0) for _ in range(10)]
+    >>> stability(parts, strength=0.5, draws=4).flatten().tolist()
+    [1.0, 0.0]
     """
     if len(parts) < 2 or draws < 1:
         raise InputError(
@@ -178,7 +192,12 @@ def stability(
 
 
 def refit_support(data: Moments, value: Float[Tensor, "source target"]) -> Float[Tensor, "source target"]:
-    """Least squares on the support of each column, from the Gram, in batches of equally small problems."""
+    """Least squares on the support of each column, from the Gram, in batches of equally small problems.
+
+    >>> data = Moments(torch.eye(2), torch.tensor([[0.75], [0.01]]), torch.ones(1), 100.0)
+    >>> (refit_support(data, torch.tensor([[0.5], [0.0]])) > 0).flatten().tolist()
+    [True, False]
+    """
     support = value != 0
     size = support.sum(0)
     fitted = torch.zeros_like(data.cross, dtype=torch.float64)

@@ -1,8 +1,14 @@
-"""Planted truth, for tests, tutorials and comparisons: circuits of made-up networks, and codes of made-up SAEs."""
+"""Planted truth, for tests, tutorials and comparisons: circuits of made-up networks, codes of made-up SAEs, and SAEs of
+random directions."""
 
+from tl_circuitlasso.naming import directory as _directory
 from tl_circuitlasso.synthetic.problems import CODES as CODES
 from tl_circuitlasso.synthetic.problems import Edge as Edge
 from tl_circuitlasso.synthetic.problems import Planted as Planted
 from tl_circuitlasso.synthetic.problems import planted as planted
+from tl_circuitlasso.synthetic.saes import RandomSAE as RandomSAE
+from tl_circuitlasso.synthetic.saes import random_sae as random_sae
 
-__all__ = ["CODES", "Edge", "Planted", "planted"]
+__all__ = ["CODES", "Edge", "Planted", "RandomSAE", "planted", "random_sae"]
+
+__dir__ = _directory(__name__)

@@ -70,7 +70,11 @@ def planted_codes(
 
 
 def sparse_codes(samples: int, features: int, active: int, rng: np.random.Generator) -> scipy.sparse.csr_matrix:
-    """Codes with exponential values, about `active` in a sample: draws of the same feature twice count once."""
+    """Codes with exponential values, about `active` in a sample: draws of the same feature twice count once.
+
+    >>> sparse_codes(10, 5, 2, np.random.default_rng(0)).shape
+    (10, 5)
+    """
     often = rng.uniform(0.2, 1, features) ** 2
     ends = np.cumsum(often / often.sum())
     drawn = np.searchsorted(ends, rng.random((samples, active))).clip(max=features - 1)

@@ -141,6 +141,10 @@ def planted(
     Raises
     ------
     InputError: a size below 1, a share outside [0, 1], or unknown codes.
+
+    >>> problem = planted(layers=1, heads=2, seed=1)
+    >>> len(problem.circuit)
+    6
     """
     _check(locals())
     generator = torch.Generator().manual_seed(seed)
