@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests import architectures
-from tl_circuitlasso.baselines.edges import EdgeLayout, add_products, written_out
+from tl_circuitlasso.baselines.edges import EdgeLayout, add_products, traced_derivative, written_out
 from tl_circuitlasso.errors import ModelError
 from tl_circuitlasso.models import Adapter, adapt
 from tl_circuitlasso.models.patching import Edit, record, record_all, run_edited, unembed
@@ -41,7 +41,7 @@ def check_derivatives(model: Any, step: float, tolerance: float, *, padded: bool
     everywhere = torch.ones_like(tokens, dtype=torch.bool)
     scores = torch.zeros(layout.n_sources, layout.n_readers, dtype=torch.float64)
     traced = trace(adapter, tokens, mask, metric)
-    add_products(layout, adapter, scores, difference, traced, everywhere)
+    add_products(layout, adapter, scores, difference, traced_derivative(adapter, traced), everywhere)
     deltas = written_out(adapter, difference, everywhere.nonzero(as_tuple=True)).unflatten(1, tokens.shape)
     wrong = []
     for layer, port in layout.readers():

@@ -4,9 +4,11 @@ From the logits to the input, every edge into a reader is tried: with H the circ
 
     cut u -> v for good   if   m(H) - m(H without u -> v) < threshold,
 
-so what an edge is worth depends on what was cut before it, and the search takes about one forward pass per prompt and
-edge. Readers come in reverse order of computation (logits, then per layer from the last its MLP, values, keys,
-queries), and so do the sources of each. Edges into what nothing kept reads go without a pass.
+so what an edge is worth depends on what was cut before it, and the search takes at most one forward pass per prompt and
+edge. The order is that of the paper's package: readers in reverse order of computation (logits, then per layer from the
+last its MLP, then values, keys and queries of its heads, the last head first), and so the sources of each, but heads of
+a layer from the first. In front of a layer's q, k and v edges each port of each head is tried as a whole: where
+it may go, all edges into it go without a pass of their own, and so do edges into what nothing kept reads.
 """
 
 import time
@@ -25,15 +27,17 @@ from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models import Adapter
 from tl_circuitlasso.models.ablation import Ablated, from_run, from_values
+from tl_circuitlasso.models.attention import PORTS
 from tl_circuitlasso.models.pairs import PairBatch
 from tl_circuitlasso.models.patch import run_circuits
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
 from tl_circuitlasso.progress import bar as counting
 
 SHARE = 0.01  # of the metric's range: the threshold where none is given
-AHEAD = 8  # edges tried at once, as if those before them were cut
+AHEAD = 8  # tries at once, as if what was tried before were cut
 
 Cell = tuple[int, int]  # source and reader
+Try = tuple[Cell, ...]  # edges that are cut together: one, or all into a head's port
 
 
 def acdc(
@@ -53,9 +57,9 @@ def acdc(
 ) -> AttributionGraph:
     """The circuit that the search leaves; other arguments as in `eap`.
 
-    The graph keeps the circuit's edges that are on a path. An edge's weight is the metric's fall when it was tried (0
-    where it wasn't), its score the same where that isn't negative. `forward_passes` in the provenance are per prompt
-    and count every circuit that was run, also those tried ahead in vain.
+    The graph keeps the circuit's edges that are on a path. An edge's weight is the metric's fall when it alone was
+    tried (0 where it wasn't), its score the same where that isn't negative. `forward_passes` in the provenance are per
+    prompt and count every circuit that was run, also those tried ahead in vain.
 
     Parameters
     ----------
@@ -85,7 +89,7 @@ def acdc(
         for tried in search.tries(bar_value):
             bar.update(tried)
     worth = search.worth
-    found = facts(data, setting, count, began, metric) | {"threshold": bar_value, "tested": int(search.tested.sum())}
+    found = facts(data, setting, count, began, metric) | {"threshold": bar_value, "tested": search.tested}
     graph = search.layout.graph(worth.clamp_min(0), found)
     source, column = search.layout.mask().nonzero(as_tuple=True)
     weight = worth[source, column]
@@ -121,12 +125,11 @@ class _Search:
     model: float
     ablated: float
     kept: Bool[Tensor, "source reader"] = field(init=False)
-    tested: Bool[Tensor, "source reader"] = field(init=False)
     worth: Float[Tensor, "source reader"] = field(init=False)
+    tested: int = 0
 
     def __post_init__(self) -> None:
         self.kept = self.layout.mask()
-        self.tested = torch.zeros_like(self.kept)
         self.worth = torch.zeros(self.kept.shape, dtype=torch.float64)
 
     @classmethod
@@ -135,7 +138,7 @@ class _Search:
         runs, model, ablated = [], 0.0, 0.0
         adapter = batches[0].pairs.adapter
         for job in batches:
-            share = len(job.batch.rows) / len(job.pairs)
+            share = job.share
             logits = adapter.run(job.batch.clean.tokens, job.batch.mask, ["logits"])["logits"].detach()
             job.count.forward += share
             own = _divergence(logits, job.batch) if metric is None else job.metric
@@ -148,57 +151,90 @@ class _Search:
 
     def tries(self, threshold: float) -> Iterator[int]:
         """Try all edges; yields how many were settled at a time."""
-        cells = list(self._cells())
+        tries = list(self._order())
         value, place = self.model, 0
-        while place < len(cells):
-            some = self._ahead(cells, place)
+        while place < len(tries):
+            some = self._ahead(tries, place)
             if not some:
-                self.kept[cells[place]] = False
+                self._drop(tries[place])
+                yield self._settled(tries[place])
                 place += 1
-                yield 1
                 continue
-            settled = 0
-            for cell, after in zip(some, self._without(some)):
-                self.tested[cell], self.worth[cell] = True, value - after
-                settled += 1
+            for one, after in zip(some, self._without(some)):
+                self.tested += 1
+                place += 1
+                if len(one) == 1:
+                    self.worth[one[0]] = value - after
+                yield self._settled(one)
                 if value - after >= threshold:
                     break  # it stays, so those behind it were tried without an edge that they have
-                self.kept[cell] = False
+                self._drop(one)
                 value = after
-            place += settled
-            yield settled
 
-    def _cells(self) -> Iterator[Cell]:
-        mask = self.layout.mask()
-        for column in reversed(range(self.layout.n_readers)):
-            for source in reversed(mask[:, column].nonzero().flatten().tolist()):
-                yield source, column
+    @staticmethod
+    def _settled(one: Try) -> int:
+        return 1 if len(one) == 1 else 0  # a port's edges come again, each for itself
 
-    def _ahead(self, cells: Sequence[Cell], place: int) -> list[Cell]:
-        """The next edges into nodes of one rank, all of which something reads; none if nothing reads the first."""
+    def _drop(self, one: Try) -> None:
+        for cell in one:
+            self.kept[cell] = False
+
+    def _order(self) -> Iterator[Try]:
+        """Edges into the logits, and per layer from the last into its MLP; then its heads' ports as wholes, and one by
+        one."""
+        n_layers = self.layout.shape.n_layers
+        yield from self._single(n_layers, "")
+        for layer in reversed(range(n_layers)):
+            if not self.layout.shape.attn_only:
+                yield from self._single(layer, "")
+            for port in reversed(PORTS):
+                yield from (tuple(self._cells(column)) for column in self._columns(layer, port))
+            for port in reversed(PORTS):
+                yield from self._single(layer, port)
+
+    def _single(self, layer: int, port: str) -> Iterator[Try]:
+        for column in self._columns(layer, port):
+            yield from ((cell,) for cell in self._cells(column))
+
+    def _columns(self, layer: int, port: str) -> list[int]:
+        columns = self.layout.columns(layer, port)
+        return list(range(columns.start, columns.stop))[::-1]
+
+    def _cells(self, column: int) -> list[Cell]:
+        sources = self.layout.mask()[:, column].nonzero().flatten().tolist()
+        ranks = self.layout.index.ranks
+        return [(source, column) for source in sorted(sources, key=lambda source: (-int(ranks[source]), source))]
+
+    def _ahead(self, tries: Sequence[Try], place: int) -> list[Try]:
+        """The next tries of one kind into nodes of one rank that something reads; none if the first has no effect."""
         nodes, ranks = self.layout.targets()[0], self.layout.index.ranks
-        rank = ranks[nodes[cells[place][1]]]
-        some: list[Cell] = []
-        for cell in cells[place : place + AHEAD]:
-            node = nodes[cell[1]]
-            if ranks[node] != rank or not self._is_read(node):
+        first = tries[place][0]
+        rank, kind = ranks[nodes[first[1]]], len(tries[place]) == 1
+        some: list[Try] = []
+        for one in tries[place : place + AHEAD]:
+            node = nodes[one[0][1]]
+            if ranks[node] != rank or (len(one) == 1) != kind or not self._is_read(node) or not self._is_there(one):
                 break
-            some.append(cell)
+            some.append(one)
         return some
+
+    def _is_there(self, one: Try) -> bool:
+        return any(bool(self.kept[cell]) for cell in one)
 
     def _is_read(self, node: int) -> bool:
         return node == self.layout.n_sources or bool(self.kept[node].any())
 
-    def _without(self, cells: Sequence[Cell]) -> list[float]:
-        """The metric of the circuit without the first of the edges, without the first two, and so on."""
-        circuits = self.kept.repeat(len(cells), 1, 1)
-        for number, (source, column) in enumerate(cells):
-            circuits[number:, source, column] = False
-        totals = [0.0] * len(cells)
+    def _without(self, tries: Sequence[Try]) -> list[float]:
+        """The metric of the circuit less the first of the tries, less the first two, and so on."""
+        circuits = self.kept.repeat(len(tries), 1, 1)
+        for number, one in enumerate(tries):
+            for source, column in one:
+                circuits[number:, source, column] = False
+        totals = [0.0] * len(tries)
         for run in self.runs:
             cut = as_circuits(circuits, self.layout)
             made = run_circuits(self.adapter, run.batch.clean.tokens, run.batch.mask, cut, run.ablated)
-            self.count.forward += len(cells) * len(run.batch.rows) / self.prompts
+            self.count.forward += len(tries) * len(run.batch.rows) / self.prompts
             totals = [total + _value(run.metric, logits, run.batch) for total, logits in zip(totals, made)]
         return [total / self.prompts for total in totals]
 
@@ -206,7 +242,7 @@ class _Search:
 def _cut(job: Job) -> Ablated:
     adapter, batch = job.pairs.adapter, job.batch
     if job.setting.ablation == "patch":
-        job.count.forward += len(batch.rows) / len(job.pairs)
+        job.count.forward += job.share
         return from_run(adapter, batch.corrupted.tokens, batch.mask)
     return from_values(adapter, job.ablated())
 

@@ -3,7 +3,7 @@
 Rows are sources and columns readers, in the order of `Components`. A method fills the matrix; `graph` makes it a graph.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -97,27 +97,41 @@ def pieces_of(layout: EdgeLayout, keep: Bool[Tensor, "batch pos"], itemsize: int
     yield from zip(rows.split(size), positions.split(size))
 
 
+Chosen = tuple[Tensor, ...]  # (prompt, position) pairs, as indices
+Derivative = Callable[[int, str, Chosen], Float[Tensor, "head token d_model"] | None]
+"""The derivative at what a layer's heads read through a port, its MLP (port ""), or the logits (the layer behind the
+last) reads of the residual stream at some tokens; None where it's zero."""
+
+
 def add_products(
     layout: EdgeLayout,
     adapter: Adapter,
     scores: Float[Tensor, "source reader"],
     difference: Written,
-    traced: Trace,
+    derivative: Derivative,
     keep: Bool[Tensor, "batch pos"],
 ) -> None:
     """Add to each edge u -> v the sum over kept positions of <difference_u, derivative at v's input>."""
-    reads = {
-        (layer, port): projection(adapter, layer, port) for layer in range(layout.shape.n_layers) for port in PORTS
-    }
     for chosen in pieces_of(layout, keep, difference.input.element_size()):
         sources = written_out(adapter, difference, chosen).flatten(1)
         for layer, port in layout.readers():
-            if layer == layout.shape.n_layers:
-                grads = traced.unembed[chosen][None]
-            elif port == "":
-                grads = traced.mlps[layer][chosen][None]
-            else:
-                at_port = traced.ports[layer][port]  # type: ignore[index]
-                grads = read_gradient(reads[layer, port], traced.streams.attn[layer][chosen], at_port[chosen])  # type: ignore[index]
-            rows = slice(layout.sources_of(layer, port))
-            scores[rows, layout.columns(layer, port)] += (sources[rows] @ grads.flatten(1).T).double()
+            grads = derivative(layer, port, chosen)
+            if grads is not None:
+                rows = slice(layout.sources_of(layer, port))
+                scores[rows, layout.columns(layer, port)] += (sources[rows] @ grads.flatten(1).T).double()
+
+
+def traced_derivative(adapter: Adapter, traced: Trace) -> Derivative:
+    """The derivatives of a trace."""
+    layers = range(adapter.shape.n_layers)
+    reads = {(layer, port): projection(adapter, layer, port) for layer in layers for port in PORTS}
+
+    def at(layer: int, port: str, chosen: Chosen) -> Float[Tensor, "head token d_model"]:
+        if layer == len(layers):
+            return traced.unembed[chosen][None]
+        if port == "":
+            return traced.mlps[layer][chosen][None]
+        at_port = traced.ports[layer][port][chosen]  # type: ignore[index]
+        return read_gradient(reads[layer, port], traced.streams.attn[layer][chosen], at_port)  # type: ignore[index]
+
+    return at

@@ -60,7 +60,7 @@ def exact(
 def _one_batch(job: Job, layout: EdgeLayout, scores: Tensor, done: Callable[[int], object]) -> None:
     adapter, batch = job.pairs.adapter, job.batch
     plain = record_all(adapter, batch.clean.tokens, batch.mask)
-    job.count.forward += len(batch.rows) / len(job.pairs)
+    job.count.forward += job.share
     ablated = job.ablated()
     difference = plain.written.map(torch.sub, ablated)
     everywhere = torch.ones_like(batch.mask).nonzero(as_tuple=True)
@@ -105,7 +105,7 @@ def _patched(job: Job, layout: EdgeLayout, plain: Record, deltas: Tensor, reader
         Edit(reader.port, column - reader.first_column, stream - deltas[source])  # type: ignore[arg-type]
         for source, column in cells
     ]
-    job.count.forward += len(cells) * len(batch.rows) / len(job.pairs)
+    job.count.forward += len(cells) * job.share
     return run_edited(adapter, batch.clean.tokens, batch.mask, layer, edits, plain.streams.attn[layer])
 
 

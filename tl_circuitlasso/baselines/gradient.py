@@ -248,27 +248,28 @@ class Job:
     outputs: bool = False  # whether derivatives at components' outputs are needed beside those at inputs
 
     @property
-    def _share(self) -> float:
+    def share(self) -> float:
+        """The batch's part of the prompts."""
         return len(self.batch.rows) / len(self.pairs)
 
     def clean(self) -> Written:
         """What each component writes on the clean prompts."""
-        self.count.forward += self._share
+        self.count.forward += self.share
         return record(self.pairs.adapter, self.batch.clean.tokens, self.batch.mask)
 
     def ablated(self) -> Written:
         """What each component's cut edges carry."""
         adapter, batch = self.pairs.adapter, self.batch
         if self.setting.ablation == "patch":
-            self.count.forward += self._share
+            self.count.forward += self.share
             return record(adapter, batch.corrupted.tokens, batch.mask)
         values = zeros_written(adapter) if self.mean is None else self.mean
         return for_batch(adapter, values, batch.clean, self.setting.input_node)
 
     def trace(self, *, corrupted: bool = False, **replaced: Any) -> Trace:
         """The metric's derivatives on the clean (or corrupted) prompts, with some activations replaced."""
-        self.count.forward += self._share
-        self.count.backward += self._share
+        self.count.forward += self.share
+        self.count.backward += self.share
         batch, rows = self.batch, self.batch.rows
         tokens = (batch.corrupted if corrupted else batch.clean).tokens
         return trace(
@@ -292,7 +293,7 @@ def attribute(data: Pairs, metric: Metric | LogitDiff, setting: Setting, path: P
     scores = torch.zeros(layout.n_sources, layout.n_readers, dtype=torch.float64, device=data.adapter.device)
     for job, (difference, traced, weight) in walked(data, metric, setting, count, path):
         part = torch.zeros_like(scores)
-        add_products(layout, data.adapter, part, difference, traced, job.batch.mask)
+        add_products(layout, data.adapter, part, difference, traced_derivative(data.adapter, traced), job.batch.mask)
         scores += weight * part
     return layout.graph(scores / len(data), facts(data, setting, count, began, metric))
 

@@ -9,6 +9,7 @@ from tl_circuitlasso.baselines.exact import exact
 from tl_circuitlasso.baselines.gradient import Metric, clean_corrupted, eap, eap_ig, eap_ig_activations
 from tl_circuitlasso.baselines.observational import correlation, information_flow_routes, random_edges
 from tl_circuitlasso.baselines.paths import bootstrap_eap_ig, eap_gp
+from tl_circuitlasso.baselines.relevance import relp_edges
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
@@ -38,6 +39,7 @@ METHODS: Mapping[str, Method] = {
     "information-flow-routes": information_flow_routes,
     "magnitude": magnitude,
     "random": random_edges,
+    "relp": relp_edges,
 }
 CHOOSE = ("acdc", "bootstrap-eap-ig")  # whose kept edges are a circuit by their own rule; the others rank
 

@@ -6,7 +6,6 @@ the metric, so a positive one helps. `evaluate.curve` and `evaluate.faithfulness
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_circuitlasso.baselines.gradient import unit_of
+from tl_circuitlasso.baselines.relevance import relp_edges, rules_of
 from tl_circuitlasso.data.sites import Site
 from tl_circuitlasso.data.targets import LogitDiff
 from tl_circuitlasso.errors import InputError
@@ -22,7 +22,6 @@ from tl_circuitlasso.graph.nodes import Block, NodeIndex
 from tl_circuitlasso.graph.provenance import question, record
 from tl_circuitlasso.models import Adapter, adapt
 from tl_circuitlasso.models.neuron_scores import Batch, ByGradient, BySweep, Scoring, scores
-from tl_circuitlasso.models.neuron_sweep import RELP
 from tl_circuitlasso.models.pairs import Metric, Pairs, pairs_of, shown
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
 from tl_circuitlasso.progress import counted
@@ -55,7 +54,8 @@ def relp(
     ----------
     clean, corrupted: token ids (prompt, pos) or strings, pairs of equal length; `corrupted` may be None.
     metric: `metric(logits, rows)` returns the sum over a batch of what should stay high, as in `eap`.
-    basis: "neuron" (what goes into the down projection), "mlp_out", "head" or "residual".
+    basis: "neuron" (what goes into the down projection), "mlp_out", "head" or "residual"; "component" scores all edges
+        between heads and MLPs instead, as `METHODS["relp"]` does.
     reference: what a node is compared with: "corrupted" (its partner; the default where there are corrupted prompts),
         "mean" (over prompts at the same position, the corrupted ones where there are any) or "zero" (the default else).
     attention: "frozen" holds attention patterns constant; "moving" lets them pass on what they do, by their derivative.
@@ -74,13 +74,14 @@ def relp(
     >>> sorted(graph.kept_nodes())[:2]
     ['a0.h0', 'a0.h1']
     """
-    if attention not in ("frozen", "moving"):
-        raise InputError(f"`attention` is {attention!r}: write 'frozen' or 'moving'")
-    if products not in ("half", "whole"):
-        raise InputError(f"`products` is {products!r}: write 'half' or 'whole'")
-    rules = replace(RELP, attention=attention == "frozen", half=products == "half")
+    rules, chosen = rules_of(attention, products), _reference(reference, corrupted)
+    if basis == "component":
+        cut = {"corrupted": "patch"}.get(chosen, chosen)
+        over = "clean" if corrupted is None else "corrupted"
+        given: dict[str, Any] = {"attention": attention, "products": products, "attention_mask": attention_mask}
+        given |= {"ablation": cut, "mean_over": over, "batch_size": batch_size, "progress": progress}
+        return relp_edges(model, clean, corrupted, metric, **given)
     data = pairs_of(model, clean, corrupted, attention_mask=attention_mask, batch_size=batch_size)
-    chosen = _reference(reference, corrupted)
     return _graph("relp", data, corrupted, metric, basis, chosen, BySweep(rules, alone=True), max_nodes, progress)
 
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_circuitlasso.baselines.edges import EdgeLayout, add_products
+from tl_circuitlasso.baselines.edges import EdgeLayout, add_products, traced_derivative
 from tl_circuitlasso.baselines.gradient import (
     Count,
     Job,
@@ -85,14 +85,14 @@ def _goal(job: Job) -> Ablated:
     """The run whose output the path makes for."""
     adapter, batch = job.pairs.adapter, job.batch
     if job.setting.ablation == "patch":
-        job.count.forward += len(batch.rows) / len(job.pairs)
+        job.count.forward += job.share
         return from_run(adapter, batch.corrupted.tokens, batch.mask)
     return from_values(adapter, job.ablated())
 
 
 def _towards(job: Job, at: Float[Tensor, "batch pos d_model"], goal: Ablated) -> Float[Tensor, "batch pos d_model"]:
     """The derivative at the input of half the squared distance to the goal's logits."""
-    batch, share = job.batch, len(job.batch.rows) / len(job.pairs)
+    batch, share = job.batch, job.share
     real = batch.mask[..., None]
 
     def distance(logits: Tensor) -> Tensor:
@@ -154,11 +154,12 @@ def bootstrap_eap_ig(
     device = data.adapter.device
     scores = torch.zeros(1 + resamples, layout.n_sources, layout.n_readers, dtype=torch.float64, device=device)
     for job, (difference, traced, share) in walked(data, metric, setting, count, along_inputs):
+        derivative = traced_derivative(data.adapter, traced)
         for number, weight in enumerate(times[:, job.batch.rows].to(device)):
             drawn = job.batch.mask & (weight > 0)[:, None]
             if bool(drawn.any()):
                 part = torch.zeros_like(scores[number])
-                add_products(layout, data.adapter, part, _weighted(difference, weight), traced, drawn)
+                add_products(layout, data.adapter, part, _weighted(difference, weight), derivative, drawn)
                 scores[number] += share * part
     found = facts(data, setting, count, began, metric) | {"resamples": resamples, "level": level, "seed": seed}
     graph = layout.graph(scores[0] / len(data), found)

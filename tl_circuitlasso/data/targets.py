@@ -89,6 +89,21 @@ class LogitDiff:
                 object.__setattr__(found, name, _packed([[known[word] for word in row] for row in given]))
         return found
 
+    def take(self, prompts: Int[Tensor, " row"]) -> "LogitDiff":
+        """The answers of some prompts, in their order; one pair of answers for all stays as it is.
+
+        >>> LogitDiff([3, 5], [4, 6]).take(torch.tensor([1, 1])).correct
+        tensor([5, 5])
+        """
+        if self.everyone:
+            return self
+        taken, rows = copy.copy(self), prompts.cpu()
+        for name in ("correct", "incorrect"):
+            given = getattr(self, name)
+            some = tuple(given[row] for row in rows.tolist()) if isinstance(given, tuple) else given[rows]
+            object.__setattr__(taken, name, some)
+        return taken
+
     def ids(self, prompts: Int[Tensor, " row"]) -> tuple[Int[Tensor, "row answer"], Int[Tensor, "row other"]]:
         """The correct and the incorrect answers of some prompts, -1 behind fewer; once words are looked up."""
         if self.words:

@@ -102,7 +102,7 @@ def _block(
         reads = _reads(ends, layer, at, chosen, [i - start[layer] for i in joining], rules) if joining else None
         if reads is not None and not adapter.shape.parallel:
             m[:, [i - columns.start for i in joining]] = reads
-        m = m + through_attention(ends, layer, m, rules)[1]
+        m = m + through_attention(ends, layer, m, rules)
         if reads is not None and adapter.shape.parallel:  # these neurons read what the layer's heads read
             m[:, [i - columns.start for i in joining]] = reads
     first = torch.where(ends.mask[..., None], ends.difference("resid_pre.0"), 0.0)

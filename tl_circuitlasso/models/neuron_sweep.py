@@ -25,7 +25,7 @@ from torch import Tensor
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.rotary import is_rotary
 from tl_circuitlasso.models.views import NEAR, secant, softmax_secant
-from tl_circuitlasso.models.weights import MLP, repeat_heads
+from tl_circuitlasso.models.weights import MLP, Port, repeat_heads
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,15 @@ SECANT = Rules()
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """The multipliers in a layer: behind it, at what its neurons put out, at its heads' z, and in front of it."""
+    """The multipliers in a layer: behind it, at what its neurons put out, at the stream that its MLP reads, at each
+    head's z and what it projects (`at_ports`), and in front of it."""
 
     layer: int
     behind: Float[Tensor, "prompt direction pos d_model"]
     neurons: Float[Tensor, "prompt direction pos d_mlp"] | None
+    mlp: Float[Tensor, "prompt direction pos d_model"] | None
     heads: Float[Tensor, "prompt direction head pos d_head"]
+    ports: Mapping[Port, Float[Tensor, "prompt direction head pos d_head"]]
     front: Float[Tensor, "prompt direction pos d_model"]
 
 
@@ -139,13 +142,15 @@ def sweep(ends: Ends, at_final: Float[Tensor, "prompt direction pos d_model"], r
     m = through_norm(ends, adapter.shape.n_layers, at_final, rules, mlp=False)
     for layer in reversed(range(adapter.shape.n_layers)):
         behind = total = m
-        at_post = None
+        at_post = at_mlp = None
         if not adapter.shape.attn_only:
             at_post = at_neurons(ends, layer, m)
-            total = m + through_mlp(ends, layer, at_post, rules)
-        at_z, read = through_attention(ends, layer, behind if adapter.shape.parallel else total, rules)
-        m = total + read
-        yield Layer(layer, behind, at_post, at_z, m)
+            at_mlp = through_mlp(ends, layer, at_post, rules)
+            total = m + at_mlp
+        at_z = at_heads(ends, layer, behind if adapter.shape.parallel else total)
+        ports = at_ports(ends, layer, at_z, rules)
+        m = total + through_ports(ends, layer, ports, rules)
+        yield Layer(layer, behind, at_post, at_mlp, at_z, ports, m)
 
 
 def through_norm(
@@ -232,25 +237,45 @@ def slope(mlp: MLP, own: Float[Tensor, "*x"], other: Float[Tensor, "*x"]) -> Flo
 
 def through_attention(
     ends: Ends, layer: int, m: Float[Tensor, "prompt direction pos d_model"], rules: Rules
-) -> tuple[Float[Tensor, "prompt direction head pos d_head"], Float[Tensor, "prompt direction pos d_model"]]:
-    """The multipliers at every head's z, and at the residual stream that the heads read."""
-    adapter = ends.adapter
-    w_o = adapter.writer(layer)[0]
-    at_z = (m * ends.inverse(f"scale.attn_out.{layer}").unsqueeze(1)).unsqueeze(2) @ w_o.mT
+) -> Float[Tensor, "prompt direction pos d_model"]:
+    """From what a layer's heads write back to the residual stream that they read."""
+    return through_ports(ends, layer, at_ports(ends, layer, at_heads(ends, layer, m), rules), rules)
+
+
+def at_heads(
+    ends: Ends, layer: int, m: Float[Tensor, "prompt direction pos d_model"]
+) -> Float[Tensor, "prompt direction head pos d_head"]:
+    """The multipliers at every head's z."""
+    written = (m * ends.inverse(f"scale.attn_out.{layer}").unsqueeze(1)).unsqueeze(2)
+    return written @ ends.adapter.writer(layer)[0].mT
+
+
+def at_ports(
+    ends: Ends, layer: int, at_z: Float[Tensor, "prompt direction head pos d_head"], rules: Rules
+) -> dict[Port, Float[Tensor, "prompt direction head pos d_head"]]:
+    """The multipliers at each head's own projected values, and at its queries and keys unless patterns are constant."""
     own, other = ends.patterns(layer)
-    pattern = (own + other) / 2
-    read = _projected_back(adapter, layer, "v", pattern.mT.unsqueeze(1) @ at_z)
+    ports: dict[Port, Tensor] = {"v": ((own + other) / 2).mT.unsqueeze(1) @ at_z}
     if not rules.attention:
         weight = softmax_secant(own, other, at_z @ ends.heads(f"v.{layer}").mT) * _score_slope(ends, layer)
-        for port, product in (("q", weight @ ends.heads(f"k.{layer}")), ("k", weight.mT @ ends.heads(f"q.{layer}"))):
-            read = read + _projected_back(adapter, layer, port, _unrotated(ends, layer, port, product))
-    return at_z, through_norm(ends, layer, read, rules, mlp=False)
+        ports["q"] = _unrotated(ends, layer, "q", weight @ ends.heads(f"k.{layer}"))
+        ports["k"] = _unrotated(ends, layer, "k", weight.mT @ ends.heads(f"q.{layer}"))
+    return ports
+
+
+def through_ports(
+    ends: Ends, layer: int, ports: Mapping[Port, Float[Tensor, "prompt direction head pos d_head"]], rules: Rules
+) -> Float[Tensor, "prompt direction pos d_model"]:
+    """From what the heads project back to the residual stream, over all heads and ports."""
+    read = sum(_projected_back(ends.adapter, layer, port, m) for port, m in ports.items())
+    assert isinstance(read, Tensor)
+    return through_norm(ends, layer, read, rules, mlp=False)
 
 
 def _projected_back(
-    adapter: Adapter, layer: int, port: str, m: Float[Tensor, "prompt direction head pos d_head"]
+    adapter: Adapter, layer: int, port: Port, m: Float[Tensor, "prompt direction head pos d_head"]
 ) -> Float[Tensor, "prompt direction pos d_model"]:
-    weight = adapter.reader(layer, port).weight  # type: ignore[arg-type]
+    weight = adapter.reader(layer, port).weight
     return m.transpose(2, 3).flatten(3) @ weight.transpose(1, 2).flatten(0, 1)
 
 

@@ -68,7 +68,7 @@ def record(
     mask: Bool[Tensor, "batch pos"] | None = None,
 ) -> Written:
     """One forward pass: what every component writes."""
-    return _written(adapter, adapter.run(tokens, mask, _written_keys(adapter)))
+    return written_in(adapter, adapter.run(tokens, mask, written_keys(adapter)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,16 +86,18 @@ def record_all(
     """One forward pass: everything that an edge connects."""
     layers = range(adapter.shape.n_layers)
     streams = [f"{kind}.{layer}" for kind in ("resid_pre", "resid_post") for layer in layers]
-    acts = adapter.run(tokens, mask, [*_written_keys(adapter), *streams, "logits"])
-    return Record(_written(adapter, acts), _streams(adapter, acts), acts["logits"])
+    acts = adapter.run(tokens, mask, [*written_keys(adapter), *streams, "logits"])
+    return Record(written_in(adapter, acts), _streams(adapter, acts), acts["logits"])
 
 
-def _written_keys(adapter: Adapter) -> list[str]:
+def written_keys(adapter: Adapter) -> list[str]:
+    """The activations that `written_in` reads."""
     kinds = ["z", "scale.attn_out"] + ([] if adapter.shape.attn_only else ["mlp_out"])
     return ["resid_pre.0", *(f"{kind}.{layer}" for kind in kinds for layer in range(adapter.shape.n_layers))]
 
 
-def _written(adapter: Adapter, acts: Mapping[str, Tensor]) -> Written:
+def written_in(adapter: Adapter, acts: Mapping[str, Tensor]) -> Written:
+    """What every component writes, from a run's activations."""
     layers = range(adapter.shape.n_layers)
     heads = tuple(acts[f"z.{layer}"] / acts[f"scale.attn_out.{layer}"][..., None] for layer in layers)
     mlps = () if adapter.shape.attn_only else tuple(acts[f"mlp_out.{layer}"] for layer in layers)
