@@ -1,20 +1,24 @@
 """Every way to find a circuit in one table: known circuits, and indirect objects in a real language model.
 
-    python -m benchmarks.rivals cases FOLDER                            models with a known truth, as in `bench`
+    python -m benchmarks.rivals cases FOLDER                          models with a known truth, as in `bench`
     python -m benchmarks.rivals cases FOLDER --only 13 11 --prompts 100 --resamples 5
-    python -m benchmarks.rivals smollm2 MODEL IOI.csv --prompts 16      SmolLM2-135M (a Hugging Face folder)
+    python -m benchmarks.rivals smollm2 MODEL --prompts 16            indirect objects in SmolLM2-135M (a folder)
+    python -m benchmarks.rivals smollm2 MODEL --methods EAP RelP --json FILE --wordings 1
 
-Of each method: SHD of its circuit (the methods that only rank are cut to the size of the truth by `top_k`), AUROC over
-the candidates, CPR and CMD of the ranking patched from the corrupted prompts (always both: CPR alone can be gamed),
-stability (mean pairwise Jaccard over resamples of the prompts, of circuits of the truth's size), cost in
-forward-equivalents (a backward pass counts as two forward ones) per prompt, seconds and peak memory. Circuits are found
-on the first half of the prompts; CPR and CMD are measured on the other half.
+Of each method: the edges of its circuit (of methods that only rank, as many as the truth has, or 600), its SHD, AUROC
+over the candidates, CPR and CMD of the ranking by |score|, patched from the corrupted prompts (always both: CPR alone
+can be gamed), stability (mean pairwise Jaccard of these circuits over resamples of the prompts), processor time in bare
+forward passes over the same prompts, run before and after, and peak memory. Circuits are found on some prompts, CPR and
+CMD measured on others: the second half of a case's, templates and names that weren't used of a language model's.
+
+With resamples, cases also calibrate verdicts: thresholds on an edge's stability are learnt on every second case and
+judged on the others. --wordings compares circuits of one template with another's. What FILE of --json holds is not run
+again, so that a long table can be made in pieces.
 """
 
 import argparse
-import csv
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,181 +27,275 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from benchmarks.real import tasks
+from benchmarks.real.methods import bare_passes
 from tl_circuitlasso import baselines, evaluate
 from tl_circuitlasso.bench.cases import Case, case_folders, limited, load_case
 from tl_circuitlasso.bench.measure import measured
 from tl_circuitlasso.bench.methods import objective
 from tl_circuitlasso.data.targets import LogitDiff
 from tl_circuitlasso.discover.run import circuit_lasso
+from tl_circuitlasso.evaluate.stability import Stability
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models import adapt
+from tl_circuitlasso.models.loading import load_model
 
 Metric = Callable[[Tensor, Tensor], Tensor]
-Find = Callable[[Any, Tensor, Tensor, Metric], AttributionGraph]
-BATCH = 256  # prompts per pass of the small models
+Find = Callable[..., AttributionGraph]  # (model, clean, corrupted, metric)
+Edges = frozenset[tuple[str, str]]
+SIZE = 600  # edges of a ranking's circuit where the truth isn't known
+WARM = 4  # prompts of the call that pays for imports and compilers
+DIRECT = ("EAP", "RelP")  # take derivatives on the clean prompt, where a divergence from it has none
+CHOOSE = ("CircuitLasso", "CircuitLasso, contrast pairs", "lasso+confirm", "ACDC", "bootstrap EAP-IG")
+SLOW = ("ACDC", "lasso+confirm")  # about a pass for each edge: small models only
 
 
 @dataclass(frozen=True, eq=False)
 class Setting:
     """A model, prompts to find circuits on, other prompts to judge them on, and what is known.
 
-    `methods` holds what finds a circuit, and the metric that it is given; `judge` is the metric on the fresh prompts.
+    `metrics` gives each method its metric; `judge` is the metric on the fresh prompts; `groups` the prompts' wordings.
     """
 
     name: str
     model: Any
     found: tuple[Tensor, Tensor]
     fresh: tuple[Tensor, Tensor]
-    judge: Metric
-    size: int
-    methods: dict[str, tuple[Find, Metric]]
-    truth: frozenset[tuple[str, str]] | None = None
-    candidates: frozenset[tuple[str, str]] | None = None
+    methods: dict[str, Find]
+    metrics: Callable[[str], Any]
+    judge: Any
+    size: int = SIZE
+    truth: Edges | None = None
+    candidates: Edges | None = None
+    groups: Sequence[Any] = ()
 
 
-def row(setting: Setting, name: str, resamples: int) -> dict[str, Any]:
-    """One line of the table."""
-    find, metric = setting.methods[name]
-    graph, cost = measured(lambda: find(setting.model, *setting.found, metric), adapt(setting.model).device)
-    chosen = bool(graph.kept.any()) and not bool(graph.kept.all())
-    circuit = graph if chosen else graph.top_k(setting.size)
-    line: dict[str, Any] = {"case": setting.name, "method": name, "edges": circuit.n_kept}
-    if setting.truth is not None:
-        found = evaluate.structure(circuit, setting.truth, setting.candidates)
-        line |= {"SHD": found.shd, "empty": found.empty_shd, "AUROC": found.auroc}
-    curve = evaluate.curve(setting.model, graph, *setting.fresh, setting.judge, absolute=True, batch_size=8)
-    line |= {"CPR": curve.cpr, "CMD": curve.cmd}
-    if resamples:
-        options: Any = {"resamples": resamples, "k": setting.size}
-        line["stability"] = evaluate.stability(find, setting.model, *setting.found, metric, **options).jaccard
-    passes = graph.provenance
-    line["forward-equivalents"] = passes["forward_passes"] + 2 * passes.get("backward_passes", 0.0)
-    return line | {"seconds": cost.seconds, "MiB": cost.peak_mib}
+# ---- the methods ----------------------------------------------------------------------------------------------------
 
 
-NAMES = {
-    "EAP-IG": "eap-ig",
-    "EAP-GP": "eap-gp",
-    "bootstrap EAP-IG": "bootstrap-eap-ig",
-    "ACDC": "acdc",
-    "magnitude": "magnitude",
-    "random": "random",
-}
-
-
-def _named(key: str, batch_size: int) -> Find:
-    def find(model: Any, clean: Tensor, corrupted: Tensor, metric: Metric) -> AttributionGraph:
-        return baselines.method(key)(model, clean, corrupted, metric, batch_size=batch_size)
+def _named(key: str, batch_size: int, **options: Any) -> Find:
+    def find(model: Any, clean: Tensor, corrupted: Tensor, metric: Any) -> AttributionGraph:
+        return baselines.method(key)(model, clean, corrupted, metric, batch_size=batch_size, **options)
 
     return find
 
 
-def _lasso(batch_size: int, **options: Any) -> Find:
-    def find(model: Any, clean: Tensor, corrupted: Tensor, metric: Metric) -> AttributionGraph:
-        return circuit_lasso(model, clean, batch_size=batch_size, progress=False, **options)
+def _lasso(batch_size: int, positions: Any, *, pairs: bool = False, confirm: bool = False) -> Find:
+    """With a LogitDiff as metric, that is the target; without, it is the model's own logits."""
+
+    def find(model: Any, clean: Tensor, corrupted: Tensor, metric: Any) -> AttributionGraph:
+        options: dict[str, Any] = {"target": metric} if isinstance(metric, LogitDiff) else {}
+        if pairs or confirm:
+            options["corrupted"] = corrupted
+        if confirm:
+            options["method"] = "lasso+confirm"
+        return circuit_lasso(model, clean, positions=positions, batch_size=batch_size, progress=False, **options)
 
     return find
+
+
+def every_method(batch_size: int, positions: Any, resamples: int) -> dict[str, Find]:
+    """All methods, by the names of the table."""
+    return {
+        "CircuitLasso": _lasso(batch_size, positions),
+        "CircuitLasso, contrast pairs": _lasso(batch_size, positions, pairs=True),
+        "lasso+confirm": _lasso(batch_size, positions, confirm=True),
+        "EAP": _named("eap", batch_size),
+        "EAP-IG": _named("eap-ig", batch_size),
+        "RelP": _named("relp", batch_size),
+        "EAP-GP": _named("eap-gp", batch_size),
+        "bootstrap EAP-IG": _named("bootstrap-eap-ig", batch_size, resamples=resamples),
+        "ACDC": _named("acdc", batch_size),
+        "magnitude": _named("magnitude", batch_size),
+        "random": lambda model, clean, corrupted, metric: baselines.random_edges(model),
+    }
 
 
 # ---- models with a known truth --------------------------------------------------------------------------------------
 
 
-def case_setting(case: Case, prompts: int | None) -> Setting:
+def case_setting(case: Case, prompts: int | None, bootstrap: int) -> Setting:
     """The first half of a case's prompts to find circuits on, the other half to judge; as `bench` gives metrics."""
     clean, corrupted = limited(case, prompts)
     half = len(clean) // 2
     found, fresh = ((clean[part], corrupted[part]) for part in (slice(half), slice(half, None)))
-    distance, contrast = (objective(case, *found, kind) for kind in ("distance", "contrast"))  # type: ignore[arg-type]
-    methods = {
-        "CircuitLasso": (_lasso(BATCH, positions=slice(case.first, None)), distance),
-        "EAP": (_named("eap", BATCH), contrast),
-        **{name: (_named(key, BATCH), distance) for name, key in NAMES.items()},
-    }
-    judge = objective(case, *fresh, "distance")
-    return Setting(case.name, case.model, found, fresh, judge, len(case.truth), methods, case.truth, case.candidates)
+    by_kind = {kind: objective(case, *found, kind) for kind in ("distance", "contrast")}
+    return Setting(
+        name=case.name,
+        model=case.model,
+        found=found,
+        fresh=fresh,
+        methods=every_method(256, slice(case.first, None), bootstrap),
+        metrics=lambda name: by_kind["contrast" if name in DIRECT else "distance"],
+        judge=objective(case, *fresh, "distance"),
+        size=len(case.truth),
+        truth=case.truth if case.certified else None,
+        candidates=case.candidates,
+    )
 
 
 # ---- a real language model ------------------------------------------------------------------------------------------
 
 
-def smollm2_setting(folder: Path, table: Path, prompts: int) -> Setting:
-    """Indirect objects and twins that repeat another name; half of the prompts to find circuits on."""
-    from transformer_lens.model_bridge import TransformerBridge
-    from transformers import AutoTokenizer, LlamaForCausalLM
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = TransformerBridge.boot_transformers(
-        "HuggingFaceTB/SmolLM2-135M",
-        hf_model=LlamaForCausalLM.from_pretrained(folder),
-        tokenizer=tokenizer,
-        device="cpu",
+def smollm2_setting(folder: str, prompts: int, bootstrap: int) -> Setting:
+    """Indirect objects and twins that repeat the other name; judged on templates and names kept for checking."""
+    model = load_model(folder)
+    found, fresh = (tasks.task(model, "ioi", prompts=prompts, split=split) for split in ("seen", "held-out"))
+    methods = every_method(tasks.BATCH, "last", bootstrap)
+    assert found.target is not None  # of indirect objects it's two answers
+    return Setting(
+        name="SmolLM2-135M, indirect objects",
+        model=model,
+        found=(found.clean, found.corrupted),
+        fresh=(fresh.clean, fresh.corrupted),
+        methods={name: find for name, find in methods.items() if name not in SLOW},
+        metrics=lambda name: found.target,
+        judge=fresh.metric,
+        groups=_templates(found.clean),
     )
-    clean, corrupted, right, wrong = _pairs(table, tokenizer, prompts)
-    parts = slice(len(clean) // 2), slice(len(clean) // 2, None)
-    metric, judge = (evaluate.logit_diff(right[part], wrong[part]) for part in parts)
-    target = LogitDiff(right[parts[0]], wrong[parts[0]])
-    methods = {
-        "CircuitLasso": (_lasso(8, target=target, positions="last"), metric),
-        "EAP": (_named("eap", 8), metric),
-        **{name: (_named(key, 8), metric) for name, key in NAMES.items() if name != "ACDC"},  # a pass for each edge
-    }
-    found, fresh = ((clean[part], corrupted[part]) for part in parts)
-    return Setting("SmolLM2 indirect objects", model, found, fresh, judge, 600, methods)
 
 
-def _pairs(table: Path, tokenizer: Any, prompts: int) -> tuple[Tensor, Tensor, list[int], list[int]]:
-    """Prompt pairs of one length whose names are single tokens: the right name is the one that isn't repeated."""
-    chosen: dict[int, list[tuple[list[int], list[int], int, int]]] = {}
-    with table.open(encoding="utf-8") as file:
-        for line in csv.DictReader(file):
-            words = line["clean"].split()
-            repeated = words[words.index("and") + 3 :]
-            names = [words[words.index("and") - 1], words[words.index("and") + 1]]
-            wrong = next((name for name in names if name in repeated), None)
-            if wrong is None:
-                continue
-            right = names[1 - names.index(wrong)]
-            ids = [tokenizer.encode(" " + name, add_special_tokens=False) for name in (right, wrong)]
-            both = [tokenizer.encode(line[key], add_special_tokens=False) for key in ("clean", "corrupted")]
-            if len(ids[0]) == len(ids[1]) == 1 and len(both[0]) == len(both[1]):
-                chosen.setdefault(len(both[0]), []).append((*both, ids[0][0], ids[1][0]))
-    rows = max(chosen.values(), key=len)[:prompts]
-    clean, corrupted = (torch.tensor([one[side] for one in rows]) for side in (0, 1))
-    return clean, corrupted, [one[2] for one in rows], [one[3] for one in rows]
+def _templates(clean: Tensor) -> list[int]:
+    """Each prompt's template: no two of them begin with the same word."""
+    varies = (clean != clean[0]).any(0)
+    return clean[:, int(varies.nonzero()[0])].tolist()
+
+
+# ---- one line -------------------------------------------------------------------------------------------------------
+
+
+def line(setting: Setting, name: str, resamples: int, shuffles: int) -> tuple[dict[str, Any], Stability | None]:
+    """What is measured of one method, and how steady it was."""
+    find, metric = setting.methods[name], setting.metrics(name)
+    graph, made = _found(setting, name)
+    circuit = graph if name in CHOOSE else graph.top_k(setting.size)
+    made |= {"edges": circuit.n_kept}
+    if setting.truth is not None:
+        judged = evaluate.structure(circuit, setting.truth, setting.candidates)
+        made |= {"SHD": judged.shd, "AUROC": judged.auroc}
+    options: dict[str, Any] = {"batch_size": tasks.BATCH}
+    curve = evaluate.curve(setting.model, graph, *setting.fresh, setting.judge, absolute=True, **options)
+    made |= {"CPR": curve.cpr, "CMD": curve.cmd}
+    asked = (find, setting.model, *setting.found, metric)
+    size = None if name in CHOOSE else setting.size
+    steady = evaluate.stability(*asked, resamples=resamples, k=size) if resamples else None
+    if steady is not None:
+        made["stability"] = steady.jaccard
+    if shuffles and setting.groups:
+        worded = evaluate.wording(*asked, setting.groups, shuffles=shuffles, k=size)
+        made |= {"other words": worded.jaccard, "same words": worded.shuffled}
+    return made, steady
+
+
+def _found(setting: Setting, name: str) -> tuple[AttributionGraph, dict[str, Any]]:
+    """The method's graph, and what it took."""
+    find, metric, device = setting.methods[name], setting.metrics(name), adapt(setting.model).device
+    clean, corrupted = setting.found
+    first = torch.arange(min(WARM, len(clean)))
+    few = metric.take(first) if isinstance(metric, LogitDiff) else metric
+    find(setting.model, clean[first], corrupted[first], few)
+
+    def bare() -> float:
+        return measured(lambda: bare_passes(setting.model, clean, device), device)[1].cpu_seconds
+
+    bare()
+    before = bare()
+    graph, cost = measured(lambda: find(setting.model, clean, corrupted, metric), device)
+    return graph, {"forwards": 2 * cost.cpu_seconds / (before + bare()), "MiB": cost.peak_mib}
 
 
 # ---- the table ------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, eq=False)
+class Record:
+    """Lines that are known already, in a file that grows by one a method."""
+
+    path: Path | None
+    lines: list[dict[str, Any]]
+
+    @classmethod
+    def of(cls, path: Path | None) -> "Record":
+        known = path is not None and path.exists()
+        return cls(path, json.loads(path.read_text(encoding="utf-8")) if known and path is not None else [])
+
+    def has(self, case: str, method: str) -> bool:
+        return any((one["case"], one["method"]) == (case, method) for one in self.lines)
+
+    def add(self, made: dict[str, Any], steady: Stability | None, truth: Edges | None) -> None:
+        if steady is not None and truth is not None:
+            shares = [[*edge, share, edge in truth] for edge, share in steady.shares.items()]
+            made = made | {"shares": shares}
+        self.lines.append(made)
+        if self.path is not None:
+            self.path.write_text(json.dumps(self.lines), encoding="utf-8")
+
+    def frame(self) -> pd.DataFrame:
+        return pd.DataFrame([{key: value for key, value in one.items() if key != "shares"} for one in self.lines])
+
+
+def verdicts(lines: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Of each method: thresholds learnt on every second case with a certified truth, and what they say elsewhere."""
+    for method in dict.fromkeys(one["method"] for one in lines):
+        known = [_known(one["shares"]) for one in lines if one["method"] == method and "shares" in one]
+        if len(known) < 2:
+            continue
+        learnt = evaluate.calibrate(known[::2])
+        counts = sum(learnt.judge(*one) for one in known[1::2])
+        cells = {f"{said}, {kind}": counts.loc[said, kind] for said in counts.index for kind in counts.columns}
+        yield {"method": method, "in from": learnt.keep, "out to": learnt.drop} | cells
+
+
+def _known(shares: Sequence[Any]) -> tuple[Stability, Edges]:
+    table = pd.DataFrame([row[:3] for row in shares if row[2] > 0], columns=["source", "target", "share"])
+    everything = frozenset((source, target) for source, target, *_ in shares)
+    true = frozenset((source, target) for source, target, _, is_true in shares if is_true)
+    return Stability(1.0, table, (), everything), true
+
+
+def settings(options: argparse.Namespace) -> Iterator[Setting]:
+    """What is asked for, one at a time."""
+    if options.what == "smollm2":
+        yield smollm2_setting(str(options.folder), options.prompts, options.bootstrap)
+        return
+    for folder in case_folders(options.folder):
+        if not options.only or folder.name.split("_")[-1] in options.only:
+            yield case_setting(load_case(folder), options.prompts, options.bootstrap)
+
+
 def main() -> None:
+    """Measure, print and save."""
+    options = _parser().parse_args()
+    torch.set_num_threads(options.threads)
+    record = Record.of(options.json)
+    for setting in settings(options):
+        for name in options.methods or setting.methods:
+            if record.has(setting.name, name):
+                continue
+            made, steady = line(setting, name, options.resamples, options.wordings)
+            record.add({"case": setting.name, "method": name} | made, steady, setting.truth)
+            print(record.frame().tail(1).to_string(index=False, header=len(record.lines) == 1), flush=True)
+    frame = record.frame()
+    print(f"\nMeans over {frame['case'].nunique()} cases (SHD and AUROC: those whose edges are certified):")
+    print(frame.drop(columns="case").groupby("method", sort=False).mean().to_string(float_format="{:.3f}".format))
+    if judged := list(verdicts(record.lines)):
+        print("\nEdges by verdict, thresholds from every second case, counts of the others:")
+        print(pd.DataFrame(judged).to_string(index=False))
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("cases", "smollm2"))
     parser.add_argument("folder", type=Path, help="the cases, or the model")
-    parser.add_argument("table", type=Path, nargs="?", help="the prompts of smollm2: a table with clean and corrupted")
     parser.add_argument("--only", nargs="+", help="some of the cases, by number")
     parser.add_argument("--methods", nargs="+", help="some of the methods, by name")
-    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--prompts", type=int, default=100, help="of each case, or to find circuits on (%(default)s)")
     parser.add_argument("--resamples", type=int, default=0, help="for the stability; 0 leaves it out")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    if options.what == "smollm2":
-        settings = [smollm2_setting(options.folder, options.table, options.prompts)]
-    else:
-        folders = [f for f in case_folders(options.folder) if not options.only or f.name.split("_")[-1] in options.only]
-        settings = [case_setting(load_case(folder), options.prompts) for folder in folders]
-    if options.what == "smollm2" and options.resamples:
-        parser.error("--resamples: for the known circuits only, which take seconds")
-    lines = []
-    for setting in settings:
-        for name in setting.methods:
-            if not options.methods or name in options.methods:
-                lines.append(row(setting, name, options.resamples))
-                print(pd.DataFrame(lines[-1:]).to_string(index=False, header=len(lines) == 1), flush=True)
-    frame = pd.DataFrame(lines)
-    print(f"\nMeans over {frame['case'].nunique()} cases:")
-    print(frame.drop(columns="case").groupby("method", sort=False).mean().to_string(float_format="{:.3f}".format))
-    if options.json:
-        options.json.write_text(json.dumps(lines, indent=1), encoding="utf-8")
+    parser.add_argument("--bootstrap", type=int, default=20, help="resamples of bootstrap EAP-IG; default %(default)s")
+    parser.add_argument("--wordings", type=int, default=0, metavar="SHUFFLES", help="compare templates; 0 doesn't")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path, help="every figure; what it holds already isn't run again")
+    return parser
 
 
 if __name__ == "__main__":

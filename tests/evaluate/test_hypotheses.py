@@ -5,11 +5,9 @@ import torch
 from scipy.stats import binom
 
 import tl_circuitlasso as tcl
-from tests import architectures
 from tl_circuitlasso import baselines, evaluate
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate import hypotheses
-from tl_circuitlasso.evaluate.stability import _mean_jaccard
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.graph.nodes import component_index
 
@@ -98,53 +96,3 @@ def test_what_cannot_be_tested_is_refused(demo, truth):
     metric = evaluate.logit_diff(demo.correct, demo.incorrect)
     with pytest.raises(InputError, match="`circuits`"):
         evaluate.tests(demo.model, truth, demo.tokens, demo.corrupted, metric, circuits=3)
-
-
-# ---- stability ------------------------------------------------------------------------------------------------------
-
-
-def test_resamples_keep_the_metric_with_its_prompts():
-    """Each prompt carries its own number in the metric: what a method sees must be its prompts' own."""
-    clean = torch.arange(6)[:, None].expand(6, 3)
-    seen = []
-
-    def method(model, clean, corrupted, metric, **options):
-        value = metric(torch.zeros(len(clean), 3, 9), torch.arange(len(clean)))
-        seen.append((clean[:, 0].tolist(), value.tolist(), corrupted[:, 0].tolist(), options))
-        return AttributionGraph.from_edges(component_index(n_layers=1, n_heads=1), {("input", "m0"): 1.0})
-
-    evaluate.stability(method, None, clean, clean + 10, lambda logits, rows: rows * 100, resamples=4, steps=7)
-    assert len(seen) == 4 and len({tuple(drawn) for drawn, *_ in seen}) > 1
-    for drawn, values, corrupted, options in seen:
-        assert values == [100 * row for row in drawn] and corrupted == [row + 10 for row in drawn]
-        assert options == {"steps": 7}
-
-
-def test_agreement_of_methods_that_always_and_never_say_the_same():
-    model = architectures.hooked("gpt2")
-    clean, corrupted = (architectures.prompts(length=5, batch=4, seed=seed) for seed in (0, 9))
-    draws = iter(range(100))
-
-    def chance(model, clean, corrupted, metric):
-        return baselines.random_edges(model, seed=next(draws))
-
-    same = evaluate.stability(baselines.random_edges, model, clean, corrupted, None, resamples=20, k=20)
-    assert same.jaccard == 1 and set(same.edges["share"]) == {1.0} and same.edges.verdict.eq("in").all()
-    assert len(same.edges) == same.sizes[0] > 0 and len(set(same.sizes)) == 1
-    other = evaluate.stability(chance, model, clean, corrupted, None, resamples=20, k=20)
-    assert other.jaccard < 0.5 and max(other.sizes) <= 20
-    assert set(other.edges.verdict) <= {"out", "abstain", "in"} and (other.edges.verdict == "out").any()
-
-
-def test_jaccard_by_hand():
-    a, b, c = {("x", "y")}, {("x", "y"), ("y", "z")}, set()
-    assert _mean_jaccard([a, b, c]) == pytest.approx((0.5 + 0 + 0) / 3)
-    assert _mean_jaccard([c, c]) == 1.0
-    with pytest.raises(InputError, match="two or more"):
-        evaluate.agreement([])
-
-
-def test_bad_resamples_are_refused():
-    for wrong in ({"resamples": 1}, {"confidence": 1.0}):
-        with pytest.raises(InputError, match=next(iter(wrong))):
-            evaluate.stability(baselines.eap, None, torch.zeros(2, 2), None, None, **wrong)

@@ -43,6 +43,7 @@ def relp_edges(
     mean_over: str = "clean",
     input_node: str = "embed",
     batch_size: int = 32,
+    steps: int = 1,
     progress: bool = True,
 ) -> AttributionGraph:
     """Relevance patching (Rezaei Jafari et al. 2025, arXiv 2508.21258) of all edges; arguments as in `eap`.

@@ -1,5 +1,7 @@
 """Is a circuit right? `structure` compares it with a known truth, everything else measures it by intervention."""
 
+from tl_circuitlasso.evaluate.calibration import Calibration as Calibration
+from tl_circuitlasso.evaluate.calibration import calibrate as calibrate
 from tl_circuitlasso.evaluate.confirm import confirm as confirm
 from tl_circuitlasso.evaluate.curves import MIB_SHARES as MIB_SHARES
 from tl_circuitlasso.evaluate.curves import Curve as Curve
@@ -27,8 +29,10 @@ from tl_circuitlasso.evaluate.report import metric_by_name as metric_by_name
 from tl_circuitlasso.evaluate.report import read_pairs as read_pairs
 from tl_circuitlasso.evaluate.report import report as report
 from tl_circuitlasso.evaluate.stability import Stability as Stability
+from tl_circuitlasso.evaluate.stability import Wording as Wording
 from tl_circuitlasso.evaluate.stability import agreement as agreement
 from tl_circuitlasso.evaluate.stability import stability as stability
+from tl_circuitlasso.evaluate.stability import wording as wording
 from tl_circuitlasso.evaluate.steer import Steered as Steered
 from tl_circuitlasso.evaluate.steer import steer as steer
 from tl_circuitlasso.evaluate.structure import (

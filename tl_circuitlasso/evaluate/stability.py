@@ -1,4 +1,4 @@
-"""Does a method find the same circuit again? Agreement of circuits over resamples of the prompts, or over templates.
+"""Does a method find the same circuit again? Agreement over resamples of the prompts, and over ways to word them.
 
 >>> from tl_circuitlasso.graph.nodes import component_index
 >>> index = component_index(n_layers=1, n_heads=1)
@@ -8,7 +8,7 @@
 0.667
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +19,11 @@ from jaxtyping import Int
 from scipy.stats import beta
 from torch import Tensor
 
+from tl_circuitlasso._checks import whole_number
 from tl_circuitlasso.data.targets import LogitDiff
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.metrics import Metric
 from tl_circuitlasso.graph import AttributionGraph
-from tl_circuitlasso.models import Adapter, adapt
-from tl_circuitlasso.models.metric import as_metric
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
 from tl_circuitlasso.progress import bar
 
@@ -40,13 +39,21 @@ class Stability:
     jaccard: mean over pairs of resamples of |both| / |either| of their edges, ports merged; the field asks for > .8.
     edges: one row per edge that any resample kept, most frequent first: source, target, `share` of the resamples that
         kept it, `low` and `high` (its exact binomial interval) and `verdict`: "in" where the interval lies above 1/2,
-        "out" where it lies below, else "abstain".
+        "out" where it lies below, else "abstain". That is about the method; `calibrate` says it about the truth.
     sizes: the number of edges of each circuit.
+    candidates: every edge that the method could have kept.
     """
 
     jaccard: float
     edges: pd.DataFrame
     sizes: tuple[int, ...]
+    candidates: frozenset[Edge]
+
+    @property
+    def shares(self) -> dict[Edge, float]:
+        """The share of resamples that kept it, for every candidate edge."""
+        kept = zip(zip(self.edges["source"], self.edges["target"]), self.edges["share"])
+        return dict.fromkeys(sorted(self.candidates), 0.0) | dict(kept)
 
     def __repr__(self) -> str:
         return f"Stability(jaccard {self.jaccard:.3f} over {len(self.sizes)} resamples)"
@@ -72,34 +79,102 @@ def stability(
     Parameters
     ----------
     method: called as `method(model, clean, corrupted, metric, **options)`, as all of `baselines.METHODS` are; `metric`
-        keeps its meaning on the drawn prompts, and is None for methods that use none.
+        keeps its meaning on the drawn prompts (a `LogitDiff` stays one, with their answers), and is None for methods
+        that use none.
     k, how: cut every graph to k edges by `graph.top_k(k, how=how)`; None takes the edges that the method keeps.
     confidence: of the intervals behind each edge's verdict. progress: how many resamples are done.
+
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=12)
+    >>> answers = tcl.LogitDiff(demo.correct, demo.incorrect)
+    >>> found = stability(tcl.baselines.eap, demo.model, demo.tokens, demo.corrupted, answers, resamples=4, k=6)
+    >>> len(found.sizes), found.jaccard > 0.5
+    (4, True)
 
     Raises
     ------
     InputError: fewer than 2 resamples, a confidence outside (0, 1), or what the method raises.
-
-    >>> import tl_circuitlasso as tcl
-    >>> demo = tcl.load_demo(prompts=8)
-    >>> found = stability(tcl.baselines.eap, demo.model, demo.tokens, demo.corrupted, demo.target, resamples=3, k=6)
-    >>> len(found.sizes), list(found.edges.columns)
-    (3, ['source', 'target', 'share', 'low', 'high', 'verdict'])
     """
-    if not isinstance(resamples, int) or isinstance(resamples, bool) or resamples < 2:
-        raise InputError(f"`resamples` is {resamples!r}: how often prompts are drawn again is an integer >= 2")
+    resamples = whole_number("resamples", resamples, least=2, what="of times that prompts are drawn again")
     if not 0 < confidence < 1:
         raise InputError(f"`confidence` is {confidence!r}: give a share between 0 and 1, such as .95")
-    if isinstance(metric, LogitDiff):
-        metric = as_metric(metric, model if isinstance(model, Adapter) else adapt(model), len(clean))
-    circuits = []
-    for drawn in bar(list(_draws(len(clean), resamples, seed)), progress=progress, desc="stability", unit="resample"):
-        graph = method(model, _rows(clean, drawn), _rows(corrupted, drawn), _on(metric, drawn), **options)
-        circuits.append((graph if k is None else graph.top_k(k, how=how)).kept_edges())
+    draws = list(_draws(len(clean), resamples, seed))
+    find = _Finding(method, model, clean, corrupted, metric, k, how, options)
+    circuits, candidates = find.all(bar(draws, progress=progress, desc="stability", unit="resample"))
     return Stability(
         jaccard=_mean_jaccard(circuits),
         edges=_verdicts(circuits, confidence),
         sizes=tuple(map(len, circuits)),
+        candidates=candidates,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Wording:
+    """How far circuits depend on the way that prompts are worded.
+
+    Attributes
+    ----------
+    jaccard: mean over pairs of wordings of |both| / |either| of their circuits' edges, ports merged.
+    shuffled: the same where the prompts are dealt to groups of the same sizes at random: what so many prompts agree on
+        whatever the wording. Where `jaccard` is lower, the wording matters.
+    edges: one row per edge that any wording's circuit has: source, target, and a column of bools per wording.
+    sizes: the number of edges of each wording's circuit.
+    """
+
+    jaccard: float
+    shuffled: float
+    edges: pd.DataFrame
+    sizes: Mapping[str, int]
+
+    def __repr__(self) -> str:
+        return f"Wording(jaccard {self.jaccard:.3f}, shuffled {self.shuffled:.3f}, {len(self.sizes)} wordings)"
+
+
+def wording(
+    method: Callable[..., AttributionGraph],
+    model: Any,
+    clean: AnyPrompts,
+    corrupted: AnyPrompts | None,
+    metric: Metric | LogitDiff | None,
+    groups: Sequence[Hashable],
+    *,
+    shuffles: int = 3,
+    k: int | None = None,
+    how: str = "top",
+    seed: int = 0,
+    progress: bool = False,
+    **options: Any,
+) -> Wording:
+    """The circuits that a method finds on each way of wording a task alone, and how far they agree.
+
+    Parameters
+    ----------
+    groups: which wording (template) each prompt has; prompts of one wording are used together.
+    shuffles: how often prompts are dealt out at random for comparison. Others as in `stability`.
+
+    Raises
+    ------
+    InputError: another number of groups than of prompts, only one wording, or what the method raises.
+    """
+    shuffles = whole_number("shuffles", shuffles, least=1, what="of times that prompts are dealt out at random")
+    if len(groups) != len(clean):
+        raise InputError(f"`groups` has {len(groups)} entries for {len(clean)} prompts: name the wording of each")
+    names = list(dict.fromkeys(map(str, groups)))
+    if len(names) < 2:
+        raise InputError(f"`groups` has one wording ({', '.join(names)}): agreement is between two or more")
+    number = torch.tensor([names.index(str(group)) for group in groups])
+    generator = torch.Generator().manual_seed(seed)
+    deals = [number, *(number[torch.randperm(len(number), generator=generator)] for _ in range(shuffles))]
+    rows = [(deal == one).nonzero().flatten() for deal in deals for one in range(len(names))]
+    find = _Finding(method, model, clean, corrupted, metric, k, how, options)
+    circuits = find.all(tqdm(rows, disable=not progress, unit="group"))[0]
+    dealt = [circuits[start : start + len(names)] for start in range(0, len(circuits), len(names))]
+    return Wording(
+        jaccard=_mean_jaccard(dealt[0]),
+        shuffled=float(np.mean([_mean_jaccard(some) for some in dealt[1:]])),
+        edges=_by_wording(names, dealt[0]),
+        sizes=dict(zip(names, map(len, dealt[0]))),
     )
 
 
@@ -121,6 +196,30 @@ def agreement(graphs: Mapping[str, AttributionGraph] | Iterable[AttributionGraph
     return _mean_jaccard([graph.kept_edges() for graph in some])
 
 
+@dataclass(frozen=True, eq=False)
+class _Finding:
+    """A method with all that it's given but for which prompts."""
+
+    method: Callable[..., AttributionGraph]
+    model: Any
+    clean: AnyPrompts
+    corrupted: AnyPrompts | None
+    metric: Any
+    k: int | None
+    how: str
+    options: Mapping[str, Any]
+
+    def all(self, rows: Iterable[Int[Tensor, " prompt"]]) -> tuple[list[set[Edge]], frozenset[Edge]]:
+        """The circuit of each set of prompts, and every edge that could be in one."""
+        circuits, candidates = [], frozenset()
+        for some in rows:
+            prompts = (_rows(prompts, some) for prompts in (self.clean, self.corrupted))
+            graph = self.method(self.model, *prompts, _on(self.metric, some), **self.options)
+            circuits.append((graph if self.k is None else graph.top_k(self.k, how=self.how)).kept_edges())
+            candidates |= graph.candidate_edges()
+        return circuits, candidates
+
+
 def _draws(prompts: int, resamples: int, seed: int) -> Iterator[Int[Tensor, " prompt"]]:
     generator = torch.Generator().manual_seed(seed)
     for _ in range(resamples):
@@ -134,6 +233,8 @@ def _rows(prompts: AnyPrompts | None, drawn: Int[Tensor, " prompt"]) -> AnyPromp
 
 
 def _on(metric: Any, drawn: Int[Tensor, " prompt"]) -> Any:
+    if isinstance(metric, LogitDiff):
+        return metric.take(drawn)
     return None if metric is None else lambda logits, rows: metric(logits, drawn[rows.cpu()])
 
 
@@ -149,6 +250,13 @@ def _mean_jaccard(circuits: list[set[Edge]]) -> float:
     either = size[:, None] + size[None] - both
     alike = np.where(either > 0, both / np.maximum(either, 1), 1.0)  # two empty circuits are the same
     return float(alike[np.triu_indices(len(circuits), 1)].mean())
+
+
+def _by_wording(names: list[str], circuits: list[set[Edge]]) -> pd.DataFrame:
+    edges, member = _members(circuits)
+    ends = {"source": [source for source, _ in edges], "target": [target for _, target in edges]}
+    inside = member.astype(bool).reshape(len(circuits), len(edges))
+    return pd.DataFrame({**ends, **{name: inside[row] for row, name in enumerate(names)}})
 
 
 def _verdicts(circuits: list[set[Edge]], confidence: int | float) -> pd.DataFrame:
