@@ -18,6 +18,7 @@ again, so that a long table can be made in pieces.
 
 import argparse
 import json
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,7 +89,7 @@ def _lasso(batch_size: int, positions: Any, *, pairs: bool = False, confirm: boo
         if pairs or confirm:
             options["corrupted"] = corrupted
         if confirm:
-            options["method"] = "lasso+confirm"
+            options |= {"method": "lasso+confirm"} | ({} if isinstance(metric, LogitDiff) else {"metric": metric})
         return circuit_lasso(model, clean, positions=positions, batch_size=batch_size, progress=False, **options)
 
     return find
@@ -193,7 +194,9 @@ def _found(setting: Setting, name: str) -> tuple[AttributionGraph, dict[str, Any
     clean, corrupted = setting.found
     first = torch.arange(min(WARM, len(clean)))
     few = metric.take(first) if isinstance(metric, LogitDiff) else metric
-    find(setting.model, clean[first], corrupted[first], few)
+    with warnings.catch_warnings():  # so few prompts may well show no circuit
+        warnings.simplefilter("ignore")
+        find(setting.model, clean[first], corrupted[first], few)
 
     def bare() -> float:
         return measured(lambda: bare_passes(setting.model, clean, device), device)[1].cpu_seconds

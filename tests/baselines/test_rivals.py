@@ -174,9 +174,10 @@ def test_every_method_is_called_alike():
     model = architectures.hooked("gpt2")
     clean, corrupted = pair(batch=2, length=5)
     for name in baselines.METHODS:
-        options = {"steps": 2} if name in ("eap-ig", "eap-gp", "bootstrap-eap-ig", "eap-ig-activations") else {}
-        graph = baselines.method(name)(model, clean, corrupted, last_difference, **options)
-        assert len(graph) and graph.provenance["method"] and bool(graph.score.isfinite().all()), name
+        graph = baselines.method(name)(model, clean, corrupted, last_difference, steps=2)
+        made = graph.provenance
+        assert len(graph) and made["method"] and bool(graph.score.isfinite().all()), name
+        assert made["forward_passes"] >= 0 and made["backward_passes"] >= 0 and made["seconds"] >= 0, name
     with pytest.raises(InputError, match="acdc, bootstrap-eap-ig"):
         baselines.method("nothing")
     assert gradient.eap is baselines.METHODS["eap"]

@@ -46,6 +46,27 @@ def test_false_edges_are_dropped_and_true_ones_stay():
     assert found.candidate_edges() == graph.candidate_edges() and torch.equal(found.score, graph.score)
 
 
+def test_a_budget_goes_to_the_weakest_edges_and_the_others_stay():
+    model = architectures.hooked("gpt2")
+    clean, corrupted, _ = pair()
+    metric = tcl.evaluate.logit_diff([3, 4], [5, 6])
+    graph = baselines.random_edges(model).top_k(20, ports=True)
+    every = tcl.evaluate.confirm(graph, model, clean, corrupted, metric)
+    some = tcl.evaluate.confirm(graph, model, clean, corrupted, metric, budget=7)
+    tested, kept = some.extras["measured"].bool(), graph.kept
+    assert int(tested.sum()) == 7 and float(graph.score[tested].max()) < float(graph.score[kept & ~tested].min())
+    assert torch.equal(some.kept[tested], every.kept[tested]) and bool(some.kept[kept & ~tested].all())
+    torch.testing.assert_close(some.extras["effect"][tested], every.extras["effect"][tested])
+    report = some.provenance["confirm"]
+    assert (report["tested"], report["untested"]) == (7, every.provenance["confirm"]["tested"] - 7)
+    assert report["forward_passes"] < every.provenance["confirm"]["forward_passes"]
+    assert (
+        tcl.evaluate.confirm(graph, model, clean, corrupted, metric, budget=999).provenance["confirm"]["untested"] == 0
+    )
+    with pytest.raises(InputError, match="`budget` is 0"):
+        tcl.evaluate.confirm(graph, model, clean, corrupted, metric, budget=0)
+
+
 def test_the_confirmed_graph_can_be_saved(tmp_path):
     model = architectures.hooked("gpt2")
     clean, corrupted, _ = pair()
@@ -66,6 +87,8 @@ def test_nothing_to_confirm_is_said():
     metric = tcl.evaluate.logit_diff([3, 4], [5, 6])
     with pytest.raises(InputError, match="keeps no edge on a path"):
         tcl.evaluate.confirm(graph.keep(~graph.kept), model, clean, corrupted, metric)
+    with pytest.raises(InputError, match="no scale"):  # such as the divergence of a single output
+        tcl.evaluate.confirm(graph, model, clean, corrupted, lambda logits, rows: 0 * logits.sum())
     with pytest.raises(InputError, match="`tolerance` is -1"):
         tcl.evaluate.confirm(graph, model, clean, corrupted, metric, tolerance=-1)
 

@@ -34,12 +34,12 @@ CLEAN = ["w3 w4 w5 w6", "w7 w8 w9", "w10 w11 w12 w13", "w14 w15 w16"]
 CORRUPTED = ["w6 w5 w4 w3", "w9 w8 w7", "w20 w21 w22 w23", "w24 w25 w26"]
 
 
-def confirmed(metric: Any = None) -> tuple[Any, Any, list[int]]:
+def confirmed(metric: Any = None, budget: int | None = None) -> tuple[Any, Any, list[int]]:
     model = architectures.small(architectures.tokenizer())
     adapter = adapt(model)
     prompts = Prompts(adapter, CLEAN, positions=slice(2, None))
     graph = baselines.random_edges(adapter).top_k(12)
-    found = prepare(adapter, prompts, CORRUPTED, None, metric, count=3, seed=3)
+    found = prepare(adapter, prompts, CORRUPTED, None, metric, count=3, seed=3, budget=budget)
     rows = torch.randperm(4, generator=torch.Generator().manual_seed(3))[:3].sort().values.tolist()
     return model, found.apply(graph, adapter, seed=0), rows
 
@@ -64,6 +64,11 @@ def test_the_default_metric_is_the_divergence_at_the_chosen_positions_of_the_dra
     assert found.provenance["confirm"]["prompts"] == 3
 
 
+def test_no_more_edges_are_measured_than_the_budget_allows() -> None:
+    _, found, _ = confirmed(budget=2)
+    assert int(found.extras["measured"].sum()) == found.provenance["confirm"]["tested"] == 2
+
+
 @pytest.mark.parametrize("plain", [True, False])
 def test_the_users_metric_counts_rows_among_all_prompts(plain: bool) -> None:
     seen: set[int] = set()
@@ -83,6 +88,8 @@ def test_the_users_metric_counts_rows_among_all_prompts(plain: bool) -> None:
         ({"method": "acdc"}, "`method` 'acdc' is unknown"),
         ({"method": "lasso", "design": "activation"}, "`corrupted` is compared with the prompts in design 'read'"),
         ({"method": "lasso", "corrupted": None, "metric": lambda logits, rows: 0}, "`metric` is used by"),
+        ({"method": "lasso", "corrupted": None, "budget": 3}, "`budget` is used by"),
+        ({"budget": 0}, "`budget` is 0"),
         ({"corrupted": None}, "`corrupted` is missing"),
         ({"corrupted": torch.ones(3, 8, dtype=torch.long)}, "prompt 0 has 8 tokens, its partner in `tokens` 9"),
         ({"corrupted": ["w3 w4"] * 2}, "`corrupted` has 2 prompts"),

@@ -1,7 +1,9 @@
 """Every method that scores all edges of a model, by name and with one call: `METHODS[name](model, clean, corrupted,
 metric, **options)`, options as the method's own signature has them."""
 
+import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from tl_circuitlasso.baselines.acdc import acdc
@@ -18,12 +20,22 @@ Method = Callable[..., AttributionGraph]
 
 
 def magnitude(
-    model: Any, clean: AnyPrompts, corrupted: AnyPrompts | None, metric: Metric | None = None, **options: Any
+    model: Any,
+    clean: AnyPrompts,
+    corrupted: AnyPrompts | None,
+    metric: Metric | None = None,
+    *,
+    steps: int = 1,
+    **options: Any,
 ) -> AttributionGraph:
-    """`evaluate.magnitude`, called as the other methods are; the metric isn't used."""
+    """`evaluate.magnitude`, called as the other methods are; the metric and the steps aren't used."""
     from tl_circuitlasso.evaluate.curves import magnitude as measured
 
-    return measured(model, clean, corrupted, **options)
+    began = time.perf_counter()
+    graph = measured(model, clean, corrupted, **options)
+    passes = 1.0 + (options.get("ablation") != "zero")  # the prompts, and what cut edges carry
+    cost = {"forward_passes": passes, "backward_passes": 0.0, "seconds": time.perf_counter() - began}
+    return replace(graph, provenance={**graph.provenance, **cost})
 
 
 METHODS: Mapping[str, Method] = {

@@ -36,6 +36,9 @@ def add(commands: Any) -> None:
     )  # fmt: skip
     added.add_argument("--strength", default="auto", help="auto, cv, ebic, mcp, stability or a fraction of lambda_max")
     added.add_argument("--method", default="lasso", choices=["lasso", "lasso+confirm"])
+    added.add_argument(
+        "--budget", type=int, help="with lasso+confirm: measure so many edges at most, the weakest first"
+    )
     added.add_argument("--corrupted", type=Path, help="corrupted partners of the prompts")
     added.add_argument(
         "--target", choices=TARGETS,
@@ -98,6 +101,7 @@ def discover(arguments: argparse.Namespace) -> None:
             progress=interactive(arguments),
             max_prompts=arguments.max_prompts or None,
             method=arguments.method,
+            budget=arguments.budget,
             corrupted=corrupted,
             process_group=ranks,
             nonlinear=arguments.nonlinear,

@@ -31,6 +31,7 @@ class Confirmation:
 
     pairs: Pairs
     metric: Metric
+    budget: int | None = None
 
     def apply(
         self, graph: AttributionGraph, adapter: Adapter, *, seed: int, progress: bool, ranks: Ranks = ALONE
@@ -39,12 +40,24 @@ class Confirmation:
         edges."""
         if not bool(graph.prune().kept.any()):  # no path was found, so there's nothing to measure
             return graph
-        options = {"seed": seed, "process_group": ranks, "progress": progress and ranks.rank == 0}
+        options = {
+            "seed": seed,
+            "process_group": ranks,
+            "progress": progress and ranks.rank == 0,
+            "budget": self.budget,
+        }
         return confirm(graph, adapter, self.pairs.clean, self.pairs.corrupted, self.metric, **options).prune()
 
 
 def check_method(
-    method: str, corrupted: Any, metric: Metric | None, basis: str, target: Target, *, paired: bool
+    method: str,
+    corrupted: Any,
+    metric: Metric | None,
+    basis: str,
+    target: Target,
+    *,
+    paired: bool,
+    budget: int | None = None,
 ) -> None:
     """Raise an InputError for a method that there isn't, or arguments that don't go with it; `paired` says whether the
     design compares prompts in pairs."""
@@ -53,6 +66,8 @@ def check_method(
     if method == "lasso":
         if metric is not None:
             raise InputError("`metric` is used by method='lasso+confirm' only: ask for that, or leave it out")
+        if budget is not None:
+            raise InputError("`budget` is used by method='lasso+confirm' only: ask for that, or leave it out")
         if corrupted is not None and not paired:
             raise InputError(
                 "`corrupted` is compared with the prompts in design 'read' only: use that, or leave `corrupted` out"
@@ -83,8 +98,9 @@ def prepare(
     *,
     count: int | None,
     seed: int,
+    budget: int | None = None,
 ) -> Confirmation:
-    """The pairs and the metric, checked; of more than `count` pairs, so many drawn at random.
+    """The pairs and the metric, checked; of more than `count` pairs, so many drawn at random; at most `budget` edges.
 
     Raises
     ------
@@ -97,7 +113,9 @@ def prepare(
         clean = replace(clean, keep=kept_positions(clean.tokens, clean.mask, "last", None))
     rows = pairs.clean.draw(count, seed)
     behaviour = _behaviour(adapter, clean, target) if metric is None else as_metric(metric, adapter, len(pairs))
-    return Confirmation(pairs, behaviour) if rows is None else Confirmation(pairs.take(rows), _by_row(behaviour, rows))
+    if rows is None:
+        return Confirmation(pairs, behaviour, budget)
+    return Confirmation(pairs.take(rows), _by_row(behaviour, rows), budget)
 
 
 def _by_row(metric: Metric, rows: Int[Tensor, " row"]) -> Metric:

@@ -73,6 +73,7 @@ def circuit_lasso(
     method: str = "lasso",
     corrupted: AnyPrompts = None,
     metric: Metric | None = None,
+    budget: int | None = None,
     process_group: Any = None,
 ) -> AttributionGraph:
     """The sparse circuit behind a model's behaviour on ordinary prompts, from forward passes only.
@@ -112,6 +113,7 @@ def circuit_lasso(
         prompt, drawn at random), and what cut edges carry in "lasso+confirm".
     metric: for "lasso+confirm", `metric(logits, rows)` as in `evaluate.faithfulness`. The default is the behaviour that
         was asked for: minus the KL divergence from the model's prediction, or a LogitDiff target's logit difference.
+    budget: for "lasso+confirm", the most edges to measure, the weakest first (None: all that are kept).
     process_group: "world" shares the work among the processes that torchrun started, a torch.distributed group among
         its members: each calls with the same arguments and a model of its own, and each gets the same graph.
 
@@ -134,17 +136,24 @@ def circuit_lasso(
     chosen, neurons = None, None
     if max_prompts is not None:
         max_prompts = whole_number("max_prompts", max_prompts, least=PAIR, what="of prompts, or None for all")
+    if budget is not None:
+        budget = whole_number("budget", budget, what="of edges to measure, or None for all")
     if isinstance(basis, SAEFeatures):
         check_features(basis, design, method, strength, nonlinear=nonlinear)
     elif way_of(design).neurons and isinstance(as_basis(basis), Neuron):
         neurons = as_basis(basis)
         assert isinstance(neurons, Neuron)
-        refused = {"checkpoint": checkpoint, "metric": metric, "process_group": None if ranks.size == 1 else ranks}
+        refused = {
+            "checkpoint": checkpoint,
+            "metric": metric,
+            "budget": budget,
+            "process_group": None if ranks.size == 1 else ranks,
+        }
         refused |= {"nonlinear": nonlinear or None}
         check_neurons(neurons, method, strength, refused)
     else:
         chosen = as_design(design, basis, nonlinear=nonlinear)
-        check_method(method, corrupted, metric, chosen.basis.name, target, paired=chosen.paired)
+        check_method(method, corrupted, metric, chosen.basis.name, target, paired=chosen.paired, budget=budget)
         way_of(design).check(chosen, checked)
     with ranks.together(), on_device(model, device):
         adapter = adapt(model)
@@ -165,7 +174,9 @@ def circuit_lasso(
                 job = replace(job, prompts=pairs.clean.batched(half), batch_size=half)
                 twins, chosen = pairs.corrupted.batched(half), replace(chosen, contrast=True)
             if method == "lasso+confirm":
-                causal = prepare(adapter, prompts, corrupted, target, metric, count=max_prompts, seed=seed)
+                causal = prepare(
+                    adapter, prompts, corrupted, target, metric, count=max_prompts, seed=seed, budget=budget
+                )
             graph = _components(job, chosen, twins, causal, max_prompts=max_prompts, refined=refined)
     record, total = dict(graph.provenance), time.perf_counter() - began
     if not bool(graph.kept.any()):

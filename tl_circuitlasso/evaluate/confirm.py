@@ -1,7 +1,8 @@
 """Causal confirmation: the kept edges of a graph, and only those, are cut one at a time in the whole model.
 
 Regression finds dependence, not cause. Searching by intervention costs a forward pass for every edge there is; testing
-a sparse skeleton costs one for every edge it keeps.
+a sparse skeleton costs one for every edge it keeps, or as many as a budget allows: then the weakest kept edges are
+tested, those that the skeleton is least sure of.
 """
 
 from dataclasses import replace
@@ -11,11 +12,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_circuitlasso._checks import whole_number
 from tl_circuitlasso.data.sharing import Ranks, as_ranks
 from tl_circuitlasso.data.targets import LogitDiff
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.circuits import check_graph, kept_matrix
-from tl_circuitlasso.evaluate.faithfulness import mean_interval
+from tl_circuitlasso.evaluate.faithfulness import check_scale, mean_interval
 from tl_circuitlasso.evaluate.interventions import Ablation, intervention
 from tl_circuitlasso.evaluate.metrics import Metric
 from tl_circuitlasso.evaluate.minimal import Without, live_rows, without_each
@@ -32,6 +34,7 @@ def confirm(
     ablation: Ablation = "patch",
     *,
     tolerance: int | float = 0.01,
+    budget: int | None = None,
     seed: int = 0,
     process_group: Any = None,
     **options: Any,
@@ -47,16 +50,19 @@ def confirm(
     -------
     AttributionGraph: extras `measured` (1 for edges that were tested, else 0), `effect`, `effect_low`, `effect_high`
         (in the metric's units, 0 where not measured); `provenance["confirm"]` has the forward passes per prompt, what
-        all edges would have taken, and how many edges were refuted.
+        all edges would have taken, and how many edges were tested, refuted, and kept without a test.
 
     Parameters
     ----------
-    tolerance: a share of m(model) - m(ablated), 0 or more. process_group: as in `circuit_lasso`; the processes share
+    tolerance: a share of m(model) - m(ablated), 0 or more.
+    budget: the most edges that may be tested, those of smallest |score| first; others stay as they are. None tests all.
+    process_group: as in `circuit_lasso`; the processes share
         the edges, and each gets the whole graph. Other arguments as in `faithfulness`.
 
     Raises
     ------
-    InputError: no kept edge on a path from the input to the logits, and as in `faithfulness`.
+    InputError: no kept edge on a path from the input to the logits, a metric that doesn't change with every edge cut,
+        and as in `faithfulness`.
 
     >>> import tl_circuitlasso as tcl
     >>> demo = tcl.load_demo(prompts=4)
@@ -66,13 +72,17 @@ def confirm(
     """
     if not tolerance >= 0:
         raise InputError(f"`tolerance` is {tolerance!r}: give a share of the metric's range, 0 or more")
+    if budget is not None:
+        budget = whole_number("budget", budget, what="of edges to test, or None for all")
     ranks = as_ranks(process_group)
     with ranks.together():
         setup = intervention(model, clean, corrupted, metric, ablation, **options)
         layout = check_graph(graph, setup.adapter)
-        rows = live_rows(graph, layout, kept_matrix(graph, layout))
+        live = live_rows(graph, layout, kept_matrix(graph, layout))
+        rows = _weakest(graph, live, budget)
         own = without_each(setup, graph, layout, layout.mask()[None], rows[ranks.rank :: ranks.size])
     found = _everyones(own, len(rows), ranks)
+    check_scale(found)
     effects = found.base - found.values
     intervals = torch.tensor(mean_interval(effects, seed), dtype=torch.float64)
     smallest = tolerance * abs(float((found.model - found.ablated).mean()))
@@ -84,6 +94,7 @@ def confirm(
         "tolerance": tolerance,
         "tested": len(rows),
         "refuted": int((~holds).sum()),
+        "untested": len(live) - len(rows),
         "forward_passes": found.forward_passes,
         "forward_passes_all_edges": found.forward_passes - len(rows) + len(graph),
         "prompts": len(setup.pairs),
@@ -94,6 +105,13 @@ def confirm(
         extras={**graph.extras, "measured": _column(graph, rows, torch.ones(len(rows), dtype=torch.float64)), **extras},
         provenance={**graph.provenance, "confirm": report},
     )
+
+
+def _weakest(graph: AttributionGraph, rows: list[int], budget: int | None) -> list[int]:
+    """The rows of smallest |score|, as many as may be tested, in their own order."""
+    if budget is None or budget >= len(rows):
+        return rows
+    return sorted(sorted(rows, key=lambda row: abs(float(graph.score[row])))[:budget])
 
 
 def _everyones(own: Without, rows: int, ranks: Ranks) -> Without:

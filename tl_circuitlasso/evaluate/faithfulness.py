@@ -16,7 +16,7 @@ True
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
@@ -230,7 +230,18 @@ def _figures(measured: Measured, seed: int, *, edges: int, nodes: int) -> Faithf
 # ---- figures of many circuits ---------------------------------------------------------------------------------------
 
 
-def check_scale(measured: Measured) -> None:
+@runtime_checkable
+class Scaled(Protocol):
+    """What has each prompt's metric of the model and of the model with every edge cut."""
+
+    @property
+    def model(self) -> Float[Tensor, " prompt"]: ...
+
+    @property
+    def ablated(self) -> Float[Tensor, " prompt"]: ...
+
+
+def check_scale(measured: Scaled) -> None:
     """Raise an InputError where the model and the ablated model can't be told apart by the metric."""
     model, ablated = float(measured.model.mean()), float(measured.ablated.mean())
     if abs(model - ablated) <= 1e-6 * max(abs(model), abs(ablated), 1e-6):

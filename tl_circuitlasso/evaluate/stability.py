@@ -168,7 +168,7 @@ def wording(
     deals = [number, *(number[torch.randperm(len(number), generator=generator)] for _ in range(shuffles))]
     rows = [(deal == one).nonzero().flatten() for deal in deals for one in range(len(names))]
     find = _Finding(method, model, clean, corrupted, metric, k, how, options)
-    circuits = find.all(tqdm(rows, disable=not progress, unit="group"))[0]
+    circuits = find.all(bar(rows, progress=progress, desc="stability", unit="group"))[0]
     dealt = [circuits[start : start + len(names)] for start in range(0, len(circuits), len(names))]
     return Wording(
         jaccard=_mean_jaccard(dealt[0]),

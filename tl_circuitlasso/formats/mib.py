@@ -15,10 +15,12 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from tl_circuitlasso.errors import FormatError, InputError
+from tl_circuitlasso.formats import _read
 from tl_circuitlasso.formats._grid import Grid, graph_of, grid_of
 from tl_circuitlasso.formats.eap import from_eap, to_eap
 from tl_circuitlasso.graph import AttributionGraph
@@ -123,10 +125,11 @@ def check_mib(path: str | Path) -> list[str]:
     """Why the leaderboard would turn this submission down: one sentence per fault, none where it would be taken.
 
     Judged as the leaderboard's own evaluator does: it looks for a task's and a model's name at the start of a folder's
-    name or behind an underscore, walks into folders with `abs` and `true` or `false` in their names, and takes
-    circuits without scores and scores of nodes. Checked: tasks and models known to MIB and how many, file counts, that
-    every file loads, that its model has the right shape, scores that can be ranked, and the size of each of the nine
-    circuits.
+    name or behind an underscore, walks into folders with `abs` and `true` or `false` in their names, fetches .json and
+    .pt files only, and takes the nine circuits without scores. A single file it reads as EAP-IG does, so that one needs
+    a score for every edge, be it 0 beside scores of nodes. Checked: tasks and models known to MIB and how many, file
+    counts, that every file loads, that its model has the right shape, scores that can be ranked, and the size of each
+    of the nine circuits.
 
     >>> check_mib("nowhere")
     ['nowhere: no such folder; give the folder that holds one folder per task and model']
@@ -192,28 +195,36 @@ def _column(name: str) -> tuple[str, str] | None:
 def _folder_faults(folder: Path) -> Iterator[str]:
     column = _column(folder.name)
     if column is None:
-        yield f"{folder.name}: no task and model of MIB in its name: call it one of {', '.join(sorted(COLUMNS))}"
-    files = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
-    circuits = [file for file in files if file.suffix in (".json", ".pt")]
-    for file in files:
-        if file not in circuits:
-            yield f"{folder.name}/{file.name}: only .json and .pt files belong here; move it away"
+        yield (
+            f"{folder.name}: no task and model of MIB in its name, so it's skipped: call it one of "
+            f"{', '.join(sorted(COLUMNS))}"
+        )
+    circuits = sorted(file for file in folder.iterdir() if file.is_file() and file.suffix in (".json", ".pt"))
     if len(circuits) not in (1, len(PERCENTAGES)):
         yield f"{folder.name}: {len(circuits)} circuit files; one file of scores or nine of membership are expected"
-    if len({file.suffix for file in circuits}) > 1:
-        yield f"{folder.name}: .json and .pt mixed; use one of them"
     loaded: dict[str, AttributionGraph] = {}
     for file in circuits:
+        name = f"{folder.name}/{file.name}"
         try:
-            loaded[f"{folder.name}/{file.name}"] = from_eap(file)
+            data = _read.read_source(file, constants=True)
+            loaded[name] = from_eap(data)
         except FormatError as error:
-            yield f"{folder.name}/{file.name}: MIB can't load it: {error}"
+            yield f"{name}: MIB can't load it: {error}"
+            continue
+        if len(circuits) == 1 and _lacks_scores(data):
+            yield f"{name}: edges without scores: a single file is read as EAP-IG does, with one for each, be it 0"
     if column is not None:
         yield from _shape_faults(MODELS[column[1]], loaded)
     if len(circuits) == len(PERCENTAGES) == len(loaded):
         yield from _size_faults(loaded)
     elif len(circuits) == 1:
         yield from _score_faults(loaded)
+
+
+def _lacks_scores(data: Mapping[str, Any]) -> bool:
+    if "src_nodes" in data:
+        return "edges_scores" not in data
+    return any("score" not in row for row in data["edges"].values())
 
 
 def _shape_faults(wanted: Components, graphs: Mapping[str, AttributionGraph]) -> Iterator[str]:
