@@ -95,9 +95,9 @@ class _Lines:
                 sys.stderr.flush()
 
     def _line(self, gone: int | float) -> str:
-        known = self._total is not None
-        count = f"{self.n:,.0f} of {self._total:,} {self._unit}s" if known else f"{self.n:,.0f} {self._unit}s"
-        left = gone * (self._total - self.n) / self.n if known and self.n else None
+        total = self._total
+        count = f"{self.n:,.0f} {self._unit}s" if total is None else f"{self.n:,.0f} of {total:,} {self._unit}s"
+        left = gone * (total - self.n) / self.n if total is not None and self.n else None
         to_go = "" if left is None else f", {_clock(left)} to go"
         return f"{self._desc}: {count}, {_clock(gone)} gone{to_go}"
 

@@ -120,6 +120,21 @@ def test_the_difference_is_the_target_s():
     )
 
 
+def test_answers_are_one_for_all_or_several_a_prompt():
+    model, (clean, corrupted) = architectures.hooked("llama", dtype=torch.float64), pair()
+    by = {name: circuit(model, clean, corrupted, target=target) for name, target in {
+        "each": TARGET,
+        "all": tcl.LogitDiff(3, 4),
+        "more": tcl.LogitDiff([[3, 5]] * PROMPTS, [[4]] * PROMPTS),
+        "other": tcl.LogitDiff(5, 4),
+    }.items()}  # fmt: skip
+    own = {name: graph.provenance["difference"] for name, graph in by.items()}
+    assert own["all"] == own["each"] and scores(by["all"]) == scores(by["each"])
+    assert own["more"] == pytest.approx((own["each"] + own["other"]) / 2)
+    expected = {name: (scores(by["each"])[name] + score) / 2 for name, score in scores(by["other"]).items()}
+    assert scores(by["more"]) == pytest.approx(expected)
+
+
 def test_without_a_target_the_two_tokens_that_runs_differ_about_are_compared():
     model, (clean, corrupted) = architectures.hooked("llama", dtype=torch.float64), pair()
     graph = circuit(model, clean, corrupted, target=None, positions="last")

@@ -8,19 +8,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from tl_circuitlasso.baselines.edges import provenance
+from tl_circuitlasso.baselines.gradient import unit_of
 from tl_circuitlasso.baselines.neurons import node_graph
 from tl_circuitlasso.data.sites import Site
 from tl_circuitlasso.data.targets import LogitDiff
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.graph.provenance import question, record
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.neuron_patch import patched_neurons, plain_run
 from tl_circuitlasso.models.neuron_scores import Scoring
 from tl_circuitlasso.models.pairs import Metric, pairs_of
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
+from tl_circuitlasso.progress import bar as counting
 
 _NAME = re.compile(r"m(\d+)#(\d+)")
 
@@ -34,7 +35,7 @@ def exact_neurons(
     neurons: Collection[str],
     attention_mask: Tensor | None = None,
     batch_size: int = 96,
-    progress: bool = False,
+    progress: bool = True,
 ) -> AttributionGraph:
     """The metric's fall when one neuron alone does what it does on the corrupted prompt, for each of `neurons`.
 
@@ -53,7 +54,7 @@ def exact_neurons(
     >>> sorted(graph.kept_nodes())
     ['logits', 'm0#3', 'm2#5']
     """
-    began = time.perf_counter()
+    began, given = time.perf_counter(), metric
     if corrupted is None:
         raise InputError("`corrupted` is missing: neurons are patched with what they do there")
     data = pairs_of(model, clean, corrupted, attention_mask=attention_mask, batch_size=min(batch_size, 32))
@@ -62,7 +63,10 @@ def exact_neurons(
     chosen = _chosen(adapter, neurons)
     fallen = {layer: torch.zeros(len(own), dtype=torch.float64) for layer, own in chosen.items()}
     count = sum(map(len, chosen.values()))
-    with tqdm(total=count * len(data), disable=not progress, unit="neuron prompt") as bar, torch.no_grad():
+    with (
+        counting(total=count * len(data), progress=progress, desc="exact_neurons", unit="prompt") as bar,
+        torch.no_grad(),
+    ):
         for batch in data:
             plain = plain_run(adapter, batch.clean.tokens, batch.corrupted.tokens, batch.mask, chosen)
             whole = float(metric(batch.shown(plain.logits), batch.rows))
@@ -73,15 +77,18 @@ def exact_neurons(
                     values = [float(metric(batch.shown(one), batch.rows)) for one in logits]
                     fallen[layer][places] += whole - torch.tensor(values, dtype=torch.float64)
                     bar.update(len(places) * len(batch.rows))
-    facts = provenance(
-        adapter,
+    facts = record(
         "exact_neurons",
+        adapter.facts(),
+        question=question(given, "last"),
+        prompts=len(data),
+        prompt_pairs=len(data),
+        unit=unit_of(given),
+        forward=count + 2,
+        backward=0,
+        seconds={"scores": time.perf_counter() - began},
         basis="neuron",
         reference="corrupted",
-        prompts=len(data),
-        forward_passes=float(count + 2),
-        backward_passes=0.0,
-        seconds=time.perf_counter() - began,
     )
     return node_graph(adapter, "neuron", chosen, torch.cat(list(fallen.values())) / len(data), Site("logits"), facts)
 

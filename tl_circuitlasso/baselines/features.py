@@ -214,7 +214,7 @@ def _site(graph: AttributionGraph, hook: str) -> Site:
     return next(block.site for block in graph.index.blocks if str(block.site) == hook)
 
 
-def _record(method: str, adapter: Adapter, prompts: Prompts, began: float, **passes: float | None) -> dict[str, Any]:
+def _record(method: str, adapter: Adapter, prompts: Prompts, began: float, **passes: Any) -> dict[str, Any]:
     seconds = {"scores": time.perf_counter() - began}
     unit = "standard deviations"
     return record_of(method, adapter.facts(), prompts=prompts.n_prompts, unit=unit, seconds=seconds, **passes)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tl_circuitlasso.baselines.edges import EdgeLayout, add_products
+from tl_circuitlasso.baselines.edges import EdgeLayout, add_products, traced_derivative
 from tl_circuitlasso.baselines.means import for_batch, mean_written, zeros_written
 from tl_circuitlasso.data.targets import LogitDiff
 from tl_circuitlasso.errors import InputError

@@ -212,13 +212,10 @@ def check_length(target: Target, prompts: int, name: str = "target") -> None:
 
 def take(target: Target, rows: Int[Tensor, " row"]) -> Target:
     """The target of some of the prompts."""
-    if target is None or (isinstance(target, LogitDiff) and target.everyone):
-        return target
+    if target is None or isinstance(target, LogitDiff):
+        return None if target is None else target.take(rows)
     some = copy.copy(target)
-    for name in ("correct", "incorrect") if isinstance(target, LogitDiff) else ("y",):
-        part = getattr(target, name)
-        chosen = tuple(part[row] for row in rows.tolist()) if isinstance(part, tuple) else part[rows]
-        object.__setattr__(some, name, chosen)
+    object.__setattr__(some, "y", target.y[rows])
     return some
 
 

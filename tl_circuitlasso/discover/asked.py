@@ -89,8 +89,7 @@ def check_features(
         raise InputError(f"`design` {design!r} is for components: SAEFeatures(mixing=...) says where parents are seen")
     if method != "lasso":
         raise InputError(f"`method` {method!r} cuts edges between components; check features with `evaluate.edges`")
-    grouped = design.functions > 1 or getattr(design.basis, "directions", 1) != 1
-    if strength == "mcp" and design.name != "read" and grouped:
+    if strength == "mcp" and basis.penalty != "l1":
         raise InputError(
             f"`strength` 'mcp' is a penalty of its own and doesn't go with {basis.penalty!r}: use "
             "SAEFeatures(..., penalty='l1')"

@@ -22,6 +22,7 @@ LEAST_SHARE = 4e-5  # of the target's mean squared difference: what an edge must
 MANY_PAIRS = 256  # where more pairs of components are costly enough, costs have no gap and the regression decides
 ENOUGH = 0.8  # of the target's difference: what the edges chosen by cost must carry between counterparts
 LEFT_OUT = 0.1  # of its score is what an edge keeps that the regression leaves out: others carry what it carries
+LEFT_OUT_ALONE = 0.5  # the same without counterparts, where weights change with who is compared with whom
 
 
 def learn_read(
@@ -47,9 +48,9 @@ def learn_read(
     are that costly there's no such gap; and between prompts and their counterparts, what is that costly may carry less
     than 80 % of the difference. Then the regression decides: as many pairs are kept as it gives a weight, grown back
     from the target by size (1 + weight), since sizes hardly change with the prompts; and scores fall with the weight,
-    to a tenth without one, so that circuits of any size hold the chosen edges first. With a `strength` of your own,
-    "ebic", "mcp" or "cv" edges need both, with "stability" a stability of 0.8. Then pruned to paths from input to
-    target.
+    to a tenth without one (a half without counterparts), so that circuits of any size hold the chosen edges first. With
+    a `strength` of your own, "ebic", "mcp" or "cv" edges need both, with "stability" a stability of 0.8. Then pruned to
+    paths from input to target.
 
     Raises
     ------
@@ -86,7 +87,8 @@ def learn_read(
         size = extras.get("mean_abs", score.abs())
         keep, extras["stability"] = _grown(index, edges, found, size, weight, generator)
         carried = edges.carried(found, keep)
-        score = score * (LEFT_OUT + (1 - LEFT_OUT) * weight)
+        least = LEFT_OUT if statistics.meta["contrast"] else LEFT_OUT_ALONE
+        score = score * (least + (1 - least) * weight)
     else:
         extras["stability"] = edges.of_pairs(edges.stability(pairs, node_cost, generator))
         allowed = {"auto": torch.ones_like(weight, dtype=torch.bool), "stability": extras["stability"] >= solve.STABLE}

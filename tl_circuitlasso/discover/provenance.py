@@ -38,7 +38,7 @@ def provenance(
     )
 
 
-def per_prompt(calls: float, prompts: int, batch_size: int) -> float:
+def per_prompt(calls: int | float, prompts: int, batch_size: int) -> float:
     """Forward passes of batches as passes per prompt.
 
     >>> per_prompt(8, 256, 64)

@@ -93,20 +93,30 @@ class Behaviour:
         assert batch.keep is not None
         if self.target is None:
             plus, minus = outcome.contrast(own.flatten(0, 1), other.flatten(0, 1))
-            tokens = torch.stack([plus, minus]).view(2, *own.shape[:2], 1)
+            tokens = [token.view(*own.shape[:2], 1) for token in (plus, minus)]
+            shares = [torch.ones_like(token, dtype=own.dtype) for token in tokens]
         else:
-            tokens = self._answers(batch.rows, own.shape[-1]).to(own.device).expand(2, *own.shape[:2], 1)
+            tokens, shares = self._answers(batch.rows, own)
         share = batch.keep.to(own) / batch.keep.sum(1, keepdim=True).clamp_min(1)
         at_logits = torch.zeros_like(own)
-        at_logits.scatter_add_(2, tokens[0], share[..., None])
-        return at_logits.scatter_add_(2, tokens[1], -share[..., None])
+        at_logits.scatter_add_(2, tokens[0], share[..., None] * shares[0])
+        return at_logits.scatter_add_(2, tokens[1], -share[..., None] * shares[1])
 
-    def _answers(self, rows: Int[Tensor, " batch"], vocabulary: int) -> Int[Tensor, "2 batch 1 1"]:
+    def _answers(
+        self, rows: Int[Tensor, " batch"], logits: Float[Tensor, "batch pos vocab"]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The correct and the incorrect answers at every position, (batch, pos, answer), and what each counts."""
         assert isinstance(self.target, LogitDiff)
-        ids = torch.stack([torch.as_tensor(self.target.correct), torch.as_tensor(self.target.incorrect)])[:, rows]
-        if not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
-            raise InputError(f"`target` names token {int(ids.max())}, the model has logits 0 to {vocabulary - 1}")
-        return ids[:, :, None, None]
+        tokens, shares = [], []
+        for ids in self.target.ids(rows):
+            if int(ids.max()) >= logits.shape[-1]:
+                raise InputError(
+                    f"`target` names token {int(ids.max())}, the model has logits 0 to {logits.shape[-1] - 1}"
+                )
+            given = (ids >= 0).to(logits)
+            shares.append((given / given.sum(1, keepdim=True))[:, None])
+            tokens.append(ids.clamp_min(0).to(logits.device)[:, None].expand(-1, logits.shape[1], -1))
+        return tokens, shares
 
 
 def _given_pair(pair: PairBatch) -> Batch:
