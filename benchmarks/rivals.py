@@ -192,7 +192,7 @@ def _found(setting: Setting, name: str) -> tuple[AttributionGraph, dict[str, Any
     """The method's graph, and what it took."""
     find, metric, device = setting.methods[name], setting.metrics(name), adapt(setting.model).device
     clean, corrupted = setting.found
-    first = torch.arange(min(WARM, len(clean)))
+    first = torch.arange(min(WARM, max(2, len(clean) // 4)))
     few = metric.take(first) if isinstance(metric, LogitDiff) else metric
     with warnings.catch_warnings():  # so few prompts may well show no circuit
         warnings.simplefilter("ignore")

@@ -10,6 +10,7 @@ Each threshold goes as far as the upper end of an exact binomial interval for it
 extreme share can't be shown to be good enough, edges are never called so. Between the two the verdict is abstain.
 """
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -65,13 +66,11 @@ class Calibration:
         ------
         InputError: a true edge that isn't a candidate.
         """
-        true = _members(found, truth)
-        said = [self.verdict(share) for share in found.shares.values()]
-        rows, columns = ["in", "abstain", "out"], ["true", "false"]
-        counts = pd.DataFrame(0, index=pd.Index(rows, name="verdict"), columns=columns)
-        for word, is_true in zip(said, true):
-            counts.loc[word, columns[not is_true]] += 1
-        return counts
+        true = _members(found, truth).tolist()
+        seen = Counter(zip(map(self.verdict, found.shares.values()), true))
+        rows = ["in", "abstain", "out"]
+        columns = {name: [seen[row, is_true] for row in rows] for name, is_true in (("true", True), ("false", False))}
+        return pd.DataFrame(columns, index=pd.Index(rows, name="verdict"))
 
 
 def calibrate(known: Iterable[Known], *, confidence: int | float = 0.9, level: int | float = 0.05) -> Calibration:

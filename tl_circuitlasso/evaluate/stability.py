@@ -8,6 +8,8 @@
 0.667
 """
 
+import math
+import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +39,7 @@ class Stability:
     Attributes
     ----------
     jaccard: mean over pairs of resamples of |both| / |either| of their edges, ports merged; the field asks for > .8.
+        Pairs of empty circuits don't count; NaN, with a warning, where all are empty.
     edges: one row per edge that any resample kept, most frequent first: source, target, `share` of the resamples that
         kept it, `low` and `high` (its exact binomial interval) and `verdict`: "in" where the interval lies above 1/2,
         "out" where it lies below, else "abstain". That is about the method; `calibrate` says it about the truth.
@@ -248,8 +251,12 @@ def _mean_jaccard(circuits: list[set[Edge]]) -> float:
     both = member @ member.T if member.size else np.zeros((len(circuits),) * 2)
     size = member.sum(1) if member.size else np.zeros(len(circuits))
     either = size[:, None] + size[None] - both
-    alike = np.where(either > 0, both / np.maximum(either, 1), 1.0)  # two empty circuits are the same
-    return float(alike[np.triu_indices(len(circuits), 1)].mean())
+    pairs = np.triu_indices(len(circuits), 1)
+    some = either[pairs] > 0  # two empty circuits say nothing of how steady a method is
+    if not some.any():
+        warnings.warn("every circuit is empty, so there is no agreement to speak of: it's NaN", stacklevel=4)
+        return math.nan
+    return float((both[pairs][some] / either[pairs][some]).mean())
 
 
 def _by_wording(names: list[str], circuits: list[set[Edge]]) -> pd.DataFrame:
