@@ -11,7 +11,6 @@ from tl_circuitlasso.solve import (
     Group,
     cross_entropy_garrote,
     lasso,
-    lasso_many,
     logistic_lasso,
     regress,
 )
@@ -103,8 +102,6 @@ def test_arguments(change: dict, message: str) -> None:
 
 
 def test_other_verbs() -> None:
-    with pytest.raises(InputError, match="equally many"):
-        lasso_many([torch.eye(2)], [], target_sq_norms=[], strength=0.1)
     with pytest.raises(InputError, match="`l1_ratio`"):
         ElasticNet(0.0)
     with pytest.raises(InputError, match="at least 1"):

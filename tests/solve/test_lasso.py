@@ -17,12 +17,14 @@ from tl_circuitlasso.solve import (
     ElasticNet,
     Fista,
     Group,
+    Moments,
     QuadraticGram,
     QuadraticResidual,
     RowSet,
     Status,
+    ebic,
     lasso,
-    lasso_many,
+    prepare,
     regress,
     row_group,
 )
@@ -184,15 +186,28 @@ def test_a_warm_start_from_the_solution_ends_at_once() -> None:
     torch.testing.assert_close(again.value, first.value)
 
 
-def test_many_small_problems_are_each_their_own_lasso() -> None:
-    problems = [planted(sources=k, targets=2, seed=k) for k in (3, 8, 13)]
-    several = lasso_many(
-        [p.gram for p in problems], [p.cross for p in problems], target_sq_norms=[p.square for p in problems],
-        strength=0.1, penalty=L1(non_negative=True),
-    )  # fmt: skip
-    for problem, solution in zip(problems, several):
-        alone = lasso(**problem.matrices, strength=0.1, penalty=L1(non_negative=True))
-        assert torch.equal(alone.value, solution.value)
+class Counted(L1):
+    """Counts how often a problem with this penalty is prepared."""
+
+    def check(self, sources: int, targets: int) -> None:
+        PREPARED.append((sources, targets))
+        super().check(sources, targets)
+
+
+PREPARED: list[tuple[int, int]] = []
+
+
+def test_a_problem_is_prepared_once_for_all_strengths() -> None:
+    problem = planted(sources=30, targets=3)
+    once = prepare(**problem.matrices)
+    for strength in (0.5, 0.1, 0.02):
+        alone = lasso(**problem.matrices, strength=strength, tol=1e-6)
+        assert torch.equal(once.at(strength, tol=1e-6).value, alone.value)
+    PREPARED.clear()
+    data = Moments(problem.gram, problem.cross, problem.square, len(problem.features))
+    plain = ebic(data)
+    assert torch.equal(ebic(data, penalty=Counted()).solution.value, plain.solution.value)
+    assert PREPARED == [(30, 3)]  # and not once for each of the twenty strengths
 
 
 @pytest.mark.parametrize("form", ["gram", "residual"])

@@ -36,8 +36,9 @@ from tl_circuitlasso.solve.fista import Fista as Fista
 from tl_circuitlasso.solve.group_set import GroupSet as GroupSet
 from tl_circuitlasso.solve.groups import Group as Group
 from tl_circuitlasso.solve.groups import row_group as row_group
+from tl_circuitlasso.solve.lasso import Prepared as Prepared
 from tl_circuitlasso.solve.lasso import lasso as lasso
-from tl_circuitlasso.solve.lasso import lasso_many as lasso_many
+from tl_circuitlasso.solve.lasso import prepare as prepare
 from tl_circuitlasso.solve.likelihoods import Logistic as Logistic
 from tl_circuitlasso.solve.likelihoods import Softmax as Softmax
 from tl_circuitlasso.solve.losses import QuadraticGram as QuadraticGram

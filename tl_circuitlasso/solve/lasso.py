@@ -1,12 +1,11 @@
-"""The verbs over a Gram matrix: `lasso` for many targets of one design, `lasso_many` for many small designs."""
+"""The verb over a Gram matrix: `lasso` for many targets of one design; `prepare` for many strengths of one problem."""
 
 import logging
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -29,6 +28,8 @@ log = logging.getLogger(__name__)
 
 Strength = int | float | Tensor
 StrengthIs = str  # "relative" or "absolute"; checked where it is used
+ONCE = ("standardise", "names", "check")  # options that `prepare` takes
+TOLERANCE = 1e-4  # of the duality gap, relative to the empty solution's objective
 GROUP_SET_FROM = 1 << 13  # entries of the answer from which compiled block descent pays for its compilation
 ROW_SET_FROM = 512  # sources from which a working set of rows beats plain FISTA
 
@@ -40,7 +41,7 @@ def lasso(
     target_sq_norm: Float[Tensor, " target"],
     strength: Strength,
     penalty: AbstractPenalty | None = None,
-    tol: float = 1e-4,
+    tol: float = TOLERANCE,
     solver: str | AbstractSolver = "auto",
     max_iter: int | None = None,
     init: Float[Tensor, "source target"] | None = None,
@@ -72,77 +73,108 @@ def lasso(
     >>> solution.value.flatten().tolist(), bool(solution.converged)
     ([1.0, 0.0], True)
     """
-    clock = time.perf_counter()
+    problem = prepare(
+        gram,
+        cross,
+        target_sq_norm=target_sq_norm,
+        penalty=penalty,
+        standardise=standardise,
+        names=names,
+        check=check,
+    )
+    solution = problem.at(
+        strength,
+        tol=tol,
+        solver=solver,
+        max_iter=max_iter,
+        init=init,
+        dtype=dtype,
+        strength_is=strength_is,
+        checkpoint=checkpoint,
+    )
+    report(solution, tol, strict)
+    return solution
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A problem that is checked and scaled, once for all strengths that it will be solved at.
+
+    penalty: as it was given; limit: lambda_max of every target in scaled units; precision: the rounding unit of the
+    caller's matrices; check: whether a failure is to be explained.
+    """
+
+    scaled: Scaled
+    penalty: AbstractPenalty
+    limit: Float[Tensor, " target"]
+    precision: float
+    check: bool
+
+    def at(
+        self,
+        strength: Strength,
+        *,
+        tol: float = TOLERANCE,
+        solver: str | AbstractSolver = "auto",
+        max_iter: int | None = None,
+        init: Float[Tensor, "source target"] | None = None,
+        dtype: torch.dtype | None = None,
+        strength_is: StrengthIs = "relative",
+        checkpoint: str | Path | None = None,
+    ) -> Solution:
+        """The solution at a strength; arguments as in `lasso`."""
+        clock, scaled, limit = time.perf_counter(), self.scaled, self.limit
+        if not tol > 0:
+            raise InputError(f"`tol` must be > 0, got {tol}")
+        cross = scaled.loss.cross
+        absolute = absolute_strength(strength, limit, scaled.target_scale, strength_is)
+        start = None if init is None else scaled.enter(check_init(init, cross))
+        chosen = choose_solver(solver, scaled.penalty, cross.shape, max_iter, dtype, tol, cross.device)
+        answer = _solve_scaled(scaled, absolute, limit, chosen, tol, start, checkpoint)
+        value = scaled.leave(answer.value)
+        if isinstance(self.penalty, L1) and self.penalty.upper is not None:
+            value = self.penalty.prox(value, 0.0, absolute)  # back into bounds that rescaling may have rounded over
+        converged = answer.gap <= tol
+        if self.check and not bool(converged.all()):
+            explain_failure(scaled.loss, answer.value, self.precision)
+        stats = {
+            "strength": absolute * scaled.target_scale,
+            "strength_max": limit * scaled.target_scale,
+            "iterations": answer.iterations,
+            "dead_sources": scaled.dead_sources,
+            "dead_targets": scaled.dead_targets,
+            "solver": type(chosen).__name__,
+            "seconds": time.perf_counter() - clock,
+        }
+        return Solution(value, answer.gap, converged, _status(converged, absolute, answer), stats)
+
+
+def prepare(
+    gram: Float[Tensor, "source source"],
+    cross: Float[Tensor, "source target"],
+    *,
+    target_sq_norm: Float[Tensor, " target"],
+    penalty: AbstractPenalty | None = None,
+    standardise: bool = False,
+    names: Sequence[str] | None = None,
+    check: bool = True,
+) -> Prepared:
+    """What all strengths have in common: matrices checked and scaled; arguments as in `lasso`.
+
+    >>> problem = prepare(torch.eye(1), torch.ones(1, 1), target_sq_norm=torch.ones(1))
+    >>> [float(problem.at(strength).value) for strength in (0.75, 0.5)]
+    [0.25, 0.5]
+    """
     penalty = L1() if penalty is None else penalty
     precision = max(torch.finfo(t.dtype).eps for t in (gram, cross, target_sq_norm))
-    _check_arguments(gram, cross, target_sq_norm, tol)
+    _check_arguments(gram, cross, target_sq_norm)
     gram, cross, square = (matrix.detach().double() for matrix in (gram, cross, target_sq_norm))
     penalty.check(*cross.shape)
     penalty = penalty.to(torch.float64, gram.device)
     if check:
         check_matrices(gram, cross, square, names)
     scaled = scale(gram, cross, square, penalty, precision=precision, standardise=standardise, check=check)
-    limit = scaled.penalty.strength_max(scaled.loss.cross)
-    absolute = absolute_strength(strength, limit, scaled.target_scale, strength_is)
-    start = None if init is None else scaled.enter(check_init(init, cross))
-    chosen = choose_solver(solver, scaled.penalty, cross.shape, max_iter, dtype, tol, gram.device)
-    answer = _solve_scaled(scaled, absolute, limit, chosen, tol, start, checkpoint)
-    value = scaled.leave(answer.value)
-    if isinstance(penalty, L1) and penalty.upper is not None:
-        value = penalty.prox(value, 0.0, absolute)  # back into bounds that rescaling may have rounded over
-    converged = answer.gap <= tol
-    if check and not bool(converged.all()):
-        explain_failure(scaled.loss, answer.value, precision)
-    status = _status(converged, absolute, answer)
-    stats = {
-        "strength": absolute * scaled.target_scale,
-        "strength_max": limit * scaled.target_scale,
-        "iterations": answer.iterations,
-        "dead_sources": scaled.dead_sources,
-        "dead_targets": scaled.dead_targets,
-        "solver": type(chosen).__name__,
-        "seconds": time.perf_counter() - clock,
-    }
-    solution = Solution(value, answer.gap, converged, status, stats)
-    report(solution, tol, strict)
-    return solution
-
-
-def lasso_many(
-    grams: Sequence[Float[Tensor, "_source _source"]],
-    crosses: Sequence[Float[Tensor, "_source _target"]],
-    *,
-    target_sq_norms: Sequence[Float[Tensor, " _target"]],
-    strength: Strength | Sequence[Strength],
-    penalty: AbstractPenalty | Sequence[AbstractPenalty] | None = None,
-    **options: Any,
-) -> list[Solution]:
-    """`lasso` on many small problems, each with a Gram of its own: one `Solution` per problem.
-
-    `strength` and `penalty` are one for all or one per problem; `options` are those of `lasso`. Non-converged problems
-    are reported in one warning.
-
-    >>> two = lasso_many([torch.eye(1)] * 2, [torch.ones(1, 1)] * 2, target_sq_norms=[torch.ones(1)] * 2, strength=0.5)
-    >>> [float(solution.value) for solution in two]
-    [0.5, 0.5]
-    """
-    count = len(grams)
-    if not len(crosses) == len(target_sq_norms) == count:
-        raise InputError(
-            f"`grams`, `crosses` and `target_sq_norms` must be equally many, got {count}, {len(crosses)} and"
-            f" {len(target_sq_norms)}"
-        )
-    strengths: list[Any] = list(strength) if isinstance(strength, (list, tuple)) else [strength] * count
-    penalties: list[Any] = list(penalty) if isinstance(penalty, (list, tuple)) else [penalty] * count
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        solutions = [
-            lasso(gram, cross, target_sq_norm=square, strength=level, penalty=shape, **options)
-            for gram, cross, square, level, shape in zip(grams, crosses, target_sq_norms, strengths, penalties)
-        ]
-    if caught:
-        warnings.warn(f"{len(caught)} of {count} problems: {caught[0].message}", RuntimeWarning, stacklevel=2)
-    return solutions
+    return Prepared(scaled, penalty, scaled.penalty.strength_max(scaled.loss.cross), precision, check)
 
 
 def absolute_strength(
@@ -259,15 +291,13 @@ def _status(converged: Bool[Tensor, " target"], strength: Float[Tensor, " target
     return Status.STALLED if answer.stalled else Status.MAX_ITERATIONS
 
 
-def _check_arguments(gram: Tensor, cross: Tensor, target_sq_norm: Tensor, tol: float) -> None:
+def _check_arguments(gram: Tensor, cross: Tensor, target_sq_norm: Tensor) -> None:
     if gram.ndim != 2 or gram.shape[0] != gram.shape[1]:
         raise InputError(f"`gram` must be square (source, source), got {tuple(gram.shape)}")
     if cross.ndim != 2 or cross.shape[0] != gram.shape[0]:
         raise InputError(f"`cross` must be ({gram.shape[0]}, target) beside this `gram`, got {tuple(cross.shape)}")
     if target_sq_norm.shape != (cross.shape[1],):
         raise InputError(f"`target_sq_norm` must be ({cross.shape[1]},), got {tuple(target_sq_norm.shape)}")
-    if not tol > 0:
-        raise InputError(f"`tol` must be > 0, got {tol}")
 
 
 def check_init(init: Tensor, cross: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from tl_circuitlasso.solve.base import AbstractPenalty, Solution
 from tl_circuitlasso.solve.certificate import per_problem
 from tl_circuitlasso.solve.group_set import GroupSet
 from tl_circuitlasso.solve.groups import Group
-from tl_circuitlasso.solve.lasso import lasso
+from tl_circuitlasso.solve.lasso import ONCE, TOLERANCE, lasso, prepare, report
 from tl_circuitlasso.solve.path import Moments, geometric_strengths, path, total
 from tl_circuitlasso.solve.penalties import L1, adaptive_weights
 from tl_circuitlasso.solve.working_set import numba_available
@@ -108,8 +108,7 @@ def ebic(
     [True, False]
     """
     levels = list(strengths) if strengths is not None else geometric_strengths()
-    verb = partial(lasso, data.gram, data.cross, target_sq_norm=data.target_sq_norm, penalty=penalty, **options)
-    solutions = path(verb, levels)
+    solutions = _path(data, levels, penalty, options)
     scores = torch.stack([_joint(_criterion(data, solution.value, gamma), penalty) for solution in solutions])
     return _pick(data, levels, solutions, scores, _least(data, scores), "ebic")
 
@@ -141,8 +140,7 @@ def cross_validate(
     whole, errors = total(folds), []
     for fold in folds:
         rest = whole - fold
-        verb = partial(lasso, rest.gram, rest.cross, target_sq_norm=rest.target_sq_norm, penalty=penalty, **options)
-        held_out = [_squared_error(fold, solution.value) for solution in path(verb, levels)]
+        held_out = [_squared_error(fold, solution.value) for solution in _path(rest, levels, penalty, options)]
         errors.append(torch.stack([_joint(error, penalty) for error in held_out]))
     table = torch.stack(errors)  # fold strength target
     mean = table.mean(0)
@@ -151,8 +149,7 @@ def cross_validate(
         error = table.std(0) / len(folds) ** 0.5
         bar = (mean + error).gather(0, chosen[None])
         chosen = (mean <= bar).to(torch.uint8).argmax(0)  # strengths fall: the first is the largest
-    verb = partial(lasso, whole.gram, whole.cross, target_sq_norm=whole.target_sq_norm, penalty=penalty, **options)
-    return _pick(whole, levels, path(verb, levels), mean, chosen, "cv-1se" if one_se else "cv")
+    return _pick(whole, levels, _path(whole, levels, penalty, options), mean, chosen, "cv-1se" if one_se else "cv")
 
 
 def stability(
@@ -233,6 +230,22 @@ def _refit_batch(
     return torch.zeros_like(cross).T.contiguous().scatter_add_(1, at, torch.where(real, fit, 0)).T
 
 
+def _path(
+    data: Moments, levels: Sequence[float], penalty: AbstractPenalty | None, options: dict[str, Any]
+) -> list[Solution]:
+    """One solution per strength, each started from the one before it, of a problem that is prepared once."""
+    once = {name: value for name, value in options.items() if name in ONCE}
+    problem = prepare(data.gram, data.cross, target_sq_norm=data.target_sq_norm, penalty=penalty, **once)
+    each = {name: value for name, value in options.items() if name not in (*ONCE, "strict")}
+
+    def verb(**level: Any) -> Solution:
+        solution = problem.at(**level, **each)
+        report(solution, options.get("tol", TOLERANCE), options.get("strict", False))
+        return solution
+
+    return path(verb, levels)
+
+
 def _criterion(data: Moments, value: Float[Tensor, "source target"], gamma: float) -> Float[Tensor, " target"]:
     size = (value != 0).sum(0)
     left = _squared_error(data, refit_support(data, value)) / data.target_sq_norm.clamp(min=1e-300)
@@ -300,7 +313,7 @@ def _concave(
     spread = spread.clamp(min=0).sqrt() if options.get("standardise") else spread
     verb = partial(lasso, data.gram, data.cross, target_sq_norm=data.target_sq_norm, **options)
     levels, solutions = list(strengths) if strengths is not None else geometric_strengths(), []
-    for fit in path(partial(verb, penalty=base), levels):
+    for fit in _path(data, levels, base, options):
         limit, level = fit.stats["strength_max"], fit.stats["strength"]
         weight = base.weight(fit.value)
         for _ in range(REWEIGHTED):
