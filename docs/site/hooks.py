@@ -30,7 +30,7 @@ REFERENCE = {
     "formats": ("Other tools' files", "formats.*"),
     "apps": ("Uses of circuits", "apps.*"),
     "solve": ("The solver", "solve.*"),
-    "bench": ("Benchmarks and planted truth", "bench.* synthetic.* synthetic.codes.*"),
+    "bench": ("Benchmarks and planted truth", "bench.* synthetic.* synthetic.codes.* testing.*"),
 }  # fmt: skip
 
 # Drawing takes a minute; GALLERY names a folder to keep it in from one build to the next.

@@ -115,7 +115,9 @@ def compare(arguments: argparse.Namespace) -> None:
     print(found.overlap.head(40).round(4).to_string(index=False))
     for path in arguments.out:
         found.save(path)
-        print(f"wrote {path}")
+        print(f"Wrote {path}")
+    if pages := [path for path in arguments.out if path.suffix.lower() == ".html"]:
+        print(f"Open {pages[0]} in a web browser")
 
 
 def _on_model(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -15,17 +15,20 @@ from tl_circuitlasso.errors import InputError
 _MOST_ROWS = 200
 _MOST_EDGES = 5000  # of each graph, in the page to look around in
 _STYLE = """
-:root { color-scheme: light; }
-body { max-width: 1320px; margin: 32px auto; padding: 0 24px; color: #1b2430; background: #fbfcfd;
+:root { color-scheme: light dark; --ink: #1b2430; --paper: #fbfcfd; --rule: #dfe5eb; --soft: #5d6a79; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6ebf1; --paper: #0f141a; --rule: #2a333e; --soft: #9aa7b5; } }
+body { max-width: 1320px; margin: 32px auto; padding: 0 24px; color: var(--ink); background: var(--paper);
   font: 14px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-h1 { font-size: 21px; letter-spacing: -.01em; } h2 { font-size: 15px; margin: 28px 0 6px; }
+h1 { font-size: 21px; letter-spacing: -.01em; overflow-wrap: anywhere; } h2 { font-size: 15px; margin: 28px 0 6px; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px; }
-th, td { padding: 4px 10px; text-align: right; border-bottom: 1px solid #dfe5eb; }
+th, td { padding: 4px 10px; text-align: right; border-bottom: 1px solid var(--rule); }
 tbody th, td { white-space: nowrap; }
-thead th { color: #5d6a79; font-weight: 600; vertical-align: bottom; max-width: 110px; }
+thead th { color: var(--soft); font-weight: 600; vertical-align: bottom; max-width: 110px; }
 .wide { overflow-x: auto; } .tall { max-height: 560px; overflow: auto; }
-iframe { width: 100%; height: 720px; margin-top: 8px; border: 1px solid #dfe5eb; border-radius: 8px; }
-img { max-width: 100%; margin-top: 18px; } small { color: #5d6a79; }
+iframe { width: 100%; height: 720px; margin-top: 8px; border: 1px solid var(--rule); border-radius: 8px; }
+img { max-width: max(100%, 760px); margin-top: 18px; background: #fff; border-radius: 8px; }
+small { color: var(--soft); }
+@media (max-width: 700px) { body { margin: 16px auto; padding: 0 12px; } iframe { height: 860px; } }
 """
 
 
@@ -47,10 +50,12 @@ def page(found: Any) -> str:
     picture = base64.b64encode(image.getvalue()).decode("ascii")
     title = html.escape(" · ".join(found.graphs))
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>'
+        f"<style>{_STYLE}</style>"
         f"</head><body><h1>{title}</h1><div class=wide>{as_html(found.table, index=True)}</div>"
         f"<p><small>{html.escape(found.note())}</small></p>"
-        f'<img alt="Edges by graph, scores and curves" src="data:image/png;base64,{picture}">'
+        f'<div class=wide><img alt="Edges by graph, scores and curves" src="data:image/png;base64,{picture}"></div>'
         f"{_side_by_side(found)}"
         f"<h2>Edges in at least one circuit</h2><div class='wide tall'>"
         f"{as_html(found.overlap.head(_MOST_ROWS), index=False)}</div>"

@@ -195,9 +195,10 @@ def scatter(
     axes.set(xlabel=f"|score| / largest, {names[0]}", ylabel=f"|score| / largest, {names[1]}")
     _name_points(axes, common, x, y, group, labels)
     _say_correlation(axes, *np.abs(common.score))
-    axes.legend(frameon=False, fontsize=8.5, labelcolor=style.INK, loc="upper left", handletextpad=0.3)
+    look: Any = {"frameon": False, "fontsize": 8.5, "labelcolor": style.INK, "handletextpad": 0.3}
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=4, columnspacing=1.0, **look)  # over no point
     if title:
-        axes.set_title(title, loc="left", size=11.5, weight="bold", color=style.INK, pad=10)
+        axes.set_title(title, loc="left", size=11.5, weight="bold", color=style.INK, pad=26)
     if ax is None:
         figure.set_layout_engine("tight")
     return style.save(figure, path)
@@ -317,9 +318,10 @@ def curves(
         axes.axhline(level, color=style.FAINT_INK if level else style.RULE, lw=0.9, ls=(0, (3, 3)), zorder=0)
     axes.set(xscale="log", xlabel="edges in the circuit", ylabel="faithfulness")
     under_label = axes.transAxes + ScaledTranslation(0.0, -0.5, figure.dpi_scale_trans)
+    columns = 2 if ax is None and len(named) > 2 else 1  # beside other panels there is no room for two
     axes.legend(
         frameon=False, fontsize=8.8, labelcolor=style.INK, borderaxespad=0.0, handletextpad=0.5, loc="upper left",
-        bbox_to_anchor=(0.0, 0.0), bbox_transform=under_label, ncols=2 if len(named) > 2 else 1, columnspacing=1.2,
+        bbox_to_anchor=(0.0, 0.0), bbox_transform=under_label, ncols=columns, columnspacing=1.2,
     )  # fmt: skip
     if title:
         axes.set_title(title, loc="left", size=11.5, weight="bold", color=style.INK, pad=10)

@@ -226,6 +226,14 @@ def _short(values: Sequence[float]) -> list[float]:
     return [float(f"{value:.6g}") for value in values]
 
 
+_CALLED = {"closure_error": "error of the reading", "d_model": "width"}  # where the key would puzzle a reader
+
+
+def _told(key: str, value: Any) -> bool:
+    """Whether a fact tells a reader something: not a fingerprint, the unit (the score says it), or one process."""
+    return not (key.endswith("_hash") or key == "unit" or (key == "processes" and value == 1))
+
+
 def _about(graph: AttributionGraph) -> list[list[str]]:
     """What was asked and how the graph was made, in few words, for the page's side panel."""
     known = graph.provenance
@@ -234,5 +242,5 @@ def _about(graph: AttributionGraph) -> list[list[str]]:
     first = {"target": None, "positions": None, **asked(known), "score": known.get("unit")}
     flat = {**first, **given, **known, **first, "seconds": cost(known)["seconds"]}
     rows = [(key, value) for key, value in flat.items() if isinstance(value, (str, int, float, bool)) and value != ""]
-    shown = [(key.replace("_", " "), value) for key, value in rows if not key.endswith("_hash")]
+    shown = [(_CALLED.get(key, key.replace("_", " ")), value) for key, value in rows if _told(key, value)]
     return [[key, f"{value:.4g}" if isinstance(value, float) else str(value)[:60]] for key, value in shown[:16]]

@@ -49,6 +49,9 @@ def _between(rank: Fraction, first: dict[Site, Fraction], second: dict[Site, Fra
     return below + (above - below) * (rank + 1) / (max(second.values()) + 2)
 
 
+ERROR = ".hook_sae_error"  # how the node of what an SAE misses ends, behind its hook
+
+
 def row_label(sites: Iterable[Site]) -> str:
     """What stands at the left of a row: `L5 heads`, `L5 mlp`, a hook's short name, or nothing for the two ends."""
     parts: dict[str, list[str]] = {}
@@ -67,7 +70,8 @@ def row_label(sites: Iterable[Site]) -> str:
 
 def short_hook(hook: str) -> str:
     """The telling end of a hook name: `resid_post` for `blocks.4.hook_resid_post`."""
-    words = [word for word in hook.split(".") if word not in ("blocks", "hook_sae_acts_post") and not word.isdigit()]
+    own = hook.removesuffix(ERROR)
+    words = [word for word in own.split(".") if word not in ("blocks", "hook_sae_acts_post") and not word.isdigit()]
     return ".".join(words).removeprefix("hook_").replace(".hook_", " ") or hook
 
 
@@ -76,14 +80,16 @@ def node_label(name: str, info: Mapping[str, Any] | None = None) -> str:
 
     >>> node_label("blocks.2.hook_resid_post#79", {"top_tokens": ["a", " u", "o", "e"]})
     'L2 #79 a|u|o'
+    >>> node_label("blocks.2.hook_resid_post.hook_sae_error")
+    'L2 error'
     """
     known = info or {}
     if label := known.get("label"):
         return str(label)
     hook, mark, feature = name.rpartition("#")
+    layer = parse_site(hook if mark else name).layer if mark or name.endswith(ERROR) else -1
     if not mark:
-        return name
-    layer = parse_site(hook).layer
+        return f"L{layer} error" if layer >= 0 else name
     tokens = "|".join(repr(str(token))[1:-1].strip() for token in list(known.get("top_tokens") or ())[:3])
     return " ".join(filter(None, (f"L{layer}" if layer >= 0 else "", f"#{feature}", tokens)))
 

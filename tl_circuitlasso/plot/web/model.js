@@ -5,9 +5,11 @@ const PORTS = ["", "q", "k", "v"];
 const NODES = DATA.nodes.map((node, id) => ({ ...node, id, stands: id, members: null, text: node.label || node.name }));
 const ID_OF = new Map(NODES.map(node => [node.name, node.id]));
 const GRAPHS = DATA.graphs.map(graph => {
-  const largest = graph.edges.length ? Math.abs(graph.edges[0][3]) || 1 : 1;
+  // Widths are shares of the strongest edge of the circuit: one that isn't kept may be larger and would pale the others.
+  const sizes = graph.edges.map(edge => [Math.abs(edge[3]), edge[4] === 1]);
+  const largest = (sizes.find(([, kept]) => kept) || sizes[0] || [1])[0] || 1;
   const edges = graph.edges.map(([source, target, port, score, kept, ...rest]) => ({
-    source, target, port: PORTS[port], score, kept: kept === 1, share: Math.abs(score) / largest,
+    source, target, port: PORTS[port], score, kept: kept === 1, share: Math.min(1, Math.abs(score) / largest),
     key: (source * NODES.length + target) * 4 + port, pair: source * NODES.length + target, extras: rest,
   }));
   return { ...graph, edges, own: edges.filter(edge => edge.kept) };
