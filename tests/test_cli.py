@@ -500,6 +500,29 @@ def answers_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def test_prompts_of_ones_own_for_the_bundled_model_are_saved_as_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = [
+        f"When {a} and {b} went to the store , {b} gave a drink to"
+        for a, b in (("Mary", "John"), ("Tom", "Anna"), ("Paul", "Lucy"))
+    ]
+    (tmp_path / "o\u00f6.json").write_text(json.dumps(own))
+    words = ["discover", "demo", str(tmp_path / "o\u00f6.json"), "--out", str(tmp_path / "\u00f6ut"), "--quiet"]
+    assert main([*words, "--save-prompts"]) == 0
+    assert (tmp_path / "\u00f6ut" / "prompts.csv").read_text().splitlines()[1:] == [f'"{line}"' for line in own]
+    assert capsys.readouterr().out.splitlines()[-1].endswith("graph.html in a web browser")
+
+
+def test_a_comparison_says_what_to_open(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    circuit = tcl.load_demo(prompts=1).circuit
+    for name, graph in (("a", circuit), ("b", circuit.top_k(4))):
+        graph.save(tmp_path / f"{name}.json")
+    out = ["--out", str(tmp_path / "both.html"), "--out", str(tmp_path / "both.csv")]
+    assert main(["compare", str(tmp_path / "a.json"), str(tmp_path / "b.json"), *out]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"Open {tmp_path / 'both.html'} in a web browser"
+
+
 def test_discover_asks_about_answers(
     model_folder: Path, answers_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

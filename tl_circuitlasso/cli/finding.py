@@ -128,10 +128,12 @@ def _bundled(arguments: argparse.Namespace) -> Any:
 
 def _save_prompts(path: Path, prompts: Any, asked: Question) -> None:
     """The prompts as they were read, with their answers, so that the run can be repeated."""
-    if not all(isinstance(prompt, str) for prompt in prompts):
-        raise InputError("`--save-prompts` writes text, and the bundled model's prompts were read from a file already")
     from tl_circuitlasso.data.storage import write_text
 
+    if not isinstance(prompts, list):  # the bundled model's tokens, of prompts that were read from a file
+        from tl_circuitlasso.demo.ioi import text
+
+        prompts = [line.split(" ", 1)[1] for line in text(prompts)]
     file = io.StringIO()
     table = csv.writer(file, lineterminator="\n")
     table.writerows([["prompt", *asked.columns], *zip(prompts, *asked.columns.values())])
