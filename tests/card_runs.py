@@ -1,12 +1,10 @@
-"""What is tried on the make-believe accelerator: `python -m tests.card_runs` prints {name: "" or what went wrong}.
+"""What is tried on the make-believe accelerator: `outcomes` says for each run by name "" or what went wrong.
 
 Every run is made on the CPU and on the card, and must give the same numbers. TransformerLens asks a residual stream
 that it starts in the middle from for the very type `Tensor`, so runs that do this are made on a TransformerBridge or
 left out.
 """
 
-import json
-import sys
 import traceback
 import warnings
 from collections.abc import Callable
@@ -209,13 +207,9 @@ def tried(run: Run) -> str:
         return f"{type(error).__name__}: {str(error)[:400]}{where}"
 
 
-def main(names: list[str]) -> None:
+def outcomes(*names: str) -> dict[str, str]:
+    """What went wrong in the runs of these names (none: in all); for a process of its own, which is changed."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     every = runs()
-    found = {name: tried(every[name]) for name in names or every}
-    sys.stdout.write(json.dumps(found) + "\n")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+    return {name: tried(every[name]) for name in names or every}

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import tl_circuitlasso as tcl
 from tests import architectures
+from tests.apart import as_two
 from tests.helpers import join_two, message_of
 from tl_circuitlasso.data.sharing import ALONE, as_ranks, under_torchrun
 from tl_circuitlasso.data.statistics import Moments, Statistics
@@ -105,7 +105,7 @@ def worker(rank: int, folder: Path) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes left behind."""
     path = tmp_path_factory.mktemp("shared")
-    mp.start_processes(worker, (path,), nprocs=2, start_method="spawn")
+    as_two(worker, path)
     return path
 
 

@@ -1,14 +1,11 @@
 """Every wrong value of the table is answered by an error that names the argument."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 import tl_circuitlasso as tcl
+from tests import wrong_values
+from tests.apart import apart
 from tl_circuitlasso._checks import shortened, whole_number
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph.nodes import component_index
@@ -16,11 +13,7 @@ from tl_circuitlasso.graph.nodes import component_index
 
 def test_wrong_values_are_named() -> None:
     """In a process of its own: here, the checks of annotations would answer first."""
-    made = subprocess.run(
-        [sys.executable, "-m", "tests.wrong_values"], cwd=Path(__file__).parents[1], capture_output=True, text=True
-    )
-    assert made.returncode == 0, made.stderr
-    answers = json.loads(made.stdout)
+    answers = apart(wrong_values.answers)
     assert len(answers) > 150
     wrong = [
         answer for answer in answers if answer[2] not in ("InputError", "ModelError") or answer[1] not in answer[3]

@@ -1,10 +1,5 @@
-"""Wrong values thrown at public functions, as users do: without the shape checks that the tests run under.
+"""Wrong values thrown at public functions, as users do: without the shape checks that the tests run under."""
 
-Run as a program it prints, as JSON, what each call of the table answered: [name, class of the error, its message].
-"""
-
-import json
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -157,7 +152,3 @@ def answers() -> list[list[str]]:
         else:
             found.append([text, argument, "nothing", ""])
     return found
-
-
-if __name__ == "__main__":
-    json.dump(answers(), sys.stdout)

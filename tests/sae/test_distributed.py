@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 
 import tl_circuitlasso as tcl
+from tests.apart import as_two
 from tests.helpers import join_two, message_of
 from tests.sae.training import PlainSAE
 from tl_circuitlasso.data.sharing import ALONE, Ranks
@@ -121,7 +121,7 @@ def folder(demo_saes: dict[str, PlainSAE], tmp_path_factory: pytest.TempPathFact
         {f"{hook}/{part}": getattr(sae, part) for hook, sae in demo_saes.items() for part in PARTS},
         path / "saes.safetensors",
     )
-    mp.start_processes(worker, (path,), nprocs=2, start_method="spawn")
+    as_two(worker, path)
     return path
 
 

@@ -1,43 +1,38 @@
 """A killed run loses one pair at most, and a checkpoint serves only the run that it belongs to."""
 
-import os
-import signal
-import subprocess
-import sys
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import tl_circuitlasso as tcl
+from tests.apart import FORKED
 from tests.sae.training import PlainSAE
 from tl_circuitlasso.demo import Demo
 from tl_circuitlasso.errors import FormatError, InputError
 from tl_circuitlasso.features import learning as feature_learning
 
-RUN = """
-import sys, time
-import torch
-from safetensors.torch import load_file
-import tl_circuitlasso as tcl
-from tests.sae.training import PlainSAE
-from tl_circuitlasso.features import learning as feature_learning
+PARTS = ("W_enc", "W_dec", "bias")
 
-real = feature_learning._regress
-def slow(data, basis, setup, pair):
-    if pair[1] == "target":
-        time.sleep(600)  # killed here, with the earlier pairs behind it
-    return real(data, basis, setup, pair)
-feature_learning._regress = slow
 
-weights = load_file(sys.argv[1])
-hooks = sorted({name.split("/")[0] for name in weights})
-saes = {hook: PlainSAE(*(weights[f"{hook}/{part}"] for part in ("W_enc", "W_dec", "bias"))) for hook in hooks}
-demo = tcl.load_demo()
-tcl.circuit_lasso(demo.model, demo.tokens, basis=tcl.SAEFeatures(saes), checkpoint=sys.argv[2], progress=False)
-"""
+def stuck_at_the_target(weights: Path, folder: Path) -> None:
+    """A run that sleeps at its last pair, with the earlier ones behind it: killed there."""
+    real = feature_learning._regress
+
+    def slow(data: Any, basis: Any, setup: Any, pair: tuple[str, str]) -> Any:
+        if pair[1] == "target":
+            time.sleep(600)
+        return real(data, basis, setup, pair)
+
+    feature_learning._regress = slow
+    parts = load_file(weights)
+    hooks = sorted({name.split("/")[0] for name in parts})
+    saes = {hook: PlainSAE(*(parts[f"{hook}/{part}"] for part in PARTS)) for hook in hooks}
+    circuit(tcl.load_demo(), saes, folder)
 
 
 def circuit(demo: Demo, saes: Any, folder: Path | None, **options: Any) -> tcl.AttributionGraph:
@@ -46,31 +41,40 @@ def circuit(demo: Demo, saes: Any, folder: Path | None, **options: Any) -> tcl.A
     return tcl.circuit_lasso(demo.model, tokens, basis=basis, checkpoint=folder, progress=False)
 
 
-def save(saes: dict[str, PlainSAE], path: Path) -> None:
-    from safetensors.torch import save_file
+@pytest.fixture(scope="module")
+def folder_and_graph(
+    demo: Demo, demo_saes: dict[str, PlainSAE], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, tcl.AttributionGraph]:
+    """The checkpoint of a finished run, not to be written to, and its graph."""
+    folder = tmp_path_factory.mktemp("finished")
+    return folder, circuit(demo, demo_saes, folder)
 
-    names = ("W_enc", "W_dec", "bias")
-    save_file({f"{hook}/{name}": getattr(sae, name) for hook, sae in saes.items() for name in names}, path)
+
+@pytest.fixture
+def finished(folder_and_graph: tuple[Path, tcl.AttributionGraph]) -> Path:
+    return folder_and_graph[0]
+
+
+def save(saes: dict[str, PlainSAE], path: Path) -> None:
+    save_file({f"{hook}/{name}": getattr(sae, name) for hook, sae in saes.items() for name in PARTS}, path)
 
 
 def test_a_killed_run_goes_on_where_it_stopped(
-    demo: Demo, demo_saes: dict[str, PlainSAE], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    demo: Demo, demo_saes: dict[str, PlainSAE], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder_and_graph: Any
 ) -> None:
     save(demo_saes, tmp_path / "saes.safetensors")
     folder = tmp_path / "checkpoint"
-    command = [sys.executable, "-c", RUN, str(tmp_path / "saes.safetensors"), str(folder)]
-    root = Path(__file__).parents[2]
-    process = subprocess.Popen(command, cwd=root, env={**os.environ, "PYTHONPATH": str(root)})
+    process = FORKED.Process(target=stuck_at_the_target, args=(tmp_path / "saes.safetensors", folder))
+    process.start()
     try:
-        for _ in range(1200):
-            if (folder / "pair-0001.safetensors").exists() or process.poll() is not None:
+        for _ in range(6000):
+            if (folder / "pair-0001.safetensors").exists() or process.exitcode is not None:
                 break
             time.sleep(0.1)
-        assert process.poll() is None, "the run ended before it could be killed"
-        process.send_signal(signal.SIGKILL)
+        assert process.exitcode is None, "the run ended before it could be killed"
     finally:
         process.kill()
-        process.wait()
+        process.join()
     assert not (folder / "pair-0002.safetensors").exists()
 
     solved: list[tuple[str, str]] = []
@@ -84,18 +88,17 @@ def test_a_killed_run_goes_on_where_it_stopped(
     resumed = circuit(demo, demo_saes, folder)
     assert [child for _, child in solved] == ["target"], "only the pair that was lost is solved again"
     assert resumed.provenance["forward_passes"] == 0
-    fresh = circuit(demo, demo_saes, None)
+    fresh = folder_and_graph[1]
     assert resumed.kept_edges() == fresh.kept_edges()
     torch.testing.assert_close(resumed.weight, fresh.weight)
     assert resumed.node_info == fresh.node_info
 
 
-def test_a_finished_checkpoint_is_read_only(demo: Demo, demo_saes: Any, tmp_path: Path) -> None:
-    circuit(demo, demo_saes, tmp_path)
-    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    circuit(demo, demo_saes, tmp_path)
-    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
-    assert not list(tmp_path.glob("*.tmp"))
+def test_a_finished_checkpoint_is_read_only(demo: Demo, demo_saes: Any, finished: Path) -> None:
+    before = {path.name: path.stat().st_mtime_ns for path in finished.iterdir()}
+    circuit(demo, demo_saes, finished)
+    assert {path.name: path.stat().st_mtime_ns for path in finished.iterdir()} == before
+    assert not list(finished.glob("*.tmp"))
 
 
 def test_another_rule_solves_again_without_the_model(demo: Demo, demo_saes: Any, tmp_path: Path) -> None:
@@ -105,24 +108,23 @@ def test_another_rule_solves_again_without_the_model(demo: Demo, demo_saes: Any,
     assert other.kept_edges() != first.kept_edges()
 
 
-def test_other_data_or_saes_are_refused(demo: Demo, demo_saes: dict[str, PlainSAE], tmp_path: Path) -> None:
-    circuit(demo, demo_saes, tmp_path)
+def test_other_data_or_saes_are_refused(demo: Demo, demo_saes: dict[str, PlainSAE], finished: Path) -> None:
     with pytest.raises(InputError, match="holds other data"):
-        circuit(demo, demo_saes, tmp_path, tokens=demo.tokens.flip(0))
+        circuit(demo, demo_saes, finished, tokens=demo.tokens.flip(0))
     hook, sae = next(iter(demo_saes.items()))
     other = {**demo_saes, hook: PlainSAE(sae.W_enc * 2, sae.W_dec, sae.bias)}
     with pytest.raises(InputError, match="differs in saes"):
-        circuit(demo, other, tmp_path)
+        circuit(demo, other, finished)
     with pytest.raises(InputError, match="differs in mixing"):
-        circuit(demo, demo_saes, tmp_path, mixing="mean")
+        circuit(demo, demo_saes, finished, mixing="mean")
 
 
-def test_a_checkpoint_that_is_no_folder_or_broken(demo: Demo, demo_saes: Any, tmp_path: Path) -> None:
+def test_a_checkpoint_that_is_no_folder_or_broken(demo: Demo, demo_saes: Any, tmp_path: Path, finished: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(InputError, match=r"name a folder|is a file"):
         circuit(demo, demo_saes, tmp_path / "file")
     folder = tmp_path / "broken"
-    circuit(demo, demo_saes, folder)
+    shutil.copytree(finished, folder)
     (folder / "pair-0000.safetensors").write_bytes(b"not tensors")
     with pytest.raises(FormatError, match="pair-0000"):
         circuit(demo, demo_saes, folder)

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 
+from tests.apart import as_two
 from tests.helpers import join_two
 from tests.solve.problems import planted
 from tl_circuitlasso.errors import CircuitLassoError, FormatError, InputError, SolveError
@@ -182,10 +182,7 @@ def _worker(rank: int, store: str, results: str) -> None:
 
 
 def test_two_processes_give_the_answer_of_one(tmp_path: Path) -> None:
-    context = mp.start_processes(
-        _worker, (str(tmp_path / "store"), str(tmp_path / "r")), nprocs=2, start_method="spawn"
-    )
-    assert context is None
+    as_two(_worker, str(tmp_path / "store"), str(tmp_path / "r"))
     problem = planted(targets=9)
     alone = lasso_sharded(problem.gram, problem.cross, target_sq_norm=problem.square, strength=0.1)
     penalty = Group(torch.arange(30) // 3, torch.arange(9) // 3)

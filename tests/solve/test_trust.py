@@ -1,12 +1,12 @@
 """What a user relies on: true certificates on any data, exact ends of the range, and solves that survive a kill."""
 
-import os
 import signal
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
+from tests.apart import FORKED
 from tests.solve.judge import Data, Terms, conic_optimum
 from tests.solve.problems import Planted, planted
 from tests.solve.test_certificate import FLAWS, SHAPES, awkward
@@ -31,6 +32,7 @@ from tl_circuitlasso.solve import (
     Status,
     TorchSet,
     block_lasso,
+    checkpoint,
     code_sums,
     cross_entropy_garrote,
     fit_dictionary,
@@ -42,6 +44,7 @@ from tl_circuitlasso.solve import (
     row_group,
     select,
     stability,
+    working_set,
 )
 
 PACKAGE = Path(__file__).parents[2]
@@ -402,31 +405,32 @@ def test_an_interrupt_comes_through_at_once_and_corrupts_nothing(solver: str, mo
     assert torch.equal(solve(), undisturbed)
 
 
-KILLED = """
-import os, sys, time, torch
-from tests.solve.problems import planted
-from tl_circuitlasso.solve import checkpoint, lasso, working_set
-checkpoint.PART = 4
-ordinary, calls = working_set.WorkingSet.solve, []
-def slow(*arguments, **options):
-    calls.append(1)
-    if len(calls) == 3:
-        print("third part", flush=True)
-        time.sleep(60)
-    return ordinary(*arguments, **options)
-working_set.WorkingSet.solve = slow
-lasso(**planted(targets=18).matrices, strength=0.1, checkpoint=sys.argv[1])
-"""
+def stuck_at_the_third_part(folder: Path, arrived: Event) -> None:
+    """A solve in parts of four targets that sleeps in the third: killed there."""
+    checkpoint.PART = 4
+    ordinary, calls = working_set.WorkingSet.solve, []
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            arrived.set()
+            time.sleep(600)
+        return ordinary(*arguments, **options)
+
+    working_set.WorkingSet.solve = slow
+    lasso(**planted(targets=18).matrices, strength=0.1, checkpoint=folder)
 
 
 def test_a_killed_solve_goes_on_behind_its_finished_targets(tmp_path: Path, monkeypatch) -> None:
     folder = tmp_path / "solve"
-    process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(folder)], cwd=PACKAGE, stdout=subprocess.PIPE, env={**os.environ}
-    )
-    assert process.stdout is not None and process.stdout.readline() == b"third part\n"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    arrived = FORKED.Event()
+    process = FORKED.Process(target=stuck_at_the_third_part, args=(folder, arrived))
+    process.start()
+    try:
+        assert arrived.wait(120)
+    finally:
+        process.kill()
+        process.join()
     names = [f"part-{number:06d}.safetensors" for number in range(5)]
     assert sorted(file.name for file in folder.iterdir()) == names[:2]
     monkeypatch.setattr("tl_circuitlasso.solve.checkpoint.PART", 4)
