@@ -19,6 +19,7 @@ from tl_circuitlasso.errors import FormatError as FormatError
 from tl_circuitlasso.errors import InputError as InputError
 from tl_circuitlasso.errors import ModelError as ModelError
 from tl_circuitlasso.errors import SolveError as SolveError
+from tl_circuitlasso.errors import StaleCheckpoint as StaleCheckpoint
 
 if TYPE_CHECKING:
     from tl_circuitlasso import apps as apps

@@ -22,5 +22,9 @@ class FormatError(CircuitLassoError, ValueError):
     """A file that isn't what it claims to be: foreign, truncated, of another version, or inconsistent."""
 
 
+class StaleCheckpoint(InputError, FormatError):
+    """A checkpoint of other work: other data, another model or other options than the call that names it."""
+
+
 class SolveError(CircuitLassoError, RuntimeError):
     """A solve that didn't reach its tolerance (raised only with `strict=True`)."""

@@ -86,10 +86,10 @@ def test_an_interrupted_solve_resumes_from_its_checkpoint(tmp_path: Path, monkey
 def test_foreign_or_broken_checkpoints_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "solve.safetensors"
     block_lasso(standard_gram(), LAYOUT, strength=0.2, checkpoint=file)
-    with pytest.raises(FormatError, match="other data or options"):
+    with pytest.raises(FormatError, match="belongs to another problem"):
         block_lasso(standard_gram(1), LAYOUT, strength=0.2, checkpoint=file)
     file.write_bytes(b"not a checkpoint")
-    with pytest.raises(FormatError, match="isn't a checkpoint"):
+    with pytest.raises(FormatError, match="not a whole safetensors file"):
         block_lasso(standard_gram(), LAYOUT, strength=0.2, checkpoint=file)
     with pytest.raises(InputError, match="`layout` describes 3 nodes"):
         block_lasso(standard_gram(), Layout([3], [0]), strength=0.2)

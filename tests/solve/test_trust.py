@@ -472,7 +472,7 @@ def test_a_block_checkpoint_knows_its_penalty(tmp_path: Path) -> None:
     gram = torch.corrcoef(planted(sources=12).features.T)
     layout, file = Layout([6, 6], [0, 1]), tmp_path / "blocks.safetensors"
     block_lasso(gram, layout, strength=0.2, penalty=L1(torch.ones(12, 12)), checkpoint=file)
-    with pytest.raises(FormatError, match="other data or options"):
+    with pytest.raises(FormatError, match="belongs to another problem"):
         block_lasso(gram, layout, strength=0.2, penalty=L1(torch.full((12, 12), 2.0)), checkpoint=file)
 
 

@@ -14,7 +14,6 @@ With a checkpoint folder codes and finished pairs are files of their own: a kill
 
 import hashlib
 import json
-import logging
 import math
 import time
 import warnings
@@ -25,7 +24,7 @@ from typing import Any
 
 import torch
 
-from tl_circuitlasso.data import storage
+from tl_circuitlasso.data.checkpoint import Checkpoint
 from tl_circuitlasso.data.sharing import ALONE, Ranks
 from tl_circuitlasso.data.targets import Labels, Target
 from tl_circuitlasso.errors import InputError
@@ -48,9 +47,6 @@ from tl_circuitlasso.models.sae import SAEFeatures
 from tl_circuitlasso.models.tokens import Prompts
 from tl_circuitlasso.progress import bar as counting
 
-log = logging.getLogger(__name__)
-
-PAIR_KIND, PAIR_VERSION = "feature pair", 3
 LEAST_PROMPTS = 20  # with fewer, none is held out
 Pair = tuple[str, str]
 
@@ -241,25 +237,19 @@ def _store(path: Path, done: Regressed, identity: Mapping[str, Any], ranks: Rank
     """Write a finished pair: process 0 does it."""
     with ranks.together():
         if ranks.rank == 0:
-            data = {"kind": PAIR_KIND, "version": PAIR_VERSION, "identity": dict(identity), **done.plain()}
-            storage.write_tensors(path, done.tensors(), data)
+            _kept(path, identity).write(path.name, done.tensors(), done.plain())
 
 
 def _stored(path: Path, identity: Mapping[str, Any], ranks: Ranks) -> Regressed | None:
-    """A finished pair of this very regression that process 0 finds, or None."""
+    """A finished pair of this very regression that process 0 finds, or None: one of another rule is made again."""
     with ranks.together():
-        own = _read_pair(path, identity) if ranks.rank == 0 else None
+        found = _kept(path, identity).read(path.name, remade=True) if ranks.rank == 0 else None
+        own = None if found is None else Regressed.of(*found)
     return first_of(own, ranks)
 
 
-def _read_pair(path: Path, identity: Mapping[str, Any]) -> Regressed | None:
-    if not path.exists():
-        return None
-    tensors, data = storage.read_tensors(path, PAIR_KIND)
-    if data.get("identity") != identity or data.get("version") != PAIR_VERSION:
-        log.info("%s belongs to another regression and is made again", path)
-        return None
-    return Regressed.of(tensors, data)
+def _kept(path: Path, identity: Mapping[str, Any]) -> Checkpoint:
+    return Checkpoint(path.parent, "feature pair", "regression", identity, version=3)
 
 
 # ---- what happened --------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from tl_circuitlasso.data.checkpoint import check_identity
 from tl_circuitlasso.data.sharing import ALONE, Ranks
 from tl_circuitlasso.data.statistics import Statistics
 from tl_circuitlasso.data.targets import Target, check_length
@@ -271,11 +272,6 @@ def _resume(checkpoint: Path | None, identity: dict[str, Any]) -> Statistics | N
     if checkpoint is None or not checkpoint.exists():
         return None
     statistics = Statistics.load(checkpoint)
-    differ = [key for key in ("functions", *identity) if statistics.meta.get(key) != identity.get(key)]
-    if differ:
-        raise InputError(
-            f"`checkpoint` {checkpoint} belongs to another collection (it differs in {', '.join(differ)}): "
-            "delete it, or name another file"
-        )
+    check_identity(checkpoint, "collection", statistics.meta, {"functions": None, **identity})
     logger.info("resuming %s after %d batches", checkpoint, statistics.done)
     return statistics

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tl_circuitlasso.data import storage
+from tl_circuitlasso.data.checkpoint import Checkpoint
 from tl_circuitlasso.data.sharing import Ranks
 from tl_circuitlasso.data.targets import Target
 from tl_circuitlasso.errors import FormatError, InputError
@@ -29,6 +29,7 @@ from tl_circuitlasso.models.sae_checks import check_hooks, check_labels, check_s
 from tl_circuitlasso.models.tokens import Batch, first_prompts
 
 TARGET = "target"
+DIRECTIONS = "directions.safetensors"  # in a checkpoint
 THROUGH_ATTENTION = ("mean", "heads")  # ways of mixing
 UNKNOWN_LIMIT = 4 << 30  # bytes of codes in memory where the system doesn't say what is free
 
@@ -152,33 +153,18 @@ def _fitted(
     checkpoint: Path | None, identity: Mapping[str, Any], ranks: Ranks,
 ) -> CodePlan:  # fmt: skip
     """The plan with what the pilot decides, in process 0: directions of errors and logits."""
-    path = None if checkpoint is None else checkpoint / "directions.safetensors"
+    kept = None if checkpoint is None else Checkpoint(checkpoint, "feature directions", "collection", identity)
     with ranks.together():
-        own = _stored_directions(path, identity) if ranks.rank == 0 else {}
-        if own is None:
-            own = _directions(adapter, basis, plan, pairs, batch)
-            if path is not None:
-                storage.write_tensors(path, own, {"kind": "feature directions", "identity": identity})
+        stored = None if kept is None or ranks.rank else kept.read(DIRECTIONS)
+        own = {} if ranks.rank else stored[0] if stored else _directions(adapter, basis, plan, pairs, batch)
+        if kept is not None and ranks.rank == 0 and stored is None:
+            kept.write(DIRECTIONS, own)
     tensors = ranks.gather(own)[0]
     errors = {name.removeprefix("error/"): value for name, value in tensors.items() if name.startswith("error/")}
     if basis.error and set(errors) != _parents(pairs):
-        raise FormatError(f"{path}: directions with missing entries; delete the checkpoint")
+        raise FormatError(f"`checkpoint` {checkpoint}: {DIRECTIONS} lacks entries; delete the folder")
     metric = tensors["logits"].to(adapter.device) if "logits" in tensors else None
     return CodePlan(**{**vars(plan), "errors": errors, "metric": metric})
-
-
-def _stored_directions(path: Path | None, identity: Mapping[str, Any]) -> dict[str, Tensor] | None:
-    """The directions in a checkpoint, or None where there is none yet."""
-    if path is None or not path.exists():
-        return None
-    tensors, data = storage.read_tensors(path, "feature directions")
-    if data.get("identity") != identity:
-        differ = sorted(key for key in identity if (data.get("identity") or {}).get(key) != identity[key])
-        raise InputError(
-            f"`checkpoint` {path.parent} belongs to another collection (it differs in {', '.join(differ)}): delete "
-            "it, or name another folder"
-        )
-    return tensors
 
 
 def _parents(pairs: Sequence[tuple[str, str]]) -> set[str]:

@@ -13,12 +13,11 @@ from typing import Any
 
 from torch import Tensor
 
-from tl_circuitlasso.data import storage
+from tl_circuitlasso.data.checkpoint import Checkpoint
 from tl_circuitlasso.errors import FormatError, InputError
 from tl_circuitlasso.models.codes import Codes
 from tl_circuitlasso.models.feature_codes import Chunk, joined
 
-KIND, VERSION = "feature codes", 2
 CHUNK_SAMPLES = 1 << 16  # samples that are put into one chunk
 _DENSE = ("target", "target_rows", "prompt", "position", "tokens", "ends", "numbers")
 
@@ -31,19 +30,20 @@ class CodeStore:
 
     Raises
     ------
-    InputError: the folder holds chunks of another collection.
+    InputError: the folder is a file, lacks a chunk, or holds those of another collection.
     """
 
     def __init__(self, folder: Path | None, limit: int, identity: Mapping[str, Any]) -> None:
-        self._folder, self._limit, self._identity = folder, limit, dict(identity)
+        self._limit = limit
+        self._kept = None if folder is None else _checkpoint(folder, identity)
         self._places: list[Chunk | Path] = []
         self._held = 0
         self._pending: list[Chunk] = []
-        self._spill: Path | None = None
+        self._spill: Checkpoint | None = None
         self.origin = ""
         self.batches = self.samples = 0
-        if folder is not None:
-            self._find(folder)
+        if self._kept is not None:
+            self._find(self._kept)
 
     def add(self, chunk: Chunk, origin: str) -> None:
         """Take in the next batch; `origin` is the hash of the data up to it."""
@@ -59,10 +59,10 @@ class CodeStore:
         chunk, self._pending = joined(self._pending), []
         number = len(self._places)
         fits = self._held + chunk.bytes <= self._limit
-        if self._folder is not None or not fits:
-            path = self._home() / f"codes-{number:05d}.safetensors"
-            _write(path, chunk, {"identity": self._identity, "origin": self.origin})
-            self._places.append(chunk if fits else path)
+        if self._kept is not None or not fits:
+            home, name = self._home(), f"codes-{number:05d}.safetensors"
+            _write(home, name, chunk, self.origin)
+            self._places.append(chunk if fits else home.folder / name)
         else:
             self._places.append(chunk)
         self._held += chunk.bytes if fits else 0
@@ -70,34 +70,30 @@ class CodeStore:
 
     def __iter__(self) -> Iterator[Chunk]:
         for place in self._places:
-            yield place if isinstance(place, Chunk) else _read(place)[0]
+            yield place if isinstance(place, Chunk) else _read(self._home(), place.name)[0]
 
     @property
     def on_disk(self) -> int:
         """How many chunks are read from disk each time."""
         return sum(isinstance(place, Path) for place in self._places)
 
-    def _home(self) -> Path:
-        if self._folder is not None:
-            return self._folder
+    def _home(self) -> Checkpoint:
+        if self._kept is not None:
+            return self._kept
         if self._spill is None:
-            self._spill = Path(tempfile.mkdtemp(prefix="circuitlasso-codes-"))
-            weakref.finalize(self, shutil.rmtree, self._spill, ignore_errors=True)  # a TemporaryDirectory would warn
+            self._spill = _checkpoint(Path(tempfile.mkdtemp(prefix="circuitlasso-codes-")), {})
+            folder = self._spill.folder
+            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)  # a TemporaryDirectory would warn
         return self._spill
 
-    def _find(self, folder: Path) -> None:
+    def _find(self, kept: Checkpoint) -> None:
+        folder = kept.folder
         if folder.exists() and not folder.is_dir():
             raise InputError(f"`checkpoint` {folder} is a file: SAE circuits keep theirs in a folder; name a new one")
         for number, path in enumerate(sorted(folder.glob("codes-*.safetensors"))):
             if path.name != f"codes-{number:05d}.safetensors":
                 raise InputError(f"`checkpoint` {folder} lacks chunk {number}: delete the folder, or name another one")
-            chunk, data = _read(path)
-            differ = sorted(key for key, value in self._identity.items() if data["identity"].get(key) != value)
-            if differ:
-                raise InputError(
-                    f"`checkpoint` {folder} belongs to another collection (it differs in {', '.join(differ)}): delete "
-                    "it, or name another folder"
-                )
+            chunk, data = _read(kept, path.name)
             fits = self._held + chunk.bytes <= self._limit
             self._places.append(chunk if fits else path)
             self._held += chunk.bytes if fits else 0
@@ -105,21 +101,25 @@ class CodeStore:
             self.samples += chunk.samples
 
 
-def _write(path: Path, chunk: Chunk, data: Mapping[str, Any]) -> None:
+def _checkpoint(folder: Path, identity: Mapping[str, Any]) -> Checkpoint:
+    return Checkpoint(folder, "feature codes", "collection", identity, version=2)
+
+
+def _write(home: Checkpoint, name: str, chunk: Chunk, origin: str) -> None:
     tensors: dict[str, Tensor] = {name: getattr(chunk, name) for name in _DENSE}
     tensors |= {f"error/{hook}": value for hook, value in chunk.errors.items()}
     for key, codes in chunk.codes.items():
         parts = {"starts": codes.starts, "columns": codes.columns, "values": codes.values}
         tensors |= {f"codes/{key}/{name}": part for name, part in parts.items()}
     widths = {key: codes.width for key, codes in chunk.codes.items()}
-    plain = {"batches": chunk.batches, "widths": widths}
-    storage.write_tensors(path, tensors, {"kind": KIND, "version": VERSION, **plain, **data})
+    home.write(name, tensors, {"batches": chunk.batches, "widths": widths, "origin": origin})
 
 
-def _read(path: Path) -> tuple[Chunk, dict[str, Any]]:
-    tensors, data = storage.read_tensors(path, KIND)
-    if data["version"] != VERSION:
-        raise FormatError(f"{path}: codes in the form of another version of the library; delete the checkpoint")
+def _read(home: Checkpoint, name: str) -> tuple[Chunk, dict[str, Any]]:
+    found = home.read(name)
+    if found is None:
+        raise FormatError(f"{home.folder / name}: no such file; it was there when this run began")
+    tensors, data = found
     codes = {
         key: Codes(
             tensors[f"codes/{key}/starts"], tensors[f"codes/{key}/columns"], tensors[f"codes/{key}/values"], width

@@ -5,8 +5,6 @@
 The order makes the problem separable, so blocks of one rank are solved together on the Gram of their ancestors.
 """
 
-import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +12,10 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from tl_circuitlasso.errors import FormatError, InputError
+from tl_circuitlasso.data.checkpoint import Checkpoint
+from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.progress import bar
 from tl_circuitlasso.solve.base import AbstractPenalty, Solution, Status
 from tl_circuitlasso.solve.checkpoint import fingerprint
@@ -59,7 +56,7 @@ def block_lasso(
 
     `grouped` penalises one Frobenius norm per pair of blocks; else `penalty` (default L1) is elementwise over the whole
     (node, node) matrix. With a `checkpoint` file a finished rank is never solved again: an interrupted call resumes.
-    Raises InputError where the layout doesn't fit the Gram, FormatError for a checkpoint of other data.
+    Raises InputError where the layout doesn't fit the Gram, StaleCheckpoint for a checkpoint of other data.
 
     >>> gram = torch.tensor([[1.0, 0.5], [0.5, 1.0]])
     >>> block_lasso(gram, Layout([1, 1], [0, 1]), strength=0.5).value.tolist()
@@ -74,8 +71,7 @@ def block_lasso(
     nodes, blocks = layout.node_ranks(), layout.members()
     labels = options.pop("names", None) or [f"block {block}" for block in blocks.tolist()]
     check_finite("gram", gram, labels)
-    key = fingerprint(gram, layout, strength, grouped, penalty, options) if checkpoint is not None else ""
-    state = _State.open(checkpoint, key, len(gram))
+    state = _State.open(checkpoint, (gram, layout, strength, grouped, penalty, options), len(gram))
     for rank in bar(sorted(set(nodes.tolist())), progress=progress, desc="solve", unit="block"):
         if rank in state.done:
             continue
@@ -109,40 +105,28 @@ def _penalty(
 class _State:
     """What has been solved so far; the one mutable object here, because it is the checkpoint."""
 
-    file: Path | None
-    key: str
+    kept: Checkpoint | None
+    name: str
     value: Tensor
     figures: dict[str, Tensor]
     done: set[int]
     status: Status = Status.SOLVED
 
     @classmethod
-    def open(cls, file: str | Path | None, key: str, nodes: int) -> "_State":
+    def open(cls, file: str | Path | None, problem: tuple[Any, ...], nodes: int) -> "_State":
+        kept, name = None, ""
+        if file is not None:
+            name = Path(file).name
+            kept = Checkpoint(Path(file).parent, "solve by block", "problem", {"key": fingerprint(problem)})
+        found = None if kept is None else kept.read(name)
+        if found is not None:
+            tensors, data = found
+            return cls(kept, name, tensors.pop("value"), tensors, set(data["done"]), Status[data["status"]])
         figures = {"gap": torch.zeros(nodes, dtype=torch.float64), "converged": torch.ones(nodes, dtype=torch.bool)}
         figures["iterations"] = torch.zeros(nodes, dtype=torch.long)
         figures["strength"] = torch.zeros(nodes, dtype=torch.float64)
         figures["strength_max"] = torch.zeros(nodes, dtype=torch.float64)
-        state = cls(
-            None if file is None else Path(file), key, torch.zeros(nodes, nodes, dtype=torch.float64), figures, set()
-        )
-        if state.file is not None and state.file.exists():
-            state.read()
-        return state
-
-    def read(self) -> None:
-        try:
-            with safe_open(str(self.file), "pt") as stored:
-                header = stored.metadata() or {}
-                tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - not a dict
-        except Exception as error:
-            raise FormatError(f"`checkpoint` {self.file} isn't a checkpoint of this library: {error}") from error
-        if header.get("key") != self.key:
-            raise FormatError(
-                f"`checkpoint` {self.file} belongs to other data or options: delete it or name another file"
-            )
-        self.done, self.status = set(json.loads(header["done"])), Status[header["status"]]
-        self.value = tensors.pop("value")
-        self.figures = tensors
+        return cls(kept, name, torch.zeros(nodes, nodes, dtype=torch.float64), figures, set())
 
     def put(self, part: Solution, sources: Tensor, targets: Tensor) -> None:
         self.value[sources[:, None], targets] = part.value.cpu()
@@ -154,12 +138,9 @@ class _State:
 
     def finish(self, rank: int) -> None:
         self.done.add(rank)
-        if self.file is None:
-            return
-        header = {"key": self.key, "done": json.dumps(sorted(self.done)), "status": self.status.name}
-        draft = self.file.with_name(self.file.name + ".part")
-        save_file({"value": self.value, **self.figures}, str(draft), metadata=header)
-        os.replace(draft, self.file)
+        if self.kept is not None:
+            data = {"done": sorted(self.done), "status": self.status.name}
+            self.kept.write(self.name, {"value": self.value, **self.figures}, data)
 
     def solution(self) -> Solution:
         gap, converged = self.figures["gap"], self.figures["converged"]

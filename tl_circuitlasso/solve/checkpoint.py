@@ -1,8 +1,7 @@
 """Long solves that go on where they were killed: finished targets are stored, and never solved again.
 
-A checkpoint is a folder with one safetensors file per part, a part being about a thousand targets. A file is written
-once, under another name, and renamed when it is whole, so a kill at any moment leaves only whole parts behind. Every
-file carries a fingerprint of the problem, and one of another problem is refused.
+A checkpoint is a folder with one file per part, a part being about a thousand targets. What identifies a problem is a
+fingerprint of all its numbers, and a file of another problem is refused.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,20 +14,22 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tl_circuitlasso.data import storage
-from tl_circuitlasso.errors import FormatError
+from tl_circuitlasso.data.checkpoint import Checkpoint
 from tl_circuitlasso.solve.base import Answer
 
 PART = 1024  # targets that are solved, and stored, together
-_KIND = "solve"
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """The folder of one solve, and the fingerprint of its problem."""
+class Parts:
+    """The parts of one solve, each stored when it is finished."""
 
-    folder: Path
-    key: str
+    kept: Checkpoint
+
+    @classmethod
+    def of(cls, folder: Path, *problem: Any) -> "Parts":
+        """The parts in `folder` of the problem that these matrices and options pose."""
+        return cls(Checkpoint(folder, "solve", "problem", {"key": fingerprint(*problem)}))
 
     def answer(
         self,
@@ -46,27 +47,25 @@ class Checkpoint:
             any(one.stalled for one in found),
         )
 
-    def _file(self, number: int) -> Path:
-        return self.folder / f"part-{number:06d}.safetensors"
-
     def _solved(self, number: int, answer: Answer) -> Answer:
         entries = answer.value.nonzero()
         tensors = {"gap": answer.gap, "iterations": answer.iterations}
         tensors |= {"entries": entries, "values": answer.value[entries[:, 0], entries[:, 1]]}
-        data = {"kind": _KIND, "key": self.key, "shape": list(answer.value.shape), "stalled": answer.stalled}
-        storage.write_tensors(self._file(number), tensors, data)
+        self.kept.write(_name(number), tensors, {"shape": list(answer.value.shape), "stalled": answer.stalled})
         return answer
 
     def _stored(self, number: int) -> Answer | None:
-        file = self._file(number)
-        if not file.exists():
+        found = self.kept.read(_name(number))
+        if found is None:
             return None
-        tensors, data = storage.read_tensors(file, _KIND)
-        if data.get("key") != self.key:
-            raise FormatError(f"`checkpoint` {file} belongs to another problem: delete the folder, or name another one")
+        tensors, data = found
         value = torch.zeros(data["shape"], dtype=tensors["values"].dtype)
         value[tensors["entries"][:, 0], tensors["entries"][:, 1]] = tensors["values"]
         return Answer(value, tensors["gap"], tensors["iterations"], data["stalled"])
+
+
+def _name(number: int) -> str:
+    return f"part-{number:06d}.safetensors"
 
 
 def parts_of(targets: int, coupled: Int[Tensor, " target"] | None) -> list[Int[Tensor, " _some"]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tl_circuitlasso.errors import InputError, SolveError
 from tl_circuitlasso.solve.base import AbstractPenalty, AbstractSolver, Answer, Solution, Status
-from tl_circuitlasso.solve.checkpoint import Checkpoint, fingerprint, parts_of
+from tl_circuitlasso.solve.checkpoint import Parts, parts_of
 from tl_circuitlasso.solve.fista import Fista
 from tl_circuitlasso.solve.group_set import GroupSet
 from tl_circuitlasso.solve.groups import Group
@@ -252,7 +252,6 @@ def _solve_scaled(
 ) -> Answer:
     """Targets with lambda = 0 < lambda_max go to least squares, the others to the solver; part by part if stored."""
     if checkpoint is not None:
-        key = fingerprint(scaled, strength, solver, tol)
 
         def solve_part(columns: Int[Tensor, " some"]) -> Answer:
             some = replace(
@@ -262,7 +261,7 @@ def _solve_scaled(
             return _solve_scaled(some, strength[columns], limit[columns], solver, tol, start)
 
         parts = parts_of(len(strength), scaled.penalty.coupled())
-        return Checkpoint(Path(checkpoint), key).answer(solve_part, parts, strength.device)
+        return Parts.of(Path(checkpoint), scaled, strength, solver, tol).answer(solve_part, parts, strength.device)
     free = (strength == 0) & (limit > 0)
     if not bool(free.any()):
         return solver.solve(scaled.loss, scaled.penalty, strength, tol=tol, init=init)
