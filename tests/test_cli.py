@@ -530,7 +530,7 @@ def test_discover_asks_about_answers(
     assert main([*words, "--quiet", "--target", "logit-diff", "--save-prompts"]) == 0
     out = capsys.readouterr().out
     assert "Explained: the logit of the answer minus that of the wrong one, at the last position" in out
-    assert "in logits)" in out
+    assert "(score: expected cost of the cut, logits)" in out
     saved = (tmp_path / "out" / "prompts.csv").read_text().splitlines()
     assert saved[0] == "prompt,answer,wrong" and saved[1].endswith(",w3,w4") and len(saved) == 13
     from_columns = tcl.AttributionGraph.load(tmp_path / "out")

@@ -89,9 +89,8 @@ def agreement(
 
 def passes(graph: AttributionGraph) -> float:
     """Forward passes per prompt, sweeps and backward passes counted alike."""
-    facts = graph.provenance
-    spent = facts.get("passes_per_prompt") or {key: facts[f"{key}_passes"] for key in ("forward", "backward")}
-    return round(sum(spent.values()), 1)
+    parts = ("forward_passes", "backward_passes", "sweeps")
+    return round(sum(graph.provenance.get(part) or 0.0 for part in parts), 1)
 
 
 def mean_ablation(model: Any, data: Agreement) -> Intervention:

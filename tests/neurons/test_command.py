@@ -41,7 +41,7 @@ def test_neurons_are_found_as_in_python(setting, tmp_path, capsys):
     folder, model, _ = setting
     assert run(folder, tmp_path, "--corrupted", str(folder / "q.csv")) == 0
     said = capsys.readouterr().out
-    assert "contribution to the target, in logits" in said and "m1#" in said
+    assert "contribution to the target, logits" in said and "m1#" in said
     graph = tcl.AttributionGraph.load(tmp_path)
     texts = {}
     for name in "pq":

@@ -155,7 +155,7 @@ class AttributionGraph(Verbs):
     def from_edges(
         cls,
         index: NodeIndex,
-        edges: Mapping[tuple[str, str] | tuple[str, str, str], float],
+        edges: Mapping[Any, float],
         **rest: Any,
     ) -> "AttributionGraph":
         """A graph from `{(source, target): score}` or `{(source, target, port): score}` by name; all edges are kept.

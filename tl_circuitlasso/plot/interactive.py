@@ -243,4 +243,4 @@ def _about(graph: AttributionGraph) -> list[list[str]]:
     flat = {**first, **given, **known, **first, "seconds": cost(known)["seconds"]}
     rows = [(key, value) for key, value in flat.items() if isinstance(value, (str, int, float, bool)) and value != ""]
     shown = [(_CALLED.get(key, key.replace("_", " ")), value) for key, value in rows if _told(key, value)]
-    return [[key, f"{value:.4g}" if isinstance(value, float) else str(value)[:60]] for key, value in shown[:16]]
+    return [[str(key), f"{value:.4g}" if isinstance(value, float) else str(value)[:60]] for key, value in shown[:16]]
