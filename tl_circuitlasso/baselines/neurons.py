@@ -162,7 +162,7 @@ def random_nodes(
     shape = adapter.shape
     width = {"neuron": shape.d_mlp, "head": shape.n_heads}.get(basis, shape.d_model)
     found = {key: torch.rand(width, dtype=torch.float64, generator=generator) for key in setup.keys}
-    nothing = {"prompts": None, "unit": None, "forward": 0, "backward": 0, "seconds": {}}
+    nothing: dict[str, Any] = {"prompts": None, "unit": None, "forward": 0, "backward": 0, "seconds": {}}
     facts = record("random_nodes", adapter.facts(), seed=seed, **nothing)
     return score_graph(adapter, basis, found, Site("logits"), max_nodes, facts)
 

@@ -220,5 +220,5 @@ def random_edges(
     layout = EdgeLayout(adapter.shape)
     generator = torch.Generator().manual_seed(seed)
     scores = torch.rand(layout.n_sources, layout.n_readers, dtype=torch.float64, generator=generator)
-    nothing = {"prompts": None, "unit": None, "forward": 0, "backward": 0, "seconds": {}}
+    nothing: dict[str, Any] = {"prompts": None, "unit": None, "forward": 0, "backward": 0, "seconds": {}}
     return layout.graph(scores, record("random_edges", adapter.facts(), seed=seed, **nothing))

@@ -169,7 +169,12 @@ def _solve(problem: Problem, strength: float | str, tol: float, seed: int) -> Le
     grouped = isinstance(penalty, solve.Group)
     rule = "ebic" if strength == "mcp" and grouped else strength  # "mcp" weighs entries
     parts = problem.folds() if strength in solve.RESAMPLED and problem.statistics.folds > 1 else []
-    options = {"auto": GROUP_STRENGTH if grouped else "auto", "penalty": penalty, "tol": tol, "seed": seed}
+    options: dict[str, Any] = {
+        "auto": GROUP_STRENGTH if grouped else "auto",
+        "penalty": penalty,
+        "tol": tol,
+        "seed": seed,
+    }
     found = solve.at_strength(data, rule, parts=parts, **options)
     value = found.solution.value if grouped else found.unshrunk()
     return by_node(problem, replace(found.solution, value=value), found.stability)

@@ -66,7 +66,7 @@ def at_strength(
     if isinstance(strength, str) and strength == "auto":
         strength = auto
     if not isinstance(strength, str):
-        fixed = {"target_sq_norm": data.target_sq_norm, "strength": strength, "penalty": penalty}
+        fixed: dict[str, Any] = {"target_sq_norm": data.target_sq_norm, "strength": strength, "penalty": penalty}
         return Found(lasso(data.gram, data.cross, **fixed, **options))
     if strength in RESAMPLED and len(parts) < 2:
         raise InputError(f"`strength` {strength!r} needs statistics in folds: collect them with that strength")
