@@ -63,10 +63,10 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactor
 
 
 def plain(sae_id: str, features: int = 12, width: int = 24) -> PlainSAE:
-    """Random directions of the small model's width, each firing now and then."""
+    """Random directions of the small model's width, each firing on about half of the samples."""
     generator = torch.Generator().manual_seed(len(sae_id) + int(sae_id.split(".")[1]))
     directions = torch.nn.functional.normalize(torch.randn(features, width, generator=generator), dim=1)
-    return PlainSAE(directions.T.contiguous(), directions, torch.full((features,), -0.5))
+    return PlainSAE(directions.T.contiguous(), directions, torch.zeros(features))
 
 
 def page_id(page: Path) -> str:

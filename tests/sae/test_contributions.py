@@ -7,12 +7,14 @@ import pytest
 import torch
 
 import tl_circuitlasso as tcl
-from tl_circuitlasso.apps import contributions
+from tl_circuitlasso.apps import contributions, influence
 from tl_circuitlasso.data.sites import Site, parse_site
 from tl_circuitlasso.errors import InputError
+from tl_circuitlasso.formats import to_circuit_tracer
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.graph.nodes import Block, NodeIndex
 from tl_circuitlasso.models import adapt
+from tl_circuitlasso.models.sae import error_block, error_name
 from tl_circuitlasso.models.tokens import Prompts
 
 FIRST, LAST = "blocks.0.hook_resid_post", "blocks.1.hook_resid_post"
@@ -127,6 +129,22 @@ def test_error_and_bias_are_what_runs_without_them_say(demo, some_saes, codes) -
     assert where and parts["code"].tolist() == pytest.approx(codes[LAST][where, target].tolist(), rel=1e-4)
     assert parts["error"].tolist() == pytest.approx((codes[LAST][where, target] - less).tolist(), rel=1e-3, abs=1e-4)
     assert parts["bias"].tolist() == pytest.approx(bias.tolist(), rel=1e-3, abs=1e-4)
+
+
+def test_what_an_error_brings_is_an_edge_where_there_is_a_node_for_it(demo, some_saes, codes) -> None:
+    source, target = together(codes)
+    plain = graph_of({(f"{FIRST}#{source}", f"{LAST}#{target}"): 0.5, (f"{LAST}#{target}", "target"): 1.0})
+    blocks = plain.index.blocks
+    index = NodeIndex((blocks[0], error_block(FIRST, 0), *blocks[1:]))
+    edges = {(f"{FIRST}#{source}", f"{LAST}#{target}"): 0.5, (f"{LAST}#{target}", "target"): 1.0}
+    found = contributions(AttributionGraph.from_edges(index, edges), demo.model, some_saes, demo.tokens[0])
+    brought = found.graph.pair_scores()[(error_name(FIRST), f"{LAST}#{target}")]
+    assert abs(brought) == pytest.approx(abs(found.balance()["error"].sum()))
+    told = influence(found.graph)
+    without = influence(contributions(plain, demo.model, some_saes, demo.tokens[0]).graph)
+    assert 0 < told.replacement < 1 == without.replacement
+    page = to_circuit_tracer(told.pruned(nodes=1.0, edges=1.0), prompt="one prompt")
+    assert len(page["links"]) == 3 and len(page["nodes"]) == 4
 
 
 def test_bad_input(demo, some_saes, codes) -> None:

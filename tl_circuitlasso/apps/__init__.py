@@ -6,6 +6,8 @@ from tl_circuitlasso.apps.contributions import Contributions as Contributions
 from tl_circuitlasso.apps.contributions import contributions as contributions
 from tl_circuitlasso.apps.debias import Debiased as Debiased
 from tl_circuitlasso.apps.debias import debias as debias
+from tl_circuitlasso.apps.influence import Influence as Influence
+from tl_circuitlasso.apps.influence import influence as influence
 from tl_circuitlasso.apps.labels import neuronpedia_labels as neuronpedia_labels
 from tl_circuitlasso.apps.labels import with_labels as with_labels
 from tl_circuitlasso.naming import directory as _directory

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_circuitlasso.apps.remainder import KINDS, joined, parent_and_kind, remainder
+from tl_circuitlasso.apps.remainder import KINDS, joined, parent_and_kind, remainder, with_errors
 from tl_circuitlasso.data.sites import PORTS
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
@@ -38,10 +38,11 @@ class Contributions:
     tokens: the prompt's tokens as text (token ids without a tokenizer).
     table: one row per edge and position where source and target fire: position, token, source, target, port, weight
         (A_ij, or B_ij), source_code (z_i there, or its mean), contribution (the product of both), target_code (z_j
-        there; NaN for the target node); and "<hook>.error", "<hook>.bias" and "<hook>.unexplained" as sources, in units
-        of the target's code, too, without weight and source_code. Largest |contribution| first.
+        there; NaN for the target node); and "<hook>.hook_sae_error", "<hook>.bias" and "<hook>.unexplained" as sources,
+        in units of the target's code, too, without weight and source_code. Largest |contribution| first.
     graph: the active part. Kept are the edges that bring something to an active child (or to the target node); score is
-        the sum of their contributions at those positions.
+        the sum of their contributions at those positions. What an SAE's error brings is an edge, too, where the graph
+        has a node for it, so that `apps.influence` tells how much of the answer errors carry.
     """
 
     tokens: tuple[str, ...]
@@ -114,7 +115,8 @@ def contributions(
         for pair, targets in _fed(graph, rows).items()
     ]
     table = joined(edges, rest, _texts(adapter, batch))
-    return Contributions(tuple(_texts(adapter, batch)), table, _active(graph, rows, brought, reached))
+    active = with_errors(_active(graph, rows, brought, reached), table)
+    return Contributions(tuple(_texts(adapter, batch)), table, active)
 
 
 def _one(prompt: Any) -> Any:

@@ -10,17 +10,19 @@ to the code.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models import Adapter
 from tl_circuitlasso.models.encoder import Encoder
 from tl_circuitlasso.models.feature_effects import Segment
 from tl_circuitlasso.models.hooks import resting
+from tl_circuitlasso.models.sae import ERROR, error_name
 from tl_circuitlasso.models.tokens import Batch
 
 KINDS = ("error", "bias", "unexplained")
@@ -49,7 +51,7 @@ class Remainder:
                 error = code - less
                 left = code - float(brought.get((target, position), 0.0)) - error - bias
                 found += [
-                    (position, f"{self.hooks[0]}.{kind}", target, value, code)
+                    (position, source_name(self.hooks[0], kind), target, value, code)
                     for kind, value in zip(KINDS, (error, bias, left))
                 ]
         return pd.DataFrame(found, columns=["position", "source", "target", "contribution", "target_code"])
@@ -84,7 +86,16 @@ def parent_and_kind(source: str) -> tuple[str, str]:
     if mark:
         return hook, "edges"
     hook, _, kind = source.rpartition(".")
-    return hook, kind
+    return hook, "error" if kind == ERROR else kind
+
+
+def source_name(hook: str, kind: str) -> str:
+    """How the table calls one of the three: the SAE's error as the graph's node of it is called.
+
+    >>> source_name("blocks.0.hook_resid_post", "error"), source_name("blocks.0.hook_resid_post", "bias")
+    ('blocks.0.hook_resid_post.hook_sae_error', 'blocks.0.hook_resid_post.bias')
+    """
+    return error_name(hook) if kind == "error" else f"{hook}.{kind}"
 
 
 def joined(edges: pd.DataFrame, rest: Sequence[pd.DataFrame], texts: Sequence[str]) -> pd.DataFrame:
@@ -93,3 +104,28 @@ def joined(edges: pd.DataFrame, rest: Sequence[pd.DataFrame], texts: Sequence[st
     table = pd.concat([edges, *parts], ignore_index=True) if parts else edges
     order = table["contribution"].abs().sort_values(ascending=False, kind="stable").index
     return table.loc[order].reset_index(drop=True)
+
+
+def with_errors(graph: AttributionGraph, table: pd.DataFrame) -> AttributionGraph:
+    """The graph with what each SAE's error brings to its children on the prompt, where it has nodes for errors."""
+    rows = table[table["source"].isin([name for name in graph.index.names if name.endswith(f".{ERROR}")])]
+    sums = rows.groupby(["source", "target"])["contribution"].sum()
+    sums = sums[sums != 0]
+    if not len(sums):
+        return graph
+    source, target = (
+        torch.tensor([graph.index.position(name) for name in sums.index.get_level_values(end)]) for end in (0, 1)
+    )
+    value = torch.tensor(sums.to_numpy(), dtype=graph.score.dtype)
+    old = ~torch.isin(graph.source * len(graph.index) + graph.target, source * len(graph.index) + target)
+    added = torch.zeros_like(value)
+    return replace(
+        graph,
+        source=torch.cat([graph.source[old], source]),
+        target=torch.cat([graph.target[old], target]),
+        port=torch.cat([graph.port[old], torch.zeros_like(source)]),
+        score=torch.cat([graph.score[old], value]),
+        weight=torch.cat([graph.weight[old], added.to(graph.weight)]),
+        kept=torch.cat([graph.kept[old], torch.ones_like(source, dtype=torch.bool)]),
+        extras={name: torch.cat([one[old], added.to(one)]) for name, one in graph.extras.items()},
+    )
