@@ -15,6 +15,7 @@ Both are 1 in a graph without errors, be they away or never looked for.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import torch
@@ -45,7 +46,8 @@ class Influence:
     def nodes(self) -> pd.DataFrame:
         """Nodes by influence, those without left out."""
         table = pd.DataFrame({"node": self.graph.index.names, "influence": self.node.numpy()})
-        return table[table["influence"] > 0].sort_values("influence", ascending=False, ignore_index=True)
+        rows: Any = table[table["influence"] > 0]
+        return rows.sort_values("influence", ascending=False, ignore_index=True)
 
     def pruned(self, *, nodes: int | float = 0.8, edges: int | float = 0.98) -> AttributionGraph:
         """The nodes that hold a share `nodes` of all influence, of the edges among them those that hold `edges` of
