@@ -21,6 +21,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -237,14 +238,14 @@ class Record:
         return pd.DataFrame([{key: value for key, value in one.items() if key != "shares"} for one in self.lines])
 
 
-def verdicts(lines: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def verdicts(lines: Sequence[dict[str, Any]], confidence: float = 0.8) -> Iterator[dict[str, Any]]:
     """Of each method: thresholds learnt on every second case with a certified truth, and what they say elsewhere."""
     for method in dict.fromkeys(one["method"] for one in lines):
         known = [_known(one["shares"]) for one in lines if one["method"] == method and "shares" in one]
         if len(known) < 2:
             continue
-        learnt = evaluate.calibrate(known[::2])
-        counts = sum(learnt.judge(*one) for one in known[1::2])
+        learnt = evaluate.calibrate(known[::2], confidence=confidence)
+        counts = reduce(pd.DataFrame.add, (learnt.judge(*one) for one in known[1::2]))
         cells = {f"{said}, {kind}": counts.loc[said, kind] for said in counts.index for kind in counts.columns}
         yield {"method": method, "in from": learnt.keep, "out to": learnt.drop} | cells
 
@@ -281,7 +282,7 @@ def main() -> None:
     frame = record.frame()
     print(f"\nMeans over {frame['case'].nunique()} cases (SHD and AUROC: those whose edges are certified):")
     print(frame.drop(columns="case").groupby("method", sort=False).mean().to_string(float_format="{:.3f}".format))
-    if judged := list(verdicts(record.lines)):
+    if judged := list(verdicts(record.lines, options.confidence)):
         print("\nEdges by verdict, thresholds from every second case, counts of the others:")
         print(pd.DataFrame(judged).to_string(index=False))
 
@@ -295,6 +296,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompts", type=int, default=100, help="of each case, or to find circuits on (%(default)s)")
     parser.add_argument("--resamples", type=int, default=0, help="for the stability; 0 leaves it out")
     parser.add_argument("--bootstrap", type=int, default=20, help="resamples of bootstrap EAP-IG; default %(default)s")
+    parser.add_argument("--confidence", type=float, default=0.8, help="of the verdicts; default %(default)s")
     parser.add_argument("--wordings", type=int, default=0, metavar="SHUFFLES", help="compare templates; 0 doesn't")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, help="every figure; what it holds already isn't run again")
