@@ -120,11 +120,11 @@ def _collect_own(
         check_length(plan.target, prompts.n_prompts)
     with counting(total=prompts.n_prompts, desc="collect", unit="prompt", progress=progress) as bar:
         for number, batch in enumerate(_batches(prompts, twins)):
+            bar.update(seen - bar.n)  # those of the batches that are done
             batch = left_aligned(batch)
             if seen < SAMPLE:
                 sample.append(batch)
             seen += len(batch.tokens)
-            bar.update(len(batch.tokens))
             if number == 0:  # of a resumed collection too: its second look runs this very model
                 closure = closure_check(adapter, batch.tokens[:CHECKED], batch.mask[:CHECKED], ports=plan.design.paired)
                 statistics, tried = _agreed_start(statistics, adapter, plan, batch, ranks)
@@ -144,6 +144,7 @@ def _collect_own(
             if file and time.perf_counter() - saved > CHECKPOINT_SECONDS:
                 replace(statistics, origin=_origin(prompts, twins, plan)).save(file)
                 saved = time.perf_counter()
+        bar.update(seen - bar.n)
     check_length(plan.target, seen)
     assert statistics is not None  # Prompts never yields nothing
     if number + 1 < done:

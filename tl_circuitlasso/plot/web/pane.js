@@ -70,6 +70,7 @@ class Pane {
     if (!this.scene) return;
     const ctx = this.context, [left, top] = transform.invert([0, 0]), [right, bottom] = transform.invert([this.width, this.height]);
     this.view = { left, right, top, bottom };
+    this.thinnest = (this.edges.length > HEAVY ? 0.4 : 0.75) / transform.k; // on the screen: below it lines fade away
     if (this.edges.length > HEAVY) {
       this.drawFromSheet(ctx, transform, look);
     } else {
@@ -132,11 +133,11 @@ class Pane {
     let last = Infinity;
     for (const band of this.scene.bands) {
       const y = (this.scene.rowY[band.first] + this.scene.rowY[band.last]) / 2, x = this.view.left + 12 / transform.k;
-      if (!band.label || Math.abs(y - last) < 1.2 * size) continue;
+      if (!band.label || Math.abs(y - last) < 1.6 * size) continue;
       last = y;
       ctx.globalAlpha = 0.85;
       ctx.fillStyle = COLOURS.band;
-      ctx.fillRect(x - size / 2, y - size, ctx.measureText(band.label).width + size, 2 * size);
+      ctx.fillRect(x - size / 2, y - 0.8 * size, ctx.measureText(band.label).width + size, 1.6 * size);
       ctx.globalAlpha = 1;
       ctx.fillStyle = COLOURS.soft;
       ctx.fillText(band.label, x, y);
@@ -163,7 +164,7 @@ class Pane {
   }
 
   drawEdge(ctx, edge, alpha, rim, extra = 0) {
-    const curve = this.scene.curves.get(edge.key), width = widthOf(edge) + extra;
+    const curve = this.scene.curves.get(edge.key), width = Math.max(widthOf(edge), this.thinnest) + extra;
     if (!curve || this.outside(curve)) return;
     const appear = this.progress < 1 ? this.progress ** 2 : 1;
     if (rim) {
