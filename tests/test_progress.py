@@ -69,6 +69,7 @@ _METRIC_METHODS = (
     "eap-ig",
     "eap-ig-activations",
     "exact",
+    "relp",
 )
 _WATCHING = ("correlation", "information-flow-routes", "magnitude")
 
@@ -106,7 +107,7 @@ def _baselines() -> dict[str, Call]:
         calls[name] = lambda run=run, few=few, *, given, **options: run(given[0], *given[2:], **few, **options)
     for name in ("relp", "gradient_activation", "integrated_gradients", "node_scores"):
         run = getattr(tcl.baselines, name)
-        calls[name] = lambda run=run, *, given, **options: run(given[0], *given[2:], **options)
+        calls[f"{name} of nodes"] = lambda run=run, *, given, **options: run(given[0], *given[2:], **options)
     return calls
 
 

@@ -84,8 +84,7 @@ def acdc(
     count = Count()
     search = _Search.over(list(jobs(data, metric or _unused, setting, count)), metric)
     bar_value = SHARE * abs(search.model - search.ablated) if threshold is None else float(threshold)
-    total = int(search.layout.mask().sum())
-    with counting(total=total, progress=progress, desc="acdc", unit="edge") as bar:
+    with counting(total=search.total, progress=progress, desc="acdc", unit="edge") as bar:
         for tried in search.tries(bar_value):
             bar.update(tried)
     worth = search.worth
@@ -170,6 +169,11 @@ class _Search:
                     break  # it stays, so those behind it were tried without an edge that they have
                 self._drop(one)
                 value = after
+
+    @property
+    def total(self) -> int:
+        """What `tries` yields in all: every edge once, and ports of a single edge again."""
+        return sum(map(self._settled, self._order()))
 
     @staticmethod
     def _settled(one: Try) -> int:

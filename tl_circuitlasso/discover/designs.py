@@ -117,6 +117,7 @@ def learn(
     strength: float | str = "auto",
     tol: float = 1e-4,
     seed: int = 0,
+    progress: bool = True,
     process_group: Any = None,
 ) -> AttributionGraph:
     """The attribution graph of `statistics` at a `strength`, a fraction of lambda_max, or a rule that chooses one.
@@ -130,6 +131,14 @@ def learn(
     ------
     InputError: fewer than two samples, a strength that needs folds the statistics don't have, or one that the design
     doesn't have.
+
+    >>> from tl_circuitlasso.synthetic import planted
+    >>> problem = planted(layers=1, heads=2, prompts=64, seed=1)
+    >>> graph = learn(problem.statistics())
+    >>> ("m0", "target") in graph.kept_edges()
+    True
     """
     way = way_of(statistics.meta["design"])
-    return way.learn(statistics, strength=strength, tol=tol, seed=seed, ranks=as_ranks(process_group))
+    ranks = as_ranks(process_group)
+    shown = progress and ranks.rank == 0
+    return way.learn(statistics, strength=strength, tol=tol, seed=seed, progress=shown, ranks=ranks)

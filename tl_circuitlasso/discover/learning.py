@@ -22,6 +22,7 @@ from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.graph.nodes import NodeIndex
 from tl_circuitlasso.graph.relevance import narrowest, propagate
+from tl_circuitlasso.progress import bar as counting
 
 GROUP_STRENGTH = 0.1  # of lambda_max, for components: a path of twenty strengths finds no better edges
 GROUP_CENTRE = 0.2  # of the highest score, for components: many columns explain a little of anything
@@ -29,7 +30,7 @@ WHOLE_STRENGTH = 0.001  # of the one lambda_max of all regressions in design "pa
 
 
 def learn_children(
-    statistics: Statistics, *, strength: float | str, tol: float, seed: int, ranks: Ranks
+    statistics: Statistics, *, strength: float | str, tol: float, seed: int, progress: bool, ranks: Ranks
 ) -> AttributionGraph:
     """Every child by a regression of its own, at a `strength` that is a fraction of its lambda_max.
 
@@ -42,18 +43,12 @@ def learn_children(
     Raises
     ------
     InputError: fewer than two samples, or a strength that needs folds the statistics don't have.
-
-    >>> from tl_circuitlasso.synthetic import planted
-    >>> problem = planted(layers=1, heads=2, prompts=64, seed=1)
-    >>> graph = learn(problem.statistics())
-    >>> ("m0", "target") in graph.kept_edges()
-    True
     """
     index = _index(statistics)
     own: dict[int, Learned] = {}
     work = regressions(statistics, index)
     with ranks.together():
-        for number, mine in _dealt(work, ranks):
+        for number, mine in counting(list(_dealt(work, ranks)), progress=progress, desc="solve", unit="regression"):
             own[number] = _solve(Problem(work[number], mine, statistics), strength, tol, seed)
     found = _everyones(own, len(work), ranks)
     share = torch.cat([one.share for one in found])
@@ -65,7 +60,7 @@ def learn_children(
 
 
 def learn_in_one(
-    statistics: Statistics, *, strength: float | str, tol: float, seed: int, ranks: Ranks
+    statistics: Statistics, *, strength: float | str, tol: float, seed: int, progress: bool, ranks: Ranks
 ) -> AttributionGraph:
     """The paper's regression as it is written, with all children in one problem:
 
@@ -88,7 +83,7 @@ def learn_in_one(
     largest = max((_limit(put(one, one.child_nodes)) for one in numbers), default=0.0)
     own: dict[int, Learned] = {}
     with ranks.together():
-        for number, mine in _dealt(work, ranks):
+        for number, mine in counting(list(_dealt(work, ranks)), progress=progress, desc="solve", unit="regression"):
             problem = put(work[number], mine)
             if _of_classes(work[number], statistics):
                 solution = _classify(problem, level, tol)

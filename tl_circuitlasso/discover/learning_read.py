@@ -16,6 +16,7 @@ from tl_circuitlasso.discover.garrote import Asked, Child, children, garrote, st
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph, selection
 from tl_circuitlasso.graph.nodes import NodeIndex
+from tl_circuitlasso.progress import bar as counting
 from tl_circuitlasso.solve.distributed import gather_solutions
 
 LEAST_SHARE = 4e-5  # of the target's mean squared difference: what an edge must explain where the regression decides
@@ -31,6 +32,7 @@ def learn_read(
     strength: float | str = "auto",
     tol: float = 1e-4,
     seed: int = 0,
+    progress: bool = True,
     ranks: Ranks = ALONE,
 ) -> AttributionGraph:
     """The attribution graph of a sweep's statistics.
@@ -72,7 +74,9 @@ def learn_read(
     dense = strength == "auto" and (crowded or lacking)
     asked = Asked(strength, LEAST_SHARE * float(total.square().sum()) / count, count, tol, decides=dense)
     with ranks.together():
-        own = {number: garrote(child, asked) for number, child in enumerate(found) if ranks.mine(number)}
+        mine = [number for number in range(len(found)) if ranks.mine(number)]
+        solving = counting(mine, progress=progress, desc="solve", unit="regression")
+        own = {number: garrote(found[number], asked) for number in solving}
     solutions = gather_solutions(own, ranks)
     weight = torch.cat([solution.value.flatten() for solution in solutions])
     generator = torch.Generator().manual_seed(seed)

@@ -240,7 +240,8 @@ def _components(
     collected = collect(job.adapter, prompts, plan, twins=twins, **options)
     sides = 1 if twins is None else 2
     clock = [time.perf_counter()]
-    graph = learn(collected.statistics, strength=job.strength, seed=job.seed, process_group=job.ranks)
+    options = {"strength": job.strength, "seed": job.seed, "progress": job.progress, "process_group": job.ranks}
+    graph = learn(collected.statistics, **options)
     clock.append(time.perf_counter())
     looks = 0
     look_again = DESIGNS[plan.design.name].look_again

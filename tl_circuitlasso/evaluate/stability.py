@@ -146,7 +146,7 @@ def wording(
     k: int | None = None,
     how: str = "top",
     seed: int = 0,
-    progress: bool = False,
+    progress: bool = True,
     **options: Any,
 ) -> Wording:
     """The circuits that a method finds on each way of wording a task alone, and how far they agree.
@@ -159,6 +159,13 @@ def wording(
     Raises
     ------
     InputError: another number of groups than of prompts, only one wording, or what the method raises.
+
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=8)
+    >>> groups = [prompt.split()[0] for prompt in demo.prompts]  # After, When, While
+    >>> data = (demo.model, demo.tokens, demo.corrupted, demo.target)
+    >>> 0 <= wording(tcl.baselines.eap, *data, groups, shuffles=1, k=6).jaccard <= 1
+    True
     """
     shuffles = whole_number("shuffles", shuffles, least=1, what="of times that prompts are dealt out at random")
     if len(groups) != len(clean):

@@ -61,7 +61,7 @@ def at_strength(
 
     >>> data = Moments(torch.eye(2), torch.tensor([[0.9], [0.01]]), torch.ones(1), 100.0)
     >>> at_strength(data, "auto", auto=0.5).solution.value.flatten().tolist()
-    [0.45, 0.0]
+    [0.4499..., 0.0]
     """
     if isinstance(strength, str) and strength == "auto":
         strength = auto
@@ -78,5 +78,11 @@ def at_strength(
 
 
 def if_stable(solution: Solution, stability: Float[Tensor, "source target"]) -> Solution:
-    """The solution without coefficients that too few half-samples have."""
+    """The solution without coefficients that too few half-samples have.
+
+    >>> from tl_circuitlasso.solve import lasso
+    >>> found = lasso(torch.eye(2), torch.ones(2, 1), target_sq_norm=torch.ones(1), strength=0.5)
+    >>> if_stable(found, torch.tensor([[0.9], [0.3]])).value.flatten().tolist()
+    [0.5, 0.0]
+    """
     return replace(solution, value=solution.value * (stability >= STABLE))
