@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,18 @@ def model() -> Any:
     return architectures.small()
 
 
-@pytest.fixture(autouse=True)
-def few_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="module")
+def few_pairs() -> Iterator[None]:
     """What is asked here doesn't need the thousand pairs of prompts of the default."""
-    monkeypatch.setattr(read, "PAIRS", 96)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(read, "PAIRS", 96)
+        yield
+
+
+@pytest.fixture(scope="module")
+def plain(model: Any, few_pairs: None) -> tcl.AttributionGraph:
+    """The graph of the defaults."""
+    return found(model)
 
 
 def found(model: Any, tokens: Any = None, **options: Any) -> tcl.AttributionGraph:
@@ -38,8 +47,8 @@ def found(model: Any, tokens: Any = None, **options: Any) -> tcl.AttributionGrap
 # ---- what comes back ------------------------------------------------------------------------------------------------
 
 
-def test_a_graph_speaks_the_names_of_eap(model: Any) -> None:
-    graph = found(model)
+def test_a_graph_speaks_the_names_of_eap(plain: tcl.AttributionGraph) -> None:
+    graph = plain
     heads = [f"a{layer}.h{head}" for layer in range(2) for head in range(4)]
     assert graph.index.names == ("input", *heads[:4], "m0", *heads[4:], "m1", "logits")
     table = graph.edge_table()
@@ -54,8 +63,8 @@ def test_a_graph_speaks_the_names_of_eap(model: Any) -> None:
     )
 
 
-def test_every_regression_is_certified(model: Any) -> None:
-    graph = found(model)
+def test_every_regression_is_certified(plain: tcl.AttributionGraph) -> None:
+    graph = plain
     certificate = graph.certificate
     assert list(certificate.index) == list(graph.index.names[1:])
     assert {"gap", "iterations", "converged"} <= set(certificate.columns)
@@ -78,17 +87,15 @@ def test_provenance_is_enough_to_make_a_graph_again(model: Any) -> None:
     assert other["data_hash"] != record["data_hash"] and other["config_hash"] == record["config_hash"]
 
 
-def test_a_graph_survives_its_file(model: Any, tmp_path: Path) -> None:
-    graph = found(model)
-    graph.save(tmp_path / "run")
+def test_a_graph_survives_its_file(plain: tcl.AttributionGraph, tmp_path: Path) -> None:
+    plain.save(tmp_path / "run")
     back = tcl.AttributionGraph.load(tmp_path / "run")
-    assert back.edge_table().equals(graph.edge_table()) and back.provenance == graph.provenance
+    assert back.edge_table().equals(plain.edge_table()) and back.provenance == plain.provenance
 
 
-def test_the_method_is_the_function(model: Any) -> None:
-    tokens = architectures.prompts(batch=24)
-    one, other = model.run_circuit_lasso(tokens, progress=False, refined=False), found(model, tokens)
-    assert one.edge_table().equals(other.edge_table())
+def test_the_method_is_the_function(model: Any, plain: tcl.AttributionGraph) -> None:
+    one = model.run_circuit_lasso(architectures.prompts(batch=24), progress=False, refined=False)
+    assert one.edge_table().equals(plain.edge_table())
 
 
 # ---- arguments ------------------------------------------------------------------------------------------------------
@@ -187,8 +194,8 @@ def test_the_same_seed_gives_the_same_graph_and_another_one_nearly(model: Any) -
     assert not one.edge_table().equals(other.edge_table())
 
 
-def test_the_device_is_left_for_the_named_one_and_restored(model: Any) -> None:
-    plain, moved = found(model), found(model, device="cpu")
+def test_the_device_is_left_for_the_named_one_and_restored(model: Any, plain: tcl.AttributionGraph) -> None:
+    moved = found(model, device="cpu")
     assert plain.edge_table().equals(moved.edge_table())
     assert str(model.cfg.device) == "cpu" and next(model.parameters()).device.type == "cpu"
 
@@ -211,12 +218,12 @@ def test_the_model_is_left_as_it_was(fails: bool) -> None:
     assert torch.is_grad_enabled() and all(weight.grad is None for weight in model.parameters())
 
 
-def test_statistics_collected_apart_are_learned_together(model: Any) -> None:
+def test_statistics_collected_apart_are_learned_together(model: Any, plain: tcl.AttributionGraph) -> None:
     tokens = architectures.prompts(batch=32)
     first = collect_statistics(model, tokens[:16], progress=False)
     second = collect_statistics(model, tokens[16:], progress=False, start=first.fresh())
     graph = tcl.learn(first + second)
-    assert graph.index.names == found(model).index.names and graph.n_kept > 0
+    assert graph.index.names == plain.index.names and graph.n_kept > 0
 
 
 @pytest.mark.parametrize("family", ["llama", "pythia", "gemma2", "olmo2", "attn_only"])
