@@ -86,7 +86,7 @@ class Demo:
         >>> len(load_demo(prompts=1).circuit.kept_edges())
         6
         """
-        graph = AttributionGraph.from_edges(component_index(n_layers=3, n_heads=4), dict(self.effects))
+        graph = AttributionGraph.from_edges(component_index(n_layers=3, n_heads=4), {**self.effects})
         pairs = zip(graph.source.tolist(), graph.target.tolist())
         names = graph.index.names
         return graph.keep([(names[source], names[target]) in self.true_edges for source, target in pairs])

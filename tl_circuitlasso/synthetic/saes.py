@@ -18,11 +18,11 @@ class RandomSAE(torch.nn.Module):
         self.W_dec = torch.nn.Parameter(directions, requires_grad=False)
         self.bias = float(bias)
 
-    def encode(self, x: Float[Tensor, "*sample width"]) -> Float[Tensor, "*sample feature"]:
+    def encode(self, x: Float[Tensor, "... width"]) -> Float[Tensor, "... feature"]:
         """How far x reaches along each direction, beyond the bias."""
         return torch.relu(x @ self.W_dec.T - self.bias)
 
-    def decode(self, codes: Float[Tensor, "*sample feature"]) -> Float[Tensor, "*sample width"]:
+    def decode(self, codes: Float[Tensor, "... feature"]) -> Float[Tensor, "... width"]:
         """The sum of the directions, each times its code."""
         return codes @ self.W_dec
 
