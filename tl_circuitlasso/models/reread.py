@@ -188,7 +188,7 @@ def _head_change(view: View, site: Site, delta: Float[Tensor, "pair pos d_model"
     adapter, layer, head = view.adapter, site.layer, site.head
     moved = _moved(view.ends(f"resid_pre.{layer}")[0], delta, adapter.norm(f"scale.attn.{layer}"))
     own = {port: _one_head(view, f"{port}.{layer}", head) for port in PORTS}
-    pattern = view.patterns(layer)[0][:, head]
+    pattern = view.own_pattern(layer, head)
     cap, scale = soft_cap(adapter.attn_soft_cap), adapter.attn_scale(layer)
     q, k, v = (own[port] + _projected(view, layer, port, head, moved) for port in PORTS)
     # What masks, sinks and biases do to the scores is in the pattern already: only their change is added.

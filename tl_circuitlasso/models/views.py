@@ -166,6 +166,10 @@ class View:
         wrote = self.ends(f"mlp_out.{layer}")
         return behind[0] - wrote[0], behind[1] - wrote[1]
 
+    def own_pattern(self, layer: int, head: int) -> Float[Tensor, "pair query key"]:
+        """The prompt's own attention pattern of one head; queries of the window, all keys."""
+        return self.acts[f"pattern.{layer}"][self.pairs.own, head, self.first : self.width, : self.width]
+
     def patterns(self, layer: int, heads: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """The prompt's attention patterns and those reached along the line of scores: (pair, head, query, key).
 

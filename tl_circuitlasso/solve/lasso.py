@@ -117,7 +117,7 @@ class Prepared:
         tol: float = TOLERANCE,
         solver: str | AbstractSolver = "auto",
         max_iter: int | None = None,
-        init: Float[Tensor, "source target"] | None = None,
+        init: Float[Tensor, "_source _target"] | None = None,
         dtype: torch.dtype | None = None,
         strength_is: StrengthIs = "relative",
         checkpoint: str | Path | None = None,
@@ -150,16 +150,16 @@ class Prepared:
 
 
 def prepare(
-    gram: Float[Tensor, "source source"],
-    cross: Float[Tensor, "source target"],
+    gram: Float[Tensor, "_source _source"],
+    cross: Float[Tensor, "_source _target"],
     *,
-    target_sq_norm: Float[Tensor, " target"],
+    target_sq_norm: Float[Tensor, " _target"],
     penalty: AbstractPenalty | None = None,
     standardise: bool = False,
     names: Sequence[str] | None = None,
     check: bool = True,
 ) -> Prepared:
-    """What all strengths have in common: matrices checked and scaled; arguments as in `lasso`.
+    """What all strengths have in common: matrices checked, shapes too, and scaled; arguments as in `lasso`.
 
     >>> problem = prepare(torch.eye(1), torch.ones(1, 1), target_sq_norm=torch.ones(1))
     >>> [float(problem.at(strength).value) for strength in (0.75, 0.5)]

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from tl_circuitlasso.solve.base import AbstractLoss
 
+SMALL = 128  # sources up to which eigenvalues cost less than the steps of a power iteration
+ROUNDING = 1e-5  # of an eigenvalue in single precision
+
 
 @dataclass(frozen=True, eq=False)
 class QuadraticGram(AbstractLoss):
@@ -134,7 +137,10 @@ def quadratic_scale(residual: Float[Tensor, " target"], fitted: Float[Tensor, " 
 
 
 def largest_eigenvalue(gram: Float[Tensor, "source source"], steps: int = 40) -> float:
-    """An upper estimate of the largest eigenvalue: power iteration, capped by the largest absolute row sum."""
+    """The largest eigenvalue of a small matrix; else an upper estimate: power iteration, capped by the largest absolute
+    row sum."""
+    if 0 < gram.shape[0] <= SMALL:
+        return float(torch.linalg.eigvalsh(gram)[-1].clamp_min(torch.finfo(gram.dtype).tiny)) * (1 + ROUNDING)
     vector = 1 + 0.1 * torch.sin(torch.arange(gram.shape[0], dtype=gram.dtype, device=gram.device))[:, None]
     cap = float(gram.abs().sum(0).amax()) if gram.numel() else 1.0
     return min(_power(lambda v: gram @ v, vector, steps), cap)
