@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from tl_circuitlasso.data.sites import Site
 from tl_circuitlasso.data.statistics import Statistics, add_folds, empty_folds
+from tl_circuitlasso.discover import learning_read
 from tl_circuitlasso.discover.designs import learn
 from tl_circuitlasso.discover.garrote import Asked, Child, garrote, steadiness
 from tl_circuitlasso.errors import InputError
@@ -123,6 +124,17 @@ def test_a_chain_of_contributions_is_kept() -> None:
     assert "v" in set(table[table.kept].port) and "q" not in set(table[table.kept].port)
     assert table.score.max() == pytest.approx(1.0) and (table[table.kept].stability == 1).all()
     assert float(graph.adjacency(port="k")[0, 1]) == pytest.approx(0.001)
+
+
+def test_where_costs_have_no_gap_the_circuit_is_what_has_a_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    by_cost = learn(read_statistics(1e-4))
+    monkeypatch.setattr(learning_read, "MANY_PAIRS", 0)
+    decided = learn(read_statistics(1e-4))
+    assert (by_cost.provenance["chosen_by"], decided.provenance["chosen_by"]) == ("cost", "regression")
+    assert torch.equal(decided.kept, decided.weight > 0) and decided.kept_edges() >= CHAIN
+    least = learning_read.LEFT_OUT_ALONE
+    torch.testing.assert_close(decided.score, by_cost.score * (least + (1 - least) * decided.weight))
+    assert bool((decided.extras["stability"][~decided.kept] == 0).all())
 
 
 @pytest.mark.parametrize(("weak", "kept"), [(0.5, True), (0.05, True), (1e-4, False)])

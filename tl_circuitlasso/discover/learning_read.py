@@ -12,7 +12,7 @@ from tl_circuitlasso.data import schema
 from tl_circuitlasso.data.sharing import ALONE, Ranks
 from tl_circuitlasso.data.statistics import Statistics
 from tl_circuitlasso.discover.choice import Edges, between_counterparts, mean_of
-from tl_circuitlasso.discover.garrote import Asked, Child, children, garrote, steadiness
+from tl_circuitlasso.discover.garrote import Asked, Child, children, garrote, resampled, steadiness
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph, selection
 from tl_circuitlasso.graph.nodes import NodeIndex
@@ -48,11 +48,11 @@ def learn_read(
     Kept: both ends matter, and the cost lies above the widest gap near 1 % of the costliest edge into the target (in
     squares where it is a number), and never so high that no path is left. Where more than 256 pairs of components
     are that costly there's no such gap; and between prompts and their counterparts, what is that costly may carry less
-    than 80 % of the difference. Then the regression decides: as many pairs are kept as it gives a weight, grown back
-    from the target by size (1 + weight), since sizes hardly change with the prompts; and scores fall with the weight,
-    to a tenth without one (a half without counterparts), so that circuits of any size hold the chosen edges first. With
-    a `strength` of your own, "ebic", "mcp" or "cv" edges need both, with "stability" a stability of 0.8. Then pruned to
-    paths from input to target.
+    than 80 % of the difference. Then the regression decides: kept is what has a weight; between counterparts as many
+    pairs as have one, grown back from the target by size (1 + weight), since sizes hardly change with the prompts.
+    Scores fall with the weight, to a tenth without one (a half without counterparts), so that circuits of any size hold
+    the chosen edges first. With a `strength` of your own, "ebic", "mcp" or "cv" edges need both, with "stability" a
+    stability of 0.8. Then pruned to paths from input to target.
 
     Raises
     ------
@@ -88,10 +88,13 @@ def learn_read(
         extras = {"mean_effect": -mean_of(edges.port_effect, pairs), "mean_abs": mean_of(edges.port_cost, pairs)}
         score = between_counterparts(extras["mean_effect"], extras["mean_abs"])
     if dense:
-        size = extras.get("mean_abs", score.abs())
-        keep, extras["stability"] = _grown(index, edges, found, size, weight, generator)
+        if statistics.meta["contrast"]:
+            least, size = LEFT_OUT, extras.get("mean_abs", score.abs())
+            keep, extras["stability"] = _grown(index, edges, found, size, weight, generator)
+        else:
+            least, keep = LEFT_OUT_ALONE, weight > 0
+            extras["stability"] = resampled(found, solutions, asked, generator)
         carried = edges.carried(found, keep)
-        least = LEFT_OUT if statistics.meta["contrast"] else LEFT_OUT_ALONE
         score = score * (least + (1 - least) * weight)
     else:
         extras["stability"] = edges.of_pairs(edges.stability(pairs, node_cost, generator))
