@@ -1,7 +1,7 @@
 """How cost grows with samples, nodes and processes: the measured tables of docs/scaling.md.
 
-    python -m benchmarks.scaling                    all four tables, one thread
-    python -m benchmarks.scaling --only nodes       one of samples, nodes, processes, saes
+    python -m benchmarks.scaling                    all five tables, one thread
+    python -m benchmarks.scaling --only nodes       one of samples, nodes, processes, saes, plans
     python -m benchmarks.scaling --most 8192        up to so many nodes (a Gram of 8 n^2 bytes)
 
 Codes are those of a sparse autoencoder in miniature: 40 of the sources are active in a sample, some of them together.
@@ -16,7 +16,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from benchmarks.cost import Problem
 from tl_circuitlasso import solve
+from tl_circuitlasso.bench.measure import measured
 from tl_circuitlasso.solve import CodeSums, code_sums
 
 FEATURES = 512
@@ -117,6 +119,36 @@ def by_processes_of_saes(most: int) -> None:
     _by_processes(circuit_of_features, 4096)
 
 
+GROWN = {"layers": (2, 4, 8), "heads": (4, 8, 16), "prompts": (32, 128), "length": (12, 24, 48), "batch_size": (8, 32)}
+
+
+def by_plan(most: int) -> None:
+    """What `tcl.plan` says beside what is measured, while one size of a random model or of its prompts grows."""
+    del most
+    base = Problem(layers=4, heads=8, d_model=256, vocab=2000, prompts=32, length=24, batch_size=32)
+    circuit_of(base)  # loads what is compiled
+    print(f"\n{base}, one size changed at a time; statistics and solve, beside the weights\n")
+    print("| changed | planned, MB | measured, MB | planned, s | measured, s | forward-equivalents planned |")
+    print("|---|---|---|---|---|---|")
+    for name, values in GROWN.items():
+        for value in values:
+            ahead, spent, peak = circuit_of(replace(base, **{name: value}))
+            measured_mb = "-" if peak is None else f"{peak * 2**20 / 1e6:.0f}"
+            times = f"{ahead.seconds:.2f} | {spent:.2f} | {ahead.forwards:.1f}"
+            print(f"| {name} {value} | {ahead.bytes / 1e6:.0f} | {measured_mb} | {times} |", flush=True)
+
+
+def circuit_of(problem: Problem) -> tuple[Any, float, float | None]:
+    """The plan of a circuit of a random model, the seconds that it took by the clock, and its peak in MiB."""
+    from tl_circuitlasso.discover.run import circuit_lasso, plan
+
+    model, (clean, _) = problem.model(), problem.pairs()
+    options = {"positions": "last", "refined": False, "batch_size": problem.batch_size, "progress": False}
+    ahead = plan(model, clean, **options)
+    _, cost = measured(lambda: circuit_lasso(model, clean, **options))
+    return ahead, cost.seconds, cost.peak_mib
+
+
 def _by_processes(circuit: Callable[[Any, Any], Any], prompts: int) -> None:
     print("\n| processes | busiest one, s | forward passes | largest difference of a score |\n|---|---|---|---|")
     alone: list[float] = []
@@ -182,9 +214,9 @@ class PlainSAE:
     bias: Tensor
 
     @classmethod
-    def random(cls, x: Tensor, seed: int) -> "PlainSAE":
+    def random(cls, x: Tensor, seed: int, features: int = FEATURES) -> "PlainSAE":
         """Random directions in the space of the activations `x`."""
-        drawn = torch.randn(FEATURES, x.shape[1], generator=torch.Generator().manual_seed(seed))
+        drawn = torch.randn(features, x.shape[1], generator=torch.Generator().manual_seed(seed))
         unit = torch.nn.functional.normalize(drawn, dim=1)
         return cls(unit.T.contiguous(), unit, -(x @ unit.T).quantile(0.95, dim=0))
 
@@ -199,6 +231,7 @@ def main() -> None:
     """Print the tables that were asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     tables = {"samples": by_samples, "nodes": by_nodes, "processes": by_processes, "saes": by_processes_of_saes}
+    tables["plans"] = by_plan
     parser.add_argument("--only", choices=list(tables), help="print one table (default: all)")
     parser.add_argument("--most", type=int, default=4096, help="nodes of the largest problem (default: 4096)")
     arguments = parser.parse_args()

@@ -235,6 +235,19 @@ def test_discover_says_what_is_wrong(model_folder: Path, tmp_path: Path, capsys:
     assert "empty" in refused(capsys, "discover", str(tmp_path / "empty"), prompts, *out)
 
 
+def test_discover_plans_and_stops(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.txt").write_text("\n".join(f"w{a} w{b} w{a}" for a in range(3, 9) for b in range(9, 13)))
+    words = ["--quiet", "discover", str(model_folder), "p.txt", "--plan"]
+    assert main([*words, "--memory", "1GB"]) == 0
+    out = capsys.readouterr().out
+    assert "kept below 1.0 GB" in out and re.search(r"^statistics +\d+\.\d [MG]B +1\.00 ", out, re.M)
+    assert os.listdir(tmp_path) == ["p.txt"]
+    assert "`memory`" in refused(capsys, "discover", str(model_folder), "p.txt", "--plan", "--memory", "9 XB")
+
+
 def test_discover_confirms_edges_with_corrupted_prompts(
     model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

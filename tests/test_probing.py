@@ -33,7 +33,7 @@ def stream(model: Any) -> Tensor:
 
 def probe_of(model: Any, target: Any, tokens: Any = TOKENS[:SEEN]) -> Probe:
     adapter = adapt(model)
-    return fit_probe(adapter, Prompts(adapter, tokens), target, last=True, progress=False)
+    return fit_probe(adapter, Prompts(adapter, tokens), target, last=True, progress=False)[0]
 
 
 def test_a_number_that_the_stream_says_is_found(model: Any, stream: Tensor) -> None:

@@ -38,8 +38,10 @@ if TYPE_CHECKING:
     from tl_circuitlasso.data.targets import Values as Values
     from tl_circuitlasso.demo import load_demo as load_demo
     from tl_circuitlasso.discover.designs import learn as learn
+    from tl_circuitlasso.discover.planning import RunPlan as RunPlan
     from tl_circuitlasso.discover.run import circuit_lasso as circuit_lasso
     from tl_circuitlasso.discover.run import collect_statistics as collect_statistics
+    from tl_circuitlasso.discover.run import plan as plan
     from tl_circuitlasso.formats.files import read as load  # noqa: F401
     from tl_circuitlasso.graph import AttributionGraph as AttributionGraph
     from tl_circuitlasso.graph.explaining import explain as explain
@@ -62,6 +64,7 @@ _NAMES = {  # public name: the module that holds it
     "Neuron": "models.bases",
     "NodeIndex": "graph.nodes",
     "Residual": "models.bases",
+    "RunPlan": "discover.planning",
     "SAEFeatures": "models.sae",
     "Statistics": "data.statistics",
     "Values": "data.targets",
@@ -73,6 +76,7 @@ _NAMES = {  # public name: the module that holds it
     "load": "formats.files",
     "load_demo": "demo",
     "load_sae": "models.sae",
+    "plan": "discover.run",
     "supernodes": "graph.explaining",
 }
 _CALLED = {"load": "read"}  # where the function has another name at home

@@ -20,7 +20,8 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parents[2]
 # The reference: each page's public names, in the order in which they stand; `room.*` is every public name of a room.
 REFERENCE = {
-    "discover": ("Finding circuits", "circuit_lasso collect_statistics learn load_demo demo.Demo errors.*"),
+    "discover": ("Finding circuits", "circuit_lasso plan RunPlan discover.planning.Stage collect_statistics learn "
+                 "load_demo demo.Demo errors.*"),
     "graph": ("The graph", "AttributionGraph graph.verbs.Verbs NodeIndex graph.nodes.component_index explain "
               "supernodes graph.explaining.Explanation graph.explaining.Path graph.explaining.strongest_paths"),
     "targets": ("Targets, bases and SAEs", "LogitDiff Labels Values Component Neuron Residual SAEFeatures load_sae"),

@@ -52,6 +52,8 @@ def add(commands: Any) -> None:
     added.add_argument("--save-prompts", action="store_true", help="write the prompts that were read to prompts.csv")
     added.add_argument("--batch-size", type=int, default=32)
     added.add_argument("--device", help="cpu, cuda, ... (default: where the model is)")
+    added.add_argument("--memory", help="what the run may take, such as 8GB (default: what is free)")
+    added.add_argument("--plan", action="store_true", help="print memory, passes and seconds by stage, and stop")
     added.add_argument("--seed", type=int, default=0)
     added.add_argument("--checkpoint", type=Path, help="file to resume an interrupted collection from")
 
@@ -80,35 +82,39 @@ def discover(arguments: argparse.Namespace) -> None:
     """Find the circuit of a model on the prompts of a file, or of the bundled model on its own task."""
     from tl_circuitlasso.cli.prompts import model_and_prompts
     from tl_circuitlasso.data.sharing import under_torchrun
-    from tl_circuitlasso.discover.run import circuit_lasso
+    from tl_circuitlasso.discover.run import circuit_lasso, plan
 
-    basis, out = _basis(arguments), writable(arguments.out)
+    basis, out = _basis(arguments), arguments.out if arguments.plan else writable(arguments.out)
     model, prompts, corrupted = model_and_prompts(arguments)
     bundled = _bundled(arguments)
     asked = question(arguments, model, prompts, bundled)
     with under_torchrun() as ranks:  # `torchrun -m tl_circuitlasso discover ...` shares the work
-        graph = circuit_lasso(
-            model,
-            prompts,
-            target=asked.target,
-            basis=basis,
-            strength=number_or_word(arguments.strength),
-            positions=position(asked.positions),
-            batch_size=arguments.batch_size,
-            device=arguments.device,
-            seed=arguments.seed,
-            checkpoint=arguments.checkpoint,
-            progress=interactive(arguments),
-            max_prompts=arguments.max_prompts or None,
-            method=arguments.method,
-            budget=arguments.budget,
-            corrupted=corrupted,
-            process_group=ranks,
-            nonlinear=arguments.nonlinear,
+        options = {
+            "target": asked.target,
+            "basis": basis,
+            "strength": number_or_word(arguments.strength),
+            "positions": position(asked.positions),
+            "batch_size": arguments.batch_size,
+            "device": arguments.device,
+            "seed": arguments.seed,
+            "checkpoint": arguments.checkpoint,
+            "progress": interactive(arguments),
+            "max_prompts": arguments.max_prompts or None,
+            "method": arguments.method,
+            "budget": arguments.budget,
+            "corrupted": corrupted,
+            "process_group": ranks,
+            "nonlinear": arguments.nonlinear,
+            "memory": arguments.memory,
             **({"design": arguments.design} if arguments.design else {}),
-        )
+        }
+        found = plan(model, prompts, **options) if arguments.plan else circuit_lasso(model, prompts, **options)
     if ranks.rank:  # all have the same graph, one speaks
         return
+    if arguments.plan:
+        print(found)
+        return
+    graph = found
     print(f"Explained: {asked.words}")
     _print_edges(graph, None)
     _print_stages(graph)

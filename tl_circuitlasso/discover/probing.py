@@ -29,8 +29,9 @@ CAPACITY = 16_384  # samples that a probe is fitted on
 
 def fit_probe(
     adapter: Adapter, prompts: Prompts, target: Labels | Values, *, last: bool, progress: bool, ranks: Ranks = ALONE
-) -> Probe:
-    """A sparse linear probe of `target` on the normalised final residual stream; one forward pass over the prompts.
+) -> tuple[Probe, int]:
+    """A sparse linear probe of `target` on the normalised final residual stream; and the forward passes that it took,
+    one over the prompts.
 
     Labels: multinomial logistic regression; Values: least squares; both with the L1 penalty that predicts the second
     half of the samples best from the first: a probe that fits noise would read what every component happens to write.
@@ -46,7 +47,7 @@ def fit_probe(
             "give a list or a tensor, or use design='activation'"
         )
     check_length(target, prompts.n_prompts)
-    x, y = _samples(adapter, prompts, target, last, progress, ranks)
+    x, y, passes = _samples(adapter, prompts, target, last, progress, ranks)
     mean, spread = x.mean(0), x.std(0, correction=0)
     scale = torch.where(spread > 1e-8 * spread.max().clamp_min(1e-300), 1 / spread.clamp_min(1e-300), 0.0)
     columns = (x - mean) * scale
@@ -56,7 +57,7 @@ def fit_probe(
     if not bool(weight.any()):
         logger.warning("`target`: no linear probe of the final residual stream predicts it on prompts held out")
     weight = scale[:, None] * weight
-    return Probe(weight, bias - mean @ weight)
+    return Probe(weight, bias - mean @ weight), passes
 
 
 def _fit(
@@ -89,8 +90,9 @@ def _best_strength(columns: Float[Tensor, "sample d_model"], y: Float[Tensor, "s
 
 def _samples(
     adapter: Adapter, prompts: Prompts, target: Labels | Values, last: bool, progress: bool, ranks: Ranks
-) -> tuple[Float[Tensor, "sample d_model"], Shaped[Tensor, " sample"]]:
-    """The final stream where it is sampled and what it is to say there; batches are dealt out among processes."""
+) -> tuple[Float[Tensor, "sample d_model"], Shaped[Tensor, " sample"], int]:
+    """The final stream where it is sampled, what it is to say there, and the passes of all processes, which deal the
+    batches out among themselves."""
     final = f"blocks.{adapter.shape.n_layers - 1}.hook_resid_post"
     streams: dict[str, Tensor] = {}
     values, count = [], 0
@@ -106,4 +108,5 @@ def _samples(
             if count >= CAPACITY:
                 break
     everyones = {number: stream for part in ranks.gather(streams) for number, stream in part.items()}
-    return torch.cat([everyones[str(number)] for number in range(len(values))]), torch.cat(values)
+    streams_in_order = [everyones[str(number)] for number in range(len(values))]
+    return torch.cat(streams_in_order), torch.cat(values), len(values)

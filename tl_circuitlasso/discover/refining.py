@@ -83,6 +83,7 @@ def _costs(
             chosen.append(first_prompts(batch, wanted - held))
             held += len(chosen[-1].tokens)
     options = {"last": plan.last, "probe": plan.design.probe, "draws": max(1, round(wanted / held))}
+    options["memory"] = plan.design.swept
     with ranks.together():
         found = [
             reread(adapter, batch, edges, plan.target, seed=plan.seed + number, **options)

@@ -11,37 +11,40 @@ graph        AttributionGraph
 
 import time
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from inspect import signature
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from tl_circuitlasso._checks import as_seed, whole_number
+from tl_circuitlasso._checks import as_seed
 from tl_circuitlasso.data.schema import COUNT, FOLDS
-from tl_circuitlasso.data.sharing import Ranks, as_ranks
+from tl_circuitlasso.data.sharing import as_ranks
 from tl_circuitlasso.data.statistics import Statistics
 from tl_circuitlasso.data.targets import Labels, Target, Values, as_target, take
-from tl_circuitlasso.discover.asked import as_design, as_strength, check_features, check_neurons
-from tl_circuitlasso.discover.confirming import Confirmation, Metric, check_method, prepare
-from tl_circuitlasso.discover.designs import DESIGNS, learn, way_of
+from tl_circuitlasso.discover.asked import as_design
+from tl_circuitlasso.discover.confirming import Metric
+from tl_circuitlasso.discover.designs import DESIGNS, learn
 from tl_circuitlasso.discover.drawing import draw_by_output
+from tl_circuitlasso.discover.job import Job, Request, checked_prompts
+from tl_circuitlasso.discover.pace import with_times
+from tl_circuitlasso.discover.planning import RunPlan, fitted, peak, stages_of, unplanned, used
 from tl_circuitlasso.discover.probing import fit_probe
-from tl_circuitlasso.discover.provenance import confirmed, per_prompt, provenance
+from tl_circuitlasso.discover.provenance import confirmed, per_prompt
+from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.features import FeatureSetup, Rule, learn_features
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.graph.provenance import question
-from tl_circuitlasso.models.adapter import Adapter, adapt
-from tl_circuitlasso.models.bases import Basis, Neuron, as_basis
+from tl_circuitlasso.models.adapter import adapt
+from tl_circuitlasso.models.bases import Basis, Neuron
 from tl_circuitlasso.models.collect import Plan, collect
 from tl_circuitlasso.models.designs import Design
-from tl_circuitlasso.models.device import on_device
+from tl_circuitlasso.models.memory import as_bytes, free_bytes
 from tl_circuitlasso.models.metric import with_tokens
-from tl_circuitlasso.models.pairs import pairs_of
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
 from tl_circuitlasso.models.read import affordable_draws
 from tl_circuitlasso.models.sae import SAEFeatures
-from tl_circuitlasso.models.tokens import Positions, Prompts
+from tl_circuitlasso.models.tokens import Positions
 from tl_circuitlasso.neurons import Behaviour, neuron_circuit
 from tl_circuitlasso.solve import RESAMPLED
 
@@ -49,7 +52,6 @@ NO_PATH = (
     "the circuit is empty: no path of edges that matter leads from the input to the target. Give more prompts, or such "
     "that differ in what you ask about (`corrupted`), say what matters (`target`), and where (`positions`)"
 )
-PAIR = 2  # prompts in a pair, so the fewest of a batch
 
 
 def circuit_lasso(
@@ -75,6 +77,7 @@ def circuit_lasso(
     metric: Metric | None = None,
     budget: int | None = None,
     process_group: Any = None,
+    memory: int | str | None = None,
 ) -> AttributionGraph:
     """The sparse circuit behind a model's behaviour on ordinary prompts, from forward passes only.
 
@@ -116,6 +119,9 @@ def circuit_lasso(
     budget: for "lasso+confirm", the most edges to measure, the weakest first (None: all that are kept).
     process_group: "world" shares the work among the processes that torchrun started, a torch.distributed group among
         its members: each calls with the same arguments and a model of its own, and each gets the same graph.
+    memory: bytes ("8GB") that the run may take beside the model's weights (None: what is free). What is larger is cut
+        to fit, first the pairs swept at once, then `batch_size`, with a warning and in `graph.provenance["memory"]`.
+        What nobody can say beforehand isn't cut, and refuses a `memory`: streams, design "paper", and `nonlinear`.
 
     Returns
     -------
@@ -123,7 +129,8 @@ def circuit_lasso(
 
     Raises
     ------
-    InputError: an argument is wrong; the message names it. ModelError: the model can't be read truthfully.
+    InputError: an argument is wrong, and the message names it, or not even one pair of prompts fits the memory.
+    ModelError: the model can't be read truthfully.
 
     >>> import tl_circuitlasso as tcl
     >>> demo = tcl.load_demo(prompts=32)
@@ -131,101 +138,81 @@ def circuit_lasso(
     >>> sorted(graph.kept_edges() & demo.true_edges)[:2]
     [('a0.h1', 'a1.h2'), ('a1.h2', 'a2.h0')]
     """
-    began, ranks = time.perf_counter(), as_ranks(process_group)
-    checked, target, seed = as_strength(strength), as_target(target), as_seed(seed)
-    chosen, neurons = None, None
-    if max_prompts is not None:
-        max_prompts = whole_number("max_prompts", max_prompts, least=PAIR, what="of prompts, or None for all")
-    if budget is not None:
-        budget = whole_number("budget", budget, what="of edges to measure, or None for all")
-    if isinstance(basis, SAEFeatures):
-        check_features(basis, design, method, strength, nonlinear=nonlinear)
-    elif way_of(design).neurons and isinstance(as_basis(basis), Neuron):
-        neurons = as_basis(basis)
-        assert isinstance(neurons, Neuron)
-        refused = {
-            "checkpoint": checkpoint,
-            "metric": metric,
-            "budget": budget,
-            "process_group": None if ranks.size == 1 else ranks,
-        }
-        refused |= {"nonlinear": nonlinear or None}
-        check_neurons(neurons, method, strength, refused)
-    else:
-        chosen = as_design(design, basis, nonlinear=nonlinear)
-        check_method(method, corrupted, metric, chosen.basis.name, target, paired=chosen.paired, budget=budget)
-        way_of(design).check(chosen, checked)
-    with ranks.together(), on_device(model, device):
-        adapter = adapt(model)
-        paired = neurons is not None or (chosen is not None and chosen.paired)
-        prompts = _prompts(adapter, tokens, paired, attention_mask, positions, batch_size)
-        size, target = prompts.batch_size, with_tokens(target, adapter)
-        job = Job(adapter, prompts, target, prompts.positions, checked, size, progress, seed, checkpoint, ranks)
-        if isinstance(basis, SAEFeatures):
-            graph = _features(job, basis)
-        elif neurons is not None:
-            graph = _neurons(job, neurons, corrupted, max_prompts)
+    request, began = Request(**locals()), time.perf_counter()  # its fields are the arguments, by their names
+    with request.opened() as asked_for:
+        job, cut = fitted(asked_for, as_bytes(memory))
+        tell_of(cut)
+        if isinstance(job.what, SAEFeatures):
+            graph = _features(job, job.what, as_bytes(memory))
+        elif isinstance(job.what, Neuron):
+            graph = _neurons(job, job.what)
         else:
-            assert chosen is not None
-            twins, causal = None, None
-            if corrupted is not None and chosen.paired:
-                pairs = pairs_of(adapter, prompts, corrupted)
-                half = max(1, size // 2)  # a prompt and its counterpart run together
-                job = replace(job, prompts=pairs.clean.batched(half), batch_size=half)
-                twins, chosen = pairs.corrupted.batched(half), replace(chosen, contrast=True)
-            if method == "lasso+confirm":
-                causal = prepare(
-                    adapter, prompts, corrupted, target, metric, count=max_prompts, seed=seed, budget=budget
-                )
-            graph = _components(job, chosen, twins, causal, max_prompts=max_prompts, refined=refined)
+            graph = _components(job, job.what)
     record, total = dict(graph.provenance), time.perf_counter() - began
     if not bool(graph.kept.any()):
         record["warnings"] = [NO_PATH]
         warnings.warn(NO_PATH, stacklevel=2)
-    asked = {"strength": strength, "method": method, "seed": seed} | ({"design": design} if chosen or neurons else {})
+    if memory is not None or cut:
+        record["memory"] = {"budget": as_bytes(memory), "planned": peak(job), "cut": list(cut)}
+    asked = {"strength": strength, "method": method, "seed": job.seed}
+    asked |= {} if isinstance(job.what, SAEFeatures) else {"design": design}
     asked |= {"nonlinear": True} if nonlinear else {}
-    record["arguments"] = {**question(target, positions), **asked, **record["arguments"]}
+    record["arguments"] = {**question(job.target, positions), **asked, **record["arguments"]}
     return replace(graph, provenance=record | {"seconds": {**record["seconds"], "total": total}})
 
 
-@dataclass(frozen=True, eq=False)
-class Job:
-    """What both ways of making a graph are asked for, checked."""
+def plan(model: Any, tokens: AnyPrompts, **arguments: Any) -> RunPlan:
+    """What `circuit_lasso(model, tokens, ...)` with the same arguments will take: bytes, passes and seconds by stage.
 
-    adapter: Adapter
-    prompts: Prompts
-    target: Target
-    positions: Positions
-    strength: str | float
-    batch_size: int
-    progress: bool
-    seed: int
-    checkpoint: str | Path | None
-    ranks: Ranks
+    Bytes and passes are told from shapes. Seconds are those of a few prompts that are run here, scaled up; what depends
+    on what is found (how many edges a second look takes up) is an upper bound, and marked so.
 
-    @property
-    def last(self) -> bool:
-        """Whether the target is read at the last position, as it is where it's one entry per prompt."""
-        return self.target is not None and isinstance(self.positions, str) and self.positions == "all"
+    Raises
+    ------
+    InputError: as `circuit_lasso`; for streams, design "paper" and `nonlinear`, of which nobody can say it; even the
+    smallest doesn't fit `memory`.
 
-    def record(self, prompts: Prompts, arguments: Mapping[str, Any], **facts: Any) -> dict[str, Any]:
-        """The provenance of what was made of `prompts`, with the target read where it really was."""
-        where = "last" if self.last else self.positions
-        return provenance(self.adapter, prompts, arguments, target=self.target, positions=where, **facts)
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=64)
+    >>> ahead = plan(demo.model, demo.tokens, positions="last")
+    >>> [stage.name for stage in ahead.stages], ahead.stages[0].passes
+    (['statistics', 'solve', 'second look'], 1.0)
+    """
+    try:
+        given = signature(circuit_lasso).bind(model, tokens, **arguments)
+    except TypeError as error:
+        raise InputError(f"`plan` takes the arguments of `circuit_lasso`: {error}") from None
+    given.apply_defaults()
+    request = Request(**given.arguments)
+    with request.opened() as asked:
+        if why := unplanned(asked):
+            raise InputError(f"nothing can be planned {why}")
+        job, cut = fitted(asked, as_bytes(request.memory))
+        ahead = RunPlan(
+            stages=tuple(stages_of(job)),
+            prompts=asked.prompts.n_prompts or 0,
+            used=used(job),
+            batch_size=job.batch_size,
+            asked_batch_size=asked.batch_size,
+            device=str(job.adapter.device),
+            free=free_bytes(job.adapter.device),
+            budget=as_bytes(request.memory),
+            cut=cut,
+        )
+        return with_times(ahead, job)
 
 
-def _components(
-    job: Job,
-    design: Design,
-    twins: Prompts | None,
-    causal: Confirmation | None,
-    *,
-    max_prompts: int | None,
-    refined: bool,
-) -> AttributionGraph:
+def tell_of(cut: tuple[str, ...]) -> None:
+    """Warn of what was cut to fit the memory."""
+    if cut:
+        warnings.warn(f"the run wouldn't fit the memory, so it was cut: {'; '.join(cut)}", stacklevel=3)
+
+
+def _components(job: Job, design: Design) -> AttributionGraph:
     """Components, neurons or residual dimensions: statistics, regressions, a second look, and confirmation if asked."""
     began = time.process_time()
-    prompts, target, drawn = job.prompts, job.target, None
+    prompts, target, drawn, twins, causal = job.prompts, job.target, None, job.twins, job.causal
+    max_prompts = job.max_prompts
     many = max_prompts is not None and prompts.n_prompts is not None and prompts.n_prompts > max_prompts
     if design.paired and many:
         assert max_prompts is not None
@@ -235,17 +222,16 @@ def _components(
         prompts, target = prompts.take(drawn.rows), take(target, drawn.rows)
         twins = None if twins is None else twins.take(drawn.rows)
         design = replace(design, weight=drawn.weight)
-    plan = _plan(replace(job, prompts=prompts, target=target), design)
+    plan, probing = _plan(replace(job, prompts=prompts, target=target), design)
     options = {"progress": job.progress, "checkpoint": job.checkpoint, "ranks": job.ranks}
     collected = collect(job.adapter, prompts, plan, twins=twins, **options)
-    sides = 1 if twins is None else 2
     clock = [time.perf_counter()]
     options = {"strength": job.strength, "seed": job.seed, "progress": job.progress, "process_group": job.ranks}
     graph = learn(collected.statistics, **options)
     clock.append(time.perf_counter())
     looks = 0
     look_again = DESIGNS[plan.design.name].look_again
-    if refined and look_again is not None:
+    if job.refined and look_again is not None:
         graph, looks = look_again(
             job.adapter, collected.sample, plan, graph, prompts=collected.prompts, ranks=job.ranks
         )
@@ -258,14 +244,15 @@ def _components(
     seconds |= {} if causal is None else {"confirm": measured}
     arguments: dict[str, Any] = {"basis": plan.design.basis.name}
     if plan.design.paired:
-        arguments |= {"max_prompts": max_prompts, "refined": refined}
+        arguments |= {"max_prompts": max_prompts, "refined": job.refined}
     given = job.prompts.n_prompts or collected.prompts
-    calls = (0 if drawn is None else drawn.forward_passes) + (collected.forward_passes + looks) * sides
+    before = probing + (0 if drawn is None else drawn.forward_passes)
+    calls = before + (collected.forward_passes + looks) * job.sides
     passes = per_prompt(calls, given, job.batch_size)
     own: dict[str, Any] = {"closure_error": collected.closure, "processes": job.ranks.size}
     own |= {"prompts_given": job.prompts.n_prompts, "batch_size": job.batch_size}
     if collected.forward_seconds > 0 and job.adapter.device.type == "cpu":
-        bare = collected.forward_seconds * given / (collected.prompts * sides)
+        bare = collected.forward_seconds * given / (collected.prompts * job.sides)
         own["forward_equivalents"] = round((time.process_time() - began) / bare, 2)
     if COUNT in collected.statistics.sums:
         own["prompt_pairs"] = int(collected.statistics.sums[COUNT].sum())
@@ -279,8 +266,9 @@ def _components(
     return replace(graph, provenance={**graph.provenance, **record, **own})
 
 
-def _features(job: Job, basis: SAEFeatures) -> AttributionGraph:
-    """Features of SAEs: one regression per pair of hooks."""
+def _features(job: Job, basis: SAEFeatures, memory: int | None) -> AttributionGraph:
+    """Features of SAEs: one regression per pair of hooks; `memory` is theirs, too, where the basis has none."""
+    basis = basis if basis.memory is not None or memory is None else replace(basis, memory=memory)
     rule = Rule(job.strength, basis.penalty, basis.draws, seed=job.seed)
     folder = None if job.checkpoint is None else Path(job.checkpoint)
     setup = FeatureSetup(job.target, job.last, rule, job.adapter.device, folder, job.progress, job.ranks)
@@ -293,12 +281,10 @@ def _features(job: Job, basis: SAEFeatures) -> AttributionGraph:
     return replace(graph, provenance={**graph.provenance, **record, **own})
 
 
-def _neurons(job: Job, basis: Neuron, corrupted: AnyPrompts | None, max_prompts: int | None) -> AttributionGraph:
+def _neurons(job: Job, basis: Neuron) -> AttributionGraph:
     """Neurons by design `read`: one sweep per pair of prompts."""
-    prompts = job.prompts.gathered()
-    pairs = None if corrupted is None else pairs_of(job.adapter, prompts, corrupted)
-    behaviour = Behaviour(job.adapter, prompts, job.target, pairs, job.last, job.seed)
-    behaviour = behaviour if max_prompts is None else behaviour.some(max_prompts)
+    behaviour = Behaviour(job.adapter, job.prompts, job.target, job.pairs, job.last, job.seed)
+    behaviour = behaviour if job.max_prompts is None else behaviour.some(job.max_prompts)
     for _ in behaviour.prompts:  # their hash is known once all have been read
         pass
     graph = neuron_circuit(behaviour, basis, strength=job.strength, progress=job.progress)
@@ -307,21 +293,12 @@ def _neurons(job: Job, basis: Neuron, corrupted: AnyPrompts | None, max_prompts:
         "max_nodes": basis.max_nodes,
         "linked": basis.linked,
         "reference": basis.reference,
-        "max_prompts": max_prompts,
+        "max_prompts": job.max_prompts,
     }
     known = graph.provenance
     spent = {"unit": known["unit"], "forward": known["forward_passes"], "seconds": known["seconds"]}
     record = job.record(behaviour.prompts, arguments, looked_at=known["prompts"], **spent)
     return replace(graph, provenance={**record, **known, "seconds": record["seconds"]})
-
-
-def _prompts(
-    adapter: Adapter, tokens: AnyPrompts, paired: bool, attention_mask: Any, positions: Any, batch_size: Any
-) -> Prompts:
-    """The checked prompts; design "read" compares those of a batch, and draws them, so it knows all of them."""
-    options = {"attention_mask": attention_mask, "positions": positions, "batch_size": batch_size}
-    prompts = Prompts(adapter, tokens, **options, fewest=PAIR if paired else 1)
-    return prompts.gathered() if paired else prompts
 
 
 def collect_statistics(
@@ -359,20 +336,22 @@ def collect_statistics(
     target, seed = as_target(target), as_seed(seed)
     with ranks.together():
         adapter = adapt(model)
-        prompts = _prompts(adapter, tokens, chosen.paired, attention_mask, positions, batch_size)
-        size, target = prompts.batch_size, with_tokens(target, adapter)
-        job = Job(adapter, prompts, target, prompts.positions, "auto", size, progress, seed, checkpoint, ranks)
-        plan = replace(_plan(job, chosen), folds=folds)
+        prompts = checked_prompts(adapter, tokens, chosen.paired, attention_mask, positions, batch_size)
+        job = Job(adapter, prompts, with_tokens(target, adapter), chosen, "auto", seed, progress, checkpoint, ranks)
+        plan = replace(_plan(job, chosen)[0], folds=folds)
         options = {"progress": progress, "checkpoint": checkpoint, "start": start, "ranks": ranks}
         return collect(adapter, prompts, plan, **options).statistics
 
 
-def _plan(job: Job, design: Design) -> Plan:
+def _plan(job: Job, design: Design) -> tuple[Plan, int]:
+    """What to collect, and the forward passes that it took to know."""
+    passes = 0
     adapter, prompts, target = job.adapter, job.prompts, job.target
     if design.paired and prompts.n_prompts is not None:
         draws = 1 if getattr(design, "contrast", False) else affordable_draws(adapter, prompts.n_prompts, prompts.width)
         design = replace(design, draws=draws)
     if design.paired and isinstance(target, (Labels, Values)):
-        probe = fit_probe(adapter, prompts, target, last=job.last, progress=job.progress, ranks=job.ranks)
+        probe, passes = fit_probe(adapter, prompts, target, last=job.last, progress=job.progress, ranks=job.ranks)
         design = replace(design, probe=probe)
-    return Plan(design, target, last=job.last, folds=FOLDS if job.strength in RESAMPLED else 1, seed=job.seed)
+    folds = FOLDS if job.strength in RESAMPLED else 1
+    return Plan(design, target, last=job.last, folds=folds, seed=job.seed), passes

@@ -136,7 +136,7 @@ def _collect_own(
             if not ranks.mine(number):
                 continue
             started = time.process_time()
-            new = _sample(adapter, plan, batch, number)
+            new = sample_of(adapter, plan, batch, number)
             forward += time.process_time() - started
             statistics = _add(statistics, adapter, plan, new, number)
             del new  # its activations, before the next batch makes its own
@@ -173,7 +173,7 @@ def _agreed_start(
         return statistics, 0
     look = statistics is None and plan.design.pilots
     with ranks.together():
-        own = statistics or _start(adapter, plan, _sample(adapter, plan, pilot, 0, run=look))
+        own = statistics or _start(adapter, plan, sample_of(adapter, plan, pilot, 0, run=look))
     fixed = {key: ranks.first(value) for key, value in own.fixed.items()}
     with ranks.together():
         if statistics is not None and any(not torch.equal(value, fixed[key]) for key, value in own.fixed.items()):
@@ -209,8 +209,13 @@ def _start(adapter: Adapter, plan: Plan, pilot: Sample) -> Statistics:
     return replace(statistics, meta={**statistics.meta, **_identity(adapter, plan)})
 
 
-def _sample(adapter: Adapter, plan: Plan, batch: Batch, number: int, *, run: bool = True) -> Sample:
-    """A batch as a design sees it, with its activations if the model is to `run`."""
+def sample_of(adapter: Adapter, plan: Plan, batch: Batch, number: int, *, run: bool = True) -> Sample:
+    """A batch as a design sees it, with its activations if the model is to `run`.
+
+    Raises
+    ------
+    InputError: the target has fewer entries. ModelError: activations are NaN or infinite.
+    """
     if plan.target is not None and batch.start + len(batch.tokens) > len(plan.target):
         check_length(plan.target, batch.start + len(batch.tokens))
     acts = adapter.run(*batch.run, set(plan.design.wanted(adapter, plan.target))) if run else {}

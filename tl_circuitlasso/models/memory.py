@@ -1,11 +1,18 @@
-"""How much memory is free, so that an estimate can be compared before anything is allocated."""
+"""How much memory is free or allowed, so that an estimate can be compared before anything is allocated."""
 
+import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from tl_circuitlasso._checks import shortened, whole_number
+from tl_circuitlasso.errors import InputError
+
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
+UNITS = {unit: 1000**power for power, unit in enumerate(("B", "KB", "MB", "GB", "TB"))}
+UNITS |= {unit: 1024**power for power, unit in enumerate(("KIB", "MIB", "GIB", "TIB"), start=1)}
 
 
 def free_bytes(device: torch.device | str = "cpu") -> int | None:
@@ -17,6 +24,27 @@ def free_bytes(device: torch.device | str = "cpu") -> int | None:
         return None
     limits = [limit for limit in (_available(), _container()) if limit is not None]
     return min(limits) if limits else None
+
+
+def as_bytes(memory: Any) -> int | None:
+    """A `memory` argument as bytes: a whole number, or a number with a unit; None stays None.
+
+    >>> as_bytes("8GB"), as_bytes("1.5 GiB"), as_bytes("4096"), as_bytes(4096)
+    (8000000000, 1610612736, 4096, 4096)
+
+    Raises
+    ------
+    InputError: something else, or nothing at all.
+    """
+    if memory is None:
+        return None
+    if isinstance(memory, str):
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", memory)
+        unit = UNITS.get(found[2].upper() or "B") if found else None
+        if found is None or unit is None or int(float(found[1]) * unit) < 1:
+            raise InputError(f"`memory` is {shortened(memory)}: give bytes, or a number with a unit such as '8GB'")
+        return int(float(found[1]) * unit)
+    return whole_number("memory", memory, what="of bytes, or text such as '8GB'")
 
 
 def in_words(count: int | float) -> str:

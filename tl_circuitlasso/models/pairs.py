@@ -109,6 +109,10 @@ class Pairs:
         """Some of the pairs, numbered anew."""
         return Pairs(self.clean.take(rows), self.corrupted.take(rows))
 
+    def batched(self, size: int, *, fewest: int | None = None) -> "Pairs":
+        """The same pairs in batches of at most `size`, as `Prompts.batched`."""
+        return Pairs(self.clean.batched(size, fewest=fewest), self.corrupted.batched(size, fewest=fewest))
+
     def metric(self, given: Any) -> Metric:
         """A metric for these prompts, checked: a function of (logits, rows), or a LogitDiff.
 

@@ -52,6 +52,8 @@ class ReadDesign:
     draws: int = 1  # how often each batch is paired anew
     contrast: bool = False  # whether prompts have counterparts of their own
     weight: Float[Tensor, " prompt"] | None = None  # how many prompts of the data each stands for
+    swept: int | None = None  # bytes that the pairs swept at once may take; None: `swept_bytes` of the device
+    rows: int = ROWS  # contributions kept whole, at most
     name: str = "read"
     pilots: bool = False
     paired: bool = True
@@ -65,7 +67,7 @@ class ReadDesign:
         number = outcome.is_number(adapter, pilot.target)
         sums = _empty_sums(adapter, len(index) - 1, pilot.keep.device, squares=number, effects=number and self.contrast)
         meta = {"index": index.to_json(), "cost_folds": FOLDS, "folds": pilot.folds, "contrast": self.contrast}
-        meta |= {"number": number, "capacity": row_capacity(adapter)}
+        meta |= {"number": number, "capacity": row_capacity(adapter, self.rows)}
         return Statistics(sums=sums, meta=meta)
 
     def add(self, statistics: Statistics, adapter: Adapter, sample: Sample) -> Statistics:
@@ -83,7 +85,8 @@ class ReadDesign:
             pairs = replace(pairs, weight=stands_for if pairs.weight is None else stands_for * pairs.weight)
         acts = {**sample.acts, "positions": position_ids(mask)}
         sums, rows = dict(statistics.sums), dict(statistics.rows)
-        for part in in_parts(adapter, pairs, outcome.count(adapter, sample.target, self.probe), acts):
+        directions = outcome.count(adapter, sample.target, self.probe)
+        for part in in_parts(adapter, pairs, directions, acts, memory=self.swept):
             new = self._add_pairs(sums, adapter, acts, part, sample)
             rows = merge_rows(rows, new, int(statistics.meta["capacity"]))
         return replace(statistics, sums=sums, rows=rows)
@@ -140,10 +143,19 @@ def _as_rows(
     }
 
 
-def row_capacity(adapter: Adapter) -> int:
+def row_capacity(adapter: Adapter, most: int = ROWS) -> int:
     """How many rows of contributions are kept whole."""
-    columns = sum(heads * sources * len(schema.ports(key)) for key, heads, sources in children(adapter))
-    return max(FEWEST_ROWS, min(ROWS, ROW_BYTES // (4 * columns)))
+    return max(FEWEST_ROWS, min(most, ROW_BYTES // (4 * columns(adapter))))
+
+
+def columns(adapter: Adapter) -> int:
+    """How many contributions a pair has: one for each edge, ports told apart."""
+    return sum(heads * sources * len(schema.ports(key)) for key, heads, sources in children(adapter))
+
+
+def swept_bytes(device: torch.device) -> int:
+    """How much the pairs swept at once take where nobody asks for less."""
+    return ON_CPU if device.type == "cpu" else MEMORY
 
 
 def operations(adapter: Adapter) -> tuple[float, float, float]:
@@ -206,11 +218,17 @@ def _mask(sample: Sample) -> Bool[Tensor, "batch pos"]:
 
 
 def in_parts(
-    adapter: Adapter, pairs: Pairing, directions: int, acts: Mapping[str, Tensor] | None = None
+    adapter: Adapter,
+    pairs: Pairing,
+    directions: int,
+    acts: Mapping[str, Tensor] | None = None,
+    *,
+    memory: int | None = None,
 ) -> Iterator[Pairing]:
-    """The pairs in parts that fit into memory; in causal models cut behind the last position that a part reads and,
-    given the activations, before the first one at which any of its pairs differs."""
-    memory = ON_CPU if pairs.own.device.type == "cpu" else MEMORY
+    """The pairs in parts that take about `memory` bytes each (None: what suits the device); in causal models cut behind
+    the last position that a part reads and, given the activations, before the first one at which any of its pairs
+    differs."""
+    memory = swept_bytes(pairs.own.device) if memory is None else memory
     order = pairs.position.argsort(stable=True)
     first = torch.zeros_like(pairs.position)
     if acts is not None and adapter.shape.causal:

@@ -65,9 +65,10 @@ def reread(
     probe: Probe | None,
     draws: int,
     seed: int,
+    memory: int | None = None,
 ) -> Costs:
     """What each of `edges` costs the target over the prompts of a batch, paired `draws` times, or with their own
-    counterparts; one forward pass."""
+    counterparts; one forward pass, and `memory` bytes for the pairs looked at together (`read.in_parts`)."""
     acts = adapter.run(*batch.run, set(wanted(adapter, target)))
     acts["positions"] = position_ids(batch.run[1])
     keep = last_only(batch.keep) if last else batch.keep
@@ -80,7 +81,7 @@ def reread(
     edge_cost: dict[Edge, float] = dict.fromkeys(edges, 0.0)
     effects, judged = dict(edge_cost), dict(edge_cost)
     node_cost: dict[str, float] = {source: 0.0 for source, _ in edges}
-    for part in in_parts(adapter, pairs, outcome.count(adapter, target, probe)):
+    for part in in_parts(adapter, pairs, outcome.count(adapter, target, probe), memory=memory):
         goal = outcome.outcome(adapter, acts, part, target, prompts, probe, few=sys.maxsize)
         weight = goal.directions.new_ones(len(part)) if part.weight is None else part.weight.to(goal.directions)
         by_edge, by_node = _contributions(View(adapter, acts, part), goal, edges)

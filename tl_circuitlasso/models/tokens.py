@@ -152,10 +152,11 @@ class Prompts:
         other.name = name
         return other
 
-    def batched(self, size: int) -> "Prompts":
-        """The same prompts in batches of at most `size`."""
+    def batched(self, size: int, *, fewest: int | None = None) -> "Prompts":
+        """The same prompts in batches of at most `size`, and at least `fewest` (None: as many as before)."""
         other = self._with(self._held())
-        other.batch_size, other.fewest = size, 1
+        other.fewest = self.fewest if fewest is None else fewest
+        other.batch_size = max(other.fewest, size)
         return other
 
     def draw(self, count: int | None, seed: int) -> Int[Tensor, " row"] | None:
