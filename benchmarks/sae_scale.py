@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     pair, reading = pair_of(problem), 0.0
     if given.penalty == "read":
         pair, reading = with_reads(problem, pair, given.width, given.seed, given.device)
-    regress_pair(_small(pair), Rule(given.strength, given.penalty), device=given.device)  # compiles the kernels
+    regress_pair(small_part(pair), Rule(given.strength, given.penalty), device=given.device)  # compiles the kernels
     clock, busy = time.perf_counter(), time.process_time()
     found = regress_pair(pair, Rule(given.strength, given.penalty), device=given.device)
     seconds = (time.perf_counter() - clock, time.process_time() - busy, reading)
@@ -184,7 +184,8 @@ def _codes(matrix: scipy.sparse.csr_matrix) -> Codes:
     return Codes(*(torch.from_numpy(part) for part in parts), matrix.shape[1])
 
 
-def _small(pair: PairData) -> PairData:
+def small_part(pair: PairData) -> PairData:
+    """A few features of a pair: a regression that compiles what larger ones need."""
     some: dict[str, Any] = {"features": pair.features[:8], "child_features": pair.child_features[:8]}
     if pair.effects is not None:
         dense = pair.effects.dense(torch.arange(8))[:8]

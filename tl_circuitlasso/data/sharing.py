@@ -78,13 +78,13 @@ class Ranks:
         packed = safetensors.torch.save(
             {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
         )
-        return [safetensors.torch.load(part) for part in self._gather_bytes(packed)]
+        return [safetensors.torch.load(part) for part in self.gather_bytes(packed)]
 
     def gather_data(self, data: Any) -> list[Any]:
         """Plain data (anything that JSON can hold) of every process."""
         if self.size == 1:
             return [data]
-        return [json.loads(part) for part in self._gather_bytes(json.dumps(data).encode())]
+        return [json.loads(part) for part in self.gather_bytes(json.dumps(data).encode())]
 
     def agree(self, facts: Mapping[str, Any]) -> None:
         """Raise an InputError, on every process, where they differ in any of some plain `facts`."""
@@ -119,7 +119,8 @@ class Ranks:
         setattr(failure, _ANNOUNCED, True)
         raise failure
 
-    def _gather_bytes(self, packed: bytes) -> list[bytes]:
+    def gather_bytes(self, packed: bytes) -> list[bytes]:
+        """The bytes of every process, in the order of the processes."""
         own = _as_tensor(packed).to(self._device)
         sizes = [torch.zeros(1, dtype=torch.long, device=own.device) for _ in range(self.size)]
         dist.all_gather(sizes, torch.tensor([len(own)], device=own.device), group=self.group)
