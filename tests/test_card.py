@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.utils import backend_registration
 
-from tests import card_runs
+import tl_circuitlasso as tcl
+from tests import architectures, card_runs
 from tests.apart import apart
 from tests.card import card
 
@@ -25,10 +26,14 @@ QUICK = (
 )
 
 
-def wrong(*names: str) -> dict[str, str]:
-    """What went wrong in some runs (none: in all), from a process of their own."""
+def skip_without_a_card() -> None:
     if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
         pytest.skip("this PyTorch can't be given a device from Python")
+
+
+def wrong(*names: str) -> dict[str, str]:
+    """What went wrong in some runs (none: in all), from a process of their own."""
+    skip_without_a_card()
     return {name: what for name, what in apart(card_runs.outcomes, *names).items() if what}
 
 
@@ -61,3 +66,23 @@ def mixtures_met() -> int:
 
 def test_the_card_refuses_what_a_card_refuses() -> None:
     assert apart(mixtures_met) == 0
+
+
+def refusals_of_a_spread_model() -> list[str]:
+    """What is said of a model with one block on the card, with and without `device`, which leaves it where it is."""
+    said = []
+    with card() as device:
+        model = architectures.small()
+        torch.nn.Module.to(model.blocks[1], device)
+        for asked in (None, "cpu"):
+            with pytest.raises(tcl.ModelError) as refused:
+                tcl.circuit_lasso(model, architectures.prompts(batch=4), progress=False, device=asked)
+            said.append(str(refused.value))
+        assert model.blocks[1].attn.W_Q.device == device and model.blocks[0].attn.W_Q.device.type == "cpu"
+    return said
+
+
+def test_a_model_on_two_devices_is_refused_by_name_and_left_where_it_is() -> None:
+    skip_without_a_card()
+    said = apart(refusals_of_a_spread_model)
+    assert len(said) == 2 and all("spread over card:0, cpu" in text and "`n_devices`" in text for text in said), said

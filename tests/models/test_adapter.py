@@ -300,6 +300,14 @@ def test_a_model_without_values_is_refused() -> None:
         adapt(architectures.hooked("gpt2").to("meta"))
 
 
+def test_weights_that_wait_elsewhere_until_their_layer_runs_are_refused() -> None:
+    model = architectures.hooked("gpt2")
+    torch.nn.Module.to(model.blocks[1], "meta")  # what accelerate leaves of a layer that it has put aside
+    model.hf_device_map = {"blocks.0": "cpu", "blocks.1": "disk"}
+    with pytest.raises(ModelError, match=r"`blocks\.1\..*load it without `device_map`"):
+        adapt(model)
+
+
 # -- the model is left as it was found --------------------------------------------------------------------------------
 
 

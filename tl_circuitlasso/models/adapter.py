@@ -29,6 +29,7 @@ from tl_circuitlasso.models.architecture import (
     refuse_unsupported,
     shape_of,
 )
+from tl_circuitlasso.models.device import refuse_spread
 from tl_circuitlasso.models.hooks import COSTLY_FLAGS, find_module, observe, resting, without_costly_flags
 from tl_circuitlasso.models.norms import Norm, read_norm
 from tl_circuitlasso.models.weights import MLP, Port, Reader, read_mlp, read_port, read_unembed, read_writer
@@ -43,11 +44,12 @@ def adapt(model: Any) -> "Adapter":
     changed; folded weights are computed when first asked for, so make a new adapter after changing weights.
 
     Raises ModelError, with the reason, for encoders, encoder-decoders, state-space models, multi-head latent
-    attention, 4-bit weights, weights without values (meta device) and NaN or infinite weights.
+    attention, 4-bit weights, weights on several devices or without values (meta device), NaN or infinite weights.
     """
     kind = kind_of(model)
     refuse_circumstances(model)
     refuse_unsupported(model)
+    refuse_spread(model)
     check_weights(model)
     return Adapter(model, kind)
 
