@@ -119,7 +119,7 @@ def by_processes_of_saes(most: int) -> None:
     _by_processes(circuit_of_features, 4096)
 
 
-GROWN = {"layers": (2, 4, 8), "heads": (4, 8, 16), "prompts": (32, 128), "length": (12, 24, 48), "batch_size": (8, 32)}
+GROWN = {"layers": (2, 4, 8), "heads": (4, 16), "length": (12, 48), "batch_size": (8,), "prompts": (128,)}
 
 
 def by_plan(most: int) -> None:
