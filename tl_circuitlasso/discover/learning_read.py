@@ -19,7 +19,7 @@ from tl_circuitlasso.graph.nodes import NodeIndex
 from tl_circuitlasso.progress import bar as counting
 from tl_circuitlasso.solve.distributed import gather_solutions
 
-LEAST_SHARE = 1 / 30_000  # of the target's mean squared difference: what an edge must explain where the regression decides
+LEAST_SHARE = 1 / 30_000  # of the target's mean squared difference: what an edge must explain where regression decides
 MANY_PAIRS = 256  # where more pairs of components are costly enough, costs have no gap and the regression decides
 ENOUGH = 0.8  # of the target's difference: what the edges chosen by cost must carry between counterparts
 LEFT_OUT = 0.1  # of its score is what an edge keeps that the regression leaves out: others carry what it carries
