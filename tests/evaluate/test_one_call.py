@@ -41,7 +41,7 @@ def confirmed(metric: Any = None, budget: int | None = None) -> tuple[Any, Any, 
     graph = baselines.random_edges(adapter).top_k(12)
     found = prepare(adapter, prompts, CORRUPTED, None, metric, count=3, seed=3, budget=budget)
     rows = torch.randperm(4, generator=torch.Generator().manual_seed(3))[:3].sort().values.tolist()
-    return model, found.apply(graph, adapter, seed=0), rows
+    return model, found.apply(graph, adapter, seed=0, progress=False), rows
 
 
 def test_the_default_metric_is_the_divergence_at_the_chosen_positions_of_the_drawn_prompts() -> None:

@@ -1,9 +1,7 @@
 """Every method that scores all edges of a model, by name and with one call: `METHODS[name](model, clean, corrupted,
 metric, **options)`, options as the method's own signature has them."""
 
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 from tl_circuitlasso.baselines.acdc import acdc
@@ -31,11 +29,7 @@ def magnitude(
     """`evaluate.magnitude`, called as the other methods are; the metric and the steps aren't used."""
     from tl_circuitlasso.evaluate.curves import magnitude as measured
 
-    began = time.perf_counter()
-    graph = measured(model, clean, corrupted, **options)
-    passes = 1.0 + (options.get("ablation") != "zero")  # the prompts, and what cut edges carry
-    cost = {"forward_passes": passes, "backward_passes": 0.0, "seconds": time.perf_counter() - began}
-    return replace(graph, provenance={**graph.provenance, **cost})
+    return measured(model, clean, corrupted, **options)
 
 
 METHODS: Mapping[str, Method] = {

@@ -278,8 +278,8 @@ def magnitude(
 ) -> AttributionGraph:
     """Every edge scored by how much its source alone changes: the mean over real positions of |u - ablated u|.
 
-    It looks at nothing downstream, so a ranking that isn't better has learned nothing. Two forward passes per prompt;
-    arguments as in `faithfulness`.
+    It looks at nothing downstream, so a ranking that isn't better has learned nothing. Two forward passes per prompt,
+    one where cut edges carry nothing; arguments as in `faithfulness`.
 
     >>> import tl_circuitlasso as tcl
     >>> demo = tcl.load_demo(prompts=4)
@@ -298,7 +298,7 @@ def magnitude(
         setup.adapter.facts(),
         prompts=len(setup.pairs),
         unit="size of the change",
-        forward=2,
+        forward=1 + (ablation != "zero"),  # the prompts, and what cut edges carry
         backward=0,
         seconds={"scores": time.perf_counter() - began},
         ablation=ablation,

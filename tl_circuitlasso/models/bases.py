@@ -135,7 +135,7 @@ class Neuron:
     >>> options = {"target": demo.target, "corrupted": demo.corrupted, "progress": False}
     >>> graph = tcl.circuit_lasso(demo.model, demo.tokens, basis=Neuron(linked=8), **options)
     >>> graph.provenance["unit"]
-    'logits'
+    'contribution to the target, logits'
     """
 
     max_nodes: int = 4096
