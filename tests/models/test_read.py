@@ -104,7 +104,8 @@ def collected(model: Any, tokens: Any, **options: Any) -> Statistics:
         batch_size=options.pop("batch_size", 8),
         positions=options.pop("positions", "all"),
     )
-    plan = Plan(ReadDesign(Component()), options.pop("target", None), last=options.pop("last", False), **options)
+    design = ReadDesign(Component(), rows=options.pop("rows", read.ROWS))
+    plan = Plan(design, options.pop("target", None), last=options.pop("last", False), **options)
     return collect(adapter, prompts, plan, progress=False).statistics
 
 
@@ -165,10 +166,9 @@ def test_the_side_of_the_padding_does_not_matter(left: bool) -> None:
         assert_same_sums(one, other, 1e-6)
 
 
-def test_what_is_kept_does_not_grow_with_the_number_of_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(read, "ROWS", 100)
+def test_what_is_kept_does_not_grow_with_the_number_of_prompts() -> None:
     model = architectures.hooked("gpt2")
-    few, many = (collected(model, architectures.prompts(batch=size)) for size in (8, 64))
+    few, many = (collected(model, architectures.prompts(batch=size), rows=100) for size in (8, 64))
     sizes = [{key: value.numel() for key, value in one.sums.items()} for one in (few, many)]
     assert sizes[0] == sizes[1] and not few.moments
     assert [min(len(one.rows["contributions"]), 100) for one in (few, many)] == [100, 100]

@@ -134,7 +134,7 @@ def circuit_lasso(
 
     >>> import tl_circuitlasso as tcl
     >>> demo = tcl.load_demo(prompts=32)
-    >>> graph = circuit_lasso(demo.model, demo.tokens, target=demo.target, positions="last", progress=False)
+    >>> graph = tcl.circuit_lasso(demo.model, demo.tokens, target=demo.target, positions="last", progress=False)
     >>> sorted(graph.kept_edges() & demo.true_edges)[:2]
     [('a0.h1', 'a1.h2'), ('a1.h2', 'a2.h0')]
     """
