@@ -14,6 +14,7 @@ from tests import architectures
 from tests.sae.training import plain_sae
 from tl_circuitlasso.bench.measure import measured
 from tl_circuitlasso.discover import pace, planning
+from tl_circuitlasso.discover import stages as staging
 from tl_circuitlasso.discover.job import Request
 from tl_circuitlasso.discover.pace import Pace
 from tl_circuitlasso.discover.run import circuit_lasso, plan
@@ -42,7 +43,7 @@ def prompts(count: int, vocab: int = 31, length: int = 40, seed: int = 0) -> Ten
     return torch.randint(vocab, (count, length), generator=torch.Generator().manual_seed(seed))
 
 
-def stages(found: tcl.RunPlan) -> dict[str, planning.Stage]:
+def stages(found: tcl.RunPlan) -> dict[str, staging.Stage]:
     return {stage.name: stage for stage in found.stages}
 
 
@@ -199,9 +200,9 @@ def test_fewer_pairs_at_once_change_no_number(wide: Any) -> None:
 def test_half_a_batch_is_counterparts(small: Any) -> None:
     given = {"corrupted": prompts(24, length=8, seed=1), "target": tcl.LogitDiff([3] * 24, [4] * 24), "batch_size": 8}
     with request(small, prompts(24, length=8), **given).opened() as job:
-        assert planning._sizes(job) == (8, 8) and job.batch_size == 4
+        assert staging._sizes(job) == (8, 8) and job.batch_size == 4
         cut = job.batched(1)
-        assert planning._sizes(cut) == (2, 8) and planning._differences(job, cut) == ("batch_size 8 to 2",)
+        assert staging._sizes(cut) == (2, 8) and planning._differences(job, cut) == ("batch_size 8 to 2",)
 
 
 def test_a_batch_is_cut_where_that_is_needed_and_the_run_keeps_to_it(wide: Any) -> None:

@@ -19,7 +19,7 @@ from tl_circuitlasso.data.targets import LogitDiff
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.graph.nodes import Block, NodeIndex
-from tl_circuitlasso.graph.provenance import question, record
+from tl_circuitlasso.graph.provenance import FREE, question, record
 from tl_circuitlasso.models import Adapter, adapt
 from tl_circuitlasso.models.neuron_scores import Batch, ByGradient, BySweep, Scoring, scores
 from tl_circuitlasso.models.pairs import Metric, Pairs, pairs_of, shown
@@ -162,8 +162,7 @@ def random_nodes(
     shape = adapter.shape
     width = {"neuron": shape.d_mlp, "head": shape.n_heads}.get(basis, shape.d_model)
     found = {key: torch.rand(width, dtype=torch.float64, generator=generator) for key in setup.keys}
-    nothing: dict[str, Any] = {"prompts": None, "unit": None, "forward": 0, "backward": 0, "seconds": {}}
-    facts = record("random_nodes", adapter.facts(), seed=seed, **nothing)
+    facts = record("random_nodes", adapter.facts(), seed=seed, **FREE)
     return score_graph(adapter, basis, found, Site("logits"), max_nodes, facts)
 
 

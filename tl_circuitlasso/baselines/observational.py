@@ -11,7 +11,7 @@ from torch import Tensor
 from tl_circuitlasso.baselines.edges import EdgeLayout, pieces_of, written_out
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
-from tl_circuitlasso.graph.provenance import record
+from tl_circuitlasso.graph.provenance import FREE, record
 from tl_circuitlasso.models import Adapter, Batch, adapt
 from tl_circuitlasso.models.metric import Metric
 from tl_circuitlasso.models.pairs import Pairs, pairs_of
@@ -52,16 +52,7 @@ def information_flow_routes(
     scores = torch.zeros(layout.n_sources, layout.n_readers, dtype=torch.float64, device=data.adapter.device)
     for batch in _watched(data, "information_flow_routes", progress):
         _add_nearness(layout, data.adapter, scores, batch, input_node)
-    made = record(
-        "information_flow_routes",
-        data.adapter.facts(),
-        prompts=len(data),
-        unit="share of what is read",
-        forward=1,
-        backward=0,
-        seconds={"scores": time.perf_counter() - began},
-        input_node=input_node,
-    )
+    made = _record("information_flow_routes", data, "share of what is read", began, input_node=input_node)
     return layout.graph(scores / len(data), made)
 
 
@@ -122,19 +113,16 @@ def correlation(
     data = pairs_of(model, clean, None, attention_mask=attention_mask, batch_size=batch_size)
     layout = EdgeLayout(data.adapter.shape)
     rv = _rv(_covariance(data, layout, seed, progress), len(layout.index)).cpu()
-    made = record(
-        "correlation",
-        data.adapter.facts(),
-        prompts=len(data),
-        unit="squared correlation",
-        forward=1,
-        backward=0,
-        seconds={"scores": time.perf_counter() - began},
-        seed=seed,
-    )
+    made = _record("correlation", data, "squared correlation", began, seed=seed)
     allowed = layout.index.allowed()
     graph = AttributionGraph.from_adjacency(layout.index, torch.where(allowed, rv, 0.0), provenance=made)
     return graph.keep(torch.ones_like(graph.kept))
+
+
+def _record(method: str, data: Pairs, unit: str, began: float, **own: Any) -> dict[str, Any]:
+    """The record of one forward pass over the prompts."""
+    spent: dict[str, Any] = {"forward": 1, "backward": 0, "seconds": {"scores": time.perf_counter() - began}}
+    return record(method, data.adapter.facts(), prompts=len(data), unit=unit, **spent, **own)
 
 
 def _watched(data: Pairs, method: str, progress: bool) -> Iterator[Batch]:
@@ -220,5 +208,4 @@ def random_edges(
     layout = EdgeLayout(adapter.shape)
     generator = torch.Generator().manual_seed(seed)
     scores = torch.rand(layout.n_sources, layout.n_readers, dtype=torch.float64, generator=generator)
-    nothing: dict[str, Any] = {"prompts": None, "unit": None, "forward": 0, "backward": 0, "seconds": {}}
-    return layout.graph(scores, record("random_edges", adapter.facts(), seed=seed, **nothing))
+    return layout.graph(scores, record("random_edges", adapter.facts(), seed=seed, **FREE))

@@ -13,6 +13,7 @@ from tl_circuitlasso.discover.asked import as_design, as_strength, check_feature
 from tl_circuitlasso.discover.confirming import Confirmation, check_method, prepare
 from tl_circuitlasso.discover.designs import way_of
 from tl_circuitlasso.discover.provenance import provenance
+from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.models.adapter import Adapter, adapt
 from tl_circuitlasso.models.bases import Neuron, as_basis
 from tl_circuitlasso.models.designs import Design
@@ -21,11 +22,12 @@ from tl_circuitlasso.models.memory import as_bytes
 from tl_circuitlasso.models.metric import with_tokens
 from tl_circuitlasso.models.pairs import Pairs, pairs_of
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
-from tl_circuitlasso.models.read import ReadDesign
+from tl_circuitlasso.models.read import ReadDesign, affordable_draws
 from tl_circuitlasso.models.sae import SAEFeatures
 from tl_circuitlasso.models.tokens import Prompts
 
 PAIR = 2  # prompts in a pair, so the fewest of a batch
+STREAM = "for a stream, whose lengths aren't known before it is read: give a list or a tensor"
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +62,24 @@ class Job:
     def batch_size(self) -> int:
         """The most prompts of a batch."""
         return self.prompts.batch_size
+
+    @property
+    def given(self) -> int:
+        """How many prompts there are. InputError of a stream, which doesn't know it beforehand."""
+        if self.prompts.n_prompts is None:
+            raise InputError(f"nothing can be planned {STREAM}")
+        return self.prompts.n_prompts
+
+    @property
+    def used(self) -> int:
+        """How many prompts are looked at."""
+        paired = isinstance(self.what, ReadDesign | Neuron)
+        return min(self.given, self.max_prompts or self.given) if paired else self.given
+
+    @property
+    def draws(self) -> int:
+        """How often every batch is paired anew."""
+        return 1 if self.pairs is not None else affordable_draws(self.adapter, self.used, self.prompts.width)
 
     @property
     def twins(self) -> Prompts | None:

@@ -129,10 +129,9 @@ def _grown(
     The sizes of effects hardly change with the prompts, weights of parents that work alike do: so sizes say which edges
     make the circuit, and weights decide between edges of like size.
     """
+    value, count = size * (1 + weight), edges.pair[weight > 0].unique().numel()
     ends = selection.Edges(edges.source, edges.target, index.ranks)
-    value = size * (1 + weight)
-    count = int(edges.pair[weight > 0].unique().numel())
-    kept = selection.choose(ends, value, count, "greedy", ends.pairs)
+    kept = selection.choose(ends, value, count, "greedy", edges.pair)
     bar = value[kept].min() if bool(kept.any()) else torch.inf
     return kept, steadiness(found, value / bar, generator)
 

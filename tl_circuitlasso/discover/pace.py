@@ -11,8 +11,9 @@ from torch import Tensor
 
 from tl_circuitlasso.data.targets import Labels, Values, take
 from tl_circuitlasso.discover.job import Job
-from tl_circuitlasso.discover.planning import RunPlan, Stage, draws_of, used
+from tl_circuitlasso.discover.planning import RunPlan
 from tl_circuitlasso.discover.refining import CHEAP, ROUNDS, SHARE
+from tl_circuitlasso.discover.stages import Stage
 from tl_circuitlasso.models import read
 from tl_circuitlasso.models.bases import Neuron
 from tl_circuitlasso.models.collect import Plan, left_aligned, sample_of
@@ -50,7 +51,7 @@ def with_times(plan: RunPlan, job: Job) -> RunPlan:
 
 def measure(job: Job) -> Pace:
     """Run the first batch; a few of its prompts before, to be warm."""
-    batch = first_prompts(_first(job), used(job))
+    batch = first_prompts(_first(job), job.used)
     whole = _whole(job)
 
     def bare(some: Batch) -> None:
@@ -126,7 +127,7 @@ def _unprobed(job: Job) -> Any:
     """The design, with a probe that says nothing where one would be fitted first."""
     if not isinstance(job.what, ReadDesign):
         return job.what
-    design = replace(job.what, draws=draws_of(job))
+    design = replace(job.what, draws=job.draws)
     if not isinstance(job.target, Labels | Values):
         return design
     columns = int(job.target.y.max()) + 1 if isinstance(job.target, Labels) else 1
@@ -136,7 +137,7 @@ def _unprobed(job: Job) -> Any:
 
 def _seconds(stage: Stage, job: Job, pace: Pace) -> float | None:
     """What a stage takes at this pace; None where it can't be told."""
-    prompts, adapter = used(job), job.adapter
+    prompts, adapter = job.used, job.adapter
     if stage.name in ("outputs", "probe"):
         return pace.forward * (job.prompts.n_prompts or 0) * (stage.passes or 0.0)
     if stage.name in ("statistics", "encode", "forward and sweep"):
@@ -151,6 +152,6 @@ def _seconds(stage: Stage, job: Job, pace: Pace) -> float | None:
 
 def _products(job: Job, design: ReadDesign) -> float:
     """Multiplications of the Grams of all children, where no parent is left out beforehand."""
-    rows = min(read.row_capacity(job.adapter, design.rows), used(job) * draws_of(job))
+    rows = min(read.row_capacity(job.adapter, design.rows), job.used * job.draws)
     sizes = [(heads, sources * (3 if key.startswith("a") else 1)) for key, heads, sources in read.children(job.adapter)]
     return float(sum(heads * rows * columns**2 for heads, columns in sizes)) / job.ranks.size

@@ -28,9 +28,10 @@ from tl_circuitlasso.discover.designs import DESIGNS, learn
 from tl_circuitlasso.discover.drawing import draw_by_output
 from tl_circuitlasso.discover.job import Job, Request, checked_prompts
 from tl_circuitlasso.discover.pace import with_times
-from tl_circuitlasso.discover.planning import RunPlan, fitted, peak, stages_of, unplanned, used
+from tl_circuitlasso.discover.planning import RunPlan, fitted, peak, unplanned
 from tl_circuitlasso.discover.probing import fit_probe
 from tl_circuitlasso.discover.provenance import confirmed, per_prompt
+from tl_circuitlasso.discover.stages import stages_of
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.features import FeatureSetup, Rule, learn_features
 from tl_circuitlasso.graph import AttributionGraph
@@ -42,7 +43,6 @@ from tl_circuitlasso.models.designs import Design
 from tl_circuitlasso.models.memory import as_bytes, free_bytes
 from tl_circuitlasso.models.metric import with_tokens
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
-from tl_circuitlasso.models.read import affordable_draws
 from tl_circuitlasso.models.sae import SAEFeatures
 from tl_circuitlasso.models.tokens import Positions
 from tl_circuitlasso.neurons import Behaviour, neuron_circuit
@@ -191,7 +191,7 @@ def plan(model: Any, tokens: AnyPrompts, **arguments: Any) -> RunPlan:
         ahead = RunPlan(
             stages=tuple(stages_of(job)),
             prompts=asked.prompts.n_prompts or 0,
-            used=used(job),
+            used=job.used,
             batch_size=job.batch_size,
             asked_batch_size=asked.batch_size,
             device=str(job.adapter.device),
@@ -348,8 +348,7 @@ def _plan(job: Job, design: Design) -> tuple[Plan, int]:
     passes = 0
     adapter, prompts, target = job.adapter, job.prompts, job.target
     if design.paired and prompts.n_prompts is not None:
-        draws = 1 if getattr(design, "contrast", False) else affordable_draws(adapter, prompts.n_prompts, prompts.width)
-        design = replace(design, draws=draws)
+        design = replace(design, draws=job.draws)
     if design.paired and isinstance(target, (Labels, Values)):
         probe, passes = fit_probe(adapter, prompts, target, last=job.last, progress=job.progress, ranks=job.ranks)
         design = replace(design, probe=probe)

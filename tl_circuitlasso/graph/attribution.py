@@ -36,6 +36,9 @@ from tl_circuitlasso.graph import selection
 from tl_circuitlasso.graph.nodes import NodeIndex
 from tl_circuitlasso.graph.verbs import Verbs
 
+Pair = tuple[str, str]  # source and target
+Entry = tuple[str, str, str]  # and the port between
+
 _log = logging.getLogger(__name__)
 
 
@@ -155,7 +158,7 @@ class AttributionGraph(Verbs):
     def from_edges(
         cls,
         index: NodeIndex,
-        edges: Mapping[Any, float],
+        edges: Mapping[Pair, float] | Mapping[Entry, float] | Mapping[Pair | Entry, float],
         **rest: Any,
     ) -> "AttributionGraph":
         """A graph from `{(source, target): score}` or `{(source, target, port): score}` by name; all edges are kept.

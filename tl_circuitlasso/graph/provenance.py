@@ -23,6 +23,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 MUTE: Mapping[str, Any] = {"target": None, "positions": None}  # what is asked where it isn't known
+# of a method that looks at no prompt
+FREE: Mapping[str, Any] = {"prompts": None, "unit": None, "forward": 0, "backward": 0, "seconds": {}}
 _PACKAGES = ("tl-circuitlasso", "torch", "transformer-lens")
 
 

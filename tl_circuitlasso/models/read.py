@@ -7,8 +7,8 @@ difference that runs through it. Two kinds of sums are kept, both additive, and 
 - `cost/...`: the expected cost to the target (KL in nats, or absolute change) of each edge's contribution alone;
 - `node`: the same for all of a component's contributions together, so that cancelling paths count as what they do;
 - `effect/...`: the mean change, with its sign, where the target is a number and prompts have counterparts;
-- rows: the contributions themselves, the data of every child's sparse regression y_v = sum_u a_u g[u -> v], a >= 0
-  (a non-negative garrote; Breiman 1995), with y_v = sum_u g[u -> v].
+- rows: the contributions themselves, the data of every child's sparse regression y_v = sum_u a_u g[u -> v],
+  0 <= a <= 1 (a garrote; Breiman 1995), with y_v = sum_u g[u -> v].
 """
 
 from collections.abc import Iterator, Mapping
