@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +13,10 @@ from torch import Tensor
 import tl_circuitlasso as tcl
 from tests import architectures
 from tests.test_learning import CHAIN, read_statistics
+from tl_circuitlasso.data.statistics import Statistics
 from tl_circuitlasso.discover.designs import learn
 from tl_circuitlasso.discover.drawing import draw_by_output
+from tl_circuitlasso.discover.garrote import aligned, children
 from tl_circuitlasso.models.adapter import adapt
 from tl_circuitlasso.models.outcome import _others
 from tl_circuitlasso.models.tokens import Prompts
@@ -236,7 +239,7 @@ def test_contrast_pairs_give_signed_effects_that_add_up() -> None:
 
 
 def test_between_counterparts_the_regression_decides_where_costly_edges_carry_too_little(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from tl_circuitlasso.discover import learning_read
 
@@ -245,13 +248,15 @@ def test_between_counterparts_the_regression_decides_where_costly_edges_carry_to
     target = tcl.LogitDiff([1] * 16, [2] * 16)
     options = {"corrupted": other, "target": target, "positions": "last", "progress": False, "refined": False}
     monkeypatch.setattr(learning_read, "ENOUGH", 2.0)
-    decided = tcl.circuit_lasso(model, clean, **options)
+    decided = tcl.circuit_lasso(model, clean, checkpoint=tmp_path / "statistics", **options)
     assert decided.provenance["chosen_by"] == "regression"
     weight = decided.weight
     assert float(weight.max()) <= 1 and float(weight.min()) >= 0  # no parent stands for others
-    value = decided.extras["mean_abs"] * (1 + weight)
     count = len({(int(s), int(t)) for s, t in zip(decided.source[weight > 0], decided.target[weight > 0])})
-    grown = dataclasses.replace(decided, score=value).top_k(count, how="greedy")  # the regression says how many
+    found = children(Statistics.load(tmp_path / "statistics"), decided.index)
+    # the regression says how many; how much they do, and how far they do it for their child, says which
+    value = decided.extras["mean_abs"] * (learning_read.UNALIGNED + 0.6 * aligned(found))
+    grown = dataclasses.replace(decided, score=value).top_k(count, how="greedy")
     assert decided.kept_edges() == grown.kept_edges() and decided.n_kept >= count > 0
     stability = decided.extras["stability"]
     assert (

@@ -12,7 +12,7 @@ from tl_circuitlasso.data.sites import Site
 from tl_circuitlasso.data.statistics import Statistics, add_folds, empty_folds
 from tl_circuitlasso.discover import learning_read
 from tl_circuitlasso.discover.designs import learn
-from tl_circuitlasso.discover.garrote import Asked, Child, garrote, steadiness
+from tl_circuitlasso.discover.garrote import Asked, Child, aligned, garrote, steadiness
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph.nodes import Block, NodeIndex, component_index
 from tl_circuitlasso.graph.relevance import propagate
@@ -210,3 +210,13 @@ def test_an_edge_is_steady_as_far_as_its_size_is() -> None:
     child = Child(1, (0,), torch.arange(3), rows, empty, None, empty, empty)
     share = steadiness([child], torch.tensor([1.2, 1.2, 0.8]).double(), torch.Generator().manual_seed(0))
     assert share[0] == 1 and 0.4 < float(share[1]) < 0.85 and share[2] == 0  # 1 - (1 - 1/100)^100 is .63
+
+
+def test_an_edge_is_aligned_as_far_as_it_works_for_its_child() -> None:
+    whole = torch.tensor([1.0, -1.0, 2.0, -2.0])
+    halves = torch.tensor([1.0, 1.0, 1.0, 1.0])  # with the child in two rows, as much against it in the others
+    rows = torch.stack([2 * whole, halves, -0.5 * whole, torch.zeros(4)], dim=1)
+    empty = torch.zeros(1, 4, dtype=torch.float64)
+    child = Child(1, (0,), torch.arange(4), rows, empty, None, empty, empty)
+    found = aligned([child])
+    assert found[0] == 1 and found[2] == 0 and found[3] == 0 and 0 < float(found[1]) < 0.5

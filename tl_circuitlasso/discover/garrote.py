@@ -150,6 +150,18 @@ def resampled(
     return torch.cat(parts)
 
 
+def aligned(found: list[Child]) -> Float[Tensor, " edge"]:
+    """How far each edge works for its child: sum of g y over sum of |g y|, y the child's whole contribution; 1 where it
+    does in every row, 0 where it works as much against it as for it, or more."""
+    parts = []
+    for child in found:
+        rows = child.rows.double()
+        products = rows * rows.sum(1, keepdim=True)
+        size = products.abs().sum(0).clamp_min(torch.finfo(products.dtype).tiny)
+        parts.append((products.sum(0) / size).clamp_min(0))
+    return torch.cat(parts)
+
+
 def steadiness(
     found: list[Child], relative: Float[Tensor, " edge"], generator: torch.Generator
 ) -> Float[Tensor, " edge"]:
@@ -158,8 +170,10 @@ def steadiness(
     count = len(found[0].rows)
     draws = torch.randint(count, (RESAMPLES, count), generator=generator)
     times = torch.zeros(RESAMPLES, count).scatter_add_(1, draws, torch.ones(draws.shape))
-    parts = []
+    parts, start = [], 0
     for child in found:
         sizes = child.rows.abs()
-        parts.append(times @ sizes / sizes.sum(0).clamp_min(torch.finfo(sizes.dtype).tiny))
-    return (torch.cat(parts, dim=1).double() * relative >= 1).double().mean(0)
+        grown = times @ sizes / sizes.sum(0).clamp_min(torch.finfo(sizes.dtype).tiny)
+        own, start = relative[start : start + sizes.shape[1]], start + sizes.shape[1]
+        parts.append((grown.double() * own >= 1).double().mean(0))
+    return torch.cat(parts)

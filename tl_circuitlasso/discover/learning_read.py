@@ -12,7 +12,7 @@ from tl_circuitlasso.data import schema
 from tl_circuitlasso.data.sharing import ALONE, Ranks
 from tl_circuitlasso.data.statistics import Statistics
 from tl_circuitlasso.discover.choice import Edges, between_counterparts, mean_of
-from tl_circuitlasso.discover.garrote import Asked, Child, children, garrote, resampled, steadiness
+from tl_circuitlasso.discover.garrote import Asked, Child, aligned, children, garrote, resampled, steadiness
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph, selection
 from tl_circuitlasso.graph.nodes import NodeIndex
@@ -23,6 +23,7 @@ LEAST_SHARE = 1 / 30_000  # of the target's mean squared difference: what an edg
 MANY_PAIRS = 256  # where more pairs of components are costly enough, costs have no gap and the regression decides
 ENOUGH = 0.8  # of the target's difference: what the edges chosen by cost must carry between counterparts
 LEFT_OUT = 0.1  # of its score is what an edge keeps that the regression leaves out: others carry what it carries
+UNALIGNED = 0.4  # of its size is what an edge is worth that works as much against its child as for it
 LEFT_OUT_ALONE = 0.5  # the same without counterparts, where weights change with who is compared with whom
 
 
@@ -49,10 +50,10 @@ def learn_read(
     squares where it is a number), and never so high that no path is left. Where more than 256 pairs of components
     are that costly there's no such gap; and between prompts and their counterparts, what is that costly may carry less
     than 80 % of the difference. Then the regression decides: kept is what has a weight; between counterparts as many
-    pairs as have one, grown back from the target by size (1 + weight), since sizes hardly change with the prompts.
-    Scores fall with the weight, to a tenth without one (a half without counterparts), so that circuits of any size hold
-    the chosen edges first. With a `strength` of your own, "ebic", "mcp" or "cv" edges need both, with "stability" a
-    stability of 0.8. Then pruned to paths from input to target.
+    pairs as have one, grown back from the target by size (.4 + .6 alignment), `garrote.aligned`, since neither changes
+    much with the prompts. Scores fall with the weight, to a tenth without one (a half without counterparts), so that
+    circuits of any size hold the chosen edges first. With a `strength` of your own, "ebic", "mcp" or "cv" edges need
+    both, with "stability" a stability of 0.8. Then pruned to paths from input to target.
 
     Raises
     ------
@@ -123,13 +124,15 @@ def _grown(
     weight: Float[Tensor, " edge"],
     generator: torch.Generator,
 ) -> tuple[Bool[Tensor, " edge"], Float[Tensor, " edge"]]:
-    """As many pairs of components as the regression gives a weight, grown back from the target by size (1 + weight),
-    and the share of bootstrap resamples of the rows in which an edge is as large as the least of them.
+    """As many pairs of components as the regression gives a weight, grown back from the target by size (.4 + .6
+    alignment), and the share of bootstrap resamples of the rows in which an edge is as large as the least of them.
 
-    The sizes of effects hardly change with the prompts, weights of parents that work alike do: so sizes say which edges
-    make the circuit, and weights decide between edges of like size.
+    Sizes and alignments hardly change with the prompts, weights of parents that work alike do: so the regression says
+    how many edges make the circuit, and which ones is said by how much they do and how far they do it for their child.
+    By size alone as many edges that work against each other would come in, and the circuit would carry less.
     """
-    value, count = size * (1 + weight), edges.pair[weight > 0].unique().numel()
+    value = size * (UNALIGNED + (1 - UNALIGNED) * aligned(found))
+    count = edges.pair[weight > 0].unique().numel()
     ends = selection.Edges(edges.source, edges.target, index.ranks)
     kept = selection.choose(ends, value, count, "greedy", edges.pair)
     bar = value[kept].min() if bool(kept.any()) else torch.inf
