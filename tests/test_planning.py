@@ -13,6 +13,7 @@ import tl_circuitlasso as tcl
 from tests import architectures
 from tests.sae.training import plain_sae
 from tl_circuitlasso.bench.measure import measured
+from tl_circuitlasso.discover import job as jobs
 from tl_circuitlasso.discover import pace, planning
 from tl_circuitlasso.discover import stages as staging
 from tl_circuitlasso.discover.job import Request
@@ -195,6 +196,22 @@ def test_fewer_pairs_at_once_change_no_number(wide: Any) -> None:
     assert record["budget"] == room >= record["planned"] and [what[:5] for what in record["cut"]] == ["pairs"]
     assert cut.provenance["batch_size"] == 16
     assert torch.allclose(cut.score, whole.score, rtol=1e-4, atol=1e-7)
+
+
+def test_counterparts_share_a_batch_as_far_as_their_activations_are_small(
+    small: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a large model fewer run at once than `batch_size`; the graph is the same."""
+    target = tcl.LogitDiff([3] * 24, [4] * 24)
+    given = {"corrupted": prompts(24, length=8, seed=1), "target": target, "progress": False, "refined": False}
+    tokens = prompts(24, length=8)
+    whole = circuit_lasso(small, tokens, **given)
+    assert whole.provenance["batch_size"] == 16
+    monkeypatch.setattr(jobs, "HELD", 0)
+    monkeypatch.setattr(jobs, "HELD_SHARE", 1e-9)
+    cut = circuit_lasso(small, tokens, **given)
+    assert cut.provenance["batch_size"] == 1 and cut.kept_edges() == whole.kept_edges()
+    torch.testing.assert_close(cut.score, whole.score, rtol=1e-3, atol=1e-4 * float(whole.score.abs().max()))
 
 
 def test_half_a_batch_is_counterparts(small: Any) -> None:

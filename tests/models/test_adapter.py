@@ -13,6 +13,7 @@ from torch import nn
 from tests import architectures
 from tl_circuitlasso.errors import InputError, ModelError
 from tl_circuitlasso.models import adapt, position_ids
+from tl_circuitlasso.models import adapter as adapters
 
 ALL_KINDS = ("resid_pre", "resid_post", "z", "q", "k", "v", "pattern", "mlp_pre", "mlp_linear", "mlp_post", "mlp_out")
 SCALES = ("attn", "mlp", "attn_out", "mlp_out", "q", "k")
@@ -137,6 +138,26 @@ def test_folded_weights_are_kept_and_shared_heads_repeated() -> None:
     assert torch.equal(reader.weight[0], reader.weight[1])
     assert not torch.equal(reader.weight[1], reader.weight[2])
     assert adapter.reader(0, "k") is reader
+
+
+def test_of_folded_weights_the_latest_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large model is never held a second time: what was used longest ago goes, and is folded again."""
+    adapter = adapt(architectures.hooked("llama"))
+    first, second = adapter.reader(0, "q"), adapter.reader(0, "k")
+    room = sum(part.nbytes for part in (second.weight, second.bias))
+    monkeypatch.setattr(adapters, "CACHE_BYTES", 2 * room)
+    third = adapter.reader(1, "q")
+    assert adapter.reader(1, "q") is third and adapter.reader(0, "k") is second
+    again = adapter.reader(0, "q")
+    assert again is not first and torch.equal(again.weight, first.weight)
+    assert adapter.reader(0, "k") is second and adapter.reader(1, "q") is not third
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_some_columns_of_the_unembedding_are_those_of_the_whole(family: str) -> None:
+    adapter, tokens = adapt(architectures.hooked(family)), torch.tensor([3, 0, 3])
+    for some, whole in zip(adapter.unembed(tokens), adapter.unembed()):
+        torch.testing.assert_close(some, whole[..., tokens])
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "solu", "solu_ln"])

@@ -14,6 +14,7 @@ from tl_circuitlasso.discover.confirming import Confirmation, check_method, prep
 from tl_circuitlasso.discover.designs import way_of
 from tl_circuitlasso.discover.provenance import provenance
 from tl_circuitlasso.errors import InputError
+from tl_circuitlasso.models import footprint
 from tl_circuitlasso.models.adapter import Adapter, adapt
 from tl_circuitlasso.models.bases import Neuron, as_basis
 from tl_circuitlasso.models.designs import Design
@@ -27,6 +28,8 @@ from tl_circuitlasso.models.sae import SAEFeatures
 from tl_circuitlasso.models.tokens import Prompts
 
 PAIR = 2  # prompts in a pair, so the fewest of a batch
+HELD = 64 << 20  # bytes that the activations of prompts and counterparts may always take
+HELD_SHARE = 0.4  # of the weights' bytes, what they may take in a large model
 STREAM = "for a stream, whose lengths aren't known before it is read: give a list or a tensor"
 
 
@@ -187,8 +190,17 @@ class Request:
         pairs = pairs_of(job.adapter, job.prompts, self.corrupted)
         if not isinstance(job.what, ReadDesign):
             return replace(job, prompts=pairs.clean, pairs=pairs, causal=causal)
-        pairs = pairs.batched(max(1, job.batch_size // 2), fewest=1)  # a prompt and its counterpart run together
+        pairs = pairs.batched(_pairs_at_once(job, pairs), fewest=1)  # a prompt and its counterpart run together
         return replace(job, prompts=pairs.clean, pairs=pairs, what=replace(job.what, contrast=True), causal=causal)
+
+
+def _pairs_at_once(job: Job, pairs: Pairs) -> int:
+    """How many prompts share a batch with their counterparts: half of `batch_size`, fewer where their activations would
+    take more than two fifths of what the weights do. The graph is the same however many there are."""
+    keys = job.what.wanted(job.adapter, job.target) if isinstance(job.what, ReadDesign) else ()
+    one = PAIR * footprint.held(job.adapter, keys, 1, pairs.clean.width)
+    most = max(HELD, HELD_SHARE * sum(weight.nbytes for weight in job.adapter.model.parameters()))
+    return max(1, min(job.batch_size // PAIR, int(most / one)))
 
 
 def checked_prompts(

@@ -103,8 +103,9 @@ def circuit_lasso(
         penalty, for single coefficients: not for components of several directions), "stability".
     positions: "all" (without BOS and pads), "last", an index, a slice, a range, a bool mask, or one index per prompt.
     attention_mask: (batch, pos), 1 at real tokens, for padded token tensors.
-    batch_size: prompts per forward pass, counterparts included (design "read" pairs the prompts of a batch, so it runs
-        two at least); device: where to run (the model moves there and back).
+    batch_size: the most prompts of a forward pass, counterparts included (design "read" pairs the prompts of a batch,
+        so it runs two at least, and with counterparts no more than whose activations take two fifths of the weights).
+    device: where to run (the model moves there and back).
     progress: bars on a terminal; seed: of everything drawn at random; checkpoint: a file to resume collection from.
     max_prompts: design "read" compares pairs of prompts, and is done after a few hundred: of more, all are run once for
         their outputs and so many are drawn from strata of equal or similar output (None: all). A stream's tokens are

@@ -34,7 +34,7 @@ from tl_circuitlasso.models.hooks import COSTLY_FLAGS, find_module, observe, res
 from tl_circuitlasso.models.norms import Norm, read_norm
 from tl_circuitlasso.models.weights import MLP, Port, Reader, read_mlp, read_port, read_unembed, read_writer
 
-CACHE_BYTES = 2 << 30  # folded weights kept in memory; beyond it they are folded again at each use
+CACHE_BYTES = 32 << 20  # folded weights kept in memory; folding a layer again takes a hundredth of running it
 
 
 def adapt(model: Any) -> "Adapter":
@@ -74,7 +74,6 @@ class Adapter:
         self.n_ctx = int(model.cfg.n_ctx)
         self.has_tokenizer = getattr(model, "tokenizer", None) is not None
         self._folded: dict[tuple[str, int], Any] = {}
-        self._folded_bytes = 0
 
     # -- running ---------------------------------------------------------------------------------------------------
 
@@ -183,8 +182,13 @@ class Adapter:
             raise ModelError(f"`model` ({self.architecture}) has no MLPs")
         return self.folded("mlp", layer, lambda: read_mlp(self.model, layer, self.layouts[layer], self.compute_dtype))
 
-    def unembed(self) -> tuple[Float[Tensor, "d_model vocab"], Float[Tensor, "vocab"]]:
-        """Weight and bias: logits = soft_cap((resid_post @ weight) / scale.final + bias)."""
+    def unembed(
+        self, tokens: Int[Tensor, " some"] | None = None
+    ) -> tuple[Float[Tensor, "d_model vocab"], Float[Tensor, "vocab"]]:
+        """Weight and bias: logits = soft_cap((resid_post @ weight) / scale.final + bias); those of `tokens` only."""
+        if tokens is not None:
+            with torch.no_grad():
+                return read_unembed(self.model, self.compute_dtype, tokens)
         return self.folded("unembed", 0, lambda: read_unembed(self.model, self.compute_dtype))
 
     def norm(self, scale: str) -> Norm | None:
@@ -197,16 +201,21 @@ class Adapter:
         return self.folded(scale, number, lambda: norm_at(self.model, number, name, self.compute_dtype))
 
     def folded(self, what: str, layer: int, make: Callable[[], Any]) -> Any:
-        """What `make` makes of the weights of a layer, made once where it fits the memory set aside for that."""
-        if (what, layer) in self._folded:
-            return self._folded[what, layer]
-        with torch.no_grad():
-            made = make()
-        size = sum(part.nbytes for part in _tensors(made))
-        if self._folded_bytes + size <= CACHE_BYTES:
-            self._folded[what, layer] = made
-            self._folded_bytes += size
+        """What `make` makes of the weights of a layer; kept as long as what was used later fits beside it."""
+        made = self._folded.pop((what, layer), None)
+        if made is None:
+            with torch.no_grad():
+                made = make()
+        self._folded[what, layer] = made  # the latest last
+        self._forget()
         return made
+
+    def _forget(self) -> None:
+        """Let go of what was used longest ago, until the rest fits the memory set aside."""
+        sizes = {key: sum(part.nbytes for part in _tensors(made)) for key, made in self._folded.items()}
+        while sum(sizes.values()) > CACHE_BYTES:
+            oldest = next(iter(sizes))
+            del sizes[oldest], self._folded[oldest]
 
     # -- attention -------------------------------------------------------------------------------------------------
 

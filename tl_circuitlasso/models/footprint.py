@@ -43,12 +43,13 @@ def passing(adapter: Adapter, prompts: int, positions: int, *, logits: bool) -> 
 
 
 def folded(adapter: Adapter) -> int:
-    """Bytes of all folded weights that are kept once they have been used."""
+    """Bytes of the folded weights that are there at once: those that are kept, or the largest while it's in use."""
     shape = adapter.shape
     attention = 4 * shape.n_heads * shape.d_model * shape.d_head
     mlp = (3 if shape.gated else 2) * shape.d_model * shape.d_mlp
-    whole = shape.n_layers * (attention + mlp) + shape.d_model * shape.d_vocab_out
-    return min(itemsize(adapter) * whole, adapters.CACHE_BYTES)
+    unembed = shape.d_model * shape.d_vocab_out
+    whole = itemsize(adapter) * (shape.n_layers * (attention + mlp) + unembed)
+    return min(whole, max(adapters.CACHE_BYTES, itemsize(adapter) * max(attention, mlp, unembed)))
 
 
 def _storage(key: str) -> str:

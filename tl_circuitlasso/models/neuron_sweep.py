@@ -315,10 +315,9 @@ def unembedded(
     at_logits: Float[Tensor, "prompt pos vocab"],
 ) -> Float[Tensor, "prompt 1 pos d_model"]:
     """From multipliers at the logits of two runs back to the final residual stream over its norm's scale."""
-    weight, _ = adapter.unembed()
     used = at_logits.abs().amax((0, 1)).nonzero().flatten()  # a metric reads a few tokens, the vocabulary is wide
     m, cap = at_logits[..., used], adapter.logit_soft_cap
     if cap is not None:
         low, high = (cap * torch.atanh((side[..., used] / cap).clamp(-1 + 1e-7, 1 - 1e-7)) for side in (own, other))
         m = m * secant(lambda x: cap * torch.tanh(x / cap), low, high)
-    return (m @ weight[:, used].T).unsqueeze(1)
+    return (m @ adapter.unembed(used)[0].T).unsqueeze(1)

@@ -6,6 +6,7 @@ the weights in front of or behind the norm. Centring, gain and bias are told apa
 
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from tl_circuitlasso.errors import ModelError
 from tl_circuitlasso.models.hooks import is_a
 
+# Whether a module centres, and whether its weight means `1 + w`: found once, it stays true when the weights change.
+_KINDS: WeakKeyDictionary[Any, tuple[bool, bool]] = WeakKeyDictionary()
 _REMEDY = "use `design='activation'`, which doesn't need it, or another model"
 
 
@@ -60,25 +63,27 @@ def _probe(inner: Any, dtype: torch.dtype) -> Norm:
 
     The weights themselves are read, not measured: a bfloat16 norm answers with three digits only.
     """
-    weight, bias = getattr(inner, "weight", None), getattr(inner, "bias", None)
-    eps = _eps(inner)
-    candidates = [
-        Norm(centred, _gain(weight, offset, dtype), _as(bias, dtype), eps)
-        for centred in (False, True)
-        for offset in ((False, True) if weight is not None else (False,))
-    ]
+    weight, bias, eps = getattr(inner, "weight", None), getattr(inner, "bias", None), _eps(inner)
+
+    def norm(centred: bool, offset: bool) -> Norm:
+        return Norm(centred, _gain(weight, offset, dtype), _as(bias, dtype), eps)
+
+    if inner in _KINDS:
+        return norm(*_KINDS[inner])
+    kinds = [(c, offset) for c in (False, True) for offset in ((False, True) if weight is not None else (False,))]
     try:
         probe, answer = _ask(inner, weight)
     except (RuntimeError, TypeError) as error:
         raise ModelError(f"the norm {type(inner).__name__} can't be read; {_REMEDY}") from error
-    errors = [_distance(apply_norm(norm, probe.to(dtype)), answer.to(dtype)) for norm in candidates]
-    best = min(range(len(candidates)), key=errors.__getitem__)
+    errors = [_distance(apply_norm(norm(*kind), probe.to(dtype)), answer.to(dtype)) for kind in kinds]
+    best = min(range(len(kinds)), key=errors.__getitem__)
     if not errors[best] < 0.05:
         raise ModelError(
             f"the norm {type(inner).__name__} is neither LayerNorm nor RMSNorm (relative error {errors[best]:.2g}), so "
             f"its readers can't be linearised; {_REMEDY}"
         )
-    return candidates[best]
+    _KINDS[inner] = kinds[best]
+    return norm(*kinds[best])
 
 
 def _eps(inner: Any) -> float:

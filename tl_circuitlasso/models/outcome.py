@@ -130,7 +130,7 @@ def is_number(adapter: Adapter, target: Target) -> bool:
 def count(adapter: Adapter, target: Target, probe: Probe | None) -> int:
     """How many directions `outcome` follows."""
     if target is None:
-        vocabulary = adapter.unembed()[0].shape[1]
+        vocabulary = adapter.shape.d_vocab_out
         return vocabulary if vocabulary <= FEW_LOGITS else 2 if adapter.logit_soft_cap is None else 3
     return 1 if probe is None else probe.weight.shape[1]
 
@@ -148,28 +148,26 @@ def outcome(
 ) -> Outcome:
     """Directions and base values of the target for every pair; all logits are followed if there are at most `few`,
     else `generator` draws a direction of those that aren't."""
-    weight, _ = adapter.unembed()
     if target is None:
         return _of_logits(adapter, acts, pairs, few, generator)
+    stream = _final(adapter, acts, pairs)
     if isinstance(target, LogitDiff):
-        check_answers(target, weight.shape[1])
-        right, wrong = (_answer_column(weight, ids[pairs.own.cpu()]) for ids in target.ids(prompts))
+        check_answers(target, adapter.shape.d_vocab_out)
+        right, wrong = (_answer_column(adapter, ids[pairs.own.cpu()]) for ids in target.ids(prompts))
         return Outcome((right - wrong)[:, None], None)
     assert probe is not None
-    directions = probe.weight.T.to(weight).expand(len(pairs.own), -1, -1)
+    directions = probe.weight.T.to(stream).expand(len(pairs.own), -1, -1)
     if isinstance(target, Values):
         return Outcome(directions, None)
     directions = directions - directions.mean(1, keepdim=True)
-    stream = _final(adapter, acts, pairs)
     return Outcome(directions, stream @ probe.weight.to(stream) + probe.bias.to(stream))
 
 
-def _answer_column(
-    weight: Float[Tensor, "d_model vocab"], ids: Int[Tensor, "pair answer"]
-) -> Float[Tensor, "pair d_model"]:
+def _answer_column(adapter: Adapter, ids: Int[Tensor, "pair answer"]) -> Float[Tensor, "pair d_model"]:
     """The unembedding's column of each pair's answer, of several their mean."""
-    ids = ids.to(weight.device)
-    return answers_mean(weight.T[ids.clamp_min(0)], ids)
+    used, places = ids.clamp_min(0).unique(return_inverse=True)
+    columns = adapter.unembed(used)[0].T
+    return answers_mean(columns[places.to(columns.device)], ids.to(columns.device))
 
 
 def _final(adapter: Adapter, acts: Mapping[str, Tensor], pairs: Pairing) -> Float[Tensor, "pair d_model"]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tl_circuitlasso.errors import ModelError
@@ -230,10 +230,14 @@ def _named_activation(name: str) -> Activation:
     return known.get(name, nn.functional.silu)
 
 
-def read_unembed(model: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """W_U (d_model, vocab) and b_U (vocab) with the final norm folded in."""
-    weight = model.unembed.W_U.detach().to(dtype)
+def read_unembed(model: Any, dtype: torch.dtype, tokens: Int[Tensor, " some"] | None = None) -> tuple[Tensor, Tensor]:
+    """W_U (d_model, vocab) and b_U (vocab) with the final norm folded in; only the columns `tokens`, if given."""
+    weight = model.unembed.W_U.detach()
     bias = _bias(model.unembed, "b_U", weight.shape[-1], weight, dtype)
+    if tokens is not None:
+        tokens = tokens.to(weight.device)
+        weight, bias = weight[:, tokens], bias[tokens]
+    weight = weight.to(dtype)
     factor = _logit_factor(model)
     return fold_behind(read_norm(find_module(model, "ln_final"), dtype), _times(factor, weight), _times(factor, bias))
 
