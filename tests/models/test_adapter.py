@@ -142,10 +142,11 @@ def test_folded_weights_are_kept_and_shared_heads_repeated() -> None:
 
 def test_of_folded_weights_the_latest_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """A large model is never held a second time: what was used longest ago goes, and is folded again."""
-    adapter = adapt(architectures.hooked("llama"))
+    model = architectures.hooked("llama")
+    like = adapt(model).reader(0, "k")
+    monkeypatch.setattr(adapters, "CACHE_BYTES", 2 * sum(part.nbytes for part in (like.weight, like.bias)))
+    adapter = adapt(model)
     first, second = adapter.reader(0, "q"), adapter.reader(0, "k")
-    room = sum(part.nbytes for part in (second.weight, second.bias))
-    monkeypatch.setattr(adapters, "CACHE_BYTES", 2 * room)
     third = adapter.reader(1, "q")
     assert adapter.reader(1, "q") is third and adapter.reader(0, "k") is second
     again = adapter.reader(0, "q")

@@ -19,6 +19,7 @@ seconds as a number: `asked` and `cost` read both.
 
 import platform
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -78,6 +79,7 @@ def question(target: Any, positions: Any) -> dict[str, Any]:
     }
 
 
+@cache
 def _version(name: str) -> str:
     try:
         return version(name)

@@ -73,7 +73,8 @@ class Adapter:
         self.compute_dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         self.n_ctx = int(model.cfg.n_ctx)
         self.has_tokenizer = getattr(model, "tokenizer", None) is not None
-        self._folded: dict[tuple[str, int], Any] = {}
+        self._folded: dict[tuple[str, int], tuple[Any, int]] = {}  # with their bytes
+        self._room = CACHE_BYTES
 
     # -- running ---------------------------------------------------------------------------------------------------
 
@@ -202,20 +203,16 @@ class Adapter:
 
     def folded(self, what: str, layer: int, make: Callable[[], Any]) -> Any:
         """What `make` makes of the weights of a layer; kept as long as what was used later fits beside it."""
-        made = self._folded.pop((what, layer), None)
-        if made is None:
+        kept = self._folded.pop((what, layer), None)
+        if kept is None:
             with torch.no_grad():
                 made = make()
-        self._folded[what, layer] = made  # the latest last
-        self._forget()
-        return made
-
-    def _forget(self) -> None:
-        """Let go of what was used longest ago, until the rest fits the memory set aside."""
-        sizes = {key: sum(part.nbytes for part in _tensors(made)) for key, made in self._folded.items()}
-        while sum(sizes.values()) > CACHE_BYTES:
-            oldest = next(iter(sizes))
-            del sizes[oldest], self._folded[oldest]
+            kept = made, sum(part.nbytes for part in _tensors(made))
+            self._room -= kept[1]
+        self._folded[what, layer] = kept  # the latest last
+        while self._room < 0:
+            self._room += self._folded.pop(next(iter(self._folded)))[1]
+        return kept[0]
 
     # -- attention -------------------------------------------------------------------------------------------------
 
