@@ -74,7 +74,7 @@ def default_graph() -> tcl.AttributionGraph:
 
 
 def confirmed(model: Any, graph: tcl.AttributionGraph, *options: Any) -> Any:
-    return evaluate.confirm(graph, model, *options)
+    return evaluate.confirm(model, graph, *options)
 
 
 def steered(model: Any, graph: tcl.AttributionGraph, clean: Tensor, other: Tensor, metric: Any) -> Any:

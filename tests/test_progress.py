@@ -89,7 +89,7 @@ def _evaluations() -> dict[str, Call]:
         name: lambda run=run, *, given, **options: run(*given, **options) for name, run in on_graph.items()
     }
     calls["tests"] = lambda *, given, **options: tcl.evaluate.tests(*given, circuits=10, **options)
-    calls["confirm"] = lambda *, given, **options: tcl.evaluate.confirm(given[1], given[0], *given[2:], **options)
+    calls["confirm"] = lambda *, given, **options: tcl.evaluate.confirm(*given, **options)
     calls["stability"] = lambda *, given, **options: tcl.evaluate.stability(
         tcl.baselines.random_edges, given[0], *given[2:], resamples=2, **options
     )

@@ -48,7 +48,7 @@ def calls(model: Any) -> Iterator[tuple[str, str, Callable[[], Any]]]:
         yield (
             f"confirm({name}={value!r:.40})",
             f"`{name}`",
-            lambda o=options: evaluate.confirm(graph, model, **o),
+            lambda o=options: evaluate.confirm(model, graph, **o),
         )
     yield from graph_calls(graph)
     yield from (

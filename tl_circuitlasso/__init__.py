@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from tl_circuitlasso.discover.run import circuit_lasso as circuit_lasso
     from tl_circuitlasso.discover.run import collect_statistics as collect_statistics
     from tl_circuitlasso.discover.run import plan as plan
+    from tl_circuitlasso.experiment import Experiment as Experiment
     from tl_circuitlasso.formats.files import read as load  # noqa: F401
     from tl_circuitlasso.graph import AttributionGraph as AttributionGraph
     from tl_circuitlasso.graph.explaining import explain as explain
@@ -60,6 +61,7 @@ _NAMES = {  # public name: the module that holds it
     "AttributionGraph": "graph",
     "Component": "models.bases",
     "Labels": "data.targets",
+    "Experiment": "experiment",
     "LogitDiff": "data.targets",
     "Neuron": "models.bases",
     "NodeIndex": "graph.nodes",

@@ -6,14 +6,15 @@ from types import ModuleType
 from typing import Any
 
 
-def directory(room: str) -> Callable[[], list[str]]:
-    """A `__dir__` for the module `room`: `__all__` where there is one, else what the room holds without an underscore.
+def directory(room: str, *more: str) -> Callable[[], list[str]]:
+    """A `__dir__` for the module `room`: `__all__` where there is one, else what the room holds without an underscore
+    and `more`, public names whose home is another room.
 
     >>> from tl_circuitlasso import plot
     >>> "circuit" in dir(plot), "Path" in dir(plot), "storage" in dir(plot)
     (True, False, False)
     """
-    return lambda: sorted(_public(vars(sys.modules[room]), room))
+    return lambda: sorted([*_public(vars(sys.modules[room]), room), *more])
 
 
 def _public(names: Mapping[str, Any], room: str) -> list[str]:

@@ -11,13 +11,12 @@ from tl_circuitlasso import LogitDiff, Neuron, baselines, circuit_lasso
 from tl_circuitlasso.bench.measure import measured
 from tl_circuitlasso.evaluate.faithfulness import share_interval, shares
 from tl_circuitlasso.evaluate.features import (
-    FeatureOptions,
     circuit_of,
     feature_sites,
     measure_features,
     node_scores,
 )
-from tl_circuitlasso.evaluate.interventions import Intervention, intervention
+from tl_circuitlasso.experiment import Experiment
 from tl_circuitlasso.graph import AttributionGraph
 
 Method = Callable[[Any, Agreement], AttributionGraph]
@@ -93,9 +92,9 @@ def passes(graph: AttributionGraph) -> float:
     return round(sum(graph.provenance.get(part) or 0.0 for part in parts), 1)
 
 
-def mean_ablation(model: Any, data: Agreement) -> Intervention:
+def mean_ablation(model: Any, data: Agreement) -> Experiment:
     """Everything outside of a circuit carries its mean over the corrupted prompts at the same position."""
-    return intervention(
+    return Experiment(
         model, data.clean, data.corrupted, data.metric, "mean", mean_over="corrupted", batch_size=len(data.clean)
     )
 
@@ -106,11 +105,10 @@ def judged(model: Any, graph: AttributionGraph, data: Agreement, sizes: Sequence
     sites, scores = feature_sites(graph, setup.adapter, {}), node_scores(graph)
     ranked = sorted(scores, key=lambda node: -scores[node])
     sizes = [size for size in sizes if size <= len(ranked)]
-    options = FeatureOptions()
     circuits = [
-        circuit_of(graph, sites, options, set(ranked[:size]), rest=rest) for rest in (False, True) for size in sizes
+        circuit_of(setup, graph, sites, set(ranked[:size]), rest=rest) for rest in (False, True) for size in sizes
     ]
-    result = measure_features(setup, sites, [*circuits, circuit_of(graph, sites, options, set())])
+    result = measure_features(setup, sites, [*circuits, circuit_of(setup, graph, sites, set())])
     columns: dict[str, Any] = {"nodes": sizes}
     low, high = zip(*share_interval(result))
     for part, name in enumerate(("faithfulness", "completeness")):

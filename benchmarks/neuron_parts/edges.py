@@ -9,7 +9,7 @@ import pandas as pd
 from benchmarks.neuron_parts.agreement import mean_ablation, ours
 from benchmarks.neuron_parts.pairs import agreement_pairs
 from tl_circuitlasso.evaluate.faithfulness import share_interval, shares
-from tl_circuitlasso.evaluate.features import FeatureOptions, circuit_of, feature_sites, measure_features
+from tl_circuitlasso.evaluate.features import circuit_of, feature_sites, measure_features
 from tl_circuitlasso.neurons.links import rank_by
 
 RANKINGS = ("attribution", "garrote")
@@ -24,16 +24,16 @@ def edge_circuits(
     unseen = agreement_pairs(model, folder / f"{name}_test.json", test)
     graph = ours(model, seen, linked=linked)
     setup = mean_ablation(model, unseen)
-    sites, options = feature_sites(graph, setup.adapter, {}), FeatureOptions()
+    sites = feature_sites(graph, setup.adapter, {})
     rows, circuits = [], []
     for how in RANKINGS:
         ranked = rank_by(graph, how)
         for share in shares_of:
             kept = ranked.top_k(round(share * len(ranked))).prune()
-            circuits.append(circuit_of(graph, sites, options, kept.kept_nodes()))
+            circuits.append(circuit_of(setup, graph, sites, kept.kept_nodes()))
             neurons = sum(int(part.features.sum()) for part in circuits[-1].values())
             rows.append({"ranked by": how, "share": share, "edges": kept.n_kept, "neurons": neurons})
-    result = measure_features(setup, sites, [*circuits, circuit_of(graph, sites, options, set())])
+    result = measure_features(setup, sites, [*circuits, circuit_of(setup, graph, sites, set())])
     low, high = zip(*share_interval(result))
     table = pd.DataFrame(rows).assign(faithfulness=shares(result).tolist(), low=low, high=high)
     print(f"\n{name}: {linked} neurons, {len(graph)} candidate edges, {len(seen.clean)} pairs to find them")

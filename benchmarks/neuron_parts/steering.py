@@ -14,7 +14,8 @@ from benchmarks.neuron_parts.pairs import Agreement
 from tl_circuitlasso import LogitDiff
 from tl_circuitlasso.baselines.neurons import node_graph
 from tl_circuitlasso.data.sites import Site
-from tl_circuitlasso.evaluate.features import FeatureOptions, circuit_of, feature_sites
+from tl_circuitlasso.evaluate.features import feature_sites
+from tl_circuitlasso.evaluate.steer import all_but
 from tl_circuitlasso.models import adapt
 from tl_circuitlasso.models.feature_patch import Carried, run_features
 from tl_circuitlasso.models.pairs import pairs_of
@@ -113,5 +114,5 @@ def scaled(model: Any, neurons: Sequence[str], factor: float, tokens: Tensor) ->
         nodes[layer].append(neuron)
     graph = node_graph(adapter, "neuron", nodes, torch.ones(len(neurons)), Site("logits"), {})
     sites = feature_sites(graph, adapter, {})
-    rest = circuit_of(graph, sites, FeatureOptions(rest="keep"), set())
+    rest = {site.name: all_but(site, neurons) for site in sites}
     return run_features(adapter, tokens, None, sites, rest, Carried({}, {}, {}, float(factor)))

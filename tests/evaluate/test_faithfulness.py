@@ -20,8 +20,9 @@ from tl_circuitlasso import baselines
 from tl_circuitlasso.baselines.edges import EdgeLayout, to_matrix
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.circuits import as_circuits, kept_matrix, prune
-from tl_circuitlasso.evaluate.interventions import intervention, measure
+from tl_circuitlasso.evaluate.interventions import measure
 from tl_circuitlasso.evaluate.minimal import without_each
+from tl_circuitlasso.experiment import Experiment
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.graph.nodes import component_index
 from tl_circuitlasso.models import Adapter, adapt, patch, sources
@@ -74,7 +75,7 @@ def test_circuits_equal_the_packages_evaluate_graph(name, precision, theirs):
     keys = [key for key in keys if (name, precision, key) not in ILL_CONDITIONED]
     layout = EdgeLayout(adapt(model).shape)
     kept = [kept_matrix(circuit(selections[key.rpartition("|")[0]]["edges"], model), layout) for key in keys]
-    setup = intervention(
+    setup = Experiment(
         model, tokens["clean"], tokens["corrupted"], stored_metric(tokens), ABLATIONS[theirs], batch_size=8
     )
     found = measure(setup, torch.cat(kept))
@@ -198,7 +199,7 @@ def test_cutting_one_edge_equals_exact_patching(make, family):
     metric = tcl.evaluate.logit_diff([3, 4], [5, 6])
     layout = EdgeLayout(adapt(model).shape)
     everything = layout.graph(layout.mask().double(), {})
-    setup = intervention(model, clean, corrupted, metric)
+    setup = Experiment(model, clean, corrupted, metric)
     rows = list(range(0, len(everything), 7))
     found = without_each(setup, everything, layout, layout.mask()[None], rows)
     scores = baselines.exact(model, clean, corrupted, metric, batch_size=64).score[rows]
@@ -219,7 +220,7 @@ def test_baselines_and_circuits_mean_the_same_by_an_ablation(family, ablation, o
     everything = layout.graph(layout.mask().double(), {})
     rows = list(range(0, len(everything), 11))
     found = without_each(
-        intervention(model, tokens, other, metric, **options), everything, layout, layout.mask()[None], rows
+        Experiment(model, tokens, other, metric, **options), everything, layout, layout.mask()[None], rows
     )
     scores = baselines.exact(model, tokens, other, metric, batch_size=128, **options).score[rows]
     effects = (found.base - found.values).mean(1)
@@ -261,7 +262,7 @@ def test_learned_positions_belong_to_the_input_only_if_asked():
     layout = EdgeLayout(adapter.shape)
     made = {}
     for node in ("embed", "resid"):
-        setup = intervention(model, clean, None, tcl.evaluate.logit_diff([3, 4], [5, 6]), "zero", input_node=node)
+        setup = Experiment(model, clean, None, tcl.evaluate.logit_diff([3, 4], [5, 6]), "zero", input_node=node)
         made[node] = measure(setup, torch.zeros(1, layout.n_sources, layout.n_readers, dtype=torch.bool)).ablated
     bias = sum(adapter.writer(layer)[1] for layer in range(2))
     positions = adapter.run(clean, None, ["pos_embed"])["pos_embed"].expand(*clean.shape, -1)
@@ -298,11 +299,11 @@ def test_results_do_not_depend_on_batches_or_memory(monkeypatch):
     tokens = architectures.prompts(batch=7)
     kept, _ = random_circuits(adapter, 4, 0.5)
     metric = tcl.evaluate.next_token(tokens)
-    whole = measure(intervention(adapter, tokens, tokens.flip(0), metric), kept)
+    whole = measure(Experiment(adapter, tokens, tokens.flip(0), metric), kept)
     for module, name in ((patch, "PIECE"), (sources, "WRITTEN_OUT")):
         monkeypatch.setattr(module, name, 1)
     monkeypatch.setattr("tl_circuitlasso.evaluate.interventions.AT_ONCE", 1)
-    single = measure(intervention(adapter, tokens, tokens.flip(0), metric, batch_size=3), kept)
+    single = measure(Experiment(adapter, tokens, tokens.flip(0), metric, batch_size=3), kept)
     assert torch.allclose(whole.circuits, single.circuits, atol=1e-5)
 
 

@@ -11,8 +11,8 @@ from tests import architectures
 from tests.evaluate.test_faithfulness import pair
 from tl_circuitlasso.data.sites import Site
 from tl_circuitlasso.errors import InputError
-from tl_circuitlasso.evaluate.features import FeatureOptions, circuit_of, feature_sites, measure_features, node_scores
-from tl_circuitlasso.evaluate.interventions import intervention
+from tl_circuitlasso.evaluate.features import circuit_of, feature_sites, measure_features, node_scores
+from tl_circuitlasso.experiment import Experiment
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.graph.nodes import Block, NodeIndex
 from tl_circuitlasso.models import adapt
@@ -90,10 +90,9 @@ def test_nothing_kept_behind_the_last_layer_is_the_corrupted_run():
     hook = HOOKS[1]
     nothing = feature_graph({hook_site(hook): list(range(40))}, [], errors=(hook,))
     adapter = adapt(model)
-    setup = intervention(adapter, clean, corrupted, METRIC)
-    options = FeatureOptions({hook: SAES[hook]})
-    sites = feature_sites(nothing, adapter, options.saes)
-    empty = circuit_of(nothing, sites, options, set())
+    setup = Experiment(adapter, clean, corrupted, METRIC, saes={hook: SAES[hook]})
+    sites = feature_sites(nothing, adapter, setup.saes)
+    empty = circuit_of(setup, nothing, sites, set())
     assert float(measure_features(setup, sites, [empty]).ablated.mean()) == pytest.approx(expected, abs=1e-5)
     dimensions = feature_graph({Site("resid", 2): list(range(24))}, ["resid.2#3"])
     found = tcl.evaluate.faithfulness(model, dimensions, clean, corrupted, METRIC)
@@ -313,4 +312,4 @@ def test_graphs_of_two_kinds_are_kept_apart():
     with pytest.raises(InputError, match=r"mixes features with the whole component 'a0\.h1'"):
         tcl.evaluate.faithfulness(model, AttributionGraph.from_edges(mixed, {("a0.h1", "target"): 1.0}), *data)
     with pytest.raises(InputError, match="graphs of features are for `faithfulness`"):
-        tcl.evaluate.confirm(neurons, model, *data)
+        tcl.evaluate.confirm(model, neurons, *data)

@@ -22,7 +22,7 @@ def test_one_call_is_confirming_what_the_regression_found() -> None:
         demo.tokens, target=demo.target, method="lasso+confirm", corrupted=demo.corrupted, progress=False
     )
     metric = tcl.evaluate.logit_diff(demo.correct, demo.incorrect)
-    expected = tcl.evaluate.confirm(plain, demo.model, demo.tokens, demo.corrupted, metric).prune()
+    expected = tcl.evaluate.confirm(demo.model, plain, demo.tokens, demo.corrupted, metric).prune()
     assert found.kept_edges() == expected.kept_edges() >= demo.true_edges
     torch.testing.assert_close(found.extras["effect"], expected.extras["effect"], atol=1e-5, rtol=1e-4)
     report = found.provenance["confirm"]
@@ -58,7 +58,7 @@ def test_the_default_metric_is_the_divergence_at_the_chosen_positions_of_the_dra
 
     pair = [CLEAN[row] for row in rows], [CORRUPTED[row] for row in rows]
     graph = baselines.random_edges(model).top_k(12)
-    expected = tcl.evaluate.confirm(graph, model, *pair, metric)
+    expected = tcl.evaluate.confirm(model, graph, *pair, metric)
     assert bool(expected.extras["measured"].any())
     torch.testing.assert_close(found.extras["effect"], expected.extras["effect"], atol=1e-5, rtol=1e-3)
     assert found.provenance["confirm"]["prompts"] == 3

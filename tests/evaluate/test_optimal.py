@@ -13,7 +13,8 @@ from tl_circuitlasso.baselines.edges import EdgeLayout
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate import Optimal
 from tl_circuitlasso.evaluate.circuits import as_circuits, prune
-from tl_circuitlasso.evaluate.interventions import intervention, measure
+from tl_circuitlasso.evaluate.interventions import measure
+from tl_circuitlasso.experiment import Experiment
 from tl_circuitlasso.models import adapt
 from tl_circuitlasso.models.ablation import from_values
 from tl_circuitlasso.models.patch import run_circuits
@@ -38,7 +39,7 @@ def test_it_is_never_worse_than_the_mean_on_every_architecture(make, family):
     kept = torch.cat([some_circuit(adapter), torch.zeros_like(some_circuit(adapter))])
     metric = tcl.evaluate.kl(adapter.run(clean, mask, ["logits"])["logits"][:, 4], position=4)
     found = {
-        ablation: measure(intervention(adapter, clean, None, metric, ablation, attention_mask=mask), kept).circuits
+        ablation: measure(Experiment(adapter, clean, None, metric, ablation, attention_mask=mask), kept).circuits
         for ablation in ("mean", Optimal(steps=5))
     }
     mean, optimal = (circuits.mean(1) for circuits in found.values())
@@ -77,7 +78,7 @@ def test_with_every_edge_cut_the_optimum_is_the_best_constant_prediction():
     labels = torch.tensor([3] * 6 + [4] * 3 + [5] * 3)
     metric = tcl.evaluate.cross_entropy(labels)
     adapter = adapt(model)
-    setup = intervention(adapter, clean, None, metric, Optimal(steps=200, tolerance=1e-6))
+    setup = Experiment(adapter, clean, None, metric, Optimal(steps=200, tolerance=1e-6))
     nothing = torch.zeros_like(some_circuit(adapter))
     found = measure(setup, nothing).ablated.mean()
     shares = torch.tensor([0.5, 0.25, 0.25])
@@ -107,7 +108,7 @@ def test_constants_fitted_on_some_prompts_are_drawn_by_the_seed():
     metric = tcl.evaluate.next_token(clean)
     kept = some_circuit(adapter)
     runs = [
-        measure(intervention(adapter, clean, None, metric, Optimal(steps=5, prompts=4, seed=seed), batch_size=2), kept)
+        measure(Experiment(adapter, clean, None, metric, Optimal(steps=5, prompts=4, seed=seed), batch_size=2), kept)
         for seed in (0, 0, 1)
     ]
     assert torch.equal(runs[0].circuits, runs[1].circuits)
@@ -120,7 +121,7 @@ def test_one_constant_for_all_positions_is_never_worse_than_the_mean_of_all():
     metric = tcl.evaluate.next_token(clean)
     kept = some_circuit(adapter)
     found = [
-        float(measure(intervention(adapter, clean, None, metric, ablation), kept).circuits.mean())
+        float(measure(Experiment(adapter, clean, None, metric, ablation), kept).circuits.mean())
         for ablation in ("mean-all", Optimal(positions="shared", steps=10), Optimal(steps=10))
     ]
     assert found[0] < found[1] < found[2]
@@ -147,7 +148,7 @@ def test_a_metric_without_derivative_is_told_what_to_do():
     with pytest.raises(InputError, match="`metric` has no derivative"):
         tcl.evaluate.faithfulness(model, graph, clean, None, tcl.evaluate.accuracy([3, 4]), "optimal")
     how = Optimal(metric=tcl.evaluate.next_token(clean), steps=2)
-    setup = intervention(model, clean, None, tcl.evaluate.accuracy([3, 4]), how)
+    setup = Experiment(model, clean, None, tcl.evaluate.accuracy([3, 4]), how)
     assert set(measure(setup, some_circuit(setup.adapter)).circuits.flatten().tolist()) <= {0.0, 1.0}
     with pytest.raises(InputError, match="'optimal' fits constants to a circuit"):
         tcl.evaluate.magnitude(model, clean, None, "optimal")

@@ -19,11 +19,13 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from typing_extensions import Unpack
 
 from tl_circuitlasso.baselines.edges import EdgeLayout, as_circuits
 from tl_circuitlasso.baselines.gradient import Count, Job, Metric, Setting, facts, jobs
 from tl_circuitlasso.data.targets import LogitDiff
 from tl_circuitlasso.errors import InputError
+from tl_circuitlasso.experiment import Experiment, MethodOptions, verb
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models import Adapter
 from tl_circuitlasso.models.ablation import Ablated, from_run, from_values
@@ -40,20 +42,16 @@ Cell = tuple[int, int]  # source and reader
 Try = tuple[Cell, ...]  # edges that are cut together: one, or all into a head's port
 
 
+@verb
 def acdc(
     model: Any,
-    clean: AnyPrompts,
-    corrupted: AnyPrompts | None,
+    clean: AnyPrompts = None,
+    corrupted: AnyPrompts = None,
     metric: Metric | LogitDiff | None = None,
     *,
-    threshold: int | float | None = None,
-    attention_mask: Tensor | None = None,
-    ablation: str = "patch",
-    mean_over: str = "clean",
-    input_node: str = "embed",
-    batch_size: int = 32,
     steps: int = 1,
-    progress: bool = True,
+    threshold: int | float | None = None,
+    **options: Unpack[MethodOptions],
 ) -> AttributionGraph:
     """The circuit that the search leaves; other arguments as in `eap`.
 
@@ -79,16 +77,15 @@ def acdc(
     if threshold is not None and not threshold >= 0:
         raise InputError(f"`threshold` is {threshold!r}: give what an edge must be worth, in the metric's units, >= 0")
     began = time.perf_counter()
-    setting = Setting("acdc", ablation, mean_over, input_node, steps, progress)
-    data = setting.pairs(model, clean, corrupted, attention_mask, batch_size)
-    count = Count()
-    search = _Search.over(list(jobs(data, metric or _unused, setting, count)), metric)
+    setup, count = Experiment.of(model, clean, corrupted, metric, **options), Count()
+    setting = Setting("acdc", setup, steps, metric=False, derivatives=False)
+    search = _Search.over(list(jobs(setting, count)))
     bar_value = SHARE * abs(search.model - search.ablated) if threshold is None else float(threshold)
-    with counting(total=search.total, progress=progress, desc="acdc", unit="edge") as bar:
+    with counting(total=search.total, progress=setup.progress, desc="acdc", unit="edge") as bar:
         for tried in search.tries(bar_value):
             bar.update(tried)
     worth = search.worth
-    found = facts(data, setting, count, began, metric) | {"threshold": bar_value, "tested": search.tested}
+    found = facts(setting, count, began) | {"threshold": bar_value, "tested": search.tested}
     graph = search.layout.graph(worth.clamp_min(0), found)
     source, column = search.layout.mask().nonzero(as_tuple=True)
     weight = worth[source, column]
@@ -99,10 +96,6 @@ def acdc(
 def _columns(graph: AttributionGraph) -> dict[str, Any]:
     names = ("index", "source", "target", "port", "score", "weight", "kept", "provenance")
     return {name: getattr(graph, name) for name in names}
-
-
-def _unused(logits: Tensor, rows: Tensor) -> Tensor:
-    return logits[:, -1].sum()  # the search has a metric of its own
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,19 +125,19 @@ class _Search:
         self.worth = torch.zeros(self.kept.shape, dtype=torch.float64)
 
     @classmethod
-    def over(cls, batches: Sequence[Job], metric: Metric | LogitDiff | None) -> "_Search":
+    def over(cls, batches: Sequence[Job]) -> "_Search":
         """Run the model and the ablated model once."""
         runs, model, ablated = [], 0.0, 0.0
-        adapter = batches[0].pairs.adapter
+        adapter, setup = batches[0].adapter, batches[0].experiment
         for job in batches:
             share = job.share
             logits = adapter.run(job.batch.clean.tokens, job.batch.mask, ["logits"])["logits"].detach()
             job.count.forward += share
-            own = _divergence(logits, job.batch) if metric is None else job.metric
+            own = _divergence(logits, job.batch) if setup.metric is None else setup.objective
             runs.append(_Run(job.batch, _cut(job), own))
             model += _value(own, logits, job.batch)
             ablated += _value(own, runs[-1].ablated.logits, job.batch)
-        size = len(batches[0].pairs)
+        size = len(setup)
         layout = EdgeLayout(adapter.shape)
         return cls(adapter, layout, runs, batches[0].count, size, model / size, ablated / size)
 
@@ -244,8 +237,8 @@ class _Search:
 
 
 def _cut(job: Job) -> Ablated:
-    adapter, batch = job.pairs.adapter, job.batch
-    if job.setting.ablation == "patch":
+    adapter, batch = job.adapter, job.batch
+    if job.experiment.cut == "patch":
         job.count.forward += job.share
         return from_run(adapter, batch.corrupted.tokens, batch.mask)
     return from_values(adapter, job.ablated())

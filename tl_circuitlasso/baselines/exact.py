@@ -8,30 +8,28 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from typing_extensions import Unpack
 
 from tl_circuitlasso.baselines.edges import EdgeLayout, written_out
 from tl_circuitlasso.baselines.gradient import Count, Job, Metric, Setting, facts, jobs
 from tl_circuitlasso.data.targets import LogitDiff
 from tl_circuitlasso.errors import InputError
+from tl_circuitlasso.experiment import Experiment, MethodOptions, verb
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models.patching import Edit, Record, record_all, run_edited, unembed
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
 from tl_circuitlasso.progress import bar as counting
 
 
+@verb
 def exact(
     model: Any,
-    clean: AnyPrompts,
-    corrupted: AnyPrompts,
-    metric: Metric | LogitDiff,
+    clean: AnyPrompts = None,
+    corrupted: AnyPrompts = None,
+    metric: Metric | LogitDiff | None = None,
     *,
-    attention_mask: Any = None,
-    ablation: str = "patch",
-    mean_over: str = "clean",
-    input_node: str = "embed",
-    batch_size: int = 32,
     steps: int = 1,
-    progress: bool = True,
+    **options: Unpack[MethodOptions],
 ) -> AttributionGraph:
     """The metric's fall when one edge alone carries its ablated activation, for every edge; arguments as in `eap`.
 
@@ -46,19 +44,19 @@ def exact(
     6
     """
     began = time.perf_counter()
-    setting = Setting("exact", ablation, mean_over, input_node, steps, progress)
-    data = setting.pairs(model, clean, corrupted, attention_mask, batch_size)
-    layout, count = EdgeLayout(data.adapter.shape), Count()
+    setup = Experiment.of(model, clean, corrupted, metric, **options)
+    setting, count = Setting("exact", setup, steps, derivatives=False), Count()
+    layout = EdgeLayout(setup.adapter.shape)
     scores = torch.zeros(layout.n_sources, layout.n_readers, dtype=torch.float64)
-    total = int(layout.mask().sum()) * len(data)
-    with counting(total=total, progress=progress, desc="exact", unit="edge run") as bar:
-        for job in jobs(data, metric, setting, count):
+    total = int(layout.mask().sum()) * len(setup)
+    with counting(total=total, progress=setup.progress, desc="exact", unit="edge run") as bar:
+        for job in jobs(setting, count):
             _one_batch(job, layout, scores, bar.update)
-    return layout.graph(scores / len(data), facts(data, setting, count, began, metric))
+    return layout.graph(scores / len(setup), facts(setting, count, began))
 
 
 def _one_batch(job: Job, layout: EdgeLayout, scores: Tensor, done: Callable[[int], object]) -> None:
-    adapter, batch = job.pairs.adapter, job.batch
+    adapter, batch = job.adapter, job.batch
     plain = record_all(adapter, batch.clean.tokens, batch.mask)
     job.count.forward += job.share
     ablated = job.ablated()
@@ -82,7 +80,7 @@ def _cuts(
     for layer, port in layout.readers():
         columns = layout.columns(layer, port)
         cells = [(s, c) for s in range(layout.sources_of(layer, port)) for c in range(columns.start, columns.stop)]
-        size = max(1, job.pairs.batch_size // len(job.batch.rows))
+        size = max(1, job.experiment.batch_size // len(job.batch.rows))
         for first in range(0, len(cells), size):
             some = cells[first : first + size]
             reader = _Reader(layer, port, columns.start)
@@ -97,7 +95,7 @@ class _Reader:
 
 
 def _patched(job: Job, layout: EdgeLayout, plain: Record, deltas: Tensor, reader: _Reader, cells: list[Cell]) -> Tensor:
-    adapter, batch, layer = job.pairs.adapter, job.batch, reader.layer
+    adapter, batch, layer = job.adapter, job.batch, reader.layer
     if layer == layout.shape.n_layers:
         return torch.stack([unembed(adapter, plain.streams.logits - deltas[source]) for source, _ in cells])
     stream = plain.streams.mlp[layer] if reader.port == "" else plain.streams.attn[layer]
@@ -111,7 +109,7 @@ def _patched(job: Job, layout: EdgeLayout, plain: Record, deltas: Tensor, reader
 
 def _value(job: Job, logits: Tensor) -> float:
     with torch.no_grad():
-        value = job.metric(job.batch.shown(logits), job.batch.rows)
+        value = job.experiment.objective(job.batch.shown(logits), job.batch.rows)
     if not isinstance(value, Tensor) or value.numel() != 1:
         raise InputError("`metric` must return one number, the sum over the batch's rows")
     return float(value)

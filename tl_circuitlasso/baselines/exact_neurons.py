@@ -14,23 +14,25 @@ from tl_circuitlasso.baselines.neurons import node_graph
 from tl_circuitlasso.data.sites import Site
 from tl_circuitlasso.data.targets import LogitDiff
 from tl_circuitlasso.errors import InputError
+from tl_circuitlasso.experiment import Experiment, verb
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.graph.provenance import question, record
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.neuron_patch import patched_neurons, plain_run
 from tl_circuitlasso.models.neuron_scores import Scoring
-from tl_circuitlasso.models.pairs import Metric, pairs_of
+from tl_circuitlasso.models.pairs import Metric
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
 from tl_circuitlasso.progress import bar as counting
 
 _NAME = re.compile(r"m(\d+)#(\d+)")
 
 
+@verb
 def exact_neurons(
     model: Any,
-    clean: AnyPrompts,
-    corrupted: AnyPrompts,
-    metric: Metric | LogitDiff,
+    clean: AnyPrompts = None,
+    corrupted: AnyPrompts = None,
+    metric: Metric | LogitDiff | None = None,
     *,
     neurons: Collection[str],
     attention_mask: Tensor | None = None,
@@ -54,43 +56,45 @@ def exact_neurons(
     >>> sorted(graph.kept_nodes())
     ['logits', 'm0#3', 'm2#5']
     """
-    began, given = time.perf_counter(), metric
-    if corrupted is None:
+    began = time.perf_counter()
+    options = {"attention_mask": attention_mask, "batch_size": min(batch_size, 32), "progress": progress}
+    setup = Experiment.of(model, clean, corrupted, metric, **options).ready(cut=False)
+    if setup.corrupted is None:
         raise InputError("`corrupted` is missing: neurons are patched with what they do there")
-    data = pairs_of(model, clean, corrupted, attention_mask=attention_mask, batch_size=min(batch_size, 32))
-    adapter, metric = data.adapter, data.metric(metric)
+    adapter, objective = setup.adapter, setup.objective
+    at_once = setup.batch_size if isinstance(model, Experiment) else batch_size
     Scoring(adapter, lambda logits, batch: logits.sum(), "neuron", "corrupted")  # refuses models without neurons
     chosen = _chosen(adapter, neurons)
     fallen = {layer: torch.zeros(len(own), dtype=torch.float64) for layer, own in chosen.items()}
     count = sum(map(len, chosen.values()))
     with (
-        counting(total=count * len(data), progress=progress, desc="exact_neurons", unit="prompt") as bar,
+        counting(total=count * len(setup), progress=setup.progress, desc="exact_neurons", unit="prompt") as bar,
         torch.no_grad(),
     ):
-        for batch in data:
+        for batch in setup.pairs:
             plain = plain_run(adapter, batch.clean.tokens, batch.corrupted.tokens, batch.mask, chosen)
-            whole = float(metric(batch.shown(plain.logits), batch.rows))
+            whole = float(objective(batch.shown(plain.logits), batch.rows))
             for layer, own in chosen.items():
                 which = torch.nn.functional.one_hot(torch.tensor(own), adapter.shape.d_mlp).bool()[:, None]
-                for places in torch.arange(len(own)).split(max(1, batch_size // len(batch.rows))):
+                for places in torch.arange(len(own)).split(max(1, at_once // len(batch.rows))):
                     logits = patched_neurons(adapter, plain, layer, which[places])
-                    values = [float(metric(batch.shown(one), batch.rows)) for one in logits]
+                    values = [float(objective(batch.shown(one), batch.rows)) for one in logits]
                     fallen[layer][places] += whole - torch.tensor(values, dtype=torch.float64)
                     bar.update(len(places) * len(batch.rows))
     facts = record(
         "exact_neurons",
         adapter.facts(),
-        question=question(given, "last"),
-        prompts=len(data),
-        prompt_pairs=len(data),
-        unit=unit_of(given),
+        question=question(setup.metric, "last"),
+        prompts=len(setup),
+        prompt_pairs=len(setup),
+        unit=unit_of(setup.metric),
         forward=count + 2,
         backward=0,
         seconds={"scores": time.perf_counter() - began},
         basis="neuron",
         reference="corrupted",
     )
-    return node_graph(adapter, "neuron", chosen, torch.cat(list(fallen.values())) / len(data), Site("logits"), facts)
+    return node_graph(adapter, "neuron", chosen, torch.cat(list(fallen.values())) / len(setup), Site("logits"), facts)
 
 
 def _chosen(adapter: Adapter, neurons: Collection[str]) -> dict[int, list[int]]:

@@ -12,35 +12,34 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from typing_extensions import Unpack
 
 from tl_circuitlasso.baselines.edges import EdgeLayout, add_products, traced_derivative
 from tl_circuitlasso.baselines.means import for_batch, mean_written, zeros_written
 from tl_circuitlasso.data.targets import LogitDiff
 from tl_circuitlasso.errors import InputError
+from tl_circuitlasso.experiment import Experiment, MethodOptions, verb
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.graph.provenance import question
 from tl_circuitlasso.graph.provenance import record as record_of
+from tl_circuitlasso.models import Adapter
 from tl_circuitlasso.models.metric import Metric
-from tl_circuitlasso.models.pairs import PairBatch, Pairs, pairs_of
+from tl_circuitlasso.models.pairs import PairBatch
 from tl_circuitlasso.models.patching import Written, record
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
 from tl_circuitlasso.models.tracing import Trace, trace
 from tl_circuitlasso.progress import bar as counting
 
 
+@verb
 def eap(
     model: Any,
-    clean: AnyPrompts,
-    corrupted: AnyPrompts,
-    metric: Metric | LogitDiff,
+    clean: AnyPrompts = None,
+    corrupted: AnyPrompts = None,
+    metric: Metric | LogitDiff | None = None,
     *,
-    attention_mask: Any = None,
-    ablation: str = "patch",
-    mean_over: str = "clean",
-    input_node: str = "embed",
-    batch_size: int = 32,
     steps: int = 1,
-    progress: bool = True,
+    **options: Unpack[MethodOptions],
 ) -> AttributionGraph:
     """Edge attribution patching: the derivative is taken on the clean prompt (Syed et al. 2023, arXiv 2310.10348).
 
@@ -48,19 +47,9 @@ def eap(
 
     Parameters
     ----------
-    clean, corrupted: whatever `circuit_lasso` takes as prompts; both of a pair have the same length. `corrupted` may be
-        None where it isn't read: for `ablation="zero"`, and for "mean" over the clean prompts.
-    metric: `metric(logits, rows)` returns the sum over a batch of what the circuit should keep high (a logit
-        difference; for a loss, its negative); `rows` are the prompts' numbers in the data set. Index -1 of the logits
-        is each prompt's last real token, whatever the lengths. A positive score means that the edge helps.
-    attention_mask: True at real positions; left and right padding are both right.
-    ablation: what a cut edge carries: the corrupted activation ("patch"), nothing ("zero"), its mean over prompts at
-        the same position ("mean"), or over prompts and positions ("mean-all"), as in `evaluate.faithfulness`.
-    mean_over: whether means are over the "clean" or the "corrupted" prompts.
-    input_node: whether `input` is the token embedding alone ("embed", as in EAP-IG) or everything in front of the
-        first layer, learned positions included ("resid"). The same for `ablation="patch"`.
+    model, clean, corrupted, metric, options: as in `tcl.Experiment`, but for constants that are fitted, or an
+        experiment in the model's place alone. A positive score means that the edge helps.
     steps: not used; every method of this module takes the same arguments.
-    progress: a bar on a terminal, elsewhere a line every ten seconds, of what takes long.
 
     Raises
     ------
@@ -73,24 +62,19 @@ def eap(
     >>> len(graph.top_k(6).kept_edges() & demo.true_edges)  # of the six planted edges
     3
     """
-    setting = Setting("eap", ablation, mean_over, input_node, 1, progress)
-    data = setting.pairs(model, clean, corrupted, attention_mask, batch_size)
-    return attribute(data, metric, setting, at_clean)
+    setup = Experiment.of(model, clean, corrupted, metric, **options)
+    return attribute(Setting("eap", setup, 1), at_clean)
 
 
+@verb
 def eap_ig(
     model: Any,
-    clean: AnyPrompts,
-    corrupted: AnyPrompts,
-    metric: Metric | LogitDiff,
+    clean: AnyPrompts = None,
+    corrupted: AnyPrompts = None,
+    metric: Metric | LogitDiff | None = None,
     *,
     steps: int = 5,
-    attention_mask: Any = None,
-    ablation: str = "patch",
-    mean_over: str = "clean",
-    input_node: str = "embed",
-    batch_size: int = 32,
-    progress: bool = True,
+    **options: Unpack[MethodOptions],
 ) -> AttributionGraph:
     """EAP with integrated gradients over the inputs (Hanna et al. 2024, arXiv 2403.17806); arguments as in `eap`.
 
@@ -103,24 +87,19 @@ def eap_ig(
     >>> len(graph.top_k(6).kept_edges() & demo.true_edges)  # of the six planted edges
     3
     """
-    setting = Setting("eap_ig", ablation, mean_over, input_node, steps, progress)
-    data = setting.pairs(model, clean, corrupted, attention_mask, batch_size)
-    return attribute(data, metric, setting, along_inputs)
+    setup = Experiment.of(model, clean, corrupted, metric, **options)
+    return attribute(Setting("eap_ig", setup, steps), along_inputs)
 
 
+@verb
 def clean_corrupted(
     model: Any,
-    clean: AnyPrompts,
-    corrupted: AnyPrompts,
-    metric: Metric | LogitDiff,
+    clean: AnyPrompts = None,
+    corrupted: AnyPrompts = None,
+    metric: Metric | LogitDiff | None = None,
     *,
-    attention_mask: Any = None,
-    ablation: str = "patch",
-    mean_over: str = "clean",
-    input_node: str = "embed",
-    batch_size: int = 32,
     steps: int = 2,
-    progress: bool = True,
+    **options: Unpack[MethodOptions],
 ) -> AttributionGraph:
     """EAP with the mean of the derivatives at the clean and at the corrupted input; arguments as in `eap`.
 
@@ -132,24 +111,19 @@ def clean_corrupted(
     >>> len(graph.top_k(6).kept_edges() & demo.true_edges)  # of the six planted edges
     3
     """
-    setting = Setting("clean_corrupted", ablation, mean_over, input_node, 2, progress)
-    data = setting.pairs(model, clean, corrupted, attention_mask, batch_size)
-    return attribute(data, metric, setting, _at_ends)
+    setup = Experiment.of(model, clean, corrupted, metric, **options)
+    return attribute(Setting("clean_corrupted", setup, 2), _at_ends)
 
 
+@verb
 def eap_ig_activations(
     model: Any,
-    clean: AnyPrompts,
-    corrupted: AnyPrompts,
-    metric: Metric | LogitDiff,
+    clean: AnyPrompts = None,
+    corrupted: AnyPrompts = None,
+    metric: Metric | LogitDiff | None = None,
     *,
     steps: int = 5,
-    attention_mask: Any = None,
-    ablation: str = "patch",
-    mean_over: str = "clean",
-    input_node: str = "embed",
-    batch_size: int = 32,
-    progress: bool = True,
+    **options: Unpack[MethodOptions],
 ) -> AttributionGraph:
     """EAP with integrated gradients over activations; arguments as in `eap`.
 
@@ -164,9 +138,8 @@ def eap_ig_activations(
     >>> len(graph.top_k(6).kept_edges() & demo.true_edges)  # of the six planted edges
     3
     """
-    setting = Setting("eap_ig_activations", ablation, mean_over, input_node, steps, progress)
-    data = setting.pairs(model, clean, corrupted, attention_mask, batch_size)
-    return attribute(data, metric, setting, _along_activations)
+    setup = Experiment.of(model, clean, corrupted, metric, **options)
+    return attribute(Setting("eap_ig_activations", setup, steps), _along_activations)
 
 
 # ---- one pass over the data -----------------------------------------------------------------------------------------
@@ -174,42 +147,25 @@ def eap_ig_activations(
 
 @dataclass(frozen=True)
 class Setting:
-    """A method's choices, checked.
+    """A method on an experiment, checked.
 
     Raises
     ------
-    InputError: an unknown `ablation`, `mean_over` or `input_node`, or `steps` < 1.
+    InputError: `steps` < 1, no metric, no corrupted prompts though they are read, or constants that are to be fitted.
     """
 
     method: str
-    ablation: str
-    mean_over: str
-    input_node: str
+    experiment: Experiment
     steps: int
-    progress: bool = True
+    metric: bool = True  # whether the method reads one
+    derivatives: bool = True  # whether it takes any
 
     def __post_init__(self) -> None:
-        if self.ablation not in ("patch", "zero", "mean", "mean-all"):
-            raise InputError(f"`ablation` is {self.ablation!r}: write 'patch', 'zero', 'mean' or 'mean-all'")
-        if self.mean_over not in ("clean", "corrupted"):
-            raise InputError(f"`mean_over` is {self.mean_over!r}: write 'clean' or 'corrupted'")
-        if self.input_node not in ("embed", "resid"):
-            raise InputError(f"`input_node` is {self.input_node!r}: write 'embed' or 'resid'")
         if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 1:
             raise InputError(f"`steps` is {self.steps!r}: the number of integration steps is an integer >= 1")
-
-    def pairs(
-        self, model: Any, clean: AnyPrompts, corrupted: AnyPrompts, attention_mask: Any, batch_size: int
-    ) -> Pairs:
-        """The checked prompt pairs."""
-        over_corrupted = self.ablation.startswith("mean") and self.mean_over == "corrupted"
-        if corrupted is None and (self.ablation == "patch" or over_corrupted):
-            raise InputError(
-                f"`corrupted` is missing: ablation={self.ablation!r} reads it; 'zero' and clean means don't"
-            )
-        data = pairs_of(model, clean, corrupted, attention_mask=attention_mask, batch_size=batch_size)
-        warn_of_attached_saes(data.adapter.model)
-        return data
+        self.experiment.ready(metric=self.metric, fitted="a circuit, and there's none here")
+        if self.derivatives:
+            warn_of_attached_saes(self.experiment.adapter.model)
 
 
 def warn_of_attached_saes(model: Any) -> None:
@@ -223,7 +179,7 @@ def warn_of_attached_saes(model: Any) -> None:
         warnings.warn(
             f"SAEs are attached at {', '.join(attached[:3])}: derivatives leave out what they miss, also with an error "
             "term, so these scores aren't the model's: detach them with model.reset_saes()",
-            stacklevel=4,
+            stacklevel=6,
         )
 
 
@@ -239,32 +195,40 @@ class Count:
 class Job:
     """One batch, and the passes that a method may ask for."""
 
-    pairs: Pairs
-    batch: PairBatch
-    metric: Metric
     setting: Setting
+    batch: PairBatch
     mean: Written | None
     count: Count
     outputs: bool = False  # whether derivatives at components' outputs are needed beside those at inputs
 
     @property
+    def experiment(self) -> Experiment:
+        """What the method works on."""
+        return self.setting.experiment
+
+    @property
+    def adapter(self) -> Adapter:
+        """The model."""
+        return self.experiment.adapter
+
+    @property
     def share(self) -> float:
         """The batch's part of the prompts."""
-        return len(self.batch.rows) / len(self.pairs)
+        return len(self.batch.rows) / len(self.experiment)
 
     def clean(self) -> Written:
         """What each component writes on the clean prompts."""
         self.count.forward += self.share
-        return record(self.pairs.adapter, self.batch.clean.tokens, self.batch.mask)
+        return record(self.adapter, self.batch.clean.tokens, self.batch.mask)
 
     def ablated(self) -> Written:
         """What each component's cut edges carry."""
-        adapter, batch = self.pairs.adapter, self.batch
-        if self.setting.ablation == "patch":
+        adapter, batch = self.adapter, self.batch
+        if self.experiment.cut == "patch":
             self.count.forward += self.share
             return record(adapter, batch.corrupted.tokens, batch.mask)
         values = zeros_written(adapter) if self.mean is None else self.mean
-        return for_batch(adapter, values, batch.clean, self.setting.input_node)
+        return for_batch(adapter, values, batch.clean, self.experiment.input_node)
 
     def trace(self, *, corrupted: bool = False, **replaced: Any) -> Trace:
         """The metric's derivatives on the clean (or corrupted) prompts, with some activations replaced."""
@@ -273,10 +237,10 @@ class Job:
         batch, rows = self.batch, self.batch.rows
         tokens = (batch.corrupted if corrupted else batch.clean).tokens
         return trace(
-            self.pairs.adapter,
+            self.adapter,
             tokens,
             batch.mask,
-            lambda logits: self.metric(batch.shown(logits), rows),
+            lambda logits: self.experiment.objective(batch.shown(logits), rows),
             outputs=self.outputs,
             **replaced,
         )
@@ -286,60 +250,56 @@ Step = tuple[Written, Trace, float]  # clean - ablated, derivatives, and the ste
 Path = Callable[[Job], Iterator[Step]]
 
 
-def attribute(data: Pairs, metric: Metric | LogitDiff, setting: Setting, path: Path) -> AttributionGraph:
+def attribute(setting: Setting, path: Path) -> AttributionGraph:
     """The graph of a method that is known by where it takes the derivative."""
     began = time.perf_counter()
-    layout, count = EdgeLayout(data.adapter.shape), Count()
-    scores = torch.zeros(layout.n_sources, layout.n_readers, dtype=torch.float64, device=data.adapter.device)
-    for job, (difference, traced, weight) in walked(data, metric, setting, count, path):
+    adapter, count = setting.experiment.adapter, Count()
+    layout = EdgeLayout(adapter.shape)
+    scores = torch.zeros(layout.n_sources, layout.n_readers, dtype=torch.float64, device=adapter.device)
+    for job, (difference, traced, weight) in walked(setting, count, path):
         part = torch.zeros_like(scores)
-        add_products(layout, data.adapter, part, difference, traced_derivative(data.adapter, traced), job.batch.mask)
+        add_products(layout, adapter, part, difference, traced_derivative(adapter, traced), job.batch.mask)
         scores += weight * part
-    return layout.graph(scores / len(data), facts(data, setting, count, began, metric))
+    return layout.graph(scores / len(setting.experiment), facts(setting, count, began))
 
 
-def walked(
-    data: Pairs, metric: Metric | LogitDiff, setting: Setting, count: Count, path: Path, *, outputs: bool = False
-) -> Iterator[tuple[Job, Step]]:
+def walked(setting: Setting, count: Count, path: Path, *, outputs: bool = False) -> Iterator[tuple[Job, Step]]:
     """Every step of a path on every batch. A batch's steps weigh 1 in all, so they count its prompts."""
-    with counting(total=len(data), progress=setting.progress, desc=setting.method, unit="prompt") as bar:
-        for job in jobs(data, metric, setting, count, outputs=outputs):
+    sized = {"total": len(setting.experiment), "progress": setting.experiment.progress, "desc": setting.method}
+    with counting(**sized, unit="prompt") as bar:
+        for job in jobs(setting, count, outputs=outputs):
             for step in path(job):
                 yield job, step
                 bar.update(step[2] * len(job.batch.rows))
 
 
-def jobs(
-    data: Pairs, metric: Metric | LogitDiff, setting: Setting, count: Count, *, outputs: bool = False
-) -> Iterator[Job]:
+def jobs(setting: Setting, count: Count, *, outputs: bool = False) -> Iterator[Job]:
     """The batches of a data set, ready for the passes of a method."""
-    metric = data.metric(metric)
-    mean = None
-    if setting.ablation.startswith("mean"):
-        everywhere = setting.ablation == "mean-all"
-        mean = mean_written(data, over=setting.mean_over, input_node=setting.input_node, everywhere=everywhere)
+    setup, mean = setting.experiment, None
+    if setup.cut.startswith("mean"):
+        everywhere = setup.cut == "mean-all"
+        mean = mean_written(setup.pairs, over=setup.mean_over, input_node=setup.input_node, everywhere=everywhere)
         count.forward += 1
-    for batch in data:
-        yield Job(data, batch, metric, setting, mean, count, outputs)
+    for batch in setup.pairs:
+        yield Job(setting, batch, mean, count, outputs)
 
 
-def facts(
-    data: Pairs, setting: Setting, count: Count, began: float, metric: Metric | LogitDiff | None
-) -> dict[str, Any]:
+def facts(setting: Setting, count: Count, began: float) -> dict[str, Any]:
     """The provenance of a graph: how it was made, and at what cost."""
+    setup = setting.experiment
     return record_of(
         setting.method,
-        data.adapter.facts(),
-        question=question(metric, "last"),
-        prompts=len(data),
-        prompt_pairs=len(data) if setting.ablation == "patch" else None,
-        unit=unit_of(metric),
+        setup.adapter.facts(),
+        question=question(setup.metric, "last"),
+        prompts=len(setup),
+        prompt_pairs=len(setup) if setup.cut == "patch" else None,
+        unit=unit_of(setup.metric),
         forward=count.forward,
         backward=count.backward,
         seconds={"scores": time.perf_counter() - began},
-        ablation=setting.ablation,
-        mean_over=setting.mean_over,
-        input_node=setting.input_node,
+        ablation=setup.cut,
+        mean_over=setup.mean_over,
+        input_node=setup.input_node,
         steps=setting.steps,
     )
 
@@ -359,7 +319,7 @@ def at_clean(job: Job) -> Iterator[Step]:
 
 def _at_ends(job: Job) -> Iterator[Step]:
     traced = job.trace()
-    if job.setting.ablation == "patch":  # the corrupted run gives its activations and its derivatives at once
+    if job.experiment.cut == "patch":  # the corrupted run gives its activations and its derivatives at once
         other = job.trace(corrupted=True)
         ablated = other.values
     else:
@@ -372,7 +332,7 @@ def _at_ends(job: Job) -> Iterator[Step]:
 
 def along_inputs(job: Job) -> Iterator[Step]:
     clean, steps = job.clean(), job.setting.steps
-    if job.setting.ablation == "patch":
+    if job.experiment.cut == "patch":
         first = job.trace(corrupted=True)
         ablated = first.values
     else:

@@ -2,34 +2,17 @@
 metric, **options)`, options as the method's own signature has them."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from tl_circuitlasso.baselines.acdc import acdc
 from tl_circuitlasso.baselines.exact import exact
-from tl_circuitlasso.baselines.gradient import Metric, clean_corrupted, eap, eap_ig, eap_ig_activations
-from tl_circuitlasso.baselines.observational import correlation, information_flow_routes, random_edges
+from tl_circuitlasso.baselines.gradient import clean_corrupted, eap, eap_ig, eap_ig_activations
+from tl_circuitlasso.baselines.observational import correlation, information_flow_routes, magnitude, random_edges
 from tl_circuitlasso.baselines.paths import bootstrap_eap_ig, eap_gp
 from tl_circuitlasso.baselines.relevance import relp_edges
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
-from tl_circuitlasso.models.prompt_forms import AnyPrompts
 
 Method = Callable[..., AttributionGraph]
-
-
-def magnitude(
-    model: Any,
-    clean: AnyPrompts,
-    corrupted: AnyPrompts | None,
-    metric: Metric | None = None,
-    *,
-    steps: int = 1,
-    **options: Any,
-) -> AttributionGraph:
-    """`evaluate.magnitude`, called as the other methods are; the metric and the steps aren't used."""
-    from tl_circuitlasso.evaluate.curves import magnitude as measured
-
-    return measured(model, clean, corrupted, **options)
 
 
 METHODS: Mapping[str, Method] = {

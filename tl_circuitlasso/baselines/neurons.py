@@ -6,43 +6,45 @@ the metric, so a positive one helps. `evaluate.curve` and `evaluate.faithfulness
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from typing_extensions import Unpack
 
 from tl_circuitlasso.baselines.gradient import unit_of
 from tl_circuitlasso.baselines.relevance import relp_edges, rules_of
 from tl_circuitlasso.data.sites import Site
 from tl_circuitlasso.data.targets import LogitDiff
 from tl_circuitlasso.errors import InputError
+from tl_circuitlasso.experiment import Experiment, PromptOptions, verb
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.graph.nodes import Block, NodeIndex
 from tl_circuitlasso.graph.provenance import FREE, question, record
 from tl_circuitlasso.models import Adapter, adapt
 from tl_circuitlasso.models.neuron_scores import Batch, ByGradient, BySweep, Scoring, scores
-from tl_circuitlasso.models.pairs import Metric, Pairs, pairs_of, shown
+from tl_circuitlasso.models.pairs import Metric, Pairs, shown
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
 from tl_circuitlasso.progress import counted
 
 MAX_NODES = 4096  # nodes that a graph keeps of those that are scored
 
 
+@verb
 def relp(
     model: Any,
-    clean: AnyPrompts,
-    corrupted: AnyPrompts | None,
-    metric: Metric | LogitDiff,
+    clean: AnyPrompts = None,
+    corrupted: AnyPrompts = None,
+    metric: Metric | LogitDiff | None = None,
     *,
     basis: str = "neuron",
     reference: str | None = None,
     attention: str = "frozen",
     products: str = "half",
-    attention_mask: Tensor | None = None,
-    batch_size: int = 32,
     max_nodes: int | None = MAX_NODES,
-    progress: bool = True,
+    **options: Unpack[PromptOptions],
 ) -> AttributionGraph:
     """Relevance patching (Rezaei Jafari et al. 2025, arXiv 2508.21258; arXiv 2601.22594).
 
@@ -52,8 +54,8 @@ def relp(
 
     Parameters
     ----------
-    clean, corrupted: token ids (prompt, pos) or strings, pairs of equal length; `corrupted` may be None.
-    metric: `metric(logits, rows)` returns the sum over a batch of what should stay high, as in `eap`.
+    model, clean, corrupted, metric, options: as in `tcl.Experiment`, or an experiment in the model's place alone;
+        `corrupted` may be None.
     basis: "neuron" (what goes into the down projection), "mlp_out", "head" or "residual"; "component" scores all edges
         between heads and MLPs instead, as `METHODS["relp"]` does.
     reference: what a node is compared with: "corrupted" (its partner; the default where there are corrupted prompts),
@@ -74,29 +76,26 @@ def relp(
     >>> sorted(graph.kept_nodes())[:2]
     ['a0.h0', 'a0.h1']
     """
-    rules, chosen = rules_of(attention, products), _reference(reference, corrupted)
+    setup = Experiment.of(model, clean, corrupted, metric, **options)
+    rules, chosen = rules_of(attention, products), _reference(reference, setup)
     if basis == "component":
-        cut = {"corrupted": "patch"}.get(chosen, chosen)
-        over = "clean" if corrupted is None else "corrupted"
-        given: dict[str, Any] = {"attention": attention, "products": products, "attention_mask": attention_mask}
-        given |= {"ablation": cut, "mean_over": over, "batch_size": batch_size, "progress": progress}
-        return relp_edges(model, clean, corrupted, metric, **given)
-    data = pairs_of(model, clean, corrupted, attention_mask=attention_mask, batch_size=batch_size)
-    return _graph("relp", data, corrupted, metric, basis, chosen, BySweep(rules, alone=True), max_nodes, progress)
+        over = "clean" if setup.corrupted is None else "corrupted"
+        own = replace(setup, ablation={"corrupted": "patch"}.get(chosen, chosen), mean_over=over)
+        return relp_edges(own, attention=attention, products=products)
+    return _graph("relp", setup, basis, chosen, BySweep(rules, alone=True), max_nodes)
 
 
+@verb
 def gradient_activation(
     model: Any,
-    clean: AnyPrompts,
-    corrupted: AnyPrompts | None,
-    metric: Metric | LogitDiff,
+    clean: AnyPrompts = None,
+    corrupted: AnyPrompts = None,
+    metric: Metric | LogitDiff | None = None,
     *,
     basis: str = "neuron",
     reference: str | None = None,
-    attention_mask: Tensor | None = None,
-    batch_size: int = 32,
     max_nodes: int | None = MAX_NODES,
-    progress: bool = True,
+    **options: Unpack[PromptOptions],
 ) -> AttributionGraph:
     """Activation (less its reference) times the gradient on the clean prompt: attribution patching; as in `relp`.
 
@@ -106,24 +105,22 @@ def gradient_activation(
     >>> sorted(graph.top_k(2).kept_nodes())
     ['a0.h0', 'a2.h0', 'logits']
     """
-    data = pairs_of(model, clean, corrupted, attention_mask=attention_mask, batch_size=batch_size)
-    chosen = _reference(reference, corrupted)
-    return _graph("gradient_activation", data, corrupted, metric, basis, chosen, ByGradient(), max_nodes, progress)
+    setup = Experiment.of(model, clean, corrupted, metric, **options)
+    return _graph("gradient_activation", setup, basis, _reference(reference, setup), ByGradient(), max_nodes)
 
 
+@verb
 def integrated_gradients(
     model: Any,
-    clean: AnyPrompts,
-    corrupted: AnyPrompts | None,
-    metric: Metric | LogitDiff,
+    clean: AnyPrompts = None,
+    corrupted: AnyPrompts = None,
+    metric: Metric | LogitDiff | None = None,
     *,
     steps: int = 10,
     basis: str = "neuron",
     reference: str | None = None,
-    attention_mask: Tensor | None = None,
-    batch_size: int = 32,
     max_nodes: int | None = MAX_NODES,
-    progress: bool = True,
+    **options: Unpack[PromptOptions],
 ) -> AttributionGraph:
     """Activation (less its reference) times the gradient's mean over a line of inputs; other arguments as in `relp`.
 
@@ -138,11 +135,8 @@ def integrated_gradients(
     """
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise InputError(f"`steps` is {steps!r}: the number of integration steps is an integer >= 1")
-    data = pairs_of(model, clean, corrupted, attention_mask=attention_mask, batch_size=batch_size)
-    chosen = _reference(reference, corrupted)
-    return _graph(
-        "integrated_gradients", data, corrupted, metric, basis, chosen, ByGradient(steps), max_nodes, progress
-    )
+    setup = Experiment.of(model, clean, corrupted, metric, **options)
+    return _graph("integrated_gradients", setup, basis, _reference(reference, setup), ByGradient(steps), max_nodes)
 
 
 def random_nodes(
@@ -166,45 +160,37 @@ def random_nodes(
     return score_graph(adapter, basis, found, Site("logits"), max_nodes, facts)
 
 
-def _reference(given: str | None, corrupted: AnyPrompts | None) -> str:
+def _reference(given: str | None, setup: Experiment) -> str:
     if given is None:
-        return "zero" if corrupted is None else "corrupted"
-    if given == "corrupted" and corrupted is None:
+        return "zero" if setup.corrupted is None else "corrupted"
+    if given == "corrupted" and setup.corrupted is None:
         raise InputError("`corrupted` is missing: reference='corrupted' reads it; without it use 'mean' or 'zero'")
     return given
 
 
 def _graph(
-    method: str,
-    data: Pairs,
-    corrupted: AnyPrompts | None,
-    metric: Metric | LogitDiff,
-    basis: str,
-    reference: str,
-    way: BySweep | ByGradient,
-    max_nodes: int | None,
-    progress: bool,
+    method: str, setup: Experiment, basis: str, reference: str, way: BySweep | ByGradient, max_nodes: int | None
 ) -> AttributionGraph:
-    began, given = time.perf_counter(), metric
-    metric = data.metric(metric)
-    setup = Scoring(data.adapter, lambda logits, batch: metric(shown(logits, batch.mask), batch.rows), basis, reference)
-    found = scores(setup, lambda: batches(data, corrupted is not None, method, progress), len(data), way)
+    began, metric = time.perf_counter(), setup.ready(cut=False).objective
+    goal = Scoring(setup.adapter, lambda logits, batch: metric(shown(logits, batch.mask), batch.rows), basis, reference)
+    paired = setup.corrupted is not None
+    found = scores(goal, lambda: batches(setup.pairs, paired, method, setup.progress), len(setup), way)
     facts = record(
         method,
-        data.adapter.facts(),
-        question=question(given, "last"),
-        prompts=len(data),
-        prompt_pairs=None if corrupted is None else len(data),
-        unit=unit_of(given),
-        forward=setup.count.forward,
-        backward=setup.count.backward,
+        setup.adapter.facts(),
+        question=question(setup.metric, "last"),
+        prompts=len(setup),
+        prompt_pairs=len(setup) if paired else None,
+        unit=unit_of(setup.metric),
+        forward=goal.count.forward,
+        backward=goal.count.backward,
         seconds={"scores": time.perf_counter() - began},
         basis=basis,
         reference=reference,
         attention="frozen" if isinstance(way, BySweep) and way.rules.attention else "moving",
         steps=way.steps if isinstance(way, ByGradient) else 0,
     )
-    return score_graph(data.adapter, basis, found, Site("logits"), max_nodes, facts)
+    return score_graph(setup.adapter, basis, found, Site("logits"), max_nodes, facts)
 
 
 def batches(data: Pairs, paired: bool, method: str, progress: bool) -> Iterator[Batch]:

@@ -6,29 +6,27 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from typing_extensions import Unpack
 
 from tl_circuitlasso.baselines.edges import EdgeLayout
 from tl_circuitlasso.baselines.gradient import Count, Job, Path, Setting, Step, at_clean, walked
 from tl_circuitlasso.data.targets import LogitDiff
 from tl_circuitlasso.errors import InputError
+from tl_circuitlasso.experiment import Experiment, MethodOptions, verb
 from tl_circuitlasso.models.metric import Metric
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
 
 
+@verb
 def node_scores(
     model: Any,
-    clean: AnyPrompts,
-    corrupted: AnyPrompts,
-    metric: Metric | LogitDiff,
+    clean: AnyPrompts = None,
+    corrupted: AnyPrompts = None,
+    metric: Metric | LogitDiff | None = None,
     *,
     method: str = "eap",
     steps: int = 5,
-    attention_mask: Any = None,
-    ablation: str = "patch",
-    mean_over: str = "clean",
-    input_node: str = "embed",
-    batch_size: int = 32,
-    progress: bool = True,
+    **options: Unpack[MethodOptions],
 ) -> dict[str, float]:
     """score(u) = mean over prompts of <u_clean - u_ablated, d metric / d (output of u)>, by node name.
 
@@ -45,13 +43,12 @@ def node_scores(
     path: Path | None = {"eap": at_clean, "eap_ig": _along_inputs}.get(method)
     if path is None:
         raise InputError(f"`method` is {method!r}: write 'eap' or 'eap_ig'")
-    setting = Setting(method, ablation, mean_over, input_node, steps, progress)
-    data = setting.pairs(model, clean, corrupted, attention_mask, batch_size)
-    layout = EdgeLayout(data.adapter.shape)
+    setup = Experiment.of(model, clean, corrupted, metric, **options)
+    layout = EdgeLayout(setup.adapter.shape)
     scores = torch.zeros(layout.n_sources, dtype=torch.float64)
-    for job, step in walked(data, metric, setting, Count(), path, outputs=True):
+    for job, step in walked(Setting(method, setup, steps), Count(), path, outputs=True):
         scores += _products(job, step)
-    return dict(zip(layout.index.names, (scores / len(data)).tolist()))
+    return dict(zip(layout.index.names, (scores / len(setup)).tolist()))
 
 
 def _along_inputs(job: Job) -> Iterator[Step]:

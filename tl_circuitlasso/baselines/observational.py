@@ -1,4 +1,4 @@
-"""Baselines that only watch: information-flow routes, marginal correlation, and random edges."""
+"""Baselines that only watch: information-flow routes, marginal correlation, sizes of changes, and random edges."""
 
 import time
 from collections.abc import Iterator
@@ -7,14 +7,16 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from typing_extensions import Unpack
 
 from tl_circuitlasso.baselines.edges import EdgeLayout, pieces_of, written_out
+from tl_circuitlasso.baselines.gradient import Count, Setting, jobs
 from tl_circuitlasso.errors import InputError
+from tl_circuitlasso.experiment import Experiment, MethodOptions, PromptOptions, verb
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.graph.provenance import FREE, record
 from tl_circuitlasso.models import Adapter, Batch, adapt
-from tl_circuitlasso.models.metric import Metric
-from tl_circuitlasso.models.pairs import Pairs, pairs_of
+from tl_circuitlasso.models.pairs import Pairs
 from tl_circuitlasso.models.patching import Written, learned_positions, record_all
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
 from tl_circuitlasso.progress import counted
@@ -22,17 +24,16 @@ from tl_circuitlasso.progress import counted
 SKETCH = 32  # dimensions to which what a component writes is projected before correlations are taken
 
 
+@verb
 def information_flow_routes(
     model: Any,
-    clean: AnyPrompts,
+    clean: AnyPrompts = None,
     corrupted: AnyPrompts = None,
-    metric: Metric | None = None,
+    metric: Any = None,
     *,
-    attention_mask: Any = None,
-    input_node: str = "embed",
-    batch_size: int = 32,
     steps: int = 1,
-    progress: bool = True,
+    input_node: str = "embed",
+    **options: Unpack[PromptOptions],
 ) -> AttributionGraph:
     """Information-flow routes (Ferrando & Voita 2024, arXiv 2403.00824): how near each source is to what is read.
 
@@ -47,12 +48,12 @@ def information_flow_routes(
     True
     """
     began = time.perf_counter()
-    data = pairs_of(model, clean, None, attention_mask=attention_mask, batch_size=batch_size)
-    layout = EdgeLayout(data.adapter.shape)
+    setup = Experiment.of(model, clean, input_node=input_node, **options)
+    data, layout = setup.pairs, EdgeLayout(setup.adapter.shape)
     scores = torch.zeros(layout.n_sources, layout.n_readers, dtype=torch.float64, device=data.adapter.device)
-    for batch in _watched(data, "information_flow_routes", progress):
-        _add_nearness(layout, data.adapter, scores, batch, input_node)
-    made = _record("information_flow_routes", data, "share of what is read", began, input_node=input_node)
+    for batch in _watched(data, "information_flow_routes", setup.progress):
+        _add_nearness(layout, data.adapter, scores, batch, setup.input_node)
+    made = _record("information_flow_routes", data, "share of what is read", began, input_node=setup.input_node)
     return layout.graph(scores / len(data), made)
 
 
@@ -85,17 +86,16 @@ def _nearness(
     return near / near.sum(0).clamp_min(torch.finfo(torch.float64).tiny)
 
 
+@verb
 def correlation(
     model: Any,
-    clean: AnyPrompts,
+    clean: AnyPrompts = None,
     corrupted: AnyPrompts = None,
-    metric: Metric | None = None,
+    metric: Any = None,
     *,
-    attention_mask: Any = None,
-    batch_size: int = 32,
     steps: int = 1,
     seed: int = 0,
-    progress: bool = True,
+    **options: Unpack[PromptOptions],
 ) -> AttributionGraph:
     """Marginal correlation: how far what u writes and what v writes vary together at the same position.
 
@@ -110,18 +110,20 @@ def correlation(
     (118, True)
     """
     began = time.perf_counter()
-    data = pairs_of(model, clean, None, attention_mask=attention_mask, batch_size=batch_size)
-    layout = EdgeLayout(data.adapter.shape)
-    rv = _rv(_covariance(data, layout, seed, progress), len(layout.index)).cpu()
+    setup = Experiment.of(model, clean, **options)
+    data, layout = setup.pairs, EdgeLayout(setup.adapter.shape)
+    rv = _rv(_covariance(data, layout, seed, setup.progress), len(layout.index)).cpu()
     made = _record("correlation", data, "squared correlation", began, seed=seed)
     allowed = layout.index.allowed()
     graph = AttributionGraph.from_adjacency(layout.index, torch.where(allowed, rv, 0.0), provenance=made)
     return graph.keep(torch.ones_like(graph.kept))
 
 
-def _record(method: str, data: Pairs, unit: str, began: float, **own: Any) -> dict[str, Any]:
-    """The record of one forward pass over the prompts."""
-    spent: dict[str, Any] = {"forward": 1, "backward": 0, "seconds": {"scores": time.perf_counter() - began}}
+def _record(
+    method: str, data: Pairs, unit: str, began: float, *, forward: int | float = 1, **own: Any
+) -> dict[str, Any]:
+    """The record of forward passes over the prompts."""
+    spent: dict[str, Any] = {"forward": forward, "backward": 0, "seconds": {"scores": time.perf_counter() - began}}
     return record(method, data.adapter.facts(), prompts=len(data), unit=unit, **spent, **own)
 
 
@@ -182,17 +184,66 @@ def _rv(covariance: Float[Tensor, "node sketch node sketch"], nodes: int) -> Flo
     return torch.where(product > 0, squared / product.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
 
 
+@verb
+def magnitude(
+    model: Any,
+    clean: AnyPrompts = None,
+    corrupted: AnyPrompts = None,
+    metric: Any = None,
+    *,
+    steps: int = 1,
+    **options: Unpack[MethodOptions],
+) -> AttributionGraph:
+    """Every edge scored by how much its source alone changes: the mean over real positions of |u - ablated u|.
+
+    It looks at nothing downstream, so a ranking that isn't better has learned nothing. Two forward passes per prompt,
+    one where cut edges carry nothing; arguments as in `eap`, the metric and steps aren't used.
+
+    >>> import tl_circuitlasso as tcl
+    >>> demo = tcl.load_demo(prompts=4)
+    >>> graph = magnitude(demo.model, demo.tokens, demo.corrupted)
+    >>> bool((graph.score >= 0).all())
+    True
+    """
+    began, setup = time.perf_counter(), Experiment.of(model, clean, corrupted, **options)
+    setting, count = Setting("magnitude", setup, steps, metric=False, derivatives=False), Count()
+    layout, positions = EdgeLayout(setup.adapter.shape), 0
+    total = torch.zeros(layout.n_sources, dtype=torch.float64)
+    sized = {"progress": setup.progress, "desc": "magnitude", "total": len(setup)}
+    for job in counted(jobs(setting, count), lambda job: len(job.batch.rows), **sized):
+        difference, real = job.clean().map(torch.sub, job.ablated()), job.batch.mask
+        total += torch.cat([part[real].double().sum(0).cpu() for part in _norms(setup.adapter, difference)])
+        positions += int(real.sum())
+    spent: dict[str, Any] = {
+        "forward": count.forward,
+        "backward": 0,
+        "seconds": {"scores": time.perf_counter() - began},
+    }
+    given = {"prompts": len(setup), "unit": "size of the change", "ablation": setup.cut}
+    made = record("magnitude", setup.adapter.facts(), **given, **spent)
+    return layout.graph((total / positions)[:, None].expand(-1, layout.n_readers) * layout.mask(), made)
+
+
+def _norms(adapter: Adapter, parts: Written) -> Iterator[Float[Tensor, "batch pos source"]]:
+    yield parts.input.norm(dim=-1, keepdim=True)
+    for layer, heads in enumerate(parts.heads):
+        weight = adapter.writer(layer)[0]
+        grams = weight @ weight.transpose(1, 2)  # |z W| from z (W W') z, with no head written out
+        yield torch.einsum("bphe,hef,bphf->bph", heads, grams, heads).clamp_min(0).sqrt()
+        if parts.mlps:
+            yield parts.mlps[layer].norm(dim=-1, keepdim=True)
+
+
+@verb
 def random_edges(
     model: Any,
     clean: AnyPrompts = None,
     corrupted: AnyPrompts = None,
-    metric: Metric | None = None,
+    metric: Any = None,
     *,
-    attention_mask: Any = None,
-    batch_size: int = 32,
     steps: int = 1,
     seed: int = 0,
-    progress: bool = True,
+    **options: Unpack[PromptOptions],
 ) -> AttributionGraph:
     """A score drawn uniformly from (0, 1) for every edge: what chance finds. Only the model's shape is read.
 
@@ -204,7 +255,8 @@ def random_edges(
     """
     if not isinstance(seed, int):
         raise InputError(f"`seed` is {seed!r}: give an integer")
-    adapter = model if isinstance(model, Adapter) else adapt(model)
+    known = model.adapter if isinstance(model, Experiment) else model
+    adapter = known if isinstance(known, Adapter) else adapt(known)
     layout = EdgeLayout(adapter.shape)
     generator = torch.Generator().manual_seed(seed)
     scores = torch.rand(layout.n_sources, layout.n_readers, dtype=torch.float64, generator=generator)

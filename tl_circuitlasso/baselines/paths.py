@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from typing_extensions import Unpack
 
 from tl_circuitlasso.baselines.edges import EdgeLayout, add_products, traced_derivative
 from tl_circuitlasso.baselines.gradient import (
@@ -23,6 +24,7 @@ from tl_circuitlasso.baselines.gradient import (
 )
 from tl_circuitlasso.data.targets import LogitDiff
 from tl_circuitlasso.errors import InputError
+from tl_circuitlasso.experiment import Experiment, MethodOptions, verb
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models.ablation import Ablated, from_run, from_values
 from tl_circuitlasso.models.patching import Written
@@ -30,19 +32,15 @@ from tl_circuitlasso.models.prompt_forms import AnyPrompts
 from tl_circuitlasso.models.tracing import trace
 
 
+@verb
 def eap_gp(
     model: Any,
-    clean: AnyPrompts,
-    corrupted: AnyPrompts | None,
-    metric: Metric | LogitDiff,
+    clean: AnyPrompts = None,
+    corrupted: AnyPrompts = None,
+    metric: Metric | LogitDiff | None = None,
     *,
     steps: int = 5,
-    attention_mask: Tensor | None = None,
-    ablation: str = "patch",
-    mean_over: str = "clean",
-    input_node: str = "embed",
-    batch_size: int = 32,
-    progress: bool = True,
+    **options: Unpack[MethodOptions],
 ) -> AttributionGraph:
     """EAP along a gradient path (EAP-GP, Zhang et al. 2025, arXiv 2502.06852); arguments as in `eap`.
 
@@ -60,9 +58,8 @@ def eap_gp(
     >>> len(graph.top_k(6).kept_edges() & demo.true_edges)  # of the six planted edges
     3
     """
-    setting = Setting("eap_gp", ablation, mean_over, input_node, steps, progress)
-    data = setting.pairs(model, clean, corrupted, attention_mask, batch_size)
-    return attribute(data, metric, setting, _along_gradients)
+    setup = Experiment.of(model, clean, corrupted, metric, **options)
+    return attribute(Setting("eap_gp", setup, steps), _along_gradients)
 
 
 def _along_gradients(job: Job) -> Iterator[Step]:
@@ -83,8 +80,8 @@ def _along_gradients(job: Job) -> Iterator[Step]:
 
 def _goal(job: Job) -> Ablated:
     """The run whose output the path makes for."""
-    adapter, batch = job.pairs.adapter, job.batch
-    if job.setting.ablation == "patch":
+    adapter, batch = job.adapter, job.batch
+    if job.experiment.cut == "patch":
         job.count.forward += job.share
         return from_run(adapter, batch.corrupted.tokens, batch.mask)
     return from_values(adapter, job.ablated())
@@ -100,27 +97,23 @@ def _towards(job: Job, at: Float[Tensor, "batch pos d_model"], goal: Ablated) ->
 
     job.count.forward += share
     job.count.backward += share
-    found = trace(job.pairs.adapter, batch.clean.tokens, batch.mask, distance, start=at, outputs=True)
+    found = trace(job.adapter, batch.clean.tokens, batch.mask, distance, start=at, outputs=True)
     assert found.written is not None
     return found.written.input
 
 
+@verb
 def bootstrap_eap_ig(
     model: Any,
-    clean: AnyPrompts,
-    corrupted: AnyPrompts | None,
-    metric: Metric | LogitDiff,
+    clean: AnyPrompts = None,
+    corrupted: AnyPrompts = None,
+    metric: Metric | LogitDiff | None = None,
     *,
     steps: int = 5,
     resamples: int = 20,
     level: int | float = 0.95,
     seed: int = 0,
-    attention_mask: Tensor | None = None,
-    ablation: str = "patch",
-    mean_over: str = "clean",
-    input_node: str = "embed",
-    batch_size: int = 32,
-    progress: bool = True,
+    **options: Unpack[MethodOptions],
 ) -> AttributionGraph:
     """EAP-IG with an interval for each edge over resamples of the prompts (arXiv 2510.25786); arguments as in `eap_ig`.
 
@@ -147,24 +140,24 @@ def bootstrap_eap_ig(
     if not 0 < level < 1:
         raise InputError(f"`level` is {level!r}: give a share between 0 and 1, such as .95")
     began = time.perf_counter()
-    setting = Setting("bootstrap_eap_ig", ablation, mean_over, input_node, steps, progress)
-    data = setting.pairs(model, clean, corrupted, attention_mask, batch_size)
-    layout, count = EdgeLayout(data.adapter.shape), Count()
-    times = _times_drawn(len(data), resamples, seed)
-    device = data.adapter.device
+    setup = Experiment.of(model, clean, corrupted, metric, **options)
+    setting, adapter = Setting("bootstrap_eap_ig", setup, steps), setup.adapter
+    layout, count = EdgeLayout(adapter.shape), Count()
+    times = _times_drawn(len(setup), resamples, seed)
+    device = adapter.device
     scores = torch.zeros(1 + resamples, layout.n_sources, layout.n_readers, dtype=torch.float64, device=device)
-    for job, (difference, traced, share) in walked(data, metric, setting, count, along_inputs):
-        derivative = traced_derivative(data.adapter, traced)
+    for job, (difference, traced, share) in walked(setting, count, along_inputs):
+        derivative = traced_derivative(adapter, traced)
         for number, weight in enumerate(times[:, job.batch.rows].to(device)):
             drawn = job.batch.mask & (weight > 0)[:, None]
             if bool(drawn.any()):
                 part = torch.zeros_like(scores[number])
-                add_products(layout, data.adapter, part, _weighted(difference, weight), derivative, drawn)
+                add_products(layout, adapter, part, _weighted(difference, weight), derivative, drawn)
                 scores[number] += share * part
-    found = facts(data, setting, count, began, metric) | {"resamples": resamples, "level": level, "seed": seed}
-    graph = layout.graph(scores[0] / len(data), found)
+    found = facts(setting, count, began) | {"resamples": resamples, "level": level, "seed": seed}
+    graph = layout.graph(scores[0] / len(setup), found)
     source, column = layout.mask().nonzero(as_tuple=True)
-    drawn_scores = (scores[1:] / len(data)).cpu()[:, source, column]
+    drawn_scores = (scores[1:] / len(setup)).cpu()[:, source, column]
     tail = (1 - level) / 2
     low, high = (drawn_scores.quantile(q, dim=0) for q in (tail, 1 - tail))
     same = (drawn_scores.sign() == graph.score.sign()).double().mean(0)

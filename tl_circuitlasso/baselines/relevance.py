@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from typing_extensions import Unpack
 
 from tl_circuitlasso.baselines.edges import Chosen, Derivative, EdgeLayout, add_products
 from tl_circuitlasso.baselines.gradient import Count, Job, Setting, facts, jobs
 from tl_circuitlasso.data.targets import LogitDiff
 from tl_circuitlasso.errors import InputError, ModelError
+from tl_circuitlasso.experiment import Experiment, MethodOptions, verb
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models.metric import Metric
 from tl_circuitlasso.models.neuron_scores import Batch, goal_gradient
@@ -30,21 +32,17 @@ from tl_circuitlasso.models.rotary import position_ids
 from tl_circuitlasso.progress import bar as counting
 
 
+@verb
 def relp_edges(
     model: Any,
-    clean: AnyPrompts,
-    corrupted: AnyPrompts | None,
-    metric: Metric | LogitDiff,
+    clean: AnyPrompts = None,
+    corrupted: AnyPrompts = None,
+    metric: Metric | LogitDiff | None = None,
     *,
+    steps: int = 1,
     attention: str = "frozen",
     products: str = "half",
-    attention_mask: Tensor | None = None,
-    ablation: str = "patch",
-    mean_over: str = "clean",
-    input_node: str = "embed",
-    batch_size: int = 32,
-    steps: int = 1,
-    progress: bool = True,
+    **options: Unpack[MethodOptions],
 ) -> AttributionGraph:
     """Relevance patching (Rezaei Jafari et al. 2025, arXiv 2508.21258) of all edges; arguments as in `eap`.
 
@@ -70,19 +68,19 @@ def relp_edges(
     """
     rules = rules_of(attention, products)
     began = time.perf_counter()
-    setting = Setting("relp", ablation, mean_over, input_node, 1, progress)
-    data = setting.pairs(model, clean, corrupted, attention_mask, batch_size)
-    if data.adapter.shape.moe:
-        raise ModelError(f"`model` ({data.adapter.name}) routes tokens through experts, for which RelP has no rules")
-    layout, count = EdgeLayout(data.adapter.shape), Count()
-    scores = torch.zeros(layout.n_sources, layout.n_readers, dtype=torch.float64, device=data.adapter.device)
-    with counting(total=len(data), progress=progress, desc="relp", unit="prompt") as bar:
-        for job in jobs(data, metric, setting, count):
+    setup = Experiment.of(model, clean, corrupted, metric, **options)
+    setting, adapter = Setting("relp", setup, 1), setup.adapter
+    if adapter.shape.moe:
+        raise ModelError(f"`model` ({adapter.name}) routes tokens through experts, for which RelP has no rules")
+    layout, count = EdgeLayout(adapter.shape), Count()
+    scores = torch.zeros(layout.n_sources, layout.n_readers, dtype=torch.float64, device=adapter.device)
+    with counting(total=len(setup), progress=setup.progress, desc="relp", unit="prompt") as bar:
+        for job in jobs(setting, count):
             difference, derivative = _swept(job, rules)
-            add_products(layout, data.adapter, scores, difference, derivative, job.batch.mask)
+            add_products(layout, adapter, scores, difference, derivative, job.batch.mask)
             bar.update(len(job.batch.rows))
-    found = facts(data, setting, count, began, metric) | {"attention": attention, "products": products}
-    return layout.graph(scores / len(data), found)
+    found = facts(setting, count, began) | {"attention": attention, "products": products}
+    return layout.graph(scores / len(setup), found)
 
 
 def rules_of(attention: str, products: str = "half") -> Rules:
@@ -101,7 +99,7 @@ def rules_of(attention: str, products: str = "half") -> Rules:
 
 def _swept(job: Job, rules: Rules) -> tuple[Written, Derivative]:
     """What each component writes less what its cut edges carry, and the modified gradient at each reader."""
-    adapter, batch = job.pairs.adapter, job.batch
+    adapter, batch = job.adapter, job.batch
     job.count.forward += job.share
     job.count.backward += job.share
     keys = dict.fromkeys(("logits", *written_keys(adapter), *wanted(adapter, rules)))
@@ -114,7 +112,7 @@ def _swept(job: Job, rules: Rules) -> tuple[Written, Derivative]:
 def _at_logits(job: Job, logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, "batch pos vocab"]:
     batch = job.batch
     given = Batch(batch.clean.tokens, None, batch.mask, batch.rows)
-    return goal_gradient(lambda seen, _: job.metric(batch.shown(seen), batch.rows), logits, given)[1]
+    return goal_gradient(lambda seen, _: job.experiment.objective(batch.shown(seen), batch.rows), logits, given)[1]
 
 
 def _derivative(ends: Ends, start: Float[Tensor, "prompt 1 pos d_model"], rules: Rules) -> Derivative:

@@ -125,7 +125,7 @@ def _confirmed(case: Case, prompts: int | None, seed: int) -> AttributionGraph:
         return graph
     metric = objective(case, clean, corrupted, "distance")
     options = {"batch_size": BATCH, "seed": seed, "progress": False}
-    found = confirm(graph, case.model, clean, corrupted, metric, **options).prune()
+    found = confirm(case.model, graph, clean, corrupted, metric, **options).prune()
     passes = graph.provenance["forward_passes"] + found.provenance["confirm"]["forward_passes"]
     return replace(found, provenance={**found.provenance, "forward_passes": passes})
 

@@ -19,19 +19,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from typing_extensions import Unpack
 
+from tl_circuitlasso import evaluate
+from tl_circuitlasso.baselines.observational import random_edges
 from tl_circuitlasso.comparison import report
 from tl_circuitlasso.comparison.common import Common
 from tl_circuitlasso.comparison.figures import agreement, circuit, overlap, ranking_size, table
 from tl_circuitlasso.data import storage
 from tl_circuitlasso.errors import InputError
+from tl_circuitlasso.evaluate import Curve
+from tl_circuitlasso.experiment import Ablation, Experiment, FeatureOptions, verb
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.graph.provenance import differences
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from tl_circuitlasso.evaluate import Curve
 
 _WHOLE = ("head", "mlp")  # sites that every graph of a model has in common
 
@@ -64,7 +67,7 @@ class Comparison:
     graphs: Mapping[str, AttributionGraph]
     candidates: int
     equal: int
-    curves: "Mapping[str, Curve]"
+    curves: Mapping[str, Curve]
     n_true: int | None
     unlike: tuple[str, ...] = ()
 
@@ -103,6 +106,7 @@ class Comparison:
         return report.fragment(self)
 
 
+@verb
 def compare(
     graphs: Mapping[str, AttributionGraph | Callable[[], AttributionGraph]],
     true_edges: Collection[Sequence[str]] | AttributionGraph | None = None,
@@ -113,10 +117,10 @@ def compare(
     clean: Any = None,
     corrupted: Any = None,
     metric: Any = None,
-    ablation: str = "patch",
+    ablation: Ablation = "patch",
     absolute: bool = True,
     seed: int = 0,
-    **options: Any,
+    **options: Unpack[FeatureOptions],
 ) -> Comparison:
     """Put graphs of one model side by side, the first one being what the others are compared with.
 
@@ -129,8 +133,9 @@ def compare(
     true_edges: the known circuit as (source, target) pairs, or a graph whose kept edges it is.
     candidate_edges: compare over these pairs instead of the candidates that all graphs have in common.
     edges: cut every circuit to so many edges (kept ones first, then by |score|) instead of taking it as it is.
-    model, clean, corrupted, metric, ablation, options: as in `evaluate.faithfulness`, to measure every circuit and
-        ranking on the model; `absolute` ranks by |score|, else by the signed score, as in `evaluate.curve`.
+    model, clean, corrupted, metric, ablation, options: as in `tcl.Experiment`, or `model` an experiment alone, to
+        measure every circuit and ranking on the model; `absolute` ranks by |score|, else by the signed score, as in
+        `evaluate.curve`.
 
     Raises
     ------
@@ -149,7 +154,7 @@ def compare(
     made = _made(graphs)
     if edges is not None and (not isinstance(edges, int) or isinstance(edges, bool) or edges < 1):
         raise InputError(f"`edges` is {edges!r}: how many edges to compare is an integer >= 1")
-    _check_model(model, clean, metric)
+    setup = _experiment(model, clean, corrupted, metric, ablation, options)
     if candidate_edges is None:
         _check_same_model(made)
     common = Common.of(made, candidate_edges)
@@ -157,7 +162,7 @@ def compare(
     size = ranking_size(common, edges, truth)
     circuits = np.stack([circuit(common, n, edges, size) for n in range(len(made))])
     shown = {name: common.cut(n, circuits[n]) for n, name in enumerate(made)}
-    measured, curves = _on_model(shown, model, clean, corrupted, metric, ablation, absolute, seed, options)
+    measured, curves = ({}, {}) if setup is None else _on_model(shown, setup, absolute, seed)
     equal = int(circuits.sum(1).min())
     unlike = differences({name: graph.provenance for name, graph in made.items()})
     if unlike:
@@ -198,11 +203,19 @@ def _one(name: str, given: Any) -> AttributionGraph:
     return replace(given, provenance={**given.provenance, **cost}) if cost else given
 
 
-def _check_model(model: Any, clean: Any, metric: Any) -> None:
+def _experiment(
+    model: Any, clean: Any, corrupted: Any, metric: Any, ablation: Ablation, options: FeatureOptions
+) -> Experiment | None:
+    """What circuits and rankings are measured on, if they are."""
     given = {"model": model, "clean": clean, "metric": metric}
     missing = [name for name, value in given.items() if value is None]
-    if 0 < len(missing) < 3:
+    if not isinstance(model, Experiment) and 0 < len(missing) < 3:
         raise InputError(f"`{missing[0]}` is missing: faithfulness needs `model`, `clean` and `metric` together")
+    if model is None:
+        if options:
+            raise InputError(f"`{next(iter(options))}` is for measuring on a model: give `model`, `clean` and `metric`")
+        return None
+    return Experiment.of(model, clean, corrupted, metric, ablation, **options).ready()
 
 
 def _check_same_model(graphs: Mapping[str, AttributionGraph]) -> None:
@@ -224,29 +237,12 @@ def _check_same_model(graphs: Mapping[str, AttributionGraph]) -> None:
 
 
 def _on_model(
-    graphs: Mapping[str, AttributionGraph],
-    model: Any,
-    clean: Any,
-    corrupted: Any,
-    metric: Any,
-    ablation: str,
-    absolute: bool,
-    seed: int,
-    options: Mapping[str, Any],
-) -> "tuple[dict[str, dict[str, Any]], Mapping[str, Curve]]":
+    graphs: Mapping[str, AttributionGraph], setup: Experiment, absolute: bool, seed: int
+) -> tuple[dict[str, dict[str, Any]], Mapping[str, Curve]]:
     """Each circuit's faithfulness and each ranking's curve, with a random ranking beside them."""
-    if model is None:
-        if options:
-            raise InputError(f"`{next(iter(options))}` is for measuring on a model: give `model`, `clean` and `metric`")
-        return {}, {}
-    from tl_circuitlasso import baselines, evaluate
-    from tl_circuitlasso.models import Adapter, adapt
-
-    adapter = model if isinstance(model, Adapter) else adapt(model)
-    data = (clean, corrupted, metric, ablation)
-    rankings = {**graphs, "random": baselines.random_edges(adapter, seed=seed)} if "random" not in graphs else graphs
-    curves = evaluate.curves(adapter, rankings, *data, absolute=absolute, seed=seed, **options)
-    found = {name: evaluate.faithfulness(adapter, graph, *data, seed=seed, **options) for name, graph in graphs.items()}
+    rankings = graphs if "random" in graphs else {**graphs, "random": random_edges(setup.adapter, seed=seed)}
+    curves = evaluate.curves(setup, rankings, absolute=absolute, seed=seed)
+    found = {name: evaluate.faithfulness(setup, graph, seed=seed) for name, graph in graphs.items()}
     rows = {
         name: {"faithfulness": one.faithfulness, "cpr": curves[name].cpr, "cmd": curves[name].cmd}
         for name, one in found.items()

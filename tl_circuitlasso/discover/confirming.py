@@ -46,7 +46,7 @@ class Confirmation:
             "progress": progress and ranks.rank == 0,
             "budget": self.budget,
         }
-        return confirm(graph, adapter, self.pairs.clean, self.pairs.corrupted, self.metric, **options).prune()
+        return confirm(adapter, graph, self.pairs.clean, self.pairs.corrupted, self.metric, **options).prune()
 
 
 def check_method(
@@ -80,7 +80,7 @@ def check_method(
     if corrupted is None:
         raise InputError(
             "`corrupted` is missing: method='lasso+confirm' patches edges from corrupted prompts. Give one for each "
-            "prompt, or confirm without them: `tcl.evaluate.confirm(graph, model, tokens, None, metric, 'mean')`"
+            "prompt, or confirm without them: `tcl.evaluate.confirm(model, graph, tokens, None, metric, 'mean')`"
         )
     if metric is None and target is not None and not isinstance(target, LogitDiff):
         raise InputError(

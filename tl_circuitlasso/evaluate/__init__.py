@@ -22,7 +22,6 @@ from tl_circuitlasso.evaluate.metrics import logit_diff as logit_diff
 from tl_circuitlasso.evaluate.metrics import next_token as next_token
 from tl_circuitlasso.evaluate.metrics import prob_diff as prob_diff
 from tl_circuitlasso.evaluate.minimal import minimality as minimality
-from tl_circuitlasso.evaluate.optimal import Optimal as Optimal
 from tl_circuitlasso.evaluate.report import METRICS as METRICS
 from tl_circuitlasso.evaluate.report import Report as Report
 from tl_circuitlasso.evaluate.report import metric_by_name as metric_by_name
@@ -56,6 +55,7 @@ from tl_circuitlasso.evaluate.structure import (
 from tl_circuitlasso.evaluate.structure import (
     summary as summary,
 )
+from tl_circuitlasso.experiment import Optimal as Optimal
 from tl_circuitlasso.naming import directory as _directory
 
-__dir__ = _directory(__name__)
+__dir__ = _directory(__name__, "Optimal")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from typing_extensions import Unpack
 
 from tl_circuitlasso._checks import whole_number
 from tl_circuitlasso.data.sharing import Ranks, as_ranks
@@ -18,26 +19,27 @@ from tl_circuitlasso.data.targets import LogitDiff
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.circuits import check_graph, kept_matrix
 from tl_circuitlasso.evaluate.faithfulness import check_scale, mean_interval
-from tl_circuitlasso.evaluate.interventions import Ablation, intervention
 from tl_circuitlasso.evaluate.metrics import Metric
 from tl_circuitlasso.evaluate.minimal import Without, live_rows, without_each
+from tl_circuitlasso.experiment import Ablation, CutOptions, Experiment, in_order, verb
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
 
 
+@verb
 def confirm(
-    graph: AttributionGraph,
     model: Any,
-    clean: AnyPrompts,
-    corrupted: AnyPrompts,
-    metric: Metric | LogitDiff,
+    graph: Any,
+    clean: AnyPrompts = None,
+    corrupted: AnyPrompts = None,
+    metric: Metric | LogitDiff | None = None,
     ablation: Ablation = "patch",
     *,
     tolerance: int | float = 0.01,
     budget: int | None = None,
     seed: int = 0,
     process_group: Any = None,
-    **options: Any,
+    **options: Unpack[CutOptions],
 ) -> AttributionGraph:
     """The graph with each kept edge's measured effect, less the edges that have none.
 
@@ -56,8 +58,8 @@ def confirm(
     ----------
     tolerance: a share of m(model) - m(ablated), 0 or more.
     budget: the most edges that may be tested, those of smallest |score| first; others stay as they are. None tests all.
-    process_group: as in `circuit_lasso`; the processes share
-        the edges, and each gets the whole graph. Other arguments as in `faithfulness`.
+    process_group: as in `circuit_lasso`; the processes share the edges, and each gets the whole graph.
+    options: as in `tcl.Experiment`; other arguments as in `faithfulness`.
 
     Raises
     ------
@@ -66,7 +68,7 @@ def confirm(
 
     >>> import tl_circuitlasso as tcl
     >>> demo = tcl.load_demo(prompts=4)
-    >>> graph = confirm(demo.circuit, demo.model, demo.tokens, demo.corrupted, demo.target)
+    >>> graph = confirm(demo.model, demo.circuit, demo.tokens, demo.corrupted, demo.target)
     >>> graph.provenance["confirm"]["tested"], graph.n_kept
     (6, 6)
     """
@@ -74,9 +76,10 @@ def confirm(
         raise InputError(f"`tolerance` is {tolerance!r}: give a share of the metric's range, 0 or more")
     if budget is not None:
         budget = whole_number("budget", budget, what="of edges to test, or None for all")
+    model, graph = in_order(model, graph)
     ranks = as_ranks(process_group)
     with ranks.together():
-        setup = intervention(model, clean, corrupted, metric, ablation, **options)
+        setup = Experiment.of(model, clean, corrupted, metric, ablation, **options).ready()
         layout = check_graph(graph, setup.adapter)
         live = live_rows(graph, layout, kept_matrix(graph, layout))
         rows = _weakest(graph, live, budget)
@@ -90,7 +93,7 @@ def confirm(
     columns = {"effect": effects.mean(1), "effect_low": intervals[:, 0], "effect_high": intervals[:, 1]}
     extras = {name: _column(graph, rows, values) for name, values in columns.items()}
     report = {
-        "ablation": setup.ablation,
+        "ablation": setup.cut,
         "tolerance": tolerance,
         "tested": len(rows),
         "refuted": int((~holds).sum()),

@@ -4,7 +4,6 @@ The Mechanistic Interpretability Benchmark (Mueller et al. 2025, arXiv 2504.1315
 under faithfulness (more is better), and CMD, between faithfulness and 1 (less is better).
 """
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,24 +14,19 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from typing_extensions import Unpack
 
+from tl_circuitlasso.baselines import observational
 from tl_circuitlasso.baselines.edges import EdgeLayout
 from tl_circuitlasso.data.targets import LogitDiff
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.circuits import EdgeMatrix, check_graph, prune, score_matrix
 from tl_circuitlasso.evaluate.faithfulness import check_scale, share_interval, shares
-from tl_circuitlasso.evaluate.features import (
-    FeatureOptions,
-    circuit_of,
-    feature_sites,
-    has_features,
-    measure_features,
-    node_scores,
-)
-from tl_circuitlasso.evaluate.interventions import Ablation, Intervention, Measured, changes, intervention, measure
+from tl_circuitlasso.evaluate.features import circuit_of, feature_sites, has_features, measure_features, node_scores
+from tl_circuitlasso.evaluate.interventions import Measured, measure
 from tl_circuitlasso.evaluate.metrics import Metric
+from tl_circuitlasso.experiment import Ablation, CutOptions, Experiment, FeatureOptions, verb
 from tl_circuitlasso.graph import AttributionGraph
-from tl_circuitlasso.graph.provenance import record
 from tl_circuitlasso.graph.selection import Edges, grown, ranked
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
 
@@ -72,19 +66,20 @@ class Curve:
         return pd.DataFrame({name: getattr(self, name) for name in columns})
 
 
+@verb
 def curve(
     model: Any,
     graph: AttributionGraph,
-    clean: AnyPrompts,
-    corrupted: AnyPrompts,
-    metric: Metric | LogitDiff,
+    clean: AnyPrompts = None,
+    corrupted: AnyPrompts = None,
+    metric: Metric | LogitDiff | None = None,
     ablation: Ablation = "patch",
     *,
     sizes: Sequence[int | float] = MIB_SHARES,
     absolute: bool = False,
     rule: str = "top",
     seed: int = 0,
-    **options: Any,
+    **options: Unpack[FeatureOptions],
 ) -> Curve:
     """The faithfulness of the circuits of the highest-scored edges, at MIB's ten sizes.
 
@@ -98,7 +93,7 @@ def curve(
     absolute: rank by |score|; MIB's CPR ranks by the signed score, its CMD by |score|.
     rule: "top" takes the highest-scored edges, "greedy" grows the circuit backwards from the logits, always taking the
         best edge into what is already there.
-    options: as in `faithfulness`.
+    options: as in `tcl.Experiment`.
 
     Raises
     ------
@@ -111,29 +106,24 @@ def curve(
     >>> found.requested, found.faithfulness[1] > 0.9
     ((6, 100), True)
     """
-    one = {"": graph}
-    made = curves(
-        model, one, clean, corrupted, metric, ablation, sizes=sizes, absolute=absolute, rule=rule, seed=seed, **options
-    )
-    return made[""]
+    setup = Experiment.of(model, clean, corrupted, metric, ablation, **options)
+    return curves(setup, {"": graph}, sizes=sizes, absolute=absolute, rule=rule, seed=seed)[""]
 
 
+@verb
 def curves(
     model: Any,
     graphs: Mapping[str, AttributionGraph],
-    clean: AnyPrompts,
-    corrupted: AnyPrompts,
-    metric: Metric | LogitDiff,
+    clean: AnyPrompts = None,
+    corrupted: AnyPrompts = None,
+    metric: Metric | LogitDiff | None = None,
     ablation: Ablation = "patch",
     *,
     sizes: Sequence[int | float] = MIB_SHARES,
     absolute: bool = False,
     rule: str = "top",
-    saes: Mapping[str, Any] | None = None,
-    error: str = "graph",
-    rest: str = "ablate",
     seed: int = 0,
-    **options: Any,
+    **options: Unpack[FeatureOptions],
 ) -> dict[str, Curve]:
     """The curve of each graph, on the same baselines; arguments as in `curve`.
 
@@ -145,9 +135,9 @@ def curves(
     True
     """
     _check_sizes(sizes)
-    setup = intervention(model, clean, corrupted, metric, ablation, **options)
+    setup = Experiment.of(model, clean, corrupted, metric, ablation, **options).ready()
     if any(map(has_features, graphs.values())):
-        return _feature_curves(setup, graphs, FeatureOptions({} if saes is None else saes, error, rest), sizes, seed)
+        return _feature_curves(setup, graphs, sizes, seed)
     layouts = [check_graph(graph, setup.adapter) for graph in graphs.values()]
     if not layouts:
         raise InputError("`graphs` is empty: give at least one graph")
@@ -165,20 +155,16 @@ def curves(
 
 
 def _feature_curves(
-    setup: Intervention,
-    graphs: Mapping[str, AttributionGraph],
-    features: FeatureOptions,
-    sizes: Sequence[int | float],
-    seed: int,
+    setup: Experiment, graphs: Mapping[str, AttributionGraph], sizes: Sequence[int | float], seed: int
 ) -> dict[str, Curve]:
     made = {}
     for name, graph in graphs.items():
         if not has_features(graph):
             raise InputError(f"`graphs` mixes features with whole components: {name!r} has no features")
-        sites, scores = feature_sites(graph, setup.adapter, features.saes), node_scores(graph)
+        sites, scores = feature_sites(graph, setup.adapter, setup.saes), node_scores(graph)
         ranked = sorted(scores, key=lambda node: -scores[node])
         requested = _numbers(sizes, len(ranked), f"nodes of graph {name!r}" if name else "nodes of `graph`")
-        circuits = [circuit_of(graph, sites, features, set(ranked[:count])) for count in (*requested, 0)]
+        circuits = [circuit_of(setup, graph, sites, set(ranked[:count])) for count in (*requested, 0)]
         measured = measure_features(setup, sites, circuits)
         check_scale(measured)
         made[name] = _curve(_as_shares(sizes, len(ranked)), requested, tuple(requested), measured, seed)
@@ -269,17 +255,17 @@ def select(
 # ---- what to compare with -------------------------------------------------------------------------------------------
 
 
+@verb
 def magnitude(
     model: Any,
-    clean: AnyPrompts,
-    corrupted: AnyPrompts,
+    clean: AnyPrompts = None,
+    corrupted: AnyPrompts = None,
     ablation: Ablation = "patch",
-    **options: Any,
+    **options: Unpack[CutOptions],
 ) -> AttributionGraph:
     """Every edge scored by how much its source alone changes: the mean over real positions of |u - ablated u|.
 
-    It looks at nothing downstream, so a ranking that isn't better has learned nothing. Two forward passes per prompt,
-    one where cut edges carry nothing; arguments as in `faithfulness`.
+    `baselines.METHODS["magnitude"]` without a metric; arguments as in `tcl.Experiment`.
 
     >>> import tl_circuitlasso as tcl
     >>> demo = tcl.load_demo(prompts=4)
@@ -287,20 +273,4 @@ def magnitude(
     >>> bool((graph.score >= 0).all())
     True
     """
-    began = time.perf_counter()
-    setup: Intervention = intervention(
-        model, clean, corrupted, lambda logits, rows: logits[:, -1].sum(), ablation, **options
-    )
-    layout = EdgeLayout(setup.adapter.shape)
-    scores = changes(setup)[:, None].expand(-1, layout.n_readers) * layout.mask()
-    made = record(
-        "magnitude",
-        setup.adapter.facts(),
-        prompts=len(setup.pairs),
-        unit="size of the change",
-        forward=1 + (ablation != "zero"),  # the prompts, and what cut edges carry
-        backward=0,
-        seconds={"scores": time.perf_counter() - began},
-        ablation=ablation,
-    )
-    return layout.graph(scores, made)
+    return observational.magnitude(Experiment.of(model, clean, corrupted, None, ablation, **options))

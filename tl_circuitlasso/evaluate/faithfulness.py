@@ -14,27 +14,27 @@ for nothing.
 True
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
 from torch import Tensor
+from typing_extensions import Unpack
 
 from tl_circuitlasso.baselines.edges import EdgeLayout
 from tl_circuitlasso.data.targets import LogitDiff
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.circuits import EdgeMatrix, check_graph, kept_matrix, prune
 from tl_circuitlasso.evaluate.features import (
-    FeatureOptions,
     circuit_of,
     feature_sites,
     has_features,
     measure_features,
 )
-from tl_circuitlasso.evaluate.interventions import Ablation, Intervention, Measured, intervention, measure
+from tl_circuitlasso.evaluate.interventions import Measured, measure
 from tl_circuitlasso.evaluate.metrics import Metric
+from tl_circuitlasso.experiment import Ablation, Experiment, FeatureOptions, verb
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
 
@@ -75,48 +75,28 @@ class Faithfulness:
         )
 
 
+@verb
 def faithfulness(
     model: Any,
     graph: AttributionGraph,
-    clean: AnyPrompts,
-    corrupted: AnyPrompts,
-    metric: Metric | LogitDiff,
+    clean: AnyPrompts = None,
+    corrupted: AnyPrompts = None,
+    metric: Metric | LogitDiff | None = None,
     ablation: Ablation = "patch",
     *,
     level: str | None = None,
-    saes: Mapping[str, Any] | None = None,
-    error: str = "graph",
-    rest: str = "ablate",
-    attention_mask: Any = None,
-    mean_over: str = "clean",
-    input_node: str = "embed",
-    batch_size: int = 32,
     seed: int = 0,
-    progress: bool = True,
+    **options: Unpack[FeatureOptions],
 ) -> Faithfulness:
     """(m(circuit) - m(ablated)) / (m(model) - m(ablated)), as in MIB (Mueller et al. 2025, arXiv 2504.13151).
 
     Parameters
     ----------
-    clean, corrupted: whatever `circuit_lasso` takes as prompts; both of a pair have the same length. `corrupted` may be
-        None unless it is patched from ("patch") or averaged over.
-    metric: `metric(logits, rows)` returns the sum over a batch's rows of what the circuit should keep high; `rows` are
-        the prompts' numbers in the data set. Index -1 of the logits is each prompt's last real token, whatever the
-        lengths. `evaluate.logit_diff` and its neighbours make some.
-    ablation: what an edge outside the circuit carries: the source's output on the corrupted prompt ("patch"), its mean
-        over prompts at the same position ("mean"), over prompts and positions ("mean-all"), the constants that hurt
-        the metric least ("optimal", or an `evaluate.Optimal`), or nothing ("zero").
+    model, clean, corrupted, metric, ablation: as in `tcl.Experiment`, or an experiment in the model's place alone.
     level: "edge" keeps the kept edges, "node" all edges between the kept nodes. None is "edge", but for graphs of
         neurons, residual dimensions or SAE features, which are tested by their nodes.
-    saes: {hook: SAE}, for graphs of SAE features: anything with encode, decode and W_dec.
-    error: what becomes of the part that SAEs miss: "keep", "remove", or "graph": it's a node where the graph has one
-        for it, and kept else.
-    rest: whether features that the graph has no node for count as outside of the circuit ("ablate") or stay ("keep").
-    attention_mask: True at real positions; left and right padding are both right.
-    mean_over: whether means are over the "clean" or the "corrupted" prompts.
-    input_node: whether `input` is the token embedding alone ("embed", as in EAP-IG) or with learned positions
-        ("resid"). It makes no difference to "patch".
-    progress: a bar on a terminal, elsewhere a line every ten seconds, of what takes long.
+    seed: of the resamples behind the interval.
+    options: as in `tcl.Experiment`.
 
     Raises
     ------
@@ -129,36 +109,22 @@ def faithfulness(
     >>> found.nodes, found.faithfulness > 0.9, found.low <= found.faithfulness <= found.high
     (6, True, True)
     """
-    setup = intervention(
-        model,
-        clean,
-        corrupted,
-        metric,
-        ablation,
-        attention_mask=attention_mask,
-        mean_over=mean_over,
-        input_node=input_node,
-        batch_size=batch_size,
-        progress=progress,
-    )
-    features = FeatureOptions({} if saes is None else saes, error, rest)
-    return _either(setup, graph, level, features, seed, complement=False)
+    setup = Experiment.of(model, clean, corrupted, metric, ablation, **options).ready()
+    return _either(setup, graph, level, seed, complement=False)
 
 
+@verb
 def completeness(
     model: Any,
     graph: AttributionGraph,
-    clean: AnyPrompts,
-    corrupted: AnyPrompts,
-    metric: Metric | LogitDiff,
+    clean: AnyPrompts = None,
+    corrupted: AnyPrompts = None,
+    metric: Metric | LogitDiff | None = None,
     ablation: Ablation = "patch",
     *,
     level: str | None = None,
-    saes: Mapping[str, Any] | None = None,
-    error: str = "graph",
-    rest: str = "ablate",
     seed: int = 0,
-    **options: Any,
+    **options: Unpack[FeatureOptions],
 ) -> Faithfulness:
     """The faithfulness of everything but the circuit: near 0 where the circuit leaves nothing out (Marks et al. 2024,
     arXiv 2403.19647). Arguments as in `faithfulness`.
@@ -168,43 +134,34 @@ def completeness(
     >>> abs(completeness(demo.model, demo.circuit, demo.tokens, demo.corrupted, demo.target).faithfulness) < 0.1
     True
     """
-    setup = intervention(model, clean, corrupted, metric, ablation, **options)
-    features = FeatureOptions({} if saes is None else saes, error, rest)
-    return _either(setup, graph, level, features, seed, complement=True)
+    setup = Experiment.of(model, clean, corrupted, metric, ablation, **options).ready()
+    return _either(setup, graph, level, seed, complement=True)
 
 
 def _either(
-    setup: Intervention,
-    graph: AttributionGraph,
-    level: str | None,
-    features: FeatureOptions,
-    seed: int,
-    *,
-    complement: bool,
+    setup: Experiment, graph: AttributionGraph, level: str | None, seed: int, *, complement: bool
 ) -> Faithfulness:
     if has_features(graph):
         if level not in (None, "node"):
             raise InputError(f"`level` is {level!r}: features are kept or ablated as nodes; leave it out")
-        return _judge_features(setup, graph, features, seed, complement)
-    if features.saes:
+        return _judge_features(setup, graph, seed, complement)
+    if setup.saes:
         raise InputError("`saes` goes with a graph of SAE features; the nodes of this one are whole components")
     layout = check_graph(graph, setup.adapter)
     kept = kept_matrix(graph, layout, level=level or "edge")
     return _judge(setup, ~kept & layout.mask() if complement else kept, layout, seed)
 
 
-def _judge(setup: Intervention, kept: EdgeMatrix, layout: EdgeLayout, seed: int) -> Faithfulness:
+def _judge(setup: Experiment, kept: EdgeMatrix, layout: EdgeLayout, seed: int) -> Faithfulness:
     pruned = prune(kept, layout)
     nodes = int(pruned.any(2).sum()) + bool(pruned.any())  # the sources, and the logits
     return _figures(measure(setup, kept), seed, edges=int(pruned.sum()), nodes=nodes)
 
 
-def _judge_features(
-    setup: Intervention, graph: AttributionGraph, options: FeatureOptions, seed: int, complement: bool
-) -> Faithfulness:
-    sites = feature_sites(graph, setup.adapter, options.saes)
-    circuit = circuit_of(graph, sites, options, graph.kept_nodes(), rest=complement)
-    empty = circuit_of(graph, sites, options, set())
+def _judge_features(setup: Experiment, graph: AttributionGraph, seed: int, complement: bool) -> Faithfulness:
+    sites = feature_sites(graph, setup.adapter, setup.saes)
+    circuit = circuit_of(setup, graph, sites, graph.kept_nodes(), rest=complement)
+    empty = circuit_of(setup, graph, sites, set())
     nodes = sum(int(kept.features.sum()) for kept in circuit.values())
     return _figures(measure_features(setup, sites, [circuit, empty]), seed, edges=graph.n_kept, nodes=nodes)
 

@@ -7,7 +7,6 @@ kept, removed, or a node as the graph has it.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,7 +14,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_circuitlasso.errors import InputError
-from tl_circuitlasso.evaluate.interventions import Intervention, Measured, count_passes, prompt_values
+from tl_circuitlasso.evaluate.interventions import Measured, count_passes, prompt_values
+from tl_circuitlasso.experiment import Experiment
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.graph.nodes import Block
 from tl_circuitlasso.models import Adapter
@@ -24,35 +24,7 @@ from tl_circuitlasso.models.feature_patch import Carried, FeatureSite, Kept, hoo
 from tl_circuitlasso.models.pairs import PairBatch
 
 ERROR = ".hook_sae_error"  # how the node of an SAE's error ends, behind its hook
-ERRORS, RESTS = ("graph", "keep", "remove"), ("ablate", "keep")
 Circuit = Mapping[str, Kept]  # by site name
-
-
-@dataclass(frozen=True, eq=False)
-class FeatureOptions:
-    """How feature circuits are run.
-
-    Attributes
-    ----------
-    saes: {hook: SAE}: what the graph's features are of; anything with encode, decode and W_dec. Hooks that the graph
-        doesn't have are outside of the circuit as a whole.
-    error: "keep" leaves what SAEs miss in place, "remove" takes it away; "graph" ablates it like a feature where the
-        graph has a node for it that isn't kept, and keeps it else.
-    rest: "ablate" counts features that the graph has no node for as outside of the circuit, "keep" leaves them alone.
-
-    Raises
-    ------
-    InputError: unknown names.
-    """
-
-    saes: Mapping[str, Any] = field(default_factory=dict)
-    error: str = "graph"
-    rest: str = "ablate"
-
-    def __post_init__(self) -> None:
-        for name, known in (("error", ERRORS), ("rest", RESTS)):
-            if getattr(self, name) not in known:
-                raise InputError(f"`{name}` is {getattr(self, name)!r}: write one of {', '.join(map(repr, known))}")
 
 
 def has_features(graph: AttributionGraph) -> bool:
@@ -63,13 +35,14 @@ def has_features(graph: AttributionGraph) -> bool:
 # ---- where the features are -----------------------------------------------------------------------------------------
 
 
-def feature_sites(graph: AttributionGraph, adapter: Adapter, saes: Mapping[str, Any]) -> list[FeatureSite]:
+def feature_sites(graph: AttributionGraph, adapter: Adapter, saes: Mapping[str, Any] | None) -> list[FeatureSite]:
     """Every place whose features the graph names, and those of SAEs that it doesn't, with its number of features.
 
     Raises
     ------
     InputError: whole components among the nodes, a hook without an SAE, or features that aren't there.
     """
+    saes = {} if saes is None else saes
     blocks = {str(block.site): block for block in graph.index.blocks}
     if whole := [name for name, block in blocks.items() if block.features is None and _is_component(block)]:
         raise InputError(f"`graph` mixes features with the whole component {whole[0]!r}: give a graph of one kind")
@@ -133,27 +106,22 @@ def _learned(hook: str, sae: Any, adapter: Adapter) -> FeatureSite:
 
 
 def circuit_of(
-    graph: AttributionGraph,
-    sites: Sequence[FeatureSite],
-    options: FeatureOptions,
-    nodes: set[str],
-    *,
-    rest: bool = False,
+    setup: Experiment, graph: AttributionGraph, sites: Sequence[FeatureSite], nodes: set[str], *, rest: bool = False
 ) -> Circuit:
     """What of each site stays where the circuit is `nodes`; with `rest` everything but the circuit stays."""
     blocks = {str(block.site): block for block in graph.index.blocks}
-    return {site.name: _kept(site, blocks, options, nodes, rest) for site in sites}
+    return {site.name: _kept(site, blocks, setup, nodes, rest) for site in sites}
 
 
-def _kept(site: FeatureSite, blocks: Mapping[str, Block], options: FeatureOptions, nodes: set[str], rest: bool) -> Kept:
+def _kept(site: FeatureSite, blocks: Mapping[str, Block], setup: Experiment, nodes: set[str], rest: bool) -> Kept:
     block = blocks.get(site.name)
-    unnamed = rest or options.rest == "keep"
+    unnamed = rest or setup.rest == "keep"
     mask = torch.full((site.features,), unnamed, dtype=torch.bool)
     if block is not None and block.features is not None:
         inside = torch.tensor([name in nodes for name in block.names])
         mask[list(block.features)] = ~inside if rest else inside
-    if options.error != "graph":
-        return Kept(mask, options.error)
+    if setup.error != "graph":
+        return Kept(mask, setup.error)
     error = site.name + ERROR
     stays = error not in blocks or (error in nodes) != rest
     return Kept(mask, "keep" if stays else "ablate")
@@ -199,7 +167,7 @@ def _followed(graph: AttributionGraph) -> Float[Tensor, " node"]:
 # ---- measuring ------------------------------------------------------------------------------------------------------
 
 
-def measure_features(setup: Intervention, sites: Sequence[FeatureSite], circuits: Sequence[Circuit]) -> Measured:
+def measure_features(setup: Experiment, sites: Sequence[FeatureSite], circuits: Sequence[Circuit]) -> Measured:
     """The metric of the model, with everything outside of no circuit at all ablated, and of each circuit.
 
     The last circuit is the empty one. One forward pass for the model, one for the ablated values (none for "zero"),
@@ -209,28 +177,27 @@ def measure_features(setup: Intervention, sites: Sequence[FeatureSite], circuits
     ------
     InputError: optimal ablation, which is for whole components.
     """
-    if setup.ablation == "optimal":
-        raise InputError("`ablation` 'optimal' fits constants to whole components: use 'mean' for features")
+    setup.ready(fitted="whole components")
     values = torch.zeros(1 + len(circuits), len(setup.pairs), dtype=torch.float64)
     with count_passes(setup, 1 + len(circuits), "measure") as bar:
-        means = _means(setup, sites) if setup.ablation.startswith("mean") else None
+        means = _means(setup, sites) if setup.cut.startswith("mean") else None
         for batch in setup.pairs:
             logits = setup.adapter.run(batch.clean.tokens, batch.mask, ["logits"])["logits"]
-            values[0, batch.rows] = prompt_values(setup.metric, logits, batch, "the model")
+            values[0, batch.rows] = prompt_values(setup.objective, logits, batch, "the model")
             carried = _carried(setup, sites, batch, means)
             bar.update(len(batch.rows))
             for number, circuit in enumerate(circuits, 1):
                 logits = run_features(setup.adapter, batch.clean.tokens, batch.mask, sites, circuit, carried)
-                values[number, batch.rows] = prompt_values(setup.metric, logits, batch, "a circuit")
+                values[number, batch.rows] = prompt_values(setup.objective, logits, batch, "a circuit")
                 bar.update(len(batch.rows))
-    passes = 1.0 + (setup.ablation != "zero") + len(circuits)
+    passes = 1.0 + (setup.cut != "zero") + len(circuits)
     return Measured(values[0], values[-1], values[1:-1], passes)
 
 
-def _carried(setup: Intervention, sites: Sequence[FeatureSite], batch: PairBatch, means: Carried | None) -> Carried:
+def _carried(setup: Experiment, sites: Sequence[FeatureSite], batch: PairBatch, means: Carried | None) -> Carried:
     if means is not None:
         return means
-    if setup.ablation == "patch":
+    if setup.cut == "patch":
         return Carried({}, {}, setup.adapter.run(batch.corrupted.tokens, batch.mask, hooks_of(sites)))
     zeros = {site.name: torch.zeros(1, 1, site.features, device=setup.adapter.device) for site in sites}
     widths = {site.name: site.encoder.width for site in sites if site.encoder is not None}
@@ -239,7 +206,7 @@ def _carried(setup: Intervention, sites: Sequence[FeatureSite], batch: PairBatch
     )
 
 
-def _means(setup: Intervention, sites: Sequence[FeatureSite]) -> Carried:
+def _means(setup: Experiment, sites: Sequence[FeatureSite]) -> Carried:
     """The mean codes and errors over real positions, at each position or ("mean-all") at all."""
     sums = _Sums(setup.adapter, setup.pairs.width)
     for batch in setup.pairs:
@@ -249,7 +216,7 @@ def _means(setup: Intervention, sites: Sequence[FeatureSite]) -> Carried:
             read, written = acts[site.reads], acts[site.writes]
             sums.add(site, _by_row(read, batch), _by_row(written, batch), batch.mask)
         sums.count += batch.mask.sum(0)
-    return sums.means(everywhere=setup.ablation == "mean-all")
+    return sums.means(everywhere=setup.cut == "mean-all")
 
 
 def _by_row(activation: Tensor, batch: PairBatch) -> Float[Tensor, "row *width"]:

@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Bool, Float
 from scipy.stats import binom
 from torch import Tensor
+from typing_extensions import Unpack
 
 from tl_circuitlasso.baselines.edges import EdgeLayout
 from tl_circuitlasso.data.sites import PORTS
@@ -31,9 +32,10 @@ from tl_circuitlasso.data.targets import LogitDiff
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.circuits import EdgeMatrix, check_graph, kept_matrix, prune
 from tl_circuitlasso.evaluate.faithfulness import check_scale
-from tl_circuitlasso.evaluate.interventions import Ablation, Intervention, intervention, measure
+from tl_circuitlasso.evaluate.interventions import measure
 from tl_circuitlasso.evaluate.metrics import Metric
 from tl_circuitlasso.evaluate.minimal import live_rows, without_each
+from tl_circuitlasso.experiment import Ablation, CutOptions, Experiment, verb
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.graph.selection import Edges, first
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
@@ -65,12 +67,13 @@ class CircuitTests:
         return self.table.to_string(float_format=lambda value: f"{value:.3g}")
 
 
+@verb
 def tests(
     model: Any,
     graph: AttributionGraph,
-    clean: AnyPrompts,
-    corrupted: AnyPrompts | None,
-    metric: Metric | LogitDiff,
+    clean: AnyPrompts = None,
+    corrupted: AnyPrompts = None,
+    metric: Metric | LogitDiff | None = None,
     ablation: Ablation = "patch",
     *,
     circuits: int = 100,
@@ -78,7 +81,7 @@ def tests(
     margin: int | float = 0.1,
     level: int | float = 0.05,
     seed: int = 0,
-    **options: Any,
+    **options: Unpack[CutOptions],
 ) -> CircuitTests:
     """The five tests of the kept circuit; other arguments as in `faithfulness`.
 
@@ -108,7 +111,7 @@ def tests(
     ['equivalence', 'independence', 'minimality', 'sufficiency', 'partial necessity']
     """
     _check(circuits, quantile, margin, level)
-    setup = intervention(model, clean, corrupted, metric, ablation, **options)
+    setup = Experiment.of(model, clean, corrupted, metric, ablation, **options).ready()
     layout = check_graph(graph, setup.adapter)
     kept = prune(kept_matrix(graph, layout), layout)
     rows = live_rows(graph, layout, kept)
@@ -175,7 +178,7 @@ class _Values:
         return (self.values - self.model).abs().mean(1)
 
 
-def _measured(setup: Intervention, circuits: EdgeMatrix) -> _Values:
+def _measured(setup: Experiment, circuits: EdgeMatrix) -> _Values:
     pieces = circuits.split(TOGETHER)
     names = [f"measure, part {number} of {len(pieces)}" for number in range(1, len(pieces) + 1)]
     parts = [measure(setup, some, name) for some, name in zip(pieces, names)]
@@ -277,7 +280,7 @@ def _beats(test: str, null: str, wins: Tensor, quantile: int | float, level: int
 
 
 def _minimality(
-    setup: Intervention,
+    setup: Experiment,
     graph: AttributionGraph,
     layout: EdgeLayout,
     kept: EdgeMatrix,

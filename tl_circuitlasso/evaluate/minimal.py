@@ -1,6 +1,5 @@
 """What each part of a circuit is worth: the metric's fall when it alone is taken out too."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +7,7 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from typing_extensions import Unpack
 
 from tl_circuitlasso.baselines.edges import EdgeLayout
 from tl_circuitlasso.data.sites import PORTS
@@ -15,35 +15,28 @@ from tl_circuitlasso.data.targets import LogitDiff
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.circuits import EdgeMatrix, check_graph, edge_cells, kept_matrix, prune
 from tl_circuitlasso.evaluate.faithfulness import mean_interval
-from tl_circuitlasso.evaluate.features import (
-    FeatureOptions,
-    circuit_of,
-    feature_sites,
-    has_features,
-    measure_features,
-)
-from tl_circuitlasso.evaluate.interventions import Ablation, Intervention, intervention, measure
+from tl_circuitlasso.evaluate.features import circuit_of, feature_sites, has_features, measure_features
+from tl_circuitlasso.evaluate.interventions import measure
 from tl_circuitlasso.evaluate.metrics import Metric
+from tl_circuitlasso.experiment import Ablation, Experiment, FeatureOptions, verb
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
 
 TOGETHER = 512  # circuits whose edges are held in memory at once
 
 
+@verb
 def minimality(
     model: Any,
     graph: AttributionGraph,
-    clean: AnyPrompts,
-    corrupted: AnyPrompts,
-    metric: Metric | LogitDiff,
+    clean: AnyPrompts = None,
+    corrupted: AnyPrompts = None,
+    metric: Metric | LogitDiff | None = None,
     ablation: Ablation = "patch",
     *,
-    saes: Mapping[str, Any] | None = None,
-    error: str = "graph",
-    rest: str = "ablate",
     tolerance: int | float = 0.01,
     seed: int = 0,
-    **options: Any,
+    **options: Unpack[FeatureOptions],
 ) -> pd.DataFrame:
     """What each kept edge, or kept feature, is worth to its circuit: the metric's fall when it alone is cut too.
 
@@ -62,9 +55,9 @@ def minimality(
     >>> list(table.columns), bool(table.useless.any())
     (['source', 'target', 'port', 'drop', 'low', 'high', 'useless'], False)
     """
-    setup = intervention(model, clean, corrupted, metric, ablation, **options)
+    setup = Experiment.of(model, clean, corrupted, metric, ablation, **options).ready()
     if has_features(graph):
-        names, found = _without_each_node(setup, graph, FeatureOptions({} if saes is None else saes, error, rest))
+        names, found = _without_each_node(setup, graph)
         parts: dict[str, list[str]] = {"node": names}
     else:
         layout = check_graph(graph, setup.adapter)
@@ -96,17 +89,15 @@ def _ends(graph: AttributionGraph, rows: list[int]) -> dict[str, list[str]]:
     }
 
 
-def _without_each_node(
-    setup: Intervention, graph: AttributionGraph, options: FeatureOptions
-) -> "tuple[list[str], Without]":
-    sites = feature_sites(graph, setup.adapter, options.saes)
+def _without_each_node(setup: Experiment, graph: AttributionGraph) -> "tuple[list[str], Without]":
+    sites = feature_sites(graph, setup.adapter, setup.saes)
     kept = graph.kept_nodes()
     blocks = [block for block in graph.index.blocks if block.features is not None]
     names = [name for block in blocks for name in block.names if name in kept]
     if not names:
         raise InputError("`graph` keeps no feature: lower its threshold")
-    circuits = [circuit_of(graph, sites, options, kept - {name}) for name in ("", *names)]
-    empty = circuit_of(graph, sites, options, set())
+    circuits = [circuit_of(setup, graph, sites, kept - {name}) for name in ("", *names)]
+    empty = circuit_of(setup, graph, sites, set())
     found = measure_features(setup, sites, [*circuits, empty])
     return names, Without(found.model, found.ablated, found.circuits[0], found.circuits[1:], found.forward_passes)
 
@@ -138,7 +129,7 @@ def live_rows(graph: AttributionGraph, layout: EdgeLayout, kept: EdgeMatrix) -> 
 
 
 def without_each(
-    setup: Intervention, graph: AttributionGraph, layout: EdgeLayout, kept: EdgeMatrix, rows: list[int]
+    setup: Experiment, graph: AttributionGraph, layout: EdgeLayout, kept: EdgeMatrix, rows: list[int]
 ) -> Without:
     """The circuit `kept`, and the same without each edge of `rows`."""
     cells, parts = edge_cells(graph, layout), []

@@ -20,56 +20,13 @@ from torch import Tensor
 from tl_circuitlasso.baselines.means import kept_positions
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.metrics import Metric
+from tl_circuitlasso.experiment import Experiment, Optimal
 from tl_circuitlasso.models.ablation import from_values
 from tl_circuitlasso.models.pairs import PairBatch, Pairs
 from tl_circuitlasso.models.patch import Circuits, run_circuits
 from tl_circuitlasso.models.patching import Written
 
 TOGETHER = 5  # steps between two looks at whether the metric still rises
-
-
-@dataclass(frozen=True)
-class Optimal:
-    """How the constants are fitted; `ablation="optimal"` is `Optimal()`.
-
-    Attributes
-    ----------
-    positions: "each" (a constant for each position, started from ablation "mean") or "shared" (one for all positions,
-        from "mean-all").
-    metric: what the constants maximise; None is the metric that is measured. Needed where that has no derivative
-        (accuracy); good where it can grow without bound (a logit difference): `evaluate.kl` can't.
-    steps: the most L-BFGS steps for a circuit; it ends before where the metric's mean has stopped rising.
-    tolerance: a rise that counts as none, as a share of the rise so far.
-    prompts: how many prompts, drawn at random by `seed`, the constants are fitted on; None is all.
-
-    Raises
-    ------
-    InputError: a value that can't be used.
-
-    >>> import tl_circuitlasso as tcl
-    >>> demo = tcl.load_demo(prompts=2)
-    >>> metric = tcl.evaluate.kl(demo.model(demo.tokens)[:, -1].detach())
-    >>> how = Optimal(positions="shared", steps=2)
-    >>> tcl.evaluate.faithfulness(demo.model, demo.circuit, demo.tokens, None, metric, how).edges
-    14
-    """
-
-    positions: str = "each"
-    metric: Metric | None = None
-    steps: int = 50
-    tolerance: int | float = 1e-3
-    prompts: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.positions not in ("each", "shared"):
-            raise InputError(f"`positions` is {self.positions!r}: write 'each' or 'shared'")
-        for name in ("steps", "prompts"):
-            given = getattr(self, name)
-            if (given is not None or name == "steps") and (not isinstance(given, int) or given < 1):
-                raise InputError(f"`{name}` is {given!r}: give a whole number, 1 or more")
-        if not self.tolerance >= 0:
-            raise InputError(f"`tolerance` is {self.tolerance!r}: give a share of the rise, 0 or more")
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,18 +46,16 @@ class Fitted:
     forward_passes: float
 
 
-def fit(
-    data: Pairs, metric: Metric, how: Optimal, circuits: Circuits | None, start: Written, input_node: str
-) -> Fitted:
+def fit(setup: Experiment, circuits: Circuits | None, start: Written) -> Fitted:
     """The optimal constants of one circuit, or of the model with every edge cut (None).
 
     Raises
     ------
     InputError: a metric without a derivative, or one that isn't finite at the start.
     """
-    problem = _Problem(data, metric if how.metric is None else data.metric(how.metric), how, circuits, input_node)
+    problem = _Problem(setup, circuits)
     search = _Search(problem, start)
-    search.run(how.steps, how.tolerance)
+    search.run(setup.optimal.steps, setup.optimal.tolerance)
     passes = 0.0 if circuits is None else search.evaluations * problem.share
     return Fitted(search.best, search.values[-1], search.values[0], search.converged, passes)
 
@@ -108,13 +63,16 @@ def fit(
 class _Problem:
     """The metric's mean over the prompts as a function of the constants."""
 
-    def __init__(self, data: Pairs, metric: Metric, how: Optimal, circuits: Circuits | None, input_node: str) -> None:
-        self.adapter, self.metric, self.circuits = data.adapter, metric, circuits
+    def __init__(self, setup: Experiment, circuits: Circuits | None) -> None:
+        own = setup.optimal.metric
+        self.adapter, self.circuits = setup.adapter, circuits
+        self.metric: Metric = setup.objective if own is None else setup.pairs.metric(own)
         self.batches = [
-            (batch, rows, kept_positions(data.adapter, batch.clean, input_node)) for batch, rows in _drawn(data, how)
+            (batch, rows, kept_positions(setup.adapter, batch.clean, setup.input_node))
+            for batch, rows in _drawn(setup.pairs, setup.optimal)
         ]
         self.count = sum(len(rows) for _, rows, _ in self.batches)
-        self.share = self.count / len(data)
+        self.share = self.count / len(setup)
 
     def parts(self, constants: Written) -> "list[Callable[[], Tensor]]":
         """Each batch's part of the mean, to be computed (and differentiated) one at a time."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from typing_extensions import Unpack
 
 from tl_circuitlasso.baselines.observational import random_edges
 from tl_circuitlasso.data import storage
@@ -19,7 +20,6 @@ from tl_circuitlasso.errors import FormatError, InputError
 from tl_circuitlasso.evaluate.curves import Curve, curves, magnitude
 from tl_circuitlasso.evaluate.faithfulness import Faithfulness, completeness, faithfulness
 from tl_circuitlasso.evaluate.features import has_features
-from tl_circuitlasso.evaluate.interventions import Ablation
 from tl_circuitlasso.evaluate.metrics import (
     Metric,
     accuracy,
@@ -29,6 +29,7 @@ from tl_circuitlasso.evaluate.metrics import (
     next_token,
     prob_diff,
 )
+from tl_circuitlasso.experiment import Ablation, Experiment, FeatureOptions, verb
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models import Adapter, adapt
 from tl_circuitlasso.models.metric import token_of
@@ -58,20 +59,21 @@ class Report:
         return self.table.round(4).to_string(na_rep="")
 
 
+@verb
 def report(
     model: Any,
     graphs: Mapping[str, AttributionGraph],
-    clean: AnyPrompts,
-    corrupted: AnyPrompts,
-    metric: Metric | LogitDiff,
+    clean: AnyPrompts = None,
+    corrupted: AnyPrompts = None,
+    metric: Metric | LogitDiff | None = None,
     ablation: Ablation = "patch",
     *,
     seed: int = 0,
-    **options: Any,
+    **options: Unpack[FeatureOptions],
 ) -> Report:
     """Faithfulness, completeness and curve of each graph, beside two rankings of the same sizes that know nothing.
 
-    Arguments and errors as in `faithfulness`. Some 16 forward passes per prompt and graph, and 22 for the two.
+    Arguments and errors as in `faithfulness`; some 16 forward passes per prompt and graph, and 22 for the two.
 
     >>> import tl_circuitlasso as tcl
     >>> demo = tcl.load_demo(prompts=4)
@@ -79,12 +81,10 @@ def report(
     >>> list(found.table.index)
     ['planted', 'magnitude', 'random']
     """
-    adapter = model if isinstance(model, Adapter) else adapt(model)
-    data = (clean, corrupted, metric, ablation)
-    rankings = {**graphs, **_ignorant(adapter, graphs, clean, corrupted, ablation, seed, options)}
-    drawn = curves(adapter, rankings, *data, seed=seed, **options)
-    kept = {name: faithfulness(adapter, graph, *data, seed=seed, **options) for name, graph in graphs.items()}
-    rest = {name: completeness(adapter, graph, *data, seed=seed, **options) for name, graph in graphs.items()}
+    setup = Experiment.of(model, clean, corrupted, metric, ablation, **options).ready()
+    drawn = curves(setup, {**graphs, **_ignorant(setup, graphs, seed)}, seed=seed)
+    kept = {name: faithfulness(setup, graph, seed=seed) for name, graph in graphs.items()}
+    rest = {name: completeness(setup, graph, seed=seed) for name, graph in graphs.items()}
     rows = {
         name: {
             "edges": found.edges,
@@ -100,26 +100,14 @@ def report(
     return Report(table.set_index("graph").astype({"edges": "Int64"}), kept, drawn)
 
 
-def _ignorant(
-    adapter: Adapter,
-    graphs: Mapping[str, AttributionGraph],
-    clean: AnyPrompts,
-    corrupted: AnyPrompts,
-    ablation: Ablation,
-    seed: int,
-    options: Mapping[str, Any],
-) -> dict[str, AttributionGraph]:
+def _ignorant(setup: Experiment, graphs: Mapping[str, AttributionGraph], seed: int) -> dict[str, AttributionGraph]:
     """Edges by the size of what their source changes, and at random; of features, the first graph's nodes at random."""
     first = next(iter(graphs.values()), None)
     if first is not None and has_features(first):
         drawn = torch.rand(len(first.index), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         return {"random": replace(first, score=drawn[first.source])}
-    own = {name: value for name, value in options.items() if name not in ("saes", "error", "rest")}
-    given = ablation if ablation in ("patch", "zero", "mean-all") else "mean"  # optimal constants belong to a circuit
-    return {
-        "magnitude": magnitude(adapter, clean, corrupted, given, **own),
-        "random": random_edges(adapter, seed=seed),
-    }
+    own = replace(setup, ablation="mean") if setup.cut == "optimal" else setup  # optimal constants belong to a circuit
+    return {"magnitude": magnitude(own), "random": random_edges(setup.adapter, seed=seed)}
 
 
 # ---- prompts from a file --------------------------------------------------------------------------------------------

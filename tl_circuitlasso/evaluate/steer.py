@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from typing_extensions import Unpack
 
 from tl_circuitlasso.data.targets import LogitDiff
 from tl_circuitlasso.errors import InputError
@@ -15,8 +16,8 @@ from tl_circuitlasso.evaluate.faithfulness import mean_interval
 from tl_circuitlasso.evaluate.features import feature_sites, has_features, node_scores
 from tl_circuitlasso.evaluate.interventions import prompt_values
 from tl_circuitlasso.evaluate.metrics import Metric, next_token
+from tl_circuitlasso.experiment import Experiment, PromptOptions, verb
 from tl_circuitlasso.graph import AttributionGraph
-from tl_circuitlasso.models import Adapter
 from tl_circuitlasso.models.feature_patch import Carried, FeatureSite, Kept, run_features
 from tl_circuitlasso.models.pairs import Pairs, pairs_of
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
@@ -48,28 +49,27 @@ class Steered:
     loss_change: float | None
 
 
+@verb
 def steer(
     model: Any,
     graph: AttributionGraph,
     nodes: Collection[str] | None,
     scale: int | float,
-    prompts: AnyPrompts,
-    metric: Metric | LogitDiff,
+    prompts: AnyPrompts = None,
+    metric: Metric | LogitDiff | None = None,
     *,
     saes: Mapping[str, Any] | None = None,
     other: AnyPrompts = None,
-    attention_mask: Any = None,
-    batch_size: int = 32,
     seed: int = 0,
-    progress: bool = True,
+    **options: Unpack[PromptOptions],
 ) -> Steered:
     """Multiply what heads and MLPs of a circuit write, or its features' codes, by `scale`: 0 turns them off, 2 doubles.
 
     Parameters
     ----------
     nodes: heads and MLPs that the graph keeps, or features, kept or not; None takes all that it keeps.
-    metric: `metric(logits, rows)` as in `faithfulness`.
-    saes: {hook: SAE}, for graphs of SAE features; what SAEs miss stays as it is.
+    model, prompts, metric, saes, options: as in `tcl.Experiment` (prompts are its clean ones), or an experiment in the
+        model's place. What SAEs miss stays as it is.
     other: prompts about something else, whose next-token loss shows how specific the steering is.
 
     Where a norm stands behind attention, a head's z is scaled in front of it. Two forward passes per prompt, and two
@@ -88,17 +88,14 @@ def steer(
     """
     if not isinstance(scale, (int, float)) or not -float("inf") < scale < float("inf"):
         raise InputError(f"`scale` is {scale!r}: give a finite factor, 0 to turn nodes off")
-    options = {"attention_mask": attention_mask, "batch_size": batch_size, "name": "prompts"}
-    data = pairs_of(model, prompts, None, **options)
-    metric = data.metric(metric)
-    adapter, factor = data.adapter, float(scale)
-    chosen, steered = _steering(adapter, graph, nodes, factor, {} if saes is None else saes)
-    before, after = _measured(data, metric, steered, progress)
+    setup, factor = _experiment(model, prompts, metric, saes, options), float(scale)
+    chosen, steered = _steering(setup, graph, nodes, factor)
+    before, after = _measured(setup.pairs, setup.objective, steered, setup.progress)
     (low, high), change = mean_interval((after - before)[None], seed)[0], float((after - before).mean())
     losses: tuple[float, float] | None = None
     if other is not None:
-        text = pairs_of(adapter, other, None, batch_size=batch_size, name="other")
-        losses = _losses(text, steered, progress)
+        text = pairs_of(setup.adapter, other, None, batch_size=setup.batch_size, name="other")
+        losses = _losses(text, steered, setup.progress)
     return Steered(
         nodes=chosen,
         scale=factor,
@@ -116,14 +113,23 @@ def steer(
 Run = Callable[[Tensor, Tensor], Tensor]  # (tokens, mask) -> logits
 
 
+def _experiment(model: Any, prompts: AnyPrompts, metric: Any, saes: Any, options: PromptOptions) -> Experiment:
+    """What is steered on; nothing is cut, so there are no partners."""
+    if not isinstance(model, Experiment):
+        mask, size = options.get("attention_mask"), options.get("batch_size", 32)
+        prompts = pairs_of(model, prompts, None, attention_mask=mask, batch_size=size, name="prompts").clean
+    return Experiment.of(model, prompts, None, metric, saes=saes, **options).ready(cut=False)
+
+
 def _steering(
-    adapter: Adapter, graph: AttributionGraph, nodes: Collection[str] | None, scale: float, saes: Mapping[str, Any]
+    setup: Experiment, graph: AttributionGraph, nodes: Collection[str] | None, scale: float
 ) -> tuple[tuple[str, ...], Run]:
     """What is steered, and the steered model."""
+    adapter = setup.adapter
     if has_features(graph):
-        sites = feature_sites(graph, adapter, saes)
+        sites = feature_sites(graph, adapter, setup.saes)
         chosen = _features(graph, nodes, sites)
-        steady = {site.name: _all_but(site, chosen) for site in sites}
+        steady = {site.name: all_but(site, chosen) for site in sites}
         carried = Carried({}, {}, {}, scale)
         return chosen, lambda tokens, mask: run_features(adapter, tokens, mask, sites, steady, carried)
     check_graph(graph, adapter)
@@ -152,7 +158,7 @@ def _features(graph: AttributionGraph, nodes: Collection[str] | None, sites: Seq
     return tuple(dict.fromkeys(nodes))
 
 
-def _all_but(site: FeatureSite, nodes: Collection[str]) -> Kept:
+def all_but(site: FeatureSite, nodes: Collection[str]) -> Kept:
     """Everything of a site stays but some features."""
     parts = (name.rpartition("#") for name in nodes)
     mask = torch.ones(site.features, dtype=torch.bool)

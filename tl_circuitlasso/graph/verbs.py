@@ -25,7 +25,7 @@ def _verb(room: str, name: str) -> Any:
 class Verbs:
     """The methods of an AttributionGraph that are done elsewhere."""
 
-    def confirm(self, model: Any, clean: Any, corrupted: Any, metric: Any, **options: Any) -> Any:
+    def confirm(self, model: Any, clean: Any = None, corrupted: Any = None, metric: Any = None, **options: Any) -> Any:
         """The kept edges cut one at a time in the model, and the refuted ones dropped: see `evaluate.confirm`.
 
         >>> import tl_circuitlasso as tcl
@@ -33,7 +33,7 @@ class Verbs:
         >>> demo.circuit.confirm(demo.model, demo.tokens, demo.corrupted, demo.target).n_kept
         6
         """
-        return _verb("evaluate", "confirm")(self, model, clean, corrupted, metric, **options)
+        return _verb("evaluate", "confirm")(model, self, clean, corrupted, metric, **options)
 
     def explain(self, node: str, k: int = 10) -> Any:
         """What feeds a node, what it feeds, and where it fires: see `tcl.explain`; print it, or show it.
