@@ -39,6 +39,11 @@ def add(commands: Any) -> None:
     added.add_argument(
         "--budget", type=int, help="with lasso+confirm: measure so many edges at most, the weakest first"
     )
+    added.add_argument(
+        "--size",
+        help="with lasso+confirm, in place of testing edges: the smallest circuit that keeps this share of what the "
+        "model does (auto: 0.9)",
+    )
     added.add_argument("--corrupted", type=Path, help="corrupted partners of the prompts")
     added.add_argument(
         "--target", choices=TARGETS,
@@ -102,6 +107,7 @@ def discover(arguments: argparse.Namespace) -> None:
             "max_prompts": arguments.max_prompts or None,
             "method": arguments.method,
             "budget": arguments.budget,
+            "size": None if arguments.size is None else number_or_word(arguments.size),
             "corrupted": corrupted,
             "process_group": ranks,
             "nonlinear": arguments.nonlinear,

@@ -1,7 +1,8 @@
 """`method="lasso+confirm"`: the skeleton that the regressions found, each kept edge then measured by intervention.
 
 A search by intervention costs a forward pass for every edge that the model has; this costs one for every edge that was
-kept. The metric is the behaviour that was asked for, unless the user gives another.
+kept, or, where a `size` is asked for, one for each of a few circuits. The metric is the behaviour that was asked for,
+unless the user gives another.
 """
 
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ from tl_circuitlasso.data.sharing import ALONE, Ranks
 from tl_circuitlasso.data.targets import LogitDiff, Target, check_length
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.confirm import confirm
+from tl_circuitlasso.evaluate.smallest import SHARE, smallest
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.metric import Metric, PromptMetric, answer_difference, as_metric
@@ -27,11 +29,13 @@ METHODS = ("lasso", "lasso+confirm")
 
 @dataclass(frozen=True, eq=False)
 class Confirmation:
-    """What `method="lasso+confirm"` needs beside the graph: prompts with their corrupted partners, and the metric."""
+    """What `method="lasso+confirm"` needs beside the graph: prompts with their corrupted partners, the metric, and the
+    most edges to test, or, in place of testing edges, the share of the behaviour that the circuit is to keep."""
 
     pairs: Pairs
     metric: Metric
     budget: int | None = None
+    share: float | None = None
 
     def apply(
         self, graph: AttributionGraph, adapter: Adapter, *, seed: int, progress: bool, ranks: Ranks = ALONE
@@ -40,13 +44,16 @@ class Confirmation:
         edges."""
         if not bool(graph.prune().kept.any()):  # no path was found, so there's nothing to measure
             return graph
+        data = self.pairs.clean, self.pairs.corrupted, self.metric
+        if self.share is not None:  # each process measures all circuits: they are few, and each needs the answer
+            return smallest(adapter, graph, *data, share=self.share, progress=progress and ranks.rank == 0)
         options = {
             "seed": seed,
             "process_group": ranks,
             "progress": progress and ranks.rank == 0,
             "budget": self.budget,
         }
-        return confirm(adapter, graph, self.pairs.clean, self.pairs.corrupted, self.metric, **options).prune()
+        return confirm(adapter, graph, *data, **options).prune()
 
 
 def check_method(
@@ -58,6 +65,7 @@ def check_method(
     *,
     paired: bool,
     budget: int | None = None,
+    size: Any = None,
 ) -> None:
     """Raise an InputError for a method that there isn't, or arguments that don't go with it; `paired` says whether the
     design compares prompts in pairs."""
@@ -66,13 +74,16 @@ def check_method(
     if method == "lasso":
         if metric is not None:
             raise InputError("`metric` is used by method='lasso+confirm' only: ask for that, or leave it out")
-        if budget is not None:
-            raise InputError("`budget` is used by method='lasso+confirm' only: ask for that, or leave it out")
+        for name, given in {"budget": budget, "size": size}.items():
+            if given is not None:
+                raise InputError(f"`{name}` is used by method='lasso+confirm' only: ask for that, or leave it out")
         if corrupted is not None and not paired:
             raise InputError(
                 "`corrupted` is compared with the prompts in design 'read' only: use that, or leave `corrupted` out"
             )
         return
+    if budget is not None and size is not None:
+        raise InputError("`budget` is of edges to test, and with a `size` circuits are measured: give one of the two")
     if basis != "component":
         raise InputError(
             f"`method` 'lasso+confirm' cuts edges between whole components: with basis={basis!r} use method='lasso'"
@@ -99,13 +110,15 @@ def prepare(
     count: int | None,
     seed: int,
     budget: int | None = None,
+    size: str | int | float | None = None,
 ) -> Confirmation:
     """The pairs and the metric, checked; of more than `count` pairs, so many drawn at random; at most `budget` edges.
 
     Raises
     ------
-    InputError: corrupted prompts of another number or other lengths.
+    InputError: corrupted prompts of another number or other lengths, or a `size` that isn't a share.
     """
+    share = _share(size)
     pairs = pairs_of(adapter, prompts, corrupted)
     check_length(target, len(pairs))
     clean = pairs.clean.whole()
@@ -114,8 +127,20 @@ def prepare(
     rows = pairs.clean.draw(count, seed)
     behaviour = _behaviour(adapter, clean, target) if metric is None else as_metric(metric, adapter, len(pairs))
     if rows is None:
-        return Confirmation(pairs, behaviour, budget)
-    return Confirmation(pairs.take(rows), _by_row(behaviour, rows), budget)
+        return Confirmation(pairs, behaviour, budget, share)
+    return Confirmation(pairs.take(rows), _by_row(behaviour, rows), budget, share)
+
+
+def _share(size: str | int | float | None) -> float | None:
+    """The share of the behaviour that is to be kept; None where edges are tested."""
+    if size is None or size == "auto":
+        return None if size is None else SHARE
+    if isinstance(size, (bool, str)) or not 0 < size <= 1:
+        raise InputError(
+            f"`size` is {size!r}: give 'auto' (a share of {SHARE}) or the share of the behaviour that the circuit is "
+            "to keep, above 0 and at most 1; for a number of edges use graph.top_k(k, how='greedy')"
+        )
+    return float(size)
 
 
 def _by_row(metric: Metric, rows: Int[Tensor, " row"]) -> Metric:

@@ -130,6 +130,7 @@ class Request:
     corrupted: Any
     metric: Any
     budget: Any
+    size: Any
     process_group: Any
     memory: Any
 
@@ -169,13 +170,13 @@ class Request:
             return self.basis
         way = way_of(self.design)
         if way.neurons and isinstance(neurons := as_basis(self.basis), Neuron):
-            refused = {name: getattr(self, name) for name in ("checkpoint", "metric", "budget")}
+            refused = {name: getattr(self, name) for name in ("checkpoint", "metric", "budget", "size")}
             refused |= {"process_group": None if ranks.size == 1 else ranks, "nonlinear": self.nonlinear or None}
             check_neurons(neurons, self.method, self.strength, refused)
             return neurons
         design = as_design(self.design, self.basis, nonlinear=self.nonlinear)
         asked = self.method, self.corrupted, self.metric, design.basis.name, target
-        check_method(*asked, paired=design.paired, budget=self.budget)
+        check_method(*asked, paired=design.paired, budget=self.budget, size=self.size)
         way.check(design, strength)
         return design
 
@@ -183,7 +184,7 @@ class Request:
         """The job with the prompts' counterparts, where it reads them, and with what its confirmation needs."""
         causal = None
         if self.method == "lasso+confirm":
-            options = {"count": job.max_prompts, "seed": job.seed, "budget": self.budget}
+            options = {"count": job.max_prompts, "seed": job.seed, "budget": self.budget, "size": self.size}
             causal = prepare(job.adapter, job.prompts, self.corrupted, job.target, self.metric, **options)
         if self.corrupted is None or not paired:
             return replace(job, causal=causal)

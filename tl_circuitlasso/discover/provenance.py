@@ -48,5 +48,5 @@ def per_prompt(calls: int | float, prompts: int, batch_size: int) -> float:
 
 
 def confirmed(report: Mapping[str, Any], prompts: int) -> float:
-    """What `confirm` took, whose passes are per prompt of its own, for each of the prompts given."""
+    """What measuring took, whose passes are per prompt of its own, for each of the prompts given."""
     return report["forward_passes"] * report["prompts"] / prompts

@@ -76,6 +76,7 @@ def circuit_lasso(
     corrupted: AnyPrompts = None,
     metric: Metric | None = None,
     budget: int | None = None,
+    size: str | int | float | None = None,
     process_group: Any = None,
     memory: int | str | None = None,
 ) -> AttributionGraph:
@@ -118,6 +119,8 @@ def circuit_lasso(
     metric: for "lasso+confirm", `metric(logits, rows)` as in `evaluate.faithfulness`. The default is the behaviour that
         was asked for: minus the KL divergence from the model's prediction, or a LogitDiff target's logit difference.
     budget: for "lasso+confirm", the most edges to measure, the weakest first (None: all that are kept).
+    size: for "lasso+confirm", in place of testing edges: the smallest circuit that is measured to keep this share of
+        the behaviour ("auto": 0.9), found by measuring some fifteen circuits; see `evaluate.smallest`.
     process_group: "world" shares the work among the processes that torchrun started, a torch.distributed group among
         its members: each calls with the same arguments and a model of its own, and each gets the same graph.
     memory: bytes ("8GB") that the run may take beside the model's weights (None: what is free). What is larger is cut
@@ -260,8 +263,8 @@ def _components(job: Job, design: Design) -> AttributionGraph:
         own["partners"] = "random" if twins is None else "corrupted"
     if drawn is not None:
         own["drawn"] = {"prompts": len(drawn.rows), "strata": drawn.strata}
-    if causal is not None and "confirm" in graph.provenance:
-        passes += confirmed(graph.provenance["confirm"], given)
+    for report in (graph.provenance.get(name) for name in ("confirm", "smallest") if causal is not None):
+        passes += 0 if report is None else confirmed(report, given)
     unit = DESIGNS[plan.design.name].unit(job.target)
     record = job.record(prompts, arguments, looked_at=collected.prompts, unit=unit, forward=passes, seconds=seconds)
     return replace(graph, provenance={**graph.provenance, **record, **own})

@@ -123,7 +123,7 @@ def _probe_stage(job: Job) -> Stage:
 
 
 def _confirm_stage(job: Job) -> Iterator[Stage]:
-    """Every kept edge is patched: how many there are nobody knows before."""
+    """Kept edges, or circuits of some sizes, are patched: how many nobody knows before."""
     if job.causal is not None:
         rows, positions = job.causal.pairs.batch_size, job.prompts.width
         keys = sweep.wanted(job.adapter)

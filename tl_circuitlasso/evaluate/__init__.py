@@ -27,6 +27,7 @@ from tl_circuitlasso.evaluate.report import Report as Report
 from tl_circuitlasso.evaluate.report import metric_by_name as metric_by_name
 from tl_circuitlasso.evaluate.report import read_pairs as read_pairs
 from tl_circuitlasso.evaluate.report import report as report
+from tl_circuitlasso.evaluate.smallest import smallest as smallest
 from tl_circuitlasso.evaluate.stability import Stability as Stability
 from tl_circuitlasso.evaluate.stability import Wording as Wording
 from tl_circuitlasso.evaluate.stability import agreement as agreement
