@@ -81,6 +81,20 @@ def test_derivatives_under_padding(family):
     check_derivatives(architectures.hooked(family, dtype=torch.float64), 1e-5, 1e-7, padded=True)
 
 
+@pytest.mark.parametrize("make", [architectures.hooked, architectures.bridge])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_what_reads_into_replaced_components_is_read_by_nobody(family, make):
+    adapter, tokens = adapt(make(family)), architectures.prompts(length=6, batch=2)
+    plain = trace(adapter, tokens, None, objective(adapter))
+    heads, mlps = (dict(enumerate(values)) for values in (plain.values.heads, plain.values.mlps))
+    replaced = trace(adapter, tokens, None, objective(adapter), heads=heads, mlps=mlps)
+    assert replaced.value == pytest.approx(plain.value, abs=1e-5)
+    torch.testing.assert_close(replaced.unembed, plain.unembed)
+    for ports, z in zip(replaced.ports, plain.values.heads):
+        assert all(grad.shape == z.shape and not grad.any() for grad in ports.values())
+    assert not any(grad.any() for grad in replaced.mlps)
+
+
 def test_shared_keys_under_a_joint_norm_are_refused():
     with pytest.raises(ModelError, match="normalises all of them together"):
         check_derivatives(architectures.bridge("olmo2"), 1e-2, 1e-2)

@@ -135,13 +135,8 @@ def _steering(
     check_graph(graph, adapter)
     whole = {name for name in graph.index.names if graph.index.site(name).kind in ("head", "mlp")}
     chosen = _chosen(graph, nodes, whole, "head or MLP")
-    places = [graph.index.site(name) for name in chosen]
-
-    def run(tokens: Tensor, mask: Tensor) -> Tensor:
-        with scaled_nodes(adapter, places, scale):
-            return adapter.run(tokens, mask, ["logits"])["logits"]
-
-    return chosen, run
+    edits = scaled_nodes(adapter, (graph.index.site(name) for name in chosen), scale)
+    return chosen, lambda tokens, mask: adapter.run(tokens, mask, ["logits"], edits=edits)["logits"]
 
 
 def _features(graph: AttributionGraph, nodes: Collection[str] | None, sites: Sequence[FeatureSite]) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ what was heard into the key's tensor. A raw TransformerLens hook name is a key o
 """
 
 import difflib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,17 +48,23 @@ class Plan:
 # kind -> path below the block, for the keys that are one hook point's value
 PLAIN = {
     "resid_pre": "hook_resid_pre",
+    "projected.q": "attn.hook_q",
+    "projected.k": "attn.hook_k",
+    "projected.v": "attn.hook_v",
     "resid_post": "hook_resid_post",
     "z": "attn.hook_z",
     "pattern": "attn.hook_pattern",
     "mlp_pre": "mlp.hook_pre",
     "mlp_linear": "mlp.hook_pre_linear",
     "mlp_post": "mlp.hook_post",
+    "attn_out": "hook_attn_out",
     "mlp_out": "hook_mlp_out",
 }
+INPUT = ":input"  # behind a module's path: what it is given
+INPUTS = ("mlp_stream", "mlp_read")  # of the norm in front of a layer's MLP, and of the MLP itself
 NEURON_KINDS = ("mlp_pre", "mlp_linear", "mlp_post")
 SCALES = {"attn": "attn_norm", "mlp": "mlp_norm", "attn_out": "attn_post", "mlp_out": "mlp_post"}
-KINDS = (*PLAIN, "q", "k", "v", *(f"scale.{name}" for name in (*SCALES, "q", "k")))
+KINDS = (*PLAIN, *INPUTS, "block", "q", "k", "v", *(f"scale.{name}" for name in (*SCALES, "q", "k")))
 
 
 def plan(key: str, model: Any, shape: Shape, layouts: tuple[Layout, ...]) -> Plan:
@@ -71,6 +77,10 @@ def plan(key: str, model: Any, shape: Shape, layouts: tuple[Layout, ...]) -> Pla
     layer = _layer(key, number, shape)
     if kind in PLAIN:
         return _plain_plan(key, kind, layer, shape)
+    if kind == "block":  # whatever it puts out, which may be a tuple
+        return Plan(key, layer, (f"blocks.{layer}",), (), lambda heard, context: heard[f"blocks.{layer}"])
+    if kind in INPUTS:
+        return _input_plan(key, kind, layer, model, layouts[layer])
     if kind.startswith("scale.") and kind[6:] in SCALES:
         return _scale_plan(key, layer, getattr(layouts[layer], SCALES[kind[6:]]))
     if kind == "v":
@@ -105,6 +115,17 @@ def _plain_plan(key: str, kind: str, layer: int, shape: Shape) -> Plan:
     if kind == "z":
         return Plan(key, layer, (path,), (), lambda heard, context: _by_head(heard[path], context.shape.n_heads))
     return Plan(key, layer, (path,), (), lambda heard, context: _by_prompt(heard[path], context))
+
+
+def _input_plan(key: str, kind: str, layer: int, model: Any, layout: Layout) -> Plan:
+    reads_stream = kind == "mlp_stream" and layout.mlp_norm is not None
+    path = f"blocks.{layer}.{layout.mlp_norm if reads_stream else _mlp_entry(model.blocks[layer])}{INPUT}"
+    return Plan(key, layer, (path,), (), lambda heard, context: _by_prompt(heard[path], context))
+
+
+def _mlp_entry(block: Any) -> str:
+    """The module whose input is what the MLP reads: its first layer where it has one, for some MLPs never run whole."""
+    return "mlp" if find_module(block, "mlp.in") is None or find_module(block, "mlp.gate") is not None else "mlp.in"
 
 
 def _by_prompt(activation: Tensor, context: Context) -> Tensor:
@@ -199,6 +220,16 @@ def _is_hook(model: Any, key: str) -> bool:
 def _hint(key: str, model: Any) -> str:
     near = difflib.get_close_matches(key, [*model.hook_dict, *(f"{kind}.0" for kind in KINDS)], n=3, cutoff=0.5)
     return f"; near matches: {', '.join(near)}" if near else f"; activations are {', '.join(KINDS)} with a layer"
+
+
+def assert_fired(plans: Iterable[Plan], fired: Collection[str], architecture: str) -> None:
+    """Raise ModelError for a hook that a key needs and that isn't among those which have `fired`."""
+    silent = [path for made in plans for path in made.needed if path not in fired]
+    if silent:
+        raise ModelError(
+            f"the hook `{silent[0]}` of this model ({architecture}) did not fire in a forward pass, so its activation "
+            "can't be read or changed; it may be switched off in the config, or `stop_at_layer` may lie before it"
+        )
 
 
 def check_keys(wanted: Collection[str]) -> None:

@@ -7,31 +7,26 @@ heads and MLPs write, and from which each of them reads through a frozen, theref
 
 import hashlib
 import json
-from collections.abc import Callable, Collection
-from contextlib import ExitStack
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from tl_circuitlasso.errors import InputError, ModelError
 from tl_circuitlasso.models import rotary
-from tl_circuitlasso.models.activations import Context, Heard, Plan, check_keys, plan
 from tl_circuitlasso.models.architecture import (
-    Shape,
-    architecture_of,
     check_weights,
     kind_of,
-    layout_of,
     norm_at,
     refuse_circumstances,
     refuse_unsupported,
-    shape_of,
 )
 from tl_circuitlasso.models.device import refuse_spread
-from tl_circuitlasso.models.hooks import COSTLY_FLAGS, find_module, observe, resting, without_costly_flags
+from tl_circuitlasso.models.hooks import COSTLY_FLAGS, find_module
 from tl_circuitlasso.models.norms import Norm, read_norm
+from tl_circuitlasso.models.passes import Runner
 from tl_circuitlasso.models.weights import MLP, Port, Reader, read_mlp, read_port, read_unembed, read_writer
 
 CACHE_BYTES = 32 << 20  # folded weights kept in memory; folding a layer again takes a hundredth of running it
@@ -54,109 +49,19 @@ def adapt(model: Any) -> "Adapter":
     return Adapter(model, kind)
 
 
-class Adapter:
-    """A model seen as a residual stream with heads and MLPs; made by `adapt`.
+class Adapter(Runner):
+    """A model seen as a residual stream with heads and MLPs; made by `adapt`. How to run it: `Runner.run`.
 
     All tensors come back on the model's device, in float32 (float64 for a float64 model).
     """
 
     def __init__(self, model: Any, kind: str) -> None:
-        self.model = model
-        self.kind = kind
-        self.shape: Shape = shape_of(model)
-        self.layouts = tuple(layout_of(model, layer) for layer in range(self.shape.n_layers))
-        self.architecture = architecture_of(model)
+        super().__init__(model, kind)
         self.name = str(getattr(model.cfg, "model_name", None) or self.architecture)
-        like = model.blocks[0].attn.W_O
-        self.device: torch.device = like.device
-        self.dtype: torch.dtype = like.dtype
-        self.compute_dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         self.n_ctx = int(model.cfg.n_ctx)
         self.has_tokenizer = getattr(model, "tokenizer", None) is not None
         self._folded: dict[tuple[str, int], tuple[Any, int]] = {}  # with their bytes
         self._room = CACHE_BYTES
-
-    # -- running ---------------------------------------------------------------------------------------------------
-
-    def run(
-        self,
-        tokens: Int[Tensor, "batch pos"],
-        mask: Bool[Tensor, "..."] | None,
-        wanted: Collection[str],
-        *,
-        stop_at_layer: int | None = None,
-    ) -> dict[str, Tensor]:
-        """One forward pass without gradients; the activations named in `wanted`.
-
-        Keys, for batch B, positions P, layer l: "resid_pre.l" and "resid_post.l" (B P d_model), "z.l" (B P head
-        d_head), "q.l" (B P head d_head) and "k.l" (B P kv_head d_head) after rotation and query/key norm, "v.l"
-        (B P kv_head d_head), "pattern.l" (B head P P), "mlp_pre.l" (the argument of the activation function),
-        "mlp_linear.l" (gated MLPs), "mlp_post.l" (B P d_mlp), "mlp_out.l" (B P d_model, as added to the residual
-        stream), "logits" (B P vocab, after a soft cap), "pos_embed"; the divisors of the norms "scale.attn.l",
-        "scale.mlp.l", "scale.attn_out.l", "scale.mlp_out.l", "scale.final" (B P 1) and "scale.q.l", "scale.k.l"
-        (B P head 1, or B P 1 1 where all heads share one), ones where there is no norm. Any hook name of the model
-        is a key too.
-
-        `mask` is True at real tokens (None: all are real) and always reaches the model, so left and right padding are
-        right. Layers that no key needs are not run; `stop_at_layer` stops before that layer in any case. Values are
-        references into the forward pass, not copies: don't change them in place.
-
-        Raises InputError for unknown keys (naming near matches), and for padding under bidirectional attention, which
-        HookedTransformer would attend to; ModelError where a hook never fired.
-        """
-        check_keys(wanted)
-        mask = self._sound_mask(tokens, mask)
-        plans = [plan(key, self.model, self.shape, self.layouts) for key in dict.fromkeys(wanted)]
-        heard = self._listen(tokens.to(self.device), mask, plans, _stop(plans, stop_at_layer, self.shape.n_layers))
-        _assert_fired(plans, heard, self.architecture)
-        context = Context(self.model, self.shape, self.layouts, self.compute_dtype, rotary.position_ids(mask))
-        with torch.no_grad():
-            return {made.key: made.derive(heard, context).to(self.device) for made in plans}
-
-    def _sound_mask(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
-        if mask is None:
-            return torch.ones_like(tokens, dtype=torch.bool, device=self.device)
-        if mask.shape != tokens.shape:
-            raise InputError(
-                f"`attention_mask` has shape {tuple(mask.shape)}, tokens have {tuple(tokens.shape)}; they must be equal"
-            )
-        mask = mask.to(self.device)
-        if not self.shape.causal and self.kind == "HookedTransformer" and not bool(mask.all()):
-            raise InputError(
-                "`attention_mask` has pads, but a HookedTransformer with bidirectional attention attends to pads; give "
-                "prompts of equal length, or one batch for each length"
-            )
-        return mask
-
-    def _listen(self, tokens: Tensor, mask: Tensor, plans: list[Plan], stop: int | None) -> Heard:
-        heard: Heard = {}
-        paths = dict.fromkeys(path for made in plans for path in (*made.needed, *made.optional))
-        wants_logits = paths.pop("logits", "absent") != "absent"
-        observers = [(module, self._keeper(heard, path)) for path in paths if (module := self.point(path)) is not None]
-        with ExitStack() as stack:
-            stack.enter_context(resting(self.model))
-            if self.kind == "HookedTransformer":
-                stack.enter_context(without_costly_flags(self.model, paths))
-            stack.enter_context(observe(observers))
-            logits = self.model(
-                tokens, attention_mask=mask.long(), return_type="logits" if wants_logits else None, stop_at_layer=stop
-            )
-        if wants_logits:
-            heard["logits"] = logits.to(self.compute_dtype)
-        return heard
-
-    def point(self, path: str) -> nn.Module | None:
-        """The module to listen to, or to change an activation at, for a hook's path; None if there is none."""
-        point = find_module(self.model, path)
-        # Where an SAE is attached to a bridge, the alias still leads to the bare HookPoint, its own name to the SAE.
-        name = getattr(point, "name", None)
-        return (find_module(self.model, name) if isinstance(name, str) else None) or point
-
-    def _keeper(self, heard: Heard, path: str) -> Any:
-        def keep(activation: Tensor) -> None:
-            heard[path] = activation.detach().to(self.compute_dtype)
-
-        return keep
 
     # -- weights ---------------------------------------------------------------------------------------------------
 
@@ -310,23 +215,6 @@ _PLAIN = (bool, int, float, str, list, tuple, torch.dtype)  # other objects may 
 
 def _sha256(*parts: str) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def _stop(plans: list[Plan], stop_at_layer: int | None, n_layers: int) -> int | None:
-    """The first layer that needn't run, or None where the output of the whole model is needed."""
-    if any(made.last_layer is None for made in plans):
-        return stop_at_layer
-    needed = max((made.last_layer + 1 for made in plans if made.last_layer is not None), default=0)
-    return min(needed, n_layers if stop_at_layer is None else stop_at_layer)
-
-
-def _assert_fired(plans: list[Plan], heard: Heard, architecture: str) -> None:
-    silent = [path for made in plans for path in made.needed if path not in heard]
-    if silent:
-        raise ModelError(
-            f"the hook `{silent[0]}` of this model ({architecture}) did not fire in a forward pass, so its activation "
-            "can't be read; it may be switched off in the config, or `stop_at_layer` may lie before it"
-        )
 
 
 def _tensors(made: Any) -> list[Tensor]:

@@ -12,7 +12,7 @@ from torch import nn
 
 from tl_circuitlasso.errors import InputError, ModelError
 from tl_circuitlasso.graph.components import Components
-from tl_circuitlasso.models.hooks import find_module, is_a
+from tl_circuitlasso.models.hooks import altering_saes, find_module, is_a
 from tl_circuitlasso.models.norms import Norm, read_norm
 
 
@@ -92,6 +92,15 @@ def refuse_circumstances(model: Any) -> None:
     if torch.empty(0).device.type == "meta":
         raise InputError(
             "torch's default device is 'meta', where tensors have no values: call torch.set_default_device('cpu') first"
+        )
+
+
+def refuse_altered(model: nn.Module) -> None:
+    """Raise ModelError for attached SAEs that leave out what they miss: a graph would be of another model."""
+    if altered := altering_saes(model):
+        raise ModelError(
+            f"an SAE without its error term is attached to `model` at `{altered[0]}`, which therefore runs altered: "
+            "call model.reset_saes(), or attach it with use_error_term=True"
         )
 
 
@@ -180,6 +189,11 @@ def _is_parallel(model: Any) -> bool:
 def _is_causal(model: Any) -> bool:
     own = getattr(model.blocks[0].attn, "is_causal", True)
     return bool(own) and getattr(model.cfg, "attention_dir", "causal") != "bidirectional"
+
+
+def is_shortformer(model: Any) -> bool:
+    """Whether positions join what queries and keys read, and not the residual stream."""
+    return getattr(model.cfg, "positional_embedding_type", None) == "shortformer"
 
 
 def layout_of(model: Any, layer: int) -> Layout:

@@ -110,8 +110,7 @@ def _keys(adapter: Adapter, ports: bool) -> list[str]:
         kinds += [] if shape.attn_only or shape.moe else ["mlp_pre", "mlp_post", "scale.mlp", "scale.mlp_out"]
         kinds += ["mlp_linear"] if shape.gated else []
     keys = ["resid_pre.0", *(f"{kind}.{layer}" for layer in range(shape.n_layers) for kind in kinds)]
-    shortformer = getattr(adapter.model.cfg, "positional_embedding_type", None) == "shortformer"
-    return keys + (["logits", "scale.final"] if ports else []) + (["pos_embed"] if shortformer else [])
+    return keys + (["logits", "scale.final"] if ports else []) + (["pos_embed"] if adapter.shortformer else [])
 
 
 @dataclass(frozen=True, eq=False)

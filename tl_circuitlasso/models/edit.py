@@ -11,18 +11,18 @@ run without edits, so that values, norms and MLPs alone pass on what was changed
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from tl_circuitlasso.errors import InputError, ModelError
+from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.models.adapter import Adapter, adapt
 from tl_circuitlasso.models.encoder import Encoder
-from tl_circuitlasso.models.hooks import Observer, observe, resting
+from tl_circuitlasso.models.hooks import Observer
 from tl_circuitlasso.models.sae import SAEFeatures
 from tl_circuitlasso.models.tokens import Prompts
 
@@ -153,47 +153,27 @@ class _Run:
         self, edits: Sequence[Edit], rows: slice, patterns: Mapping[str, Tensor], *, keeps_patterns: bool = False
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What is read with these edits, and the patterns if they are to be kept for another run."""
-        heard: dict[str, Tensor] = {}
-        kept: dict[str, Tensor] = {}
-        with ExitStack() as stack:
-            stack.enter_context(resting(self.adapter.model))
-            stack.enter_context(
-                observe(list(self._points(edits, rows, patterns, heard, kept if keeps_patterns else None)))
-            )
-            logits = self.adapter.model(self.tokens, attention_mask=self.mask.long(), return_type="logits")
-        return {name: self._reading(name, heard, logits) for name in self.read}, kept
+        hooks = dict.fromkeys(name.rpartition("#")[0] or name for name in self.read)
+        keys = [f"pattern.{layer}" for layer in range(self.adapter.shape.n_layers if keeps_patterns else 0)]
+        changes = [*self._changes(edits, rows), *((key, self._instead(was)) for key, was in patterns.items())]
+        acts = self.adapter.run(self.tokens, self.mask, [*hooks, *keys], edits=changes)
+        return {name: self._reading(name, acts) for name in self.read}, {key: acts[key] for key in keys}
 
-    def _points(
-        self, edits: Sequence[Edit], rows: slice, patterns: Mapping[str, Tensor], heard: dict[str, Tensor],
-        kept: dict[str, Tensor] | None,
-    ) -> Iterator[tuple[Any, Observer]]:  # fmt: skip
-        """Readers of inputs first, then editors, then readers of what flows on."""
-        point = self.adapter.point
+    def _changes(self, edits: Sequence[Edit], rows: slice) -> Iterator[tuple[str, Observer]]:
+        """What transcoders read is noted in front of all edits of their hook."""
+        heard: dict[str, Tensor] = {}
         for hook in dict.fromkeys(one.hook for one in edits):
             encoder, some = self.encoders[hook], [one for one in edits if one.hook == hook]
             if encoder.is_transcoder:
-                yield point(hook), self._keeper(heard, f"{hook} as read")
-            yield point(encoder.hook_out), self._editor(encoder, some, rows, heard)
-        for name in dict.fromkeys(name.rpartition("#")[0] or name for name in self.read if name != LOGITS):
-            yield point(name), self._keeper(heard, name)
-        for layer in range(self.adapter.shape.n_layers if kept is not None or patterns else 0):
-            hook = f"blocks.{layer}.attn.hook_pattern"
-            if point(hook) is None:
-                raise ModelError(f"`freeze_attention`: the model has no {hook}")
-            yield point(hook), self._keeper(kept, hook) if kept is not None else self._instead(patterns[hook])
-
-    def _keeper(self, heard: dict[str, Tensor], name: str) -> Observer:
-        def keep(activation: Tensor) -> None:
-            heard[name] = activation.detach().clone()
-
-        return keep
+                yield hook, partial(heard.__setitem__, hook)
+            yield encoder.hook_out, self._editor(encoder, some, rows, heard)
 
     def _instead(self, pattern: Tensor) -> Observer:
         return lambda activation: pattern.to(activation.dtype)
 
     def _editor(self, encoder: Encoder, edits: Sequence[Edit], rows: slice, heard: Mapping[str, Tensor]) -> Observer:
         def change(activation: Tensor) -> Tensor:
-            read = heard[f"{encoder.hook} as read"] if encoder.is_transcoder else activation
+            read = heard[encoder.hook] if encoder.is_transcoder else activation
             x, flat = (one.to(self.adapter.compute_dtype).flatten(0, 1) for one in (read, activation))
             plain, edited = encoder.edited(x, lambda codes: self._changed(codes, edits, rows))
             out = flat + (edited - plain).view(flat.shape).to(flat)
@@ -222,11 +202,8 @@ class _Run:
                 f"`edits`: {feature} has values or positions of shape {shape}: give (batch, pos)"
             ) from error
 
-    def _reading(self, name: str, heard: Mapping[str, Tensor], logits: Tensor) -> Tensor:
-        if name == LOGITS:
-            return logits.to(self.adapter.compute_dtype)
+    def _reading(self, name: str, acts: Mapping[str, Tensor]) -> Tensor:
         hook, mark, number = name.rpartition("#")
         if not mark:
-            return heard[name].to(self.adapter.compute_dtype)
-        x = heard[hook].to(self.adapter.compute_dtype)
-        return self.encoders[hook].encode(x.flatten(0, 1))[:, int(number)].view(self.mask.shape)
+            return acts[name]
+        return self.encoders[hook].encode(acts[hook].flatten(0, 1))[:, int(number)].view(self.mask.shape)

@@ -21,8 +21,8 @@ from torch.autograd import forward_ad
 from tl_circuitlasso.errors import InputError, ModelError
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.encoder import Encoder
-from tl_circuitlasso.models.hook_order import hook_layer
-from tl_circuitlasso.models.hooks import observe, resting
+from tl_circuitlasso.models.hooks import Place, observe, resting
+from tl_circuitlasso.models.passes import ForwardPass
 from tl_circuitlasso.models.tokens import Prompts
 
 Mode = Literal["ablate", "amplify", "gradient"]
@@ -85,7 +85,7 @@ def encode(
     """An SAE's codes and, where it is SAELens', the pre-activations in front of its activation function."""
     heard: list[Tensor] = []
     point = getattr(encoder.sae, "hook_sae_acts_pre", None)
-    listening = observe([(point, heard.append)]) if isinstance(point, nn.Module) else nullcontext()
+    listening = observe([(Place(point), heard.append)]) if isinstance(point, nn.Module) else nullcontext()
     with listening:
         codes = encoder.encode(x)
     return codes, heard[0] if heard else None
@@ -111,29 +111,21 @@ class Segment:
 
     def __init__(self, adapter: Adapter, source: str, target: str) -> None:
         self.adapter, self.source, self.target = adapter, source, target
-        layer = hook_layer(target, adapter.shape.n_layers)
-        self._stop = layer + 1 if layer < adapter.shape.n_layers else None
-        entry = _RESIDUAL.match(source) if adapter.kind == "HookedTransformer" else None
+        entry = _RESIDUAL.match(source) if adapter.starts_midway else None
         self._start = None if entry is None else int(entry[1]) + (entry[2] == "post")
-        self._points = [_module(adapter, name) for name in (source, target)]
+        for hook in (source, target):
+            if adapter.point(hook) is None:
+                raise InputError(f"`saes` has the hook {hook!r}, which this model doesn't have")
 
     def run(
         self, tokens: Int[Tensor, "row pos"], mask: Bool[Tensor, "row pos"], activation: Float[Tensor, "row pos *width"]
     ) -> Float[Tensor, "row pos *width2"]:
         """The target hook's activation after `activation` has taken the place of the source hook's."""
-        heard: list[Tensor] = []
-        model, options = self.adapter.model, {"attention_mask": mask.long(), "stop_at_layer": self._stop}
-        observers: list[Any] = [(self._points[1], heard.append)]
-        if self._start is None:
-            observers.insert(0, (self._points[0], lambda old: activation.to(old.dtype)))
-        with observe(observers):
-            if self._start is None:
-                model(tokens, return_type=None, **options)
-            else:
-                model(activation.to(self.adapter.dtype), start_at_layer=self._start, return_type=None, **options)
-        if not heard:
-            raise ModelError(f"the hook `{self.target}` did not fire behind `{self.source}`: name a later hook")
-        return heard[-1].to(self.adapter.compute_dtype)
+        start = None if self._start is None else (self._start, activation)
+        edits = [(self.source, lambda old: activation.to(old.dtype))] if start is None else []
+        made = ForwardPass(self.adapter, tokens, mask, [self.target], start=start)
+        made.run(edits)
+        return made[self.target]
 
 
 def trials(
@@ -271,10 +263,3 @@ def _delta(
     if not parts:
         return delta
     return delta.index_put((where,), torch.cat(parts).to(delta).view(-1, *written.shape[2:]))
-
-
-def _module(adapter: Adapter, hook: str) -> nn.Module:
-    point = adapter.point(hook)
-    if point is None:
-        raise InputError(f"`saes` has the hook {hook!r}, which this model doesn't have")
-    return point

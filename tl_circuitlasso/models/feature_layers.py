@@ -56,7 +56,7 @@ def check_step(adapter: Adapter, step: Step) -> None:
         norm = port_norm(adapter.model.blocks[step.layer].attn, port, adapter.compute_dtype)
         if norm is not None and is_joint(norm, adapter.shape.d_head):
             raise ModelError(f"`model` ({adapter.architecture}) normalises the queries of all heads together")
-    if getattr(adapter.model.cfg, "positional_embedding_type", None) == "shortformer":
+    if adapter.shortformer:
         raise ModelError(f"`model` ({adapter.architecture}) adds positions inside attention")
 
 

@@ -10,10 +10,8 @@ Codes are dense for a few positions at a time only.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -22,9 +20,7 @@ from torch import Tensor
 from tl_circuitlasso.errors import ModelError
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.encoder import Encoder
-from tl_circuitlasso.models.hooks import observe, resting
-from tl_circuitlasso.models.patching import own_heads, real_mask
-from tl_circuitlasso.models.sources import hook_point
+from tl_circuitlasso.models.hooks import Observer
 
 AT_ONCE = 1 << 25  # codes that are dense at any one time
 
@@ -107,19 +103,9 @@ def run_features(
     ------
     ModelError: a hook of the model is missing, or fires in the wrong order.
     """
-    real = real_mask(adapter, tokens, mask)
     live = [site for site in sites if not kept[site.name].untouched(site)]
     editor = _Editor(adapter, tokens.shape, kept, carried)
-    with ExitStack() as stack:
-        stack.enter_context(resting(adapter.model))
-        stack.enter_context(own_heads(adapter))
-        stack.enter_context(observe(list(editor.points(live))))
-        logits = adapter.model(tokens.to(adapter.device), attention_mask=real.long(), return_type="logits")
-    if silent := [site.name for site in live if site.name not in editor.done]:
-        raise ModelError(
-            f"the hook of {silent[0]} of `model` ({adapter.architecture}) did not fire: nothing was ablated"
-        )
-    return logits.to(adapter.compute_dtype)
+    return adapter.run(tokens, mask, ["logits"], edits=editor.edits(live))["logits"]
 
 
 class _Editor:
@@ -128,22 +114,17 @@ class _Editor:
     def __init__(self, adapter: Adapter, shape: torch.Size, kept: Mapping[str, Kept], carried: Carried) -> None:
         self.adapter, self.shape, self.kept, self.carried = adapter, tuple(shape), kept, carried
         self.heard: dict[str, Tensor] = {}
-        self.done: set[str] = set()
 
-    def points(self, sites: Sequence[FeatureSite]) -> Iterator[tuple[Any, Any]]:
+    def edits(self, sites: Sequence[FeatureSite]) -> Iterator[tuple[str, Observer]]:
         for site in sites:
             if site.reads != site.writes:
-                yield hook_point(self.adapter, site.reads), partial(self._note, site.reads)
-            yield hook_point(self.adapter, site.writes), partial(self._edit, site)
-
-    def _note(self, hook: str, activation: Tensor) -> None:
-        self.heard[hook] = activation
+                yield site.reads, partial(self.heard.__setitem__, site.reads)
+            yield site.writes, partial(self._edit, site)
 
     def _edit(self, site: FeatureSite, activation: Tensor) -> Tensor:
         read = activation if site.reads == site.writes else self.heard.get(site.reads)
         if read is None:
             raise ModelError(f"`{site.reads}` is computed after `{site.writes}`, which its features should write")
-        self.done.add(site.name)
         x, out = self._rows(read), self._rows(activation).flatten(1)
         keep = self.kept[site.name].features.to(x.device)
         pieces = []

@@ -2,13 +2,11 @@
 
 import re
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
 
 from torch import Tensor, nn
 
-from tl_circuitlasso.errors import InputError, ModelError
+from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.models.adapter import Adapter
-from tl_circuitlasso.models.hooks import observe, resting
 from tl_circuitlasso.models.tokens import Batch
 
 _LAYER = re.compile(r"\bblocks\.(\d+)\.")
@@ -30,16 +28,9 @@ def computing_order(adapter: Adapter, batch: Batch, hooks: Iterable[str]) -> dic
     """
     names = list(dict.fromkeys(hooks))
     token = batch.tokens[:1][batch.mask[:1]][None, :1]
-    adapter.run(token, None, names)  # names near matches of a hook that the model doesn't have
-    points = {name: point for name in names if (point := adapter.point(name)) is not None}
-    _check_twins(points)
     heard: list[str] = []
-    with ExitStack() as stack:
-        stack.enter_context(resting(adapter.model))
-        stack.enter_context(observe([(point, _noting(heard, name)) for name, point in points.items()]))
-        adapter.model(token, return_type=None)
-    if missing := [name for name in names if name not in heard]:
-        raise ModelError(f"the hook {missing[0]} did not fire in a forward pass, so its place can't be told")
+    adapter.run(token, None, names, edits=[(name, _noting(heard, name)) for name in names])
+    _check_twins({name: point for name in names if (point := adapter.point(name)) is not None})
     return _ranked(list(dict.fromkeys(heard)), adapter.shape.parallel)
 
 

@@ -9,6 +9,7 @@ name that a bridge passes to a hook depends on its mode.
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,9 +40,17 @@ def find_module(model: nn.Module, path: str) -> nn.Module | None:
     return here if isinstance(here, nn.Module) else None
 
 
+@dataclass(frozen=True, eq=False)
+class Place:
+    """What a module puts out, or with `before` what it is given (the first of its arguments)."""
+
+    module: nn.Module
+    before: bool = False
+
+
 @contextmanager
-def observe(observers: Iterable[tuple[nn.Module, Observer]]) -> Iterator[None]:
-    """Call `observer(activation)` each time its module has run; a returned tensor replaces the activation.
+def observe(observers: Iterable[tuple[Place, Observer]]) -> Iterator[None]:
+    """Call `observer(activation)` each time a place has one; a returned tensor replaces the activation.
 
     Other hooks of these modules keep working and stay attached.
     """
@@ -49,8 +58,11 @@ def observe(observers: Iterable[tuple[nn.Module, Observer]]) -> Iterator[None]:
     touched: list[nn.Module] = []
     handles: list[torch.utils.hooks.RemovableHandle] = []
     try:
-        for module, observer in observers:
-            if is_a(module, "HookPoint"):
+        for place, observer in observers:
+            module = place.module
+            if place.before:
+                handles.append(module.register_forward_pre_hook(_as_pre_hook(observer), with_kwargs=True))
+            elif is_a(module, "HookPoint"):
                 touched.append(module)
                 _add_to_hook_point(module, observer, mark)
             else:  # a wrapper around a HookPoint, such as an attached SAE: what flows on is its output
@@ -77,6 +89,14 @@ def _remove_marked(point: Any, mark: object) -> None:
 
 def _as_torch_hook(observer: Observer) -> Callable[[nn.Module, Any, Tensor], Tensor | None]:
     return lambda module, inputs, output: observer(output)
+
+
+def _as_pre_hook(observer: Observer) -> Callable[[nn.Module, Any, Any], Any]:
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        changed = observer(args[0])
+        return None if changed is None else ((changed, *args[1:]), kwargs)
+
+    return hook
 
 
 @contextmanager
@@ -123,16 +143,26 @@ def _in_one_thread(model: nn.Module) -> Iterator[None]:
                 del _at_work[id(model)]
 
 
+def altering_saes(model: nn.Module) -> list[str]:
+    """Where SAEs are attached whose reconstruction alone flows on."""
+    return [
+        name.replace("._original_component", "")  # of a bridge, whose users leave it out
+        for name, module in model.named_modules()
+        if hasattr(module, "use_error_term") and not module.use_error_term
+    ]
+
+
 def disturbances(model: nn.Module) -> list[str]:
     """What besides the architecture can make a model compute something else than its weights say."""
-    found = []
-    for name, module in model.named_modules():
-        if hasattr(module, "use_error_term") and not module.use_error_term:
-            found.append(
-                f"an SAE without its error term is attached at `{name}` (model.reset_saes(), or use_error_term)"
-            )
-        elif getattr(module, "fwd_hooks", ()):
-            found.append(f"a hook of yours is attached at `{name}` (model.reset_hooks(including_permanent=True))")
+    found = [
+        f"an SAE without its error term is attached at `{name}` (model.reset_saes(), or use_error_term)"
+        for name in altering_saes(model)
+    ]
+    found += [
+        f"a hook of yours is attached at `{name}` (model.reset_hooks(including_permanent=True))"
+        for name, module in model.named_modules()
+        if getattr(module, "fwd_hooks", ())
+    ]
     if torch.is_autocast_enabled() or torch.is_autocast_enabled("cpu"):
         found.append("torch.autocast is on (leave its block)")
     return found

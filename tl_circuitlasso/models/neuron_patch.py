@@ -5,8 +5,9 @@ their blocks answer with what they put out in the plain run.
 """
 
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,9 +15,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_circuitlasso.models.adapter import Adapter
-from tl_circuitlasso.models.hooks import observe, resting
-from tl_circuitlasso.models.patching import own_heads, real_mask
-from tl_circuitlasso.models.sources import hook_point
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,18 +36,12 @@ def plain_run(
     layers: Collection[int],
 ) -> Plain:
     """What patching neurons of some layers starts from. Two forward passes."""
-    real = real_mask(adapter, tokens, mask)
     other = adapter.run(partners, mask, [f"mlp_post.{layer}" for layer in layers])
     heard: dict[int, Any] = {}
-    with ExitStack() as stack:
-        stack.enter_context(resting(adapter.model))
-        stack.enter_context(own_heads(adapter))
-        for layer, block in enumerate(adapter.model.blocks):
-            keep = block.register_forward_hook(lambda _, args, out, layer=layer: heard.__setitem__(layer, out))
-            stack.callback(keep.remove)
-        logits = adapter.model(tokens.to(adapter.device), attention_mask=real.long(), return_type="logits")
+    edits = [(f"block.{layer}", partial(heard.__setitem__, layer)) for layer in range(adapter.shape.n_layers)]
+    logits = adapter.run(tokens, mask, ["logits"], edits=edits)["logits"]
     blocks = tuple(heard[layer] for layer in range(adapter.shape.n_layers))
-    return Plain(tokens, real, logits.to(adapter.compute_dtype), blocks, other)
+    return Plain(tokens, adapter.sound_mask(tokens, mask), logits, blocks, other)
 
 
 def patched_neurons(
@@ -63,14 +55,10 @@ def patched_neurons(
     def swap(post: Tensor) -> Tensor:
         return torch.where(swapped, other.to(post), post.reshape(swapped.shape)).view_as(post)
 
-    point = hook_point(adapter, f"blocks.{layer}.mlp.hook_post")
-    with resting(adapter.model), own_heads(adapter), observe([(point, swap)]), _replayed(adapter, plain, layer, copies):
-        logits = adapter.model(
-            plain.tokens.to(adapter.device).repeat(copies, 1),
-            attention_mask=plain.mask.long().repeat(copies, 1),
-            return_type="logits",
-        )
-    return logits.to(adapter.compute_dtype).unflatten(0, (copies, prompts))
+    many, real = plain.tokens.repeat(copies, 1), plain.mask.repeat(copies, 1)
+    with _replayed(adapter, plain, layer, copies):
+        logits = adapter.run(many, real, ["logits"], edits=[(f"mlp_post.{layer}", swap)])["logits"]
+    return logits.unflatten(0, (copies, prompts))
 
 
 @contextmanager

@@ -8,7 +8,6 @@ position, or zero. A positive score helps the target. Nothing here grows with th
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,13 +15,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_circuitlasso.errors import InputError, ModelError
-from tl_circuitlasso.models.activations import Context, plan
 from tl_circuitlasso.models.adapter import Adapter
-from tl_circuitlasso.models.hooks import find_module, observe
 from tl_circuitlasso.models.neuron_sweep import Ends, Layer, Rules, sweep, unembedded, wanted
-from tl_circuitlasso.models.patching import real_mask
+from tl_circuitlasso.models.passes import ForwardPass, differentiable
 from tl_circuitlasso.models.rotary import position_ids
-from tl_circuitlasso.models.tracing import differentiable
 
 Multiplied = tuple[str, Tensor]  # an activation's key and the multiplier there, (prompt pos *width)
 
@@ -220,41 +216,15 @@ class ByGradient:
 
 def gradients(scoring: Scoring, batch: Batch, start: Float[Tensor, "batch pos d_model"]) -> dict[str, Tensor]:
     """The goal's derivative at every node, with the residual stream in front of the first layer set to `start`."""
-    adapter = scoring.adapter
-    mask = real_mask(adapter, batch.clean, batch.mask)
-    plans = {key: plan(key, adapter.model, adapter.shape, adapter.layouts) for key in scoring.keys}
-    heard: dict[str, Tensor] = {}
-
-    def keep(path: str, activation: Tensor) -> None:
-        heard[path] = activation
 
     def begin(activation: Tensor) -> Tensor:
-        heard["blocks.0.hook_resid_pre"] = start.to(activation).detach().clone().requires_grad_()
-        return heard["blocks.0.hook_resid_pre"]
+        return start.to(activation).detach().clone().requires_grad_()
 
-    paths = dict.fromkeys(made.needed[0] for made in plans.values())
-    paths.pop("blocks.0.hook_resid_pre", None)
-    points: list[tuple[Any, Callable[[Tensor], Tensor | None]]]
-    points = [(_point(adapter, path), partial(keep, path)) for path in paths]
-    points.append((_point(adapter, "blocks.0.hook_resid_pre"), begin))
-    with differentiable(adapter), observe(points):
-        logits = adapter.model(batch.clean.to(adapter.device), attention_mask=mask.long(), return_type="logits")
+    made = ForwardPass(scoring.adapter, batch.clean, batch.mask, [*scoring.keys, "logits"], gradients=True)
+    with differentiable(scoring.adapter):
+        made.run([("resid_pre.0", begin)])
         assert not isinstance(scoring.goal, Reading)  # methods by gradient are given metrics
-        value = checked(scoring.goal(logits, batch))
-        needed = [made.needed[0] for made in plans.values()]
-        if silent := [path for path in needed if path not in heard]:
-            raise ModelError(f"the hook `{silent[0]}` of `model` ({adapter.architecture}) did not fire")
-        parts = torch.autograd.grad(value, [heard[path] for path in needed], allow_unused=True)
-    found = {path: torch.zeros_like(heard[path]) if part is None else part for path, part in zip(needed, parts)}
-    context = Context(adapter.model, adapter.shape, adapter.layouts, adapter.compute_dtype, position_ids(mask))
-    return {key: made.derive(found, context).to(adapter.compute_dtype) for key, made in plans.items()}
-
-
-def _point(adapter: Adapter, path: str) -> Any:
-    point = find_module(adapter.model, path)
-    if point is None:
-        raise ModelError(f"`model` ({adapter.architecture}) has no hook point `{path}`")
-    return point
+        return made.gradients_of(checked(scoring.goal(made["logits"], batch)), scoring.keys)
 
 
 # ---- scores ---------------------------------------------------------------------------------------------------------

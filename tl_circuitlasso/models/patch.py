@@ -13,27 +13,21 @@ only for readers whose output the circuit reads. Several circuits share a pass a
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_circuitlasso.errors import ModelError
 from tl_circuitlasso.models.ablation import Ablated
-from tl_circuitlasso.models.activations import Context, Heard, Plan, plan
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.attention import PORTS, Attending, keeps_heads_shared
-from tl_circuitlasso.models.hooks import find_module, observe, resting
 from tl_circuitlasso.models.norms import Norm, apply_norm, scale_of
-from tl_circuitlasso.models.patching import Projection, mlp_entry, mlp_norm, own_heads, real_mask
+from tl_circuitlasso.models.passes import ForwardPass
+from tl_circuitlasso.models.patching import Projection, mlp_norm
 from tl_circuitlasso.models.port_reads import alone_readers, by_port, centred_scale, port_projection, project
-from tl_circuitlasso.models.rotary import position_ids
-from tl_circuitlasso.models.sources import Sources, hook_point
-from tl_circuitlasso.models.tracing import differentiable
+from tl_circuitlasso.models.sources import Sources
 from tl_circuitlasso.models.weights import Port
 
 PIECE = 32 << 20  # bytes of the streams made at once
@@ -128,15 +122,9 @@ def run_circuits(
     ------
     ModelError: a hook of the model is missing or didn't fire, or keys shared between heads can't be told apart.
     """
-    made = _Pass(adapter, tokens, real_mask(adapter, tokens, mask), circuits, ablated)
-    with differentiable(adapter) if gradients else _resting(adapter):
-        return made.run()
-
-
-@contextmanager
-def _resting(adapter: Adapter) -> Iterator[None]:
-    with resting(adapter.model), own_heads(adapter):
-        yield
+    readers = _Readers(adapter, tokens, adapter.sound_mask(tokens, mask), circuits, ablated, gradients)
+    readers.made.run(readers.edits())
+    return readers.made["logits"].unflatten(0, readers.sizes[:2])
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,81 +136,47 @@ class _Change:
     value: Float[Tensor, "prompt pos head d_head"]
 
 
-class _Pass:
-    """One forward pass over copies of the prompts, and what has been heard of it so far."""
+class _Readers:
+    """One forward pass over copies of the prompts, and what its readers are made to see."""
 
-    def __init__(self, adapter: Adapter, tokens: Tensor, mask: Tensor, circuits: Circuits, ablated: Ablated) -> None:
-        self.adapter, self.tokens, self.ablated = adapter, tokens, ablated
+    def __init__(
+        self, adapter: Adapter, tokens: Tensor, mask: Tensor, circuits: Circuits, ablated: Ablated, gradients: bool
+    ) -> None:
+        self.adapter, self.ablated = adapter, ablated
         self.sizes = (len(circuits), tokens.shape[0], tokens.shape[1])
-        self.real = mask.repeat(len(circuits), 1)
         self.plans = _plans(adapter, circuits)
         self.sources = Sources(adapter, self.sizes, _wanted(self.plans), self.value, ablated.written)
-        self.heard: Heard = {}
         self.changes: dict[int, dict[Port, list[_Change]]] = {}
         self.shared = keeps_heads_shared(adapter)
-        self.patterns = self._patterns() if self.shared and adapter.architecture == _LATE_PATTERNS else None
-        shape, layouts, positions = adapter.shape, adapter.layouts, position_ids(self.real)
-        self.context = Context(adapter.model, shape, layouts, adapter.compute_dtype, positions)
+        self.patterns: dict[str, Tensor] | None = None
+        if self.shared and adapter.architecture == _LATE_PATTERNS:  # all that's needed is where a head may look
+            names = [f"pattern.{layer}" for layer in range(adapter.shape.n_layers)]
+            made = adapter.run(tokens, mask, names)
+            self.patterns = {name: pattern.repeat(self.sizes[0], 1, 1, 1) for name, pattern in made.items()}
+        many, real = tokens.repeat(self.sizes[0], 1), mask.repeat(self.sizes[0], 1)
+        self.made = ForwardPass(adapter, many, real, self._keys(), own_heads=True, gradients=gradients)
 
-    def _patterns(self) -> dict[str, Tensor]:
-        """Of the unedited run: all that's needed is where a head may look."""
-        names = [f"pattern.{layer}" for layer in range(self.adapter.shape.n_layers)]
-        made = self.adapter.run(self.tokens, self.real[: len(self.tokens)], names)
-        return {name: pattern.expand(self.sizes[0], *pattern.shape) for name, pattern in made.items()}
+    def _keys(self) -> list[str]:
+        kinds = ["resid_pre", "z", "scale.attn_out"]
+        kinds += [] if self.adapter.shape.attn_only else ["mlp_out", "mlp_stream"]
+        kinds += [*(f"projected.{port}" for port in PORTS), "pattern"] if self.shared else []
+        return [*(f"{kind}.{layer}" for layer in range(self.adapter.shape.n_layers) for kind in kinds), "logits"]
 
-    def run(self) -> Float[Tensor, "circuit batch pos vocab"]:
-        """The logits of every copy."""
-        model, adapter = self.adapter.model, self.adapter
-        tokens = self.tokens.to(adapter.device).repeat(self.sizes[0], 1)
-        with ExitStack() as stack:
-            stack.enter_context(observe(list(self._points())))
-            for module, hook in self._module_hooks():
-                stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-            logits = model(tokens, attention_mask=self.real.long(), return_type="logits")
-        return logits.to(adapter.compute_dtype).unflatten(0, self.sizes[:2])
-
-    # -- hooks --------------------------------------------------------------------------------------------------------
-
-    def _points(self) -> Iterator[tuple[Any, Callable[[Tensor], Tensor | None]]]:
+    def edits(self) -> Iterator[tuple[str, Callable[[Tensor], Tensor | None]]]:
+        """What every reader is given."""
         shape = self.adapter.shape
         for layer in range(shape.n_layers):
-            keys = [f"resid_pre.{layer}", f"scale.attn_out.{layer}", *([] if shape.attn_only else [f"mlp_out.{layer}"])]
-            paths = [path for key in keys for path in self._recipe(key).needed]
             if self.shared:
-                paths += [f"blocks.{layer}.attn.hook_{name}" for name in (*PORTS, "pattern")]
-            yield from ((hook_point(self.adapter, path), partial(self._keep, path)) for path in paths)
-            if not self.shared:
-                for port in PORTS:
-                    yield (
-                        hook_point(self.adapter, f"blocks.{layer}.attn.hook_{port}"),
-                        partial(self._swap_port, layer, port),
-                    )
-            yield hook_point(self.adapter, f"blocks.{layer}.attn.hook_z"), partial(self._swap_z, layer)
-        yield hook_point(self.adapter, f"blocks.{shape.n_layers - 1}.hook_resid_post"), self._swap_end
-
-    def _module_hooks(self) -> Iterator[tuple[Any, Any]]:
-        if self.adapter.shape.attn_only:
-            return
-        for layer, block in enumerate(self.adapter.model.blocks):
-            if (norm := self.adapter.layouts[layer].mlp_norm) is not None:
-                yield find_module(block, norm), partial(self._note, layer)
-            yield mlp_entry(block), partial(self._swap_mlp, layer)
-
-    def _keep(self, path: str, activation: Tensor) -> None:
-        self.heard[path] = activation.to(self.adapter.compute_dtype)
-
-    def _note(self, layer: int, module: Any, args: tuple, kwargs: dict) -> None:
-        self._keep(f"in front of mlp {layer}", args[0])
-
-    def _recipe(self, key: str) -> Plan:
-        return plan(key, self.adapter.model, self.adapter.shape, self.adapter.layouts)
+                yield f"z.{layer}", partial(self._swap_z, layer)
+            else:
+                yield from ((f"projected.{port}.{layer}", partial(self._swap_port, layer, port)) for port in PORTS)
+            if not shape.attn_only:
+                yield f"mlp_read.{layer}", partial(self._swap_mlp, layer)
+        yield f"resid_post.{shape.n_layers - 1}", self._swap_end
 
     def value(self, key: str) -> Float[Tensor, "circuit batch pos ..."]:
-        """An activation of this pass, by the adapter's name for it."""
-        recipe = self._recipe(key)
-        if silent := [path for path in recipe.needed if path not in self.heard]:
-            raise ModelError(f"the hook `{silent[0]}` of `model` ({self.adapter.architecture}) did not fire in time")
-        return recipe.derive(self.heard, self.context).unflatten(0, self.sizes[:2])
+        """An activation of this pass."""
+        return self.made[key].unflatten(0, self.sizes[:2])
 
     # -- what readers see ---------------------------------------------------------------------------------------------
 
@@ -231,7 +185,7 @@ class _Pass:
         if not changes:
             return None
         changed, added = activation.clone(), None
-        if port != "v" and _is_shortformer(self.adapter):  # positions join what is read, not the residual stream
+        if port != "v" and self.adapter.shortformer:  # positions join what is read, not the residual stream
             stream = self.value(f"resid_pre.{layer}").flatten(0, 1)
             reads = port_projection(self.adapter, layer, port)
             scale = None if reads.norm is None else scale_of(stream, reads.norm)
@@ -242,28 +196,22 @@ class _Pass:
         return changed
 
     def _swap_z(self, layer: int, z: Tensor) -> Tensor | None:
-        path = f"blocks.{layer}.attn.hook_z"
-        self._keep(path, z)
-        changes = self._port_changes(layer) if self.shared else {}
+        changes = self._port_changes(layer)
         if not any(changes.values()):
             return None
-        projected: dict[Port, Tensor] = {port: self.heard[f"blocks.{layer}.attn.hook_{port}"] for port in PORTS}
-        pattern = self.value(f"pattern.{layer}") if self.patterns is None else self.patterns[f"pattern.{layer}"]
-        attending = Attending(self.adapter, layer, projected, pattern.flatten(0, 1), self.context.positions)
+        projected: dict[Port, Tensor] = {port: self.made[f"projected.{port}.{layer}"] for port in PORTS}
+        pattern = self.made[f"pattern.{layer}"] if self.patterns is None else self.patterns[f"pattern.{layer}"]
+        attending = Attending(self.adapter, layer, projected, pattern, self.made.positions)
         heads = {port: attending.heads(port).clone() for port in PORTS}
         for port in PORTS:
             for change in changes[port]:
                 heads[port][change.rows, :, change.heads] = change.value
-        fresh = attending.output(heads["q"], heads["k"], heads["v"]).reshape(z.shape).to(z.dtype)
-        self._keep(path, fresh)
-        return fresh
+        return attending.output(heads["q"], heads["k"], heads["v"]).reshape(z.shape).to(z.dtype)
 
-    def _swap_mlp(self, layer: int, module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        given = args[0]
+    def _swap_mlp(self, layer: int, given: Tensor) -> Tensor | None:
         norm = mlp_norm(self.adapter, layer)
-        stream = self.heard[name] if (name := f"in front of mlp {layer}") in self.heard else given
-        changed = self._swap_single((layer, ""), stream.to(self.adapter.compute_dtype), given, norm)
-        return None if changed is None else ((changed, *args[1:]), kwargs)
+        stream = given.to(self.adapter.compute_dtype) if norm is None else self.made[f"mlp_stream.{layer}"]
+        return self._swap_single((layer, ""), stream, given, norm)
 
     def _swap_end(self, activation: Tensor) -> Tensor | None:
         stream = activation.to(self.adapter.compute_dtype)
@@ -351,7 +299,3 @@ class _Pass:
                 change = 1 / self.value(f"scale.attn_out.{before}")[copy] - was
                 base = base + change * self.adapter.writer(before)[1]
         return base
-
-
-def _is_shortformer(adapter: Adapter) -> bool:
-    return getattr(adapter.model.cfg, "positional_embedding_type", None) == "shortformer"

@@ -5,22 +5,21 @@ An edge u -> v is a term of a sum: the residual stream that v reads is the sum o
 copies of the residual stream are made in the model, and it is left as it was found.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.architecture import norm_at
 from tl_circuitlasso.models.attention import PORTS, Attending, keeps_heads_shared
-from tl_circuitlasso.models.hooks import find_module, observe, resting, without_costly_flags
+from tl_circuitlasso.models.hooks import find_module
 from tl_circuitlasso.models.norms import Norm, apply_norm, fold_behind, read_norm, scale_of
-from tl_circuitlasso.models.rotary import position_ids
+from tl_circuitlasso.models.passes import ForwardPass
 from tl_circuitlasso.models.weights import Port, port_weights, repeat_heads
 
 
@@ -156,39 +155,9 @@ def projection(adapter: Adapter, layer: int, port: Port) -> Projection:
     return Projection(repeat_heads(weight, n_heads), repeat_heads(bias, n_heads), norm)
 
 
-def mlp_entry(block: Any) -> nn.Module:
-    """The module whose input is what the MLP reads: its first layer where it has one, for some MLPs never run whole."""
-    first = find_module(block, "mlp.in")
-    return block.mlp if first is None or find_module(block, "mlp.gate") is not None else first
-
-
 def mlp_norm(adapter: Adapter, layer: int) -> Norm | None:
     """The norm in front of a layer's MLP, None without one."""
     return norm_at(adapter.model, layer, adapter.layouts[layer].mlp_norm, adapter.compute_dtype)
-
-
-def real_mask(
-    adapter: Adapter, tokens: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"] | None
-) -> Bool[Tensor, "batch pos"]:
-    """The mask of real positions on the model's device; without a mask all are real."""
-    real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
-    return real.to(adapter.device)
-
-
-@contextmanager
-def own_heads(adapter: Adapter) -> Iterator[None]:
-    """The model without idle per-head copies of the residual stream.
-
-    A HookedTransformer repeats shared keys and values inside the block, so that each head has its own.
-    """
-    cfg = adapter.model.cfg
-    with ExitStack() as stack:
-        if adapter.kind == "HookedTransformer":
-            stack.enter_context(without_costly_flags(adapter.model, ()))
-            if adapter.shape.n_kv_heads != adapter.shape.n_heads and not cfg.ungroup_grouped_query_attention:
-                cfg.ungroup_grouped_query_attention = True
-                stack.callback(setattr, cfg, "ungroup_grouped_query_attention", False)
-        yield
 
 
 # ---- forwards with edited reads -----------------------------------------------------------------------------------
@@ -201,6 +170,19 @@ class Edit:
     port: Literal["", "q", "k", "v"]
     head: int
     stream: Float[Tensor, "batch pos d_model"]
+
+
+@dataclass(frozen=True, eq=False)
+class _Change:
+    """By how much what a head projects changes, in the rows of one copy of the prompts.
+
+    It is added, so that what the model adds to the projection itself (shortformer) stays.
+    """
+
+    port: Port
+    head: int
+    rows: slice
+    change: Float[Tensor, "batch pos d_head"]
 
 
 def run_edited(
@@ -216,94 +198,61 @@ def run_edited(
     `start` is the unedited residual stream in front of `layer`: a HookedTransformer starts there. All edits are on
     heads, or all on the MLP.
     """
-    copies, model = len(edits), adapter.model
-    real = real_mask(adapter, tokens, mask).repeat(copies, 1).long()
-    pattern = None
-    if keeps_heads_shared(adapter):
+    copies, ports = len(edits), {edit.port for edit in edits}
+    shared = keeps_heads_shared(adapter) and bool(ports & {"k", "v"})
+    many, real = tokens.repeat(copies, 1), adapter.sound_mask(tokens, mask).repeat(copies, 1)
+    begin = (layer, start.repeat(copies, 1, 1)) if adapter.starts_midway else None
+    heads = [f"projected.{port}.{layer}" for port in PORTS] if shared else []
+    made = ForwardPass(adapter, many, real, [*heads, "logits"], start=begin, own_heads=True)
+    if "" in ports:
+        made.run([(f"mlp_read.{layer}", partial(_swap_mlp, adapter, layer, edits))])
+    elif shared:
         pattern = adapter.run(tokens, mask, [f"pattern.{layer}"])[f"pattern.{layer}"].repeat(copies, 1, 1, 1)
-    points, modules = _edited_points(adapter, layer, edits, start, real, pattern)
-    with ExitStack() as stack:
-        stack.enter_context(resting(model))
-        stack.enter_context(own_heads(adapter))
-        stack.enter_context(observe(points))
-        for module, hook in modules:
-            stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-        if adapter.kind == "HookedTransformer" and not _is_shortformer(model):
-            first = start.to(adapter.dtype).repeat(copies, 1, 1)
-            logits = model(first, start_at_layer=layer, attention_mask=real, return_type="logits")
-        else:
-            many = tokens.to(adapter.device).repeat(copies, 1)
-            logits = model(many, attention_mask=real, return_type="logits")
-    return logits.to(adapter.compute_dtype).unflatten(0, (copies, tokens.shape[0]))
+        changes = _changes(adapter, layer, edits, start)
+        made.run([(f"z.{layer}", partial(_swap_shared, adapter, made, layer, changes, pattern))])
+    else:
+        changes = _changes(adapter, layer, edits, start)
+        made.run((f"projected.{port}.{layer}", partial(_swap_heads, changes, port)) for port in ports)
+    return made["logits"].unflatten(0, (copies, tokens.shape[0]))
 
 
-def _is_shortformer(model: Any) -> bool:
-    return getattr(model.cfg, "positional_embedding_type", None) == "shortformer"
+def _swap_mlp(adapter: Adapter, layer: int, edits: list[Edit], given: Tensor) -> Tensor:
+    norm, streams = mlp_norm(adapter, layer), torch.cat([edit.stream for edit in edits])
+    return (streams if norm is None else apply_norm(norm, streams)).to(given.dtype).view_as(given)
 
 
-def _edited_points(
-    adapter: Adapter, layer: int, edits: list[Edit], start: Tensor, real: Tensor, pattern: Tensor | None
-) -> tuple[list[Any], list[Any]]:
-    block = adapter.model.blocks[layer]
-    if edits[0].port == "":
-        norm, streams = mlp_norm(adapter, layer), torch.cat([edit.stream for edit in edits])
-        seen = (streams if norm is None else apply_norm(norm, streams)).to(adapter.dtype)
-        return [], [(mlp_entry(block), lambda module, args, kwargs: ((seen.view_as(args[0]), *args[1:]), kwargs))]
-    ports = {edit.port for edit in edits}
-    if keeps_heads_shared(adapter) and ports & {"k", "v"}:
-        return _Shared(adapter, layer, edits, start, real, pattern).points(), []  # type: ignore[arg-type]
-    return [
-        (find_module(block, f"attn.hook_{port}"), _swap_heads(projection(adapter, layer, port), port, edits, start))
-        for port in PORTS
-        if port in ports
-    ], []
+def _changes(adapter: Adapter, layer: int, edits: list[Edit], start: Tensor) -> list[_Change]:
+    reads = {port: projection(adapter, layer, port) for port in PORTS if any(edit.port == port for edit in edits)}
+    changes = []
+    for copy, edit in enumerate(edits):
+        assert edit.port != ""
+        read, rows = reads[edit.port], slice(copy * len(start), (copy + 1) * len(start))
+        change = read.of_head(edit.head, edit.stream) - read.of_head(edit.head, start)
+        changes.append(_Change(edit.port, edit.head, rows, change))
+    return changes
 
 
-def _swap_heads(reads: Projection, port: Port, edits: list[Edit], start: Tensor) -> Callable[[Tensor], Tensor]:
-    def swap(activation: Tensor) -> Tensor:
-        changed, batch = activation.clone(), start.shape[0]
-        for copy, edit in enumerate(edits):
-            if edit.port == port:
-                # The change is added, so that what the model adds to the projection itself (shortformer) stays.
-                change = reads.of_head(edit.head, edit.stream) - reads.of_head(edit.head, start)
-                changed[copy * batch : (copy + 1) * batch, :, edit.head] += change.to(activation.dtype)
-        return changed
-
-    return swap
+def _swap_heads(changes: list[_Change], port: str, activation: Tensor) -> Tensor:
+    changed = activation.clone()
+    for one in changes:
+        if one.port == port:
+            changed[one.rows, :, one.head] += one.change.to(changed.dtype)
+    return changed
 
 
-class _Shared:
-    """Edits on heads that share keys or values: their outputs are computed anew and put in the place of z."""
-
-    def __init__(
-        self, adapter: Adapter, layer: int, edits: list[Edit], start: Tensor, real: Tensor, pattern: Tensor
-    ) -> None:
-        self.adapter, self.layer, self.edits, self.start, self.pattern = adapter, layer, edits, start, pattern
-        self.positions = position_ids(real.bool())
-        self.heard: dict[str, Tensor] = {}
-
-    def points(self) -> list[Any]:
-        attention = self.adapter.model.blocks[self.layer].attn
-        kept = [(find_module(attention, f"hook_{name}"), partial(self._keep, name)) for name in PORTS]
-        return [*kept, (find_module(attention, "hook_z"), self._swap)]
-
-    def _keep(self, name: str, activation: Tensor) -> None:
-        self.heard[name] = activation
-
-    def _swap(self, z: Tensor) -> Tensor:
-        heard: dict[Port, Tensor] = {port: self.heard[port] for port in PORTS}
-        attending = Attending(self.adapter, self.layer, heard, self.pattern, self.positions)
-        heads = {port: attending.heads(port).clone() for port in PORTS}
-        batch, changed = self.start.shape[0], z.clone()
-        for copy, edit in enumerate(self.edits):
-            reads = projection(self.adapter, self.layer, edit.port)  # type: ignore[arg-type]
-            change = reads.of_head(edit.head, edit.stream) - reads.of_head(edit.head, self.start)
-            heads[edit.port][copy * batch : (copy + 1) * batch, :, edit.head] += change  # type: ignore[index]
-        fresh = attending.output(heads["q"], heads["k"], heads["v"]).to(z.dtype)
-        for copy, edit in enumerate(self.edits):
-            rows = slice(copy * batch, (copy + 1) * batch)
-            changed[rows, :, edit.head] = fresh[rows, :, edit.head]
-        return changed
+def _swap_shared(
+    adapter: Adapter, made: ForwardPass, layer: int, changes: list[_Change], pattern: Tensor, z: Tensor
+) -> Tensor:
+    """Heads that share keys or values: their outputs are computed anew and put in the place of z."""
+    heard: dict[Port, Tensor] = {port: made[f"projected.{port}.{layer}"] for port in PORTS}
+    attending = Attending(adapter, layer, heard, pattern, made.positions)
+    heads, changed = {port: attending.heads(port).clone() for port in PORTS}, z.clone()
+    for one in changes:
+        heads[one.port][one.rows, :, one.head] += one.change
+    fresh = attending.output(heads["q"], heads["k"], heads["v"]).to(z.dtype)
+    for one in changes:
+        changed[one.rows, :, one.head] = fresh[one.rows, :, one.head]
+    return changed
 
 
 def unembed(adapter: Adapter, stream: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocab"]:

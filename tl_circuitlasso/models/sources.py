@@ -5,18 +5,15 @@ Sources are numbered as in `Components`.
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from tl_circuitlasso.data.sites import Site
-from tl_circuitlasso.errors import ModelError
 from tl_circuitlasso.models.adapter import Adapter
-from tl_circuitlasso.models.hooks import observe
+from tl_circuitlasso.models.hooks import Observer
 from tl_circuitlasso.models.patching import Written
 
 WRITTEN_OUT = 512 << 20  # bytes of sources kept in d_model; beyond it they are written out again for each layer
@@ -104,20 +101,16 @@ class Sources:
 # ---- scaled nodes ---------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def scaled_nodes(adapter: Adapter, sites: Iterable[Site], scale: float) -> Iterator[None]:
-    """What some heads and MLPs write, multiplied by `scale` for the time of a block; the model is left as it was."""
+def scaled_nodes(adapter: Adapter, sites: Iterable[Site], scale: float) -> list[tuple[str, Observer]]:
+    """The edits that multiply by `scale` what some heads and MLPs write."""
     heads: dict[int, list[int]] = {}
-    points = []
+    edits: list[tuple[str, Observer]] = []
     for site in sites:
         if site.kind == "head":
             heads.setdefault(site.layer, []).append(site.head)
         else:
-            points.append((hook_point(adapter, f"blocks.{site.layer}.hook_mlp_out"), lambda out: out * scale))
-    for layer, some in heads.items():
-        points.append((hook_point(adapter, f"blocks.{layer}.attn.hook_z"), partial(_scale_heads, adapter, some, scale)))
-    with observe(points):
-        yield
+            edits.append((f"mlp_out.{site.layer}", lambda out: out * scale))
+    return [*edits, *((f"z.{layer}", partial(_scale_heads, adapter, some, scale)) for layer, some in heads.items())]
 
 
 def _scale_heads(adapter: Adapter, heads: list[int], scale: float, z: Tensor) -> Tensor:
@@ -125,11 +118,3 @@ def _scale_heads(adapter: Adapter, heads: list[int], scale: float, z: Tensor) ->
     factors[heads] = scale
     by_head = z.unflatten(-1, (adapter.shape.n_heads, -1)) if z.ndim == 3 else z  # side by side behind an SAE
     return (by_head * factors[:, None]).view_as(z)
-
-
-def hook_point(adapter: Adapter, path: str) -> Any:
-    """The module at which an activation can be changed; raises ModelError where the model has none."""
-    found = adapter.point(path)
-    if found is None:
-        raise ModelError(f"`model` ({adapter.architecture}) has no hook point `{path}`: it can't be intervened on")
-    return found

@@ -6,29 +6,21 @@ residual stream. Only activations have gradients; no parameter collects one.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
-from tl_circuitlasso.errors import InputError, ModelError
+from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.attention import PORTS, Attending, keeps_heads_shared
-from tl_circuitlasso.models.hooks import find_module, observe, resting
+from tl_circuitlasso.models.hooks import Observer
 from tl_circuitlasso.models.norms import Norm, scale_of
-from tl_circuitlasso.models.patching import (
-    Projection,
-    Streams,
-    Written,
-    mlp_entry,
-    mlp_norm,
-    own_heads,
-    real_mask,
-)
-from tl_circuitlasso.models.rotary import position_ids
+from tl_circuitlasso.models.passes import ForwardPass, differentiable
+from tl_circuitlasso.models.patching import Projection, Streams, Written, mlp_norm
 from tl_circuitlasso.models.weights import Port
 
 Objective = Callable[[Tensor], Tensor]  # logits -> scalar
@@ -53,32 +45,6 @@ class Trace:
     written: Written | None
 
 
-@contextmanager
-def differentiable(adapter: Adapter) -> Iterator[None]:
-    """The model in evaluation mode with gradients on activations only: no parameter collects one.
-
-    Shared key and value heads of a HookedTransformer are repeated, so that each head has keys and values of its own.
-    """
-    if torch.is_inference_mode_enabled():
-        raise InputError("torch.inference_mode is on, which forbids derivatives: leave its block, or use torch.no_grad")
-    model = adapter.model
-    parameters = [p for p in _parameters(model) if p.requires_grad]
-    try:
-        for parameter in parameters:
-            parameter.requires_grad_(False)
-        with resting(model), torch.enable_grad(), own_heads(adapter):
-            yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-
-
-def _parameters(model: nn.Module) -> list[nn.Parameter]:
-    wrapped = model.__dict__.get("original_model")  # a bridge keeps the wrapped model out of its module tree
-    more = wrapped.parameters() if isinstance(wrapped, nn.Module) else ()
-    return list({id(p): p for p in (*model.parameters(), *more)}.values())
-
-
 def trace(
     adapter: Adapter,
     tokens: Int[Tensor, "batch pos"],
@@ -101,15 +67,14 @@ def trace(
     InputError: the objective isn't a finite scalar that depends on the logits.
     ModelError: a hook point didn't fire.
     """
-    tokens, mask = tokens.to(adapter.device), real_mask(adapter, tokens, mask)
-    tape = _Tape(adapter, mask, start, heads or {}, mlps or {}, outputs)
-    with differentiable(adapter), tape.listening():
-        logits = adapter.model(tokens, attention_mask=mask.long(), return_type="logits")
-        value = objective(logits)
+    tape = _Tape(adapter, tokens, mask, heads or {}, mlps or {}, outputs)
+    with differentiable(adapter):
+        tape.made.run(tape.edits(start))
+        value = objective(tape.made["logits"])
         _check_objective(value)
-        names = [name for name in tape.heard if tape.differentiated(name)]
-        parts = torch.autograd.grad(value, [tape.heard[name] for name in names], allow_unused=True)
-    return tape.finish(float(value.detach()), logits.detach(), dict(zip(names, parts)))
+        grads = tape.made.gradients_of(value, tape.differentiated())
+    with torch.no_grad():
+        return tape.finish(float(value.detach()), grads)
 
 
 def _check_objective(value: Any) -> None:
@@ -123,163 +88,114 @@ def _check_objective(value: Any) -> None:
 
 
 class _Tape:
-    """Hooks that keep the graph's tensors by name; one forward pass long."""
+    """What is heard and set in one forward pass, by the library's names for activations."""
 
     def __init__(
         self,
         adapter: Adapter,
-        mask: Tensor,
-        start: Tensor | None,
+        tokens: Tensor,
+        mask: Tensor | None,
         heads: Mapping[int, Tensor],
         mlps: Mapping[int, Tensor],
         outputs: bool,
     ) -> None:
-        self.adapter, self.mask, self.start, self.heads, self.mlps = adapter, mask, start, heads, mlps
-        self.outputs, self.shared = outputs, keeps_heads_shared(adapter)
-        self.heard: dict[str, Tensor] = {}
-        self.needed: list[str] = []
+        self.adapter, self.heads, self.mlps, self.outputs = adapter, heads, mlps, outputs
+        self.layers = range(adapter.shape.n_layers)
+        self.with_mlps = () if adapter.shape.attn_only else self.layers
+        self.shared = keeps_heads_shared(adapter)
+        self.end = f"resid_post.{self.layers[-1]}"
+        wanted = [self.end, *(key for layer in self.layers for key in self._keys(layer)), "logits"]
+        self.made = ForwardPass(adapter, tokens, mask, wanted, own_heads=True, gradients=True)
 
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        points, modules = self._points()
-        with ExitStack() as stack:
-            stack.enter_context(observe(points))
-            for module, hook in modules:
-                stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-            yield
+    def _keys(self, layer: int) -> Iterator[str]:
+        kinds = ["resid_pre", "z", *(f"projected.{port}" for port in PORTS)]
+        kinds += [] if self.adapter.shape.attn_only else ["mlp_out", "mlp_stream", "mlp_read"]
+        kinds += ["pattern"] if self.shared else []
+        kinds += ["scale.attn_out", "attn_out"] if self._behind_norm(layer) else []
+        return (f"{kind}.{layer}" for kind in kinds)
 
-    def _points(self) -> tuple[list[Any], list[Any]]:
-        adapter, model = self.adapter, self.adapter.model
-        points, modules = [], []
-        for layer in range(adapter.shape.n_layers):
-            names = {"x": "hook_resid_pre", "z": "attn.hook_z", **{p: f"attn.hook_{p}" for p in PORTS}}
-            if not adapter.shape.attn_only:
-                names["m"] = "hook_mlp_out"
-                modules.append((mlp_entry(model.blocks[layer]), self._fork(f"y.{layer}")))
-                norm = adapter.layouts[layer].mlp_norm
-                if norm is not None:
-                    modules.append((find_module(model.blocks[layer], norm), self._note(f"n.{layer}")))
-            if (post := adapter.layouts[layer].attn_post) is not None:
-                names |= {"s": f"{post}.hook_scale", "o": "hook_attn_out"}
-            if self.shared:
-                names["p"] = "attn.hook_pattern"
-            points += [self._listen(layer, kind, path) for kind, path in names.items()]
-        points.append(self._listen(adapter.shape.n_layers - 1, "end", "hook_resid_post"))
-        return points, modules
+    def _behind_norm(self, layer: int) -> bool:
+        return self.adapter.layouts[layer].attn_post is not None
 
-    def _listen(self, layer: int, kind: str, path: str) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
-        module = find_module(self.adapter.model.blocks[layer], path)
-        if module is None:
-            raise ModelError(f"`model` ({self.adapter.architecture}) has no hook point `blocks.{layer}.{path}`")
-        name = f"{kind}.{layer}"
-        self.needed.append(name)
+    def edits(self, start: Tensor | None) -> Iterator[tuple[str, Observer]]:
+        """Where derivatives end: nothing in front of the first layer, or of what is set, needs a graph."""
+        yield "resid_pre.0", lambda activation: _constant(activation if start is None else start, activation)
+        for layer, value in self.mlps.items():
+            yield f"mlp_out.{layer}", partial(_constant, value)
+        for layer, heads in self.heads.items():
+            if self._behind_norm(layer):
+                # Their output can't be set through z: the norm would rescale it. Such models have no b_O.
+                written = torch.einsum("bphe,hed->bpd", heads, self.adapter.writer(layer)[0])
+                yield f"attn_out.{layer}", partial(_constant, written)
+            else:
+                yield f"z.{layer}", partial(_constant, heads)
 
-        def keep(activation: Tensor) -> Tensor:
-            self.heard[name] = self._replaced(kind, layer, activation)
-            return self.heard[name]
+    def differentiated(self) -> list[str]:
+        """The activations whose derivatives are asked for."""
+        kinds = [f"projected.{port}" for port in PORTS] + ["z"] * (self.outputs or self.shared)
+        keys = [self.end, *(f"{kind}.{layer}" for kind in kinds for layer in self.layers)]
+        keys += [f"mlp_read.{layer}" for layer in self.with_mlps]
+        if self.outputs:
+            behind = [layer for layer in self.layers if self._behind_norm(layer)]
+            keys += ["resid_pre.0", *(f"mlp_out.{layer}" for layer in self.with_mlps)]
+            keys += [f"attn_out.{layer}" for layer in behind]
+        return keys
 
-        return module, keep
+    def heard(self, key: str) -> Tensor:
+        return self.made[key].detach()
 
-    def _replaced(self, kind: str, layer: int, activation: Tensor) -> Tensor:
-        if kind == "x" and layer == 0:  # where the derivatives end: nothing in front of it needs a graph
-            value = activation if self.start is None else self.start.to(activation)
-            return value.detach().clone().requires_grad_()
-        constant = self._constant(kind, layer)
-        return activation if constant is None else constant.to(activation).detach().clone().requires_grad_()
-
-    def _constant(self, kind: str, layer: int) -> Tensor | None:
-        if kind == "m":
-            return self.mlps.get(layer)
-        heads, behind_norm = self.heads.get(layer), self.adapter.layouts[layer].attn_post is not None
-        if heads is None or kind not in "zo":
-            return None
-        if kind == "z":
-            return None if behind_norm else heads
-        # Behind a norm the heads' output can't be set through z: the norm would rescale it. Such models have no b_O.
-        return torch.einsum("bphe,hed->bpd", heads, self.adapter.writer(layer)[0])
-
-    def _fork(self, name: str) -> Any:
-        """Give the module an alias of its input: the derivative at the alias is the module's alone."""
-
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            first, rest = args[0], args[1:]
-            self.heard[name] = first.view_as(first)
-            return (self.heard[name], *rest), kwargs
-
-        self.needed.append(name)
-        return hook
-
-    def _note(self, name: str) -> Any:
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            self.heard[name] = args[0].detach()
-
-        return hook
-
-    def differentiated(self, name: str) -> bool:
-        """Whether the derivative at a tensor is asked for."""
-        kind = name.partition(".")[0]
-        wanted = (*PORTS, "y", "end", *(("z", "m", "o") if self.outputs else ()), *(("z",) if self.shared else ()))
-        return self.heard[name].requires_grad and (kind in wanted or (self.outputs and name == "x.0"))
-
-    def finish(self, value: float, logits: Tensor, grads: Mapping[str, Tensor | None]) -> Trace:
-        silent = [name for name in self.needed if name not in self.heard]
-        if silent:
-            raise ModelError(f"a hook of `model` ({self.adapter.architecture}) did not fire: {silent[0]}")
-        adapter, dtype = self.adapter, self.adapter.compute_dtype
-        heard = {name: tensor.detach().to(dtype) for name, tensor in self.heard.items()}
-        shape = heard["x.0"].shape
-        heard |= {name: t.reshape(shape) for name, t in heard.items() if name[0] in "yn"}  # some MLPs flatten tokens
-
-        def grad(name: str) -> Tensor:
-            found = grads.get(name)
-            return torch.zeros_like(heard[name]) if found is None else found.to(dtype).reshape(heard[name].shape)
-
-        layers = range(adapter.shape.n_layers)
-        with_mlps = () if adapter.shape.attn_only else layers
-        mlp_streams = tuple(heard.get(f"n.{layer}", heard.get(f"y.{layer}")) for layer in with_mlps)
-        end = f"end.{layers[-1]}"
+    def finish(self, value: float, grads: Mapping[str, Tensor]) -> Trace:
+        adapter, layers = self.adapter, self.layers
+        mlp_streams = tuple(self.heard(f"mlp_stream.{layer}") for layer in self.with_mlps)
+        values = Written(
+            self.heard("resid_pre.0"),
+            tuple(self._unscaled(layer) for layer in layers),
+            tuple(self.heard(f"mlp_out.{layer}") for layer in self.with_mlps),
+        )
         return Trace(
             value=value,
-            logits=logits,
-            values=Written(
-                heard["x.0"],
-                tuple(self._unscaled(heard, layer) for layer in layers),
-                tuple(heard[f"m.{layer}"] for layer in with_mlps),
+            logits=self.heard("logits"),
+            values=values,
+            streams=Streams(
+                tuple(self.heard(f"resid_pre.{layer}") for layer in layers), mlp_streams, self.heard(self.end)
             ),
-            streams=Streams(tuple(heard[f"x.{layer}"] for layer in layers), mlp_streams, heard[end]),  # type: ignore[arg-type]
-            ports=tuple(self._ports(heard, grad, layer) for layer in layers),
+            ports=tuple(self._ports(grads, layer) for layer in layers),
             mlps=tuple(
-                norm_gradient(mlp_norm(adapter, layer), stream, grad(f"y.{layer}"))  # type: ignore[arg-type]
-                for layer, stream in zip(with_mlps, mlp_streams)
+                norm_gradient(mlp_norm(adapter, layer), stream, grads[f"mlp_read.{layer}"])
+                for layer, stream in zip(self.with_mlps, mlp_streams)
             ),
-            unembed=grad(end),
-            written=self._outputs(grad) if self.outputs else None,
+            unembed=grads[self.end],
+            written=self._outputs(grads) if self.outputs else None,
         )
 
-    def _ports(self, heard: Mapping[str, Tensor], grad: Callable[[str], Tensor], layer: int) -> dict[Port, Tensor]:
-        if not self.shared or layer in self.heads:  # what reads into replaced heads is read by nobody
-            return {port: grad(f"{port}.{layer}") for port in PORTS}
-        projected: dict[Port, Tensor] = {port: heard[f"{port}.{layer}"] for port in PORTS}
-        attending = Attending(self.adapter, layer, projected, heard[f"p.{layer}"], position_ids(self.mask))
-        return attending.own_gradients(grad(f"z.{layer}"))
+    def _ports(self, grads: Mapping[str, Tensor], layer: int) -> dict[Port, Tensor]:
+        if layer in self.heads:  # what reads into replaced heads is read by nobody
+            return dict.fromkeys(PORTS, torch.zeros_like(self.heard(f"z.{layer}")))
+        if not self.shared:
+            return {port: grads[f"projected.{port}.{layer}"] for port in PORTS}
+        projected: dict[Port, Tensor] = {port: self.heard(f"projected.{port}.{layer}") for port in PORTS}
+        pattern, positions = self.heard(f"pattern.{layer}"), self.made.positions
+        return Attending(self.adapter, layer, projected, pattern, positions).own_gradients(grads[f"z.{layer}"])
 
-    def _outputs(self, grad: Callable[[str], Tensor]) -> Written:
-        layers = range(self.adapter.shape.n_layers)
-        with_mlps = () if self.adapter.shape.attn_only else layers
+    def _outputs(self, grads: Mapping[str, Tensor]) -> Written:
         return Written(
-            grad("x.0"),
-            tuple(self._at_heads(grad, layer) for layer in layers),
-            tuple(grad(f"m.{layer}") for layer in with_mlps),
+            grads["resid_pre.0"],
+            tuple(self._at_heads(grads, layer) for layer in self.layers),
+            tuple(grads[f"mlp_out.{layer}"] for layer in self.with_mlps),
         )
 
-    def _at_heads(self, grad: Callable[[str], Tensor], layer: int) -> Tensor:
-        if f"o.{layer}" not in self.heard:
-            return grad(f"z.{layer}")
-        return torch.einsum("bpd,hed->bphe", grad(f"o.{layer}"), self.adapter.writer(layer)[0])
+    def _at_heads(self, grads: Mapping[str, Tensor], layer: int) -> Tensor:
+        if not self._behind_norm(layer):
+            return grads[f"z.{layer}"]
+        return torch.einsum("bpd,hed->bphe", grads[f"attn_out.{layer}"], self.adapter.writer(layer)[0])
 
-    def _unscaled(self, heard: Mapping[str, Tensor], layer: int) -> Tensor:
-        scale = heard.get(f"s.{layer}")
-        return heard[f"z.{layer}"] if scale is None else heard[f"z.{layer}"] / scale[..., None]
+    def _unscaled(self, layer: int) -> Tensor:
+        z = self.heard(f"z.{layer}")
+        return z / self.heard(f"scale.attn_out.{layer}")[..., None] if self._behind_norm(layer) else z
+
+
+def _constant(value: Tensor, activation: Tensor) -> Tensor:
+    return value.to(activation).detach().clone().requires_grad_()
 
 
 def norm_gradient(

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tl_circuitlasso.errors import ModelError
-from tl_circuitlasso.models.architecture import Layout, architecture_of, norm_at
+from tl_circuitlasso.models.architecture import Layout, architecture_of, is_shortformer, norm_at
 from tl_circuitlasso.models.hooks import find_module, is_a
 from tl_circuitlasso.models.norms import Norm, apply_norm, fold_ahead, fold_behind, read_norm
 
@@ -77,7 +77,7 @@ def read_port(model: Any, layer: int, port: Port, layout: Layout, n_heads: int, 
     attention = model.blocks[layer].attn
     raw, bias = port_weights(attention, port, dtype)
     weight, bias = fold_behind(norm_at(model, layer, layout.attn_norm, dtype), raw, bias)
-    position = raw if port != "v" and _is_shortformer(model) else None
+    position = raw if port != "v" and is_shortformer(model) else None
     norm = None if port == "v" else port_norm(attention, port, dtype)
     if norm is not None:
         weight, bias = _fold_port_norm(norm, weight), _fold_port_norm(norm, bias)
@@ -140,10 +140,6 @@ def repeat_heads(tensor: Float[Tensor, "group *rest"], n_heads: int) -> Float[Te
         return tensor
     shape = (groups, n_heads // groups, *tensor.shape[1:])
     return tensor.unsqueeze(1).expand(shape).reshape(n_heads, *tensor.shape[1:])
-
-
-def _is_shortformer(model: Any) -> bool:
-    return getattr(model.cfg, "positional_embedding_type", None) == "shortformer"
 
 
 def read_writer(model: Any, layer: int, layout: Layout, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
