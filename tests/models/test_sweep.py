@@ -86,11 +86,11 @@ def swept(
     tokens = architectures.prompts(adapter.shape.d_vocab, batch=4) if tokens is None else tokens
     mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
     final = f"resid_post.{adapter.shape.n_layers - 1}"
-    acts = {**adapter.run(tokens, mask, (*wanted(adapter), final)), "positions": position_ids(mask)}
+    acts = adapter.run(tokens, mask, (*wanted(adapter), final))
     own, partner = (torch.tensor(side) for side in rows)
     last = tokens.shape[1] - 1 - mask[own].flip(1).int().argmax(1)
     reaches = None if reach is None else torch.full(own.shape, reach)
-    pairs = Pairing(own, partner, last, mask[own] & mask[partner], reaches, first=first)
+    pairs = Pairing(own, partner, last, mask[own] & mask[partner], position_ids(mask)[own], reaches, first=first)
     at = torch.randn(len(own), 2, adapter.shape.d_model, generator=torch.Generator().manual_seed(5), dtype=F64)
     at = at - at.mean(-1, keepdim=True)  # as with every norm that centres, once it's folded into what reads it
     at = at.to(adapter.compute_dtype) * acts["scale.final"][mask].mean()

@@ -83,7 +83,7 @@ class ReadDesign:
             own, partner = (self.weight[sample.prompts[rows.cpu() % len(sample.prompts)]] for rows in pairs.sides)
             stands_for = (own if self.contrast else own * partner).to(mask.device)
             pairs = replace(pairs, weight=stands_for if pairs.weight is None else stands_for * pairs.weight)
-        acts = {**sample.acts, "positions": position_ids(mask)}
+        acts = sample.acts
         sums, rows = dict(statistics.sums), dict(statistics.rows)
         directions = outcome.count(adapter, sample.target, self.probe)
         for part in in_parts(adapter, pairs, directions, acts, memory=self.swept):
@@ -262,7 +262,7 @@ def twins(
     """Each prompt with its own counterpart, which stands as many rows behind it, at every kept position that can see a
     difference between the two."""
     own, position = keep.nonzero().unbind(1)
-    pairs = Pairing(own, own + len(mask), position, mask[own])
+    pairs = Pairing(own, own + len(mask), position, mask[own], position_ids(mask)[own])
     if causal:
         first = _first_difference(stream, pairs.take(torch.arange(len(own), device=own.device)))
         differs = (stream[pairs.own, first] != stream[pairs.partner, first]).any(-1)
@@ -294,7 +294,8 @@ def make_pairs(
         chance = chances.gather(1, position[:, None])[:, 0]
         weight = 1 / (keep[own].sum(1) * chance).clamp_min(1e-12)
         reach = torch.tensor(REACHES, device=mask.device)[(own + draw) % len(REACHES)]
-        parts.append(Pairing(own, partner[own], position, mask[own] & mask[partner[own]], reach, weight))
+        valid = mask[own] & mask[partner[own]]
+        parts.append(Pairing(own, partner[own], position, valid, position_ids(mask)[own], reach, weight))
     return Pairing.joined(parts)
 
 

@@ -28,7 +28,6 @@ from tl_circuitlasso.models.norms import Norm, scale_of
 from tl_circuitlasso.models.outcome import Outcome, Probe
 from tl_circuitlasso.models.read import in_parts, make_pairs, twins
 from tl_circuitlasso.models.readout import last_only
-from tl_circuitlasso.models.rotary import position_ids
 from tl_circuitlasso.models.sweep import PORTS
 from tl_circuitlasso.models.tokens import Batch
 from tl_circuitlasso.models.views import TINY, View
@@ -70,7 +69,6 @@ def reread(
     """What each of `edges` costs the target over the prompts of a batch, paired `draws` times, or with their own
     counterparts; one forward pass, and `memory` bytes for the pairs looked at together (`read.in_parts`)."""
     acts = adapter.run(*batch.run, set(wanted(adapter, target)))
-    acts["positions"] = position_ids(batch.run[1])
     keep = last_only(batch.keep) if last else batch.keep
     if batch.partners is None:
         logits = acts["logits"] if target is None else None
@@ -217,5 +215,5 @@ def _projected(view: View, layer: int, port: Port, head: int, moved: Tensor) -> 
         return change
     scale = view.ends(f"scale.{port}.{layer}")[0]
     number = 0 if scale.shape[2] == 1 else head * scale.shape[2] // adapter.shape.n_heads
-    positions = view.acts["positions"][view.pairs.own, : view.width]
+    positions = view.pairs.places[:, : view.width]
     return adapter.rotate((change / scale[:, :, number]).unsqueeze(2), positions, layer).squeeze(2)

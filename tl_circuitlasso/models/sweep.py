@@ -201,7 +201,7 @@ def _unrotate(
     """From rotated and normalised queries or keys back to what the head projects: the transpose of both."""
     adapter = view.adapter
     if is_rotary(adapter.model):
-        positions = view.acts["positions"][view.pairs.own, view.first : view.width]
+        positions = view.pairs.places[:, view.first :]
         like = torch.zeros_like(n[:, 0]).transpose(1, 2)
         pull = torch.func.vjp(lambda x: adapter.rotate(x, positions, layer), like)[1]
         n = torch.stack([pull(one.transpose(1, 2))[0].transpose(1, 2) for one in n.unbind(1)], dim=1)

@@ -31,15 +31,17 @@ class Pairing:
     """Prompts with their partners.
 
     own, partner: rows of the batch; position: where the target is read; valid: which positions are real tokens in both
-    (elsewhere the partner counts as equal). reach: how far towards the partner each pair's secants go; None: all the
-    way, with every product taken at the mean of both ends, so that contributions add up exactly. weight: how many
-    pairs of the data each stands for. first: positions before it are the same in both prompts of every pair.
+    (elsewhere the partner counts as equal); places: each token's place in the own prompt, pads not counted. reach: how
+    far towards the partner each pair's secants go; None: all the way, with every product taken at the mean of both
+    ends, so that contributions add up exactly. weight: how many pairs of the data each stands for. first: positions
+    before it are the same in both prompts of every pair.
     """
 
     own: Int[Tensor, " pair"]
     partner: Int[Tensor, " pair"]
     position: Int[Tensor, " pair"]
     valid: Bool[Tensor, "pair pos"]
+    places: Int[Tensor, "pair pos"]
     reach: Float[Tensor, " pair"] | None = None
     weight: Float[Tensor, " pair"] | None = None
     first: int = 0
@@ -59,15 +61,15 @@ class Pairing:
         def all_of(name: str) -> Tensor:
             return torch.cat([getattr(part, name) for part in parts])
 
-        rows = all_of("own"), all_of("partner"), all_of("position"), all_of("valid")
+        rows = (all_of(name) for name in ("own", "partner", "position", "valid", "places"))
         return cls(*rows, reach=all_of("reach"), weight=all_of("weight"))
 
     def take(self, rows: Int[Tensor, " row"], width: int | None = None, first: int = 0) -> "Pairing":
         """Some of the pairs, cut behind position `width`, of which those before `first` are known to be equal."""
         reach, weight = (None if part is None else part[rows] for part in (self.reach, self.weight))
-        return Pairing(
-            self.own[rows], self.partner[rows], self.position[rows], self.valid[rows, :width], reach, weight, first
-        )
+        own, partner, position = self.own[rows], self.partner[rows], self.position[rows]
+        valid, places = self.valid[rows, :width], self.places[rows, :width]
+        return Pairing(own, partner, position, valid, places, reach, weight, first)
 
 
 @dataclass(frozen=True, eq=False)
