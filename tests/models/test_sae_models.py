@@ -5,7 +5,9 @@ from typing import Any
 import pytest
 import torch
 
+import tl_circuitlasso as tcl
 from tests import architectures
+from tl_circuitlasso.errors import ModelError
 from tl_circuitlasso.models import adapt, closure_check
 
 sae_lens = pytest.importorskip("sae_lens", reason="sae_lens is not installed")
@@ -77,3 +79,27 @@ def test_attached_saes_stay_attached_and_untouched(make: Any) -> None:
     assert set(model.acts_to_saes) == attached
     with torch.no_grad():
         torch.testing.assert_close(model(tokens), acts["logits"])
+
+
+@pytest.mark.parametrize("basis", ["component", "features"])
+@pytest.mark.parametrize("make", [_hooked, _bridged])
+def test_an_sae_that_alters_the_model_is_named(make: Any, basis: str) -> None:
+    """Also where the closure check can't see it: behind the hook of an MLP's output all is linear as before."""
+    model, tokens = make(), architectures.prompts(batch=4)
+    what = {"basis": tcl.SAEFeatures({HOOKS[1]: _sae(HOOKS[1])}) if basis == "features" else "component"}
+    options = what if basis == "features" else {**what, "design": "activation"}
+    model.add_sae(_sae(HOOKS[0]), use_error_term=False)
+    with pytest.raises(
+        ModelError,
+        match=r"an SAE without its error term is attached.*blocks.0.(mlp.hook_out|hook_mlp_out)`.*reset_saes",
+    ):
+        tcl.circuit_lasso(model, tokens, progress=False, **options)
+
+
+@pytest.mark.parametrize("make", [_hooked, _bridged])
+def test_an_sae_with_its_error_term_changes_no_graph(make: Any) -> None:
+    model, tokens = make(), architectures.prompts(batch=4)
+    plain = tcl.circuit_lasso(model, tokens, design="activation", progress=False)
+    model.add_sae(_sae(HOOKS[0]), use_error_term=True)
+    found = tcl.circuit_lasso(model, tokens, design="activation", progress=False)
+    torch.testing.assert_close(found.score, plain.score)

@@ -16,6 +16,7 @@ from tl_circuitlasso.discover.provenance import provenance
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.models import footprint
 from tl_circuitlasso.models.adapter import Adapter, adapt
+from tl_circuitlasso.models.architecture import refuse_altered
 from tl_circuitlasso.models.bases import Neuron, as_basis
 from tl_circuitlasso.models.designs import Design
 from tl_circuitlasso.models.device import on_device
@@ -151,6 +152,7 @@ class Request:
         paired = isinstance(what, Neuron) or (isinstance(what, Design) and what.paired)
         with ranks.together(), on_device(self.model, self.device):
             adapter = adapt(self.model)
+            refuse_altered(adapter.model)
             prompts = checked_prompts(
                 adapter, self.tokens, paired, self.attention_mask, self.positions, self.batch_size
             )

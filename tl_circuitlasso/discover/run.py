@@ -37,6 +37,7 @@ from tl_circuitlasso.features import FeatureSetup, Rule, learn_features
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.graph.provenance import question
 from tl_circuitlasso.models.adapter import adapt
+from tl_circuitlasso.models.architecture import refuse_altered
 from tl_circuitlasso.models.bases import Basis, Neuron
 from tl_circuitlasso.models.collect import Plan, collect
 from tl_circuitlasso.models.designs import Design
@@ -340,6 +341,7 @@ def collect_statistics(
     target, seed = as_target(target), as_seed(seed)
     with ranks.together():
         adapter = adapt(model)
+        refuse_altered(adapter.model)
         prompts = checked_prompts(adapter, tokens, chosen.paired, attention_mask, positions, batch_size)
         job = Job(adapter, prompts, with_tokens(target, adapter), chosen, "auto", seed, progress, checkpoint, ranks)
         plan = replace(_plan(job, chosen)[0], folds=folds)
