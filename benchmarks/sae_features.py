@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         graphs["correlation"] = tcl.baselines.feature_correlation(model, saes, train, graph)
     print(f"{len(saes)} SAEs, {train.numel() - len(train)} tokens; edges of features: {len(graph.kept_edges())} kept")
-    found = tcl.evaluate.edges(graphs, model, basis, held_out, prompts=options.prompts, strongest=options.strongest,
+    found = tcl.evaluate.edges(model, graphs, basis, held_out, prompts=options.prompts, strongest=options.strongest,
                                sample=options.sample, recall_sources=options.recall_sources, progress=False,
                                seed=options.seed)  # fmt: skip
     print(found.summary.round(3).to_string())

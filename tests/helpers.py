@@ -7,9 +7,15 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor
 
+from tl_circuitlasso.baselines.edges import EdgeLayout
 from tl_circuitlasso.errors import CircuitLassoError
+from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.models.architecture import Shape
 
 
 def shared_folder(*parts: str) -> Path:
@@ -34,3 +40,14 @@ def message_of(folder: Path, name: str, rank: int) -> Iterator[None]:
         yield
     except CircuitLassoError as error:
         (folder / f"{name}-{rank}.txt").write_text(f"{type(error).__name__}: {error}")
+
+
+def to_matrix(graph: AttributionGraph, shape: Shape) -> Float[Tensor, "source reader"]:
+    """The scores of a graph as the matrix that `EdgeLayout.graph` reads; zero where there's no edge."""
+    layout = EdgeLayout(shape)
+    nodes, ports = layout.targets()
+    column = {key: i for i, key in enumerate(zip(nodes, ports))}
+    matrix = torch.zeros(layout.n_sources, layout.n_readers, dtype=torch.float64)
+    for s, t, p, score in zip(*(part.tolist() for part in (graph.source, graph.target, graph.port, graph.score))):
+        matrix[s, column[t, p]] = score
+    return matrix

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 import tl_circuitlasso as tcl
 from tl_circuitlasso import progress
@@ -137,6 +138,20 @@ def test_a_discovery_counts_what_is_done_and_what_it_solves(
     assert any(line.startswith("collect: 3 of 3 prompts") for line in lines)
     assert re.match(r"solve: (\d+) of \1 regressions", lines[-1])
     tcl.circuit_lasso(given[0], given[2], positions="last", batch_size=2, refined=False, progress=False)
+    assert " gone" not in capsys.readouterr().err
+
+
+def test_texts_and_splits_are_counted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    demo = tcl.load_demo(prompts=64)
+    saes = {"blocks.1.hook_resid_post": tcl.synthetic.random_sae(48, 12)}
+    number = torch.arange(64)
+    few = {"splits": 1, "sizes": [2]}
+    capsys.readouterr()
+    tcl.apps.debias(demo.model, saes, demo.tokens, number % 2, number // 2 % 2, **few)
+    told = capsys.readouterr().err
+    assert "pool: 64 of 64 texts" in told and "debias: 1 of 1 splits" in told
+    tcl.apps.debias(demo.model, saes, demo.tokens, number % 2, number // 2 % 2, **few, progress=False)
     assert " gone" not in capsys.readouterr().err
 
 

@@ -18,7 +18,6 @@ from typing import Any, ParamSpec, TypedDict, TypeVar, get_args
 from tl_circuitlasso._checks import instance, one_of, whole_number
 from tl_circuitlasso.data.targets import LogitDiff
 from tl_circuitlasso.errors import InputError
-from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models import Adapter
 from tl_circuitlasso.models.metric import Metric
 from tl_circuitlasso.models.pairs import Pairs, pairs_of
@@ -297,8 +296,3 @@ def _refuse_again(verb: str, given: Mapping[str, Any]) -> None:
             f"`{again[0]}` is given to {verb}() beside an experiment, which has its own: leave it out, or give "
             f"dataclasses.replace(experiment, {again[0]}=...)"
         )
-
-
-def in_order(model: Any, graph: Any) -> tuple[Any, Any]:
-    """The model and the graph, told apart where they come the other way round, as some verbs once took them."""
-    return (graph, model) if isinstance(model, AttributionGraph) else (model, graph)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.helpers import shared_folder
+from tests.helpers import shared_folder, to_matrix
 from tl_circuitlasso import baselines
-from tl_circuitlasso.baselines.edges import EdgeLayout, to_matrix
+from tl_circuitlasso.baselines.edges import EdgeLayout
 from tl_circuitlasso.models import adapt
 from tl_circuitlasso.models.build import build_hooked_transformer
 

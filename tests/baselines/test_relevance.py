@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from tests import architectures
+from tests.helpers import to_matrix
 from tests.neurons.test_relp import bias_free, last_difference, last_logit
 from tl_circuitlasso import baselines
-from tl_circuitlasso.baselines.edges import to_matrix
 from tl_circuitlasso.errors import InputError, ModelError
 from tl_circuitlasso.models import adapt
 

@@ -10,9 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests import architectures
+from tests.helpers import to_matrix
 from tl_circuitlasso import baselines
 from tl_circuitlasso.baselines import edges, gradient
-from tl_circuitlasso.baselines.edges import to_matrix
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.models import adapt
 

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 import tl_circuitlasso as tcl
 from tests import architectures
 from tests.evaluate.test_faithfulness import MODELS, loaded, pair, stored_metric
-from tests.helpers import shared_folder
+from tests.helpers import shared_folder, to_matrix
 from tl_circuitlasso import baselines
-from tl_circuitlasso.baselines.edges import EdgeLayout, to_matrix
+from tl_circuitlasso.baselines.edges import EdgeLayout
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.curves import MIB_SHARES, select
 from tl_circuitlasso.graph import AttributionGraph

@@ -12,12 +12,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import tl_circuitlasso as tcl
-from benchmarks.cost import Problem
-from benchmarks.faithfulness import demo_case, judged, package_way
 from tests import architectures
-from tests.helpers import shared_folder
+from tests.helpers import shared_folder, to_matrix
 from tl_circuitlasso import baselines
-from tl_circuitlasso.baselines.edges import EdgeLayout, to_matrix
+from tl_circuitlasso.baselines.edges import EdgeLayout
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.circuits import as_circuits, kept_matrix, prune
 from tl_circuitlasso.evaluate.interventions import measure
@@ -97,19 +95,6 @@ def test_logits_equal_auto_circuits():
     logits = patch.run_circuits(adapter, tokens["clean"], None, as_circuits(kept, layout), ablated)
     expected = torch.stack(list(stored.values()))
     assert (logits[:, :, -1] - expected).abs().max() < 1e-5 * expected.abs().max()
-
-
-def test_the_benchmarks_re_enactment_computes_the_same_logits():
-    problem = Problem(layers=2, heads=2, d_model=16, vocab=23, prompts=3, length=6, batch_size=3)
-    model, (clean, corrupted) = problem.model(), problem.pairs()
-    adapter = adapt(model)
-    kept, layout = random_circuits(adapter, 3, 0.5)
-    kept = prune(kept, layout)
-    ablated = from_run(adapter, corrupted, None)
-    ours = patch.run_circuits(adapter, clean, None, as_circuits(kept, layout), ablated)
-    for mine, circuit_edges in zip(ours, kept):
-        theirs = package_way(model, clean, corrupted, circuit_edges, layout)
-        assert (mine - theirs).abs().max() < 1e-5 * theirs.abs().max()
 
 
 def test_node_circuits_equal_the_packages():
@@ -305,12 +290,6 @@ def test_results_do_not_depend_on_batches_or_memory(monkeypatch):
     monkeypatch.setattr("tl_circuitlasso.evaluate.interventions.AT_ONCE", 1)
     single = measure(Experiment(adapter, tokens, tokens.flip(0), metric, batch_size=3), kept)
     assert torch.allclose(whole.circuits, single.circuits, atol=1e-5)
-
-
-def test_the_default_circuit_of_the_demo_is_small_and_faithful():
-    found = judged(demo_case(128), 128)
-    assert found["reached"] and found["faithfulness"] >= 0.95 and found["edges"] <= 1.2 * found["truth"]
-    assert found["truth's"] > 0.95 and found["low"] <= found["faithfulness"] <= found["high"]
 
 
 def test_completeness_and_minimality_tell_needed_edges_from_useless_ones():

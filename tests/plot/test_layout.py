@@ -79,7 +79,7 @@ def test_wide_nodes_get_their_room():
 
 
 def test_huge_graphs_are_laid_out_on_a_plain_grid(monkeypatch):
-    monkeypatch.setattr(layout, "_MAX_BENDS", 1)
+    monkeypatch.setattr(layout, "MAX_BENDS", 1)
     rows = [["a", "b"], ["c"], ["d"], ["e"]]
     placed = place(rows, [("a", "e"), ("b", "d")], {})
     assert [len(route) for route in placed.routes] == [2, 2]

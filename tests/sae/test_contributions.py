@@ -56,7 +56,7 @@ def at_words(found: Any) -> Any:
 def test_contributions_are_weight_times_code(demo, some_saes, codes) -> None:
     source, target = together(codes)
     graph = graph_of({(f"{FIRST}#{source}", f"{LAST}#{target}"): -2.0, (f"{LAST}#{target}", "target"): 0.5})
-    found = contributions(graph, demo.model, some_saes, demo.tokens[0])
+    found = contributions(demo.model, graph, some_saes, demo.tokens[0])
     z, y = codes[FIRST][:, source].double(), codes[LAST][:, target].double()
     edges = found.table[found.table["source"].str.contains("#")]
     rows = edges[edges["target"] != "target"].sort_values("position")
@@ -75,7 +75,7 @@ def test_the_graph_of_a_prompt_is_its_active_part(demo, some_saes, codes) -> Non
     on, off, target = active(codes, FIRST), active(codes, FIRST, False), active(codes, LAST)
     both = (codes[FIRST][:, on] > 0) & (codes[LAST][:, target] > 0)
     graph = graph_of({(f"{FIRST}#{on}", f"{LAST}#{target}"): 1.0, (f"{FIRST}#{off}", f"{LAST}#{target}"): 1.0})
-    found = contributions(graph, demo.model, some_saes, demo.tokens[0]).graph
+    found = contributions(demo.model, graph, some_saes, demo.tokens[0]).graph
     expected = float(codes[FIRST][:, on][both].sum())
     assert found.score.tolist() == pytest.approx([expected, 0.0], rel=1e-5)
     assert found.kept.tolist() == [expected != 0, False]
@@ -85,20 +85,20 @@ def test_the_graph_of_a_prompt_is_its_active_part(demo, some_saes, codes) -> Non
 def test_edges_through_attention_mix_positions(demo, some_saes, codes) -> None:
     source, target = active(codes, FIRST), active(codes, LAST)
     graph = graph_of({(f"{FIRST}#{source}", f"{LAST}#{target}", "v"): 1.0})
-    found = at_words(contributions(graph, demo.model, some_saes, demo.tokens[0]))
+    found = at_words(contributions(demo.model, graph, some_saes, demo.tokens[0]))
     pattern = adapt(demo.model).run(demo.tokens[:1], None, ["pattern.1"])["pattern.1"][0].double().mean(0)
     (batch,) = Prompts(adapt(demo.model), demo.tokens[:1])
     mixed = (pattern @ (codes[FIRST][:, source].double() * batch.words[0]))[batch.keep[0]]
     mixed = mixed[codes[LAST][batch.keep[0], target] > 0]
     assert found["contribution"].tolist() == pytest.approx(mixed[mixed != 0].tolist(), rel=1e-4)
     learned = replace(graph, extras={"regression": torch.tensor([-3.0], dtype=torch.float64)})  # per unit of the mean
-    again = at_words(contributions(learned, demo.model, some_saes, demo.tokens[0]))
+    again = at_words(contributions(demo.model, learned, some_saes, demo.tokens[0]))
     assert again["contribution"].tolist() == pytest.approx((-3 * found["contribution"]).tolist())
     assert again["source_code"].tolist() == pytest.approx(found["source_code"].tolist())
 
 
 def test_a_learned_graph_takes_text_and_its_parts_add_up(stories, saes, story_graph) -> None:
-    found = contributions(story_graph, stories, tcl.SAEFeatures(saes), "Once upon a time, there was a dog.")
+    found = contributions(stories, story_graph, tcl.SAEFeatures(saes), "Once upon a time, there was a dog.")
     assert "".join(found.tokens).endswith("dog.")
     assert len(found.table) and 0 < found.graph.n_kept <= story_graph.n_kept
     edges = found.table[found.table["source"].str.contains("#")]
@@ -113,7 +113,7 @@ def test_error_and_bias_are_what_runs_without_them_say(demo, some_saes, codes) -
     """Independent of the runs inside: the model's own hooks, with the SAE's reconstruction and its bias put in."""
     source, target = together(codes)
     graph = graph_of({(f"{FIRST}#{source}", f"{LAST}#{target}"): 0.5})
-    parts = contributions(graph, demo.model, some_saes, demo.tokens[0]).balance().set_index("position")
+    parts = contributions(demo.model, graph, some_saes, demo.tokens[0]).balance().set_index("position")
     (batch,) = Prompts(adapt(demo.model), demo.tokens[:1])
     fitted = some_saes[FIRST].decode(codes[FIRST])
 
@@ -137,11 +137,11 @@ def test_what_an_error_brings_is_an_edge_where_there_is_a_node_for_it(demo, some
     blocks = plain.index.blocks
     index = NodeIndex((blocks[0], error_block(FIRST, 0), *blocks[1:]))
     edges = {(f"{FIRST}#{source}", f"{LAST}#{target}"): 0.5, (f"{LAST}#{target}", "target"): 1.0}
-    found = contributions(AttributionGraph.from_edges(index, edges), demo.model, some_saes, demo.tokens[0])
+    found = contributions(demo.model, AttributionGraph.from_edges(index, edges), some_saes, demo.tokens[0])
     brought = found.graph.pair_scores()[(error_name(FIRST), f"{LAST}#{target}")]
     assert abs(brought) == pytest.approx(abs(found.balance()["error"].sum()))
     told = influence(found.graph)
-    without = influence(contributions(plain, demo.model, some_saes, demo.tokens[0]).graph)
+    without = influence(contributions(demo.model, plain, some_saes, demo.tokens[0]).graph)
     assert 0 < told.replacement < 1 == without.replacement
     page = to_circuit_tracer(told.pruned(nodes=1.0, edges=1.0), prompt="one prompt")
     assert len(page["links"]) == 3 and len(page["nodes"]) == 4
@@ -150,8 +150,8 @@ def test_what_an_error_brings_is_an_edge_where_there_is_a_node_for_it(demo, some
 def test_bad_input(demo, some_saes, codes) -> None:
     graph = graph_of({(f"{FIRST}#0", f"{LAST}#0"): 1.0})
     with pytest.raises(InputError, match="one prompt"):
-        contributions(graph, demo.model, some_saes, demo.tokens[:2])
+        contributions(demo.model, graph, some_saes, demo.tokens[:2])
     with pytest.raises(InputError, match="`basis`"):
-        contributions(graph, demo.model, {LAST: some_saes[LAST]}, demo.tokens[0])
+        contributions(demo.model, graph, {LAST: some_saes[LAST]}, demo.tokens[0])
     with pytest.raises(InputError, match="`position`"):
-        contributions(graph, demo.model, some_saes, demo.tokens[0]).at(99)
+        contributions(demo.model, graph, some_saes, demo.tokens[0]).at(99)

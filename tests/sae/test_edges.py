@@ -70,7 +70,7 @@ def _measured(few: Any, plain: dict[str, Plain]) -> AttributionGraph:
     pairs = {(f"{first}#{i}", f"{last}#{j}"): 1.0 for i in range(FEATURES) for j in range(FEATURES)}
     whole = AttributionGraph.from_edges(index, pairs)
     size = len(pairs)
-    table = edges(whole, few.model, plain, few.tokens, strongest=size, sample=1, prompts=12, progress=False).table
+    table = edges(few.model, whole, plain, few.tokens, strongest=size, sample=1, prompts=12, progress=False).table
     some = table[(table["set"] == "strongest") & (table["effect"] != 0)]
     ends = zip(some["source"], some["target"], some["effect"])
     return AttributionGraph.from_edges(index, {(source, target): effect for source, target, effect in ends})
@@ -149,7 +149,7 @@ def test_right_signs_wrong_signs_and_ranks(few, plain, graph) -> None:
         {(s, t): -w for s, t, w in graph.edge_table()[["source", "target", "weight"]].itertuples(index=False)},
     )
     options = {"strongest": 20, "sample": 30, "non_edges": 5, "prompts": 12, "progress": False}
-    found = edges({"right": graph, "wrong": flipped}, few.model, plain, few.tokens, **options)
+    found = edges(few.model, {"right": graph, "wrong": flipped}, plain, few.tokens, **options)
     for which in ("strongest", "kept"):
         right, wrong = (found.summary.loc[name, which, "all"] for name in ("right", "wrong"))
         assert right.sign_agreement == 1 and wrong.sign_agreement == 0
@@ -167,7 +167,7 @@ def test_an_edge_without_effect_is_not_real(few, plain) -> None:
     deaf[LAST].b_enc[0] = 1.0
     index = NodeIndex(tuple(Block(parse_site(hook), rank, tuple(range(FEATURES))) for rank, hook in enumerate(deaf)))
     graph = AttributionGraph.from_edges(index, {(f"{FIRST}#{i}", f"{LAST}#0"): 1.0 for i in range(FEATURES)})
-    found = edges(graph, few.model, deaf, few.tokens, prompts=6, progress=False)
+    found = edges(few.model, graph, deaf, few.tokens, prompts=6, progress=False)
     assert found.summary.loc["CircuitLasso", "strongest", "all"].precision == 0
     tested = found.table[found.table["set"] == "strongest"]
     assert (tested["effect"] == 0).all()
@@ -199,7 +199,7 @@ def test_gradient_attribution_agrees_with_its_trials(few, plain, graph) -> None:
 def test_on_trained_saes_most_edges_hold(stories, saes, story_graph, story_tokens) -> None:
     """The library's own edges, on text of the kind they were learned from."""
     found = edges(
-        story_graph, stories, saes, story_tokens[:64], strongest=30, sample=30, non_edges=60, prompts=6,
+        stories, story_graph, saes, story_tokens[:64], strongest=30, sample=30, non_edges=60, prompts=6,
         progress=False,
     )  # fmt: skip
     top = found.summary.loc["CircuitLasso", "strongest", "all"]
@@ -230,7 +230,7 @@ def test_text_on_which_nothing_fires(few, plain, graph) -> None:
     silent = {FIRST: Plain(few.model.cfg.d_model, 0), LAST: plain[LAST]}
     silent[FIRST].b_enc -= 1e3
     with pytest.raises(InputError, match="fires"):
-        edges(graph, few.model, silent, few.tokens, progress=False)
+        edges(few.model, graph, silent, few.tokens, progress=False)
     with pytest.raises(InputError, match="`like`"):
         feature_correlation(few.model, {MLP: plain[FIRST]}, few.tokens, graph)
 
@@ -244,7 +244,7 @@ def test_edges_through_attention_and_pooled_edges_are_read_where_they_act(few, p
     cases = (("elsewhere", through, "same"), ("all", plainly, "pooled"), ("firing", plainly, "same"))
     for read, tested, mixing in cases:
         basis = tcl.SAEFeatures(plain, mixing=mixing)
-        found = edges(tested, few.model, basis, few.tokens, prompts=12, progress=False).table.iloc[0]
+        found = edges(few.model, tested, basis, few.tokens, prompts=12, progress=False).table.iloc[0]
         some = [batch["ablate"] for batch in run_trials(few, ends, read=read)]
         change = sum(float(one.code[one.source == i, j].sum()) for one in some)
         mass = sum(float(one.mass[one.source == i].sum()) for one in some)
@@ -263,7 +263,7 @@ def test_recall_and_signs_tell_inhibition_apart(few, plain, graph) -> None:
     spreads = {name: {"std": 1.0} for name in graph.index.names}
     graphs = {"true": replace(graph, node_info=spreads), "always +": replace(always, node_info=spreads)}
     found = edges(
-        graphs, few.model, plain, few.tokens, strongest=5, prompts=12, recall_sources=FEATURES, progress=False
+        few.model, graphs, plain, few.tokens, strongest=5, prompts=12, recall_sources=FEATURES, progress=False
     )
     assert found.recall.loc[("true", "-", 0.05), "effects"] > 0 and found.recall.loc[("true", "+", 0.05), "effects"] > 0
     assert (found.recall.loc["true", "recall"].dropna() == 1).all()

@@ -23,6 +23,7 @@ from tl_circuitlasso.apps.remainder import KINDS, joined, parent_and_kind, remai
 from tl_circuitlasso.data.sites import PORTS
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.graph.verbs import in_order
 from tl_circuitlasso.models import Adapter, adapt
 from tl_circuitlasso.models.hook_order import attention_between
 from tl_circuitlasso.models.sae import SAEFeatures
@@ -72,8 +73,8 @@ class Contributions:
 
 
 def contributions(
-    graph: AttributionGraph,
     model: Any,
+    graph: Any,
     basis: SAEFeatures | Mapping[str, Any],
     prompt: str | Sequence[int] | Tensor,
     *,
@@ -93,10 +94,11 @@ def contributions(
     >>> saes = {f"blocks.{layer}.hook_resid_post": tcl.synthetic.random_sae(48, 12, seed=layer) for layer in (0, 1)}
     >>> basis = tcl.SAEFeatures(saes)
     >>> graph = tcl.circuit_lasso(demo.model, demo.tokens, basis=basis, progress=False)
-    >>> view = contributions(graph, demo.model, basis, demo.tokens[0])
+    >>> view = contributions(demo.model, graph, basis, demo.tokens[0])
     >>> view.graph.n_kept <= graph.n_kept, list(view.table.columns[:4])
     (True, ['position', 'token', 'source', 'target'])
     """
+    model, graph = in_order(model, graph)
     adapter = model if isinstance(model, Adapter) else adapt(model)
     encoders = (basis if isinstance(basis, SAEFeatures) else SAEFeatures(basis)).encoders()
     rows = _rows(graph, set(encoders))

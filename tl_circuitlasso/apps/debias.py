@@ -44,6 +44,7 @@ from tl_circuitlasso.apps.removal import WAYS, Told, chosen_number
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.models import Adapter, adapt
 from tl_circuitlasso.models.sae import SAEFeatures
+from tl_circuitlasso.progress import bar
 
 STRENGTH = 0.1  # of lambda_max, in every round
 SHARES = (0.25, 0.35)  # of each group: texts to test on, texts that tell the concept
@@ -84,6 +85,7 @@ def debias(
     sizes: Sequence[int] = SIZES,
     batch_size: int = 32,
     seed: int = 0,
+    progress: bool = True,
 ) -> Debiased:
     """Train on texts where class and concept agree, zero features of the concept, and test where they are independent.
 
@@ -109,8 +111,9 @@ def debias(
     encoders = (saes if isinstance(saes, SAEFeatures) else SAEFeatures(saes)).encoders()
     if len(encoders) != 1:
         raise InputError(f"`saes` has {len(encoders)} SAEs: the probe reads the activations of one hook")
-    pooled = pool(adapter, next(iter(encoders.values())), texts, batch_size=batch_size)
-    return debias_pooled(pooled, classes, concept, strength=strength, splits=splits, sizes=sizes, seed=seed)
+    pooled = pool(adapter, next(iter(encoders.values())), texts, batch_size=batch_size, progress=progress)
+    options: Any = {"strength": strength, "splits": splits, "sizes": sizes, "seed": seed, "progress": progress}
+    return debias_pooled(pooled, classes, concept, **options)
 
 
 def debias_pooled(
@@ -122,6 +125,7 @@ def debias_pooled(
     splits: int = 5,
     sizes: Sequence[int] = SIZES,
     seed: int = 0,
+    progress: bool = True,
 ) -> Debiased:
     """`debias` from activations and codes that are averaged already.
 
@@ -135,7 +139,7 @@ def debias_pooled(
     if not there:
         raise InputError(f"`sizes` has no number from 1 to {len(pooled.written)}, the features of the SAE")
     rows, scr, tpp, chosen = [], [], [], []
-    for split in range(splits):
+    for split in bar(range(splits), progress=progress, desc="debias", unit="split"):
         parts = _split(labels, torch.Generator().manual_seed(seed + split))
         one = _Split(pooled, labels, parts, strength, there, seed + split)
         rows += [{"split": split, **row} for row in one.rows()]

@@ -1,6 +1,6 @@
 """How much the nodes and edges of a circuit bear on its target, as circuit-tracer counts it; and what errors bear.
 
-    found = tcl.apps.influence(tcl.apps.contributions(graph, model, basis, prompt).graph)
+    found = tcl.apps.influence(tcl.apps.contributions(model, graph, basis, prompt).graph)
     small = found.pruned(nodes=0.8, edges=0.98)
     tcl.formats.to_circuit_tracer(small, "prompt.json", prompt=prompt)
 

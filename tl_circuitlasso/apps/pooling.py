@@ -16,6 +16,7 @@ from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.models import Adapter, Prompts
 from tl_circuitlasso.models.encoder import Encoder
 from tl_circuitlasso.models.feature_effects import ENCODE_CHUNK
+from tl_circuitlasso.progress import bar
 
 LINEAR = 1e-4  # relative: by this much may a decoder be off from a linear one
 
@@ -43,21 +44,27 @@ class Tokens:
     texts: int
 
 
-def token_activations(adapter: Adapter, hook: str, texts: Any, *, batch_size: int = 32) -> Iterator[Tokens]:
+def token_activations(
+    adapter: Adapter, hook: str, texts: Any, *, batch_size: int = 32, progress: bool = False
+) -> Iterator[Tokens]:
     """Batch by batch; one forward pass a text."""
-    for batch in Prompts(adapter, texts, batch_size=batch_size):
-        x = adapter.run(batch.tokens, batch.mask, [hook])[hook].flatten(2)
-        yield Tokens(x[batch.keep], batch.keep.nonzero()[:, 0], len(batch.tokens))
+    prompts = Prompts(adapter, texts, batch_size=batch_size)
+    with bar(total=prompts.n_prompts, progress=progress, desc="pool", unit="text") as counting:
+        for batch in prompts:
+            x = adapter.run(batch.tokens, batch.mask, [hook])[hook].flatten(2)
+            yield Tokens(x[batch.keep], batch.keep.nonzero()[:, 0], len(batch.tokens))
+            counting.update(len(batch.tokens))
 
 
-def pool(adapter: Adapter, encoder: Encoder, texts: Any, *, batch_size: int = 32) -> Pooled:
+def pool(adapter: Adapter, encoder: Encoder, texts: Any, *, batch_size: int = 32, progress: bool = False) -> Pooled:
     """Average activations and codes over tokens; one forward pass a text.
 
     Raises
     ------
     InputError: a transcoder, or an SAE whose decoder isn't linear.
     """
-    return pooled_tokens(encoder, token_activations(adapter, encoder.hook, texts, batch_size=batch_size))
+    parts = token_activations(adapter, encoder.hook, texts, batch_size=batch_size, progress=progress)
+    return pooled_tokens(encoder, parts)
 
 
 def pooled_tokens(encoder: Encoder, parts: Iterable[Tokens]) -> Pooled:

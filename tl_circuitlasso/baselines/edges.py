@@ -52,17 +52,6 @@ class EdgeLayout(Components):
         )
 
 
-def to_matrix(graph: AttributionGraph, shape: Shape) -> Float[Tensor, "source reader"]:
-    """The scores of a graph as the matrix that `EdgeLayout.graph` reads; zero where there's no edge."""
-    layout = EdgeLayout(shape)
-    nodes, ports = layout.targets()
-    column = {key: i for i, key in enumerate(zip(nodes, ports))}
-    matrix = torch.zeros(layout.n_sources, layout.n_readers, dtype=torch.float64)
-    for s, t, p, score in zip(*(part.tolist() for part in (graph.source, graph.target, graph.port, graph.score))):
-        matrix[s, column[t, p]] = score
-    return matrix
-
-
 def as_circuits(kept: Bool[Tensor, "circuit source reader"], layout: EdgeLayout) -> Circuits:
     """What the readers of each kind read."""
     return Circuits(dict(_readers(kept, layout)))

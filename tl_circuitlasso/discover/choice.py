@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_circuitlasso.discover.garrote import RESAMPLES, Child
-from tl_circuitlasso.discover.stopping import widest_gap
+from tl_circuitlasso.discover.stopping import lowered, widest_gap
 from tl_circuitlasso.graph.nodes import NodeIndex
 from tl_circuitlasso.graph.relevance import bound, narrowest
 
@@ -136,7 +136,7 @@ class Edges:
         way = self._narrowest(torch.where(inside, cost, 0.0))
         if not way > 0:  # the nodes that matter are on no path: leave the choice to the edges
             inside, way = torch.ones_like(inside), self._narrowest(cost)
-        bar = min(widest_gap(cost[inside], largest=largest), way * (1 - 1e-9))
+        bar = lowered(widest_gap(cost[inside], largest=largest), way)
         return inside & (cost > bar), bar
 
     def _narrowest(self, cost: Float[Tensor, " pair"]) -> float:

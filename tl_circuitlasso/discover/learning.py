@@ -18,7 +18,7 @@ from tl_circuitlasso.data.schema import TARGET
 from tl_circuitlasso.data.sharing import Ranks
 from tl_circuitlasso.data.statistics import Statistics
 from tl_circuitlasso.discover.regressions import Learned, Problem, Regression, by_node, regressions
-from tl_circuitlasso.discover.stopping import CENTRE, widest_gap
+from tl_circuitlasso.discover.stopping import CENTRE, lowered, widest_gap
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.graph.nodes import NodeIndex
@@ -203,7 +203,7 @@ def assemble(
         port=torch.zeros_like(source),
         score=score * torch.where(weight < 0, -1.0, 1.0),
         weight=weight,
-        kept=(weight != 0) & (score > (min(bar, way * (1 - 1e-9)) if way > 0 else bar)),
+        kept=(weight != 0) & (score > (lowered(bar, way) if way > 0 else bar)),
         extras=stable,
         certificates=tuple(row for one in found for row in one.certificates(index)),
     )

@@ -39,3 +39,12 @@ def widest_gap(
     if float(ratio[best]) < CLEAR:
         return centre * unit
     return float((high[best] * low[best]).sqrt()) * unit
+
+
+def lowered(bar: float, way: float) -> float:
+    """The threshold, lowered where the cheapest edge of the best path (`way`) isn't above it: a circuit has a path.
+
+    >>> lowered(0.5, 2.0), 0.1 - lowered(0.5, 0.1) < 1e-9
+    (0.5, True)
+    """
+    return min(bar, way * (1 - 1e-9))

@@ -21,8 +21,9 @@ from tl_circuitlasso.evaluate.circuits import check_graph, kept_matrix
 from tl_circuitlasso.evaluate.faithfulness import check_scale, mean_interval
 from tl_circuitlasso.evaluate.metrics import Metric
 from tl_circuitlasso.evaluate.minimal import Without, live_rows, without_each
-from tl_circuitlasso.experiment import Ablation, CutOptions, Experiment, in_order, verb
+from tl_circuitlasso.experiment import Ablation, CutOptions, Experiment, verb
 from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.graph.verbs import in_order
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
 
 

@@ -3,7 +3,7 @@
     graph = tcl.circuit_lasso(model, tokens, basis=basis)
     rivals = {"gradient": tcl.baselines.feature_gradient(model, basis, tokens, graph),
               "correlation": tcl.baselines.feature_correlation(model, basis, tokens, graph)}
-    found = tcl.evaluate.edges({"CircuitLasso": graph, **rivals}, model, basis, held_out_tokens)
+    found = tcl.evaluate.edges(model, {"CircuitLasso": graph, **rivals}, basis, held_out_tokens)
     found.summary
 
 An edge i -> j is *real* where ablating i moves the code of j by more than chance: the 95 % interval of the effect (a
@@ -26,6 +26,7 @@ from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.edge_figures import by_sign, summary_of
 from tl_circuitlasso.evaluate.edge_recall import measure_all, recall
 from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.graph.verbs import in_order
 from tl_circuitlasso.models import Adapter, adapt
 from tl_circuitlasso.models.encoder import Encoder
 from tl_circuitlasso.models.feature_effects import Mode, Reading, Recording, record, trials
@@ -82,8 +83,8 @@ class EdgeCheck:
 
 
 def edges(
-    graphs: AttributionGraph | Mapping[str, AttributionGraph],
     model: Any,
+    graphs: Any,
     basis: SAEFeatures | Mapping[str, Any],
     tokens: Any,
     *,
@@ -126,13 +127,14 @@ def edges(
     >>> basis = tcl.SAEFeatures(saes)
     >>> graph = tcl.circuit_lasso(demo.model, demo.tokens, basis=basis, progress=False)
     >>> few = {"strongest": 3, "sample": 3, "non_edges": 3, "prompts": 2, "recall_sources": 2}
-    >>> found = edges(graph, demo.model, basis, demo.tokens, **few)
+    >>> found = edges(demo.model, graph, basis, demo.tokens, **few)
     >>> list(found.table.columns[:4])
     ['source', 'target', 'port', 'score']
     """
     _check_numbers(
         strongest=strongest, sample=sample, non_edges=non_edges, prompts=prompts, recall_sources=recall_sources
     )
+    model, graphs = in_order(model, graphs)
     named = {"CircuitLasso": graphs} if isinstance(graphs, AttributionGraph) else dict(graphs)
     adapter = model if isinstance(model, Adapter) else adapt(model)
     whole = basis if isinstance(basis, SAEFeatures) else SAEFeatures(basis)

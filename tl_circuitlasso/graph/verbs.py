@@ -5,6 +5,7 @@ verb is looked up when it is called.
 """
 
 import importlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,3 +130,9 @@ class Verbs:
         shown = self._strongest(25).to_html(index=False, float_format=lambda x: f"{x:.4g}")
         edges = f"<details><summary>strongest edges</summary>{shown}</details>"
         return f"<b>AttributionGraph</b>: {self._counts()}{_verb('plot.notebook', 'drawing')(self)}{edges}"
+
+
+def in_order(model: Any, graphs: Any) -> tuple[Any, Any]:
+    """The model and the graph, or graphs by name, told apart where they come the other way round: some functions that
+    take both once took the graph first."""
+    return (graphs, model) if isinstance(model, Verbs | Mapping) else (model, graphs)

@@ -21,7 +21,7 @@ _COLUMN_GAP, _FIRM = 0.34, 1e5  # between columns; how little a node in a column
 _SWEEPS, _RELAXATIONS = 16, 120
 _PATIENCE = 100_000  # items times relaxations: a second or so
 _ASPECT = 1.15  # height over width to aim at
-_MAX_BENDS = 8000  # past that many, long edges run straight: nobody can follow them one by one anyway
+MAX_BENDS = 8000  # past that many, long edges run straight: nobody can follow them one by one anyway
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +77,7 @@ def place(
     row_of = {name: number for number, row in enumerate(rows) for name in row}
     grid = [[items[name] for name in row] for row in rows]
     spans = [row_of[target] - row_of[source] - 1 for source, target in edges]
-    bent = sum(spans) <= _MAX_BENDS
+    bent = sum(spans) <= MAX_BENDS
     chains = [_chain(items, row_of, grid, edge, bent) for edge in edges]
     if columns is not None:
         _order_bends(grid)

@@ -5,8 +5,8 @@ import torch
 
 from benchmarks import cost
 from benchmarks.cost import Problem, logit_difference, package_way, run
+from tests.helpers import to_matrix
 from tl_circuitlasso import baselines
-from tl_circuitlasso.baselines.edges import to_matrix
 from tl_circuitlasso.models import adapt
 
 SMALL = Problem(layers=2, heads=2, d_model=16, vocab=23, prompts=5, length=6, batch_size=3)
