@@ -11,9 +11,10 @@ can be gamed), stability (mean pairwise Jaccard of these circuits over resamples
 forward passes over the same prompts, run before and after, and peak memory. Circuits are found on some prompts, CPR and
 CMD measured on others: the second half of a case's, templates and names that weren't used of a language model's.
 
-With resamples, cases also calibrate verdicts: thresholds on an edge's stability are learnt on every second case and
-judged on the others. --wordings compares circuits of one template with another's. What FILE of --json holds is not run
-again, so that a long table can be made in pieces.
+With resamples, cases also calibrate verdicts (`evaluate.calibrate`): an edge of one case is called in, out or neither by
+thresholds on its stability that were learnt on the other cases. --wordings compares circuits of one template with
+another's. What FILE of --json holds is not run again, so that a long table can be made in pieces; how many prompts and
+resamples each line rests on stands in it, and two of one method that differ in this are refused.
 """
 
 import argparse
@@ -37,6 +38,7 @@ from tl_circuitlasso.bench.measure import measured
 from tl_circuitlasso.bench.methods import objective
 from tl_circuitlasso.data.targets import LogitDiff
 from tl_circuitlasso.discover.run import circuit_lasso
+from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.stability import Stability
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models import adapt
@@ -48,7 +50,8 @@ Edges = frozenset[tuple[str, str]]
 SIZE = 600  # edges of a ranking's circuit where the truth isn't known
 WARM = 4  # prompts of the call that pays for imports and compilers
 DIRECT = ("EAP", "RelP")  # take derivatives on the clean prompt, where a divergence from it has none
-CHOOSE = ("CircuitLasso", "CircuitLasso, contrast pairs", "lasso+confirm", "ACDC", "bootstrap EAP-IG")
+BOOTSTRAP = "bootstrap EAP-IG"
+CHOOSE = ("CircuitLasso", "CircuitLasso, contrast pairs", "lasso+confirm", "ACDC", BOOTSTRAP)
 SLOW = ("ACDC", "lasso+confirm")  # about a pass for each edge: small models only
 
 
@@ -82,6 +85,11 @@ def _named(key: str, batch_size: int, **options: Any) -> Find:
     return find
 
 
+def _random(model: Any, clean: Tensor, corrupted: Tensor, metric: Any) -> AttributionGraph:
+    """Drawn anew for each set of prompts: with one seed for all, chance would look perfectly steady."""
+    return baselines.random_edges(model, seed=hash(tuple(clean.flatten().tolist())) % 2**31)
+
+
 def _lasso(batch_size: int, positions: Any, *, pairs: bool = False, confirm: bool = False) -> Find:
     """With a LogitDiff as metric, that is the target; without, it is the model's own logits."""
 
@@ -106,10 +114,10 @@ def every_method(batch_size: int, positions: Any, resamples: int) -> dict[str, F
         "EAP-IG": _named("eap-ig", batch_size),
         "RelP": _named("relp", batch_size),
         "EAP-GP": _named("eap-gp", batch_size),
-        "bootstrap EAP-IG": _named("bootstrap-eap-ig", batch_size, resamples=resamples),
+        BOOTSTRAP: _named("bootstrap-eap-ig", batch_size, resamples=resamples),
         "ACDC": _named("acdc", batch_size),
         "magnitude": _named("magnitude", batch_size),
-        "random": lambda model, clean, corrupted, metric: baselines.random_edges(model),
+        "random": _random,
     }
 
 
@@ -223,8 +231,18 @@ class Record:
         known = path is not None and path.exists()
         return cls(path, json.loads(path.read_text(encoding="utf-8")) if known and path is not None else [])
 
-    def has(self, case: str, method: str) -> bool:
-        return any((one["case"], one["method"]) == (case, method) for one in self.lines)
+    def has(self, asked: dict[str, Any]) -> bool:
+        """Whether there is a line of this case and method.
+
+        Raises
+        ------
+        InputError: there is one that rests on other numbers of prompts or resamples.
+        """
+        line = next((one for one in self.lines if all(one[key] == asked[key] for key in ("case", "method"))), None)
+        if line is not None and (other := [key for key in asked if line.get(key) != asked[key]]):
+            said = ", ".join(f"{key} {line.get(key)} instead of {asked[key]}" for key in other)
+            raise InputError(f"`--json` {self.path}: {asked['method']} on {asked['case']} has {said}; use another file")
+        return line is not None
 
     def add(self, made: dict[str, Any], steady: Stability | None, truth: Edges | None) -> None:
         if steady is not None and truth is not None:
@@ -239,15 +257,21 @@ class Record:
 
 
 def verdicts(lines: Sequence[dict[str, Any]], confidence: float = 0.8) -> Iterator[dict[str, Any]]:
-    """Of each method: thresholds learnt on every second case with a certified truth, and what they say elsewhere."""
+    """Of each method: the thresholds that all cases with a certified truth give, and what those of all cases but one
+    say of its edges, over all cases."""
     for method in dict.fromkeys(one["method"] for one in lines):
         known = [_known(one["shares"]) for one in lines if one["method"] == method and "shares" in one]
         if len(known) < 2:
             continue
-        learnt = evaluate.calibrate(known[::2], confidence=confidence)
-        counts = reduce(pd.DataFrame.add, (learnt.judge(*one) for one in known[1::2]))
+        counts = reduce(pd.DataFrame.add, (_unseen(known, place, confidence) for place in range(len(known))))
         cells = {f"{said}, {kind}": counts.loc[said, kind] for said in counts.index for kind in counts.columns}
+        learnt = evaluate.calibrate(known, confidence=confidence)
         yield {"method": method, "in from": learnt.keep, "out to": learnt.drop} | cells
+
+
+def _unseen(known: Sequence[tuple[Stability, Edges]], place: int, confidence: float) -> pd.DataFrame:
+    others = [*known[:place], *known[place + 1 :]]
+    return evaluate.calibrate(others, confidence=confidence).judge(*known[place])
 
 
 def _known(shares: Sequence[Any]) -> tuple[Stability, Edges]:
@@ -274,16 +298,18 @@ def main() -> None:
     record = Record.of(options.json)
     for setting in settings(options):
         for name in options.methods or setting.methods:
-            if record.has(setting.name, name):
+            asked = {"case": setting.name, "method": name, "prompts": len(setting.found[0])}
+            asked |= {"resamples": options.resamples} | ({"bootstrap": options.bootstrap} if name == BOOTSTRAP else {})
+            if record.has(asked):
                 continue
             made, steady = line(setting, name, options.resamples, options.wordings)
-            record.add({"case": setting.name, "method": name} | made, steady, setting.truth)
+            record.add(asked | made, steady, setting.truth)
             print(record.frame().tail(1).to_string(index=False, header=len(record.lines) == 1), flush=True)
     frame = record.frame()
     print(f"\nMeans over {frame['case'].nunique()} cases (SHD and AUROC: those whose edges are certified):")
     print(frame.drop(columns="case").groupby("method", sort=False).mean().to_string(float_format="{:.3f}".format))
     if judged := list(verdicts(record.lines, options.confidence)):
-        print("\nEdges by verdict, thresholds from every second case, counts of the others:")
+        print("\nEdges by verdict: thresholds from all cases; counts of each case by thresholds from the others:")
         print(pd.DataFrame(judged).to_string(index=False))
 
 
