@@ -11,8 +11,8 @@ can be gamed), stability (mean pairwise Jaccard of these circuits over resamples
 forward passes over the same prompts, run before and after, and peak memory. Circuits are found on some prompts, CPR and
 CMD measured on others: the second half of a case's, templates and names that weren't used of a language model's.
 
-With resamples, cases also calibrate verdicts (`evaluate.calibrate`): an edge of one case is called in, out or neither by
-thresholds on its stability that were learnt on the other cases. --wordings compares circuits of one template with
+With resamples, cases also calibrate verdicts (`evaluate.calibrate`): an edge of one case is called in, out or neither
+by thresholds on its stability that were learnt on the other cases. --wordings compares circuits of one template with
 another's. What FILE of --json holds is not run again, so that a long table can be made in pieces; how many prompts and
 resamples each line rests on stands in it, and two of one method that differ in this are refused.
 """
@@ -90,15 +90,13 @@ def _random(model: Any, clean: Tensor, corrupted: Tensor, metric: Any) -> Attrib
     return baselines.random_edges(model, seed=hash(tuple(clean.flatten().tolist())) % 2**31)
 
 
-def _lasso(batch_size: int, positions: Any, *, pairs: bool = False, confirm: bool = False) -> Find:
+def _lasso(batch_size: int, positions: Any, *, pairs: bool = False) -> Find:
     """With a LogitDiff as metric, that is the target; without, it is the model's own logits."""
 
     def find(model: Any, clean: Tensor, corrupted: Tensor, metric: Any) -> AttributionGraph:
         options: dict[str, Any] = {"target": metric} if isinstance(metric, LogitDiff) else {}
-        if pairs or confirm:
+        if pairs:
             options["corrupted"] = corrupted
-        if confirm:
-            options |= {"method": "lasso+confirm"} | ({} if isinstance(metric, LogitDiff) else {"metric": metric})
         return circuit_lasso(model, clean, positions=positions, batch_size=batch_size, progress=False, **options)
 
     return find
@@ -109,7 +107,7 @@ def every_method(batch_size: int, positions: Any, resamples: int) -> dict[str, F
     return {
         "CircuitLasso": _lasso(batch_size, positions),
         "CircuitLasso, contrast pairs": _lasso(batch_size, positions, pairs=True),
-        "lasso+confirm": _lasso(batch_size, positions, confirm=True),
+        "lasso+confirm": _named("lasso+confirm", batch_size, positions=positions),
         "EAP": _named("eap", batch_size),
         "EAP-IG": _named("eap-ig", batch_size),
         "RelP": _named("relp", batch_size),

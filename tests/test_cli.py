@@ -610,6 +610,16 @@ def test_every_method_that_scores_all_edges_can_be_asked_for(
         capsys.readouterr()
 
 
+def test_the_regression_is_refined_at_a_given_budget(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["demo", "demo", "--limit", "32", "--budget", "2", "--out", str(tmp_path / "out")]
+    assert "`--budget` is for lasso+confirm" in refused(capsys, "baseline", "eap", *words)
+    assert not (tmp_path / "out").exists()
+    assert main(["baseline", "lasso+confirm", *words]) == 0
+    made = tcl.load(tmp_path / "out")
+    assert made.provenance["confirm"]["tested"] == 2 and made.provenance["arguments"]["method"] == "lasso+confirm"
+    assert len(made.kept_edges() & tcl.load_demo(prompts=1).true_edges) >= 4
+
+
 def test_plot_refuses_what_it_would_ignore(
     graph_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -145,3 +145,15 @@ def test_a_logit_difference_is_a_metric_as_it_is_a_target(name: str, model: Any,
 def test_verbs_that_took_the_graph_first_still_do(model: Any, graph: tcl.AttributionGraph) -> None:
     found = [evaluate.confirm(*ends, CLEAN, CORRUPTED, METRIC) for ends in ((model, graph), (graph, model))]
     assert torch.equal(found[0].extras["effect"], found[1].extras["effect"])
+
+
+def test_the_confirmed_circuit_takes_an_experiment_too() -> None:
+    model = architectures.small()
+    ragged = [torch.randint(31, (size,), generator=torch.Generator().manual_seed(size)).tolist() for size in (6, 8, 7)]
+    others = [row[::-1] for row in ragged]
+    target = tcl.LogitDiff([3, 4, 5], [7, 8, 9])
+    experiment = tcl.Experiment(model, ragged, others, target, progress=False)
+    found = baselines.METHODS["lasso+confirm"](experiment, budget=2)
+    plain = baselines.METHODS["lasso+confirm"](model, ragged, others, target, budget=2, progress=False)
+    torch.testing.assert_close(found.score, plain.score)
+    assert found.kept_edges() == plain.kept_edges()

@@ -30,6 +30,7 @@ FLOORS = {  # a room may import those below its floor; docs/architecture.md show
     "__main__": 13, "__init__": 13,
 }  # fmt: skip
 UPWARDS = {  # asked for when they are called, never when the room is imported
+    ("baselines", "discover"): "the table of methods has the regression's circuit, confirmed",
     ("comparison", "plot"): "a comparison draws itself",
 }
 HEAVY = ("transformer_lens", "sae_lens")

@@ -1,6 +1,7 @@
 """Commands that put graphs and methods to the test: evaluate and bench."""
 
 import argparse
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ def add(commands: Any) -> None:
     added.add_argument("prompts", type=Path, help=PAIRS)
     added.add_argument("--metric", default="logit-diff")
     added.add_argument("--steps", type=int, help="steps of integrated gradients (default: the method's own)")
+    added.add_argument("--budget", type=int, help="of lasso+confirm: measure so many edges at most, the weakest first")
     added.add_argument("--top", type=int, help="keep the N strongest edges (default: all, as a ranking)")
     added.add_argument("--limit", type=int, help="use the first N prompts")
     added.add_argument("--out", type=Path, default=Path("baseline"), help="folder to write to (default: baseline)")
@@ -84,13 +86,18 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 
 def baseline(arguments: argparse.Namespace) -> None:
-    """Score a model's edges by another method, such as EAP-IG: every edge with a score, in a graph like ours."""
+    """Score a model's edges by another method, such as EAP-IG, or confirm the regression's: in a graph like ours."""
     from tl_circuitlasso import baselines
 
     if arguments.top is not None and arguments.top < 1:
         raise InputError(f"`--top` is {arguments.top}: how many edges to keep is a whole number, 1 or more")
-    method, options = baselines.method(arguments.method), {} if arguments.steps is None else {"steps": arguments.steps}
-    options["progress"] = interactive(arguments)
+    method, options = baselines.method(arguments.method), {"progress": interactive(arguments)}
+    if arguments.budget is not None and "budget" not in signature(method).parameters:
+        raise InputError(
+            f"`--budget` is for lasso+confirm, which measures edges one by one: {arguments.method} doesn't"
+        )
+    given = {"steps": arguments.steps, "budget": arguments.budget}
+    options |= {name: value for name, value in given.items() if value is not None}
     out = writable(arguments.out)
     asked = judged(arguments.model, arguments.prompts, arguments.metric, arguments.limit)
     graph = method(asked.model, asked.clean, asked.corrupted, asked.metric, **options)
