@@ -65,6 +65,46 @@ def test_any_object_with_encode_decode_and_w_dec_is_a_basis(model: Any) -> None:
         check_shapes({HOOK: Encoder(PlainSAE(model.cfg.d_model + 1, 40), HOOK, HOOK)}, acts)
 
 
+class SingleLayerTranscoder(PlainSAE):
+    """As circuit-tracer's with a skip connection: it decodes only where it's shown what it has read, and has no cfg."""
+
+    def __init__(self, width: int, features: int) -> None:
+        super().__init__(width, features)
+        self.W_skip = torch.randn(width, width, generator=torch.Generator().manual_seed(1))
+
+    def decode(self, acts: torch.Tensor, input_acts: torch.Tensor | None = None) -> torch.Tensor:
+        assert input_acts is not None
+        return super().decode(acts) + input_acts @ self.W_skip.T
+
+
+def packages_own(width: int, features: int) -> Any:
+    package = pytest.importorskip("circuit_tracer.transcoder.single_layer_transcoder")
+    made = package.SingleLayerTranscoder(
+        width, features, torch.nn.functional.relu, 0, skip_connection=True, dtype=torch.float32
+    )
+    plain = SingleLayerTranscoder(width, features)
+    for name in ("W_enc", "W_dec", "b_dec", "W_skip"):
+        getattr(made, name).data.copy_(getattr(plain, name))
+    return made.requires_grad_(False)
+
+
+@pytest.mark.parametrize("make", [SingleLayerTranscoder, packages_own])
+def test_a_transcoder_of_circuit_tracer_is_a_basis_once_it_says_where_it_writes(make: Any, model: Any) -> None:
+    width, hook, out = model.cfg.d_model, "blocks.0.hook_resid_mid", "blocks.0.hook_mlp_out"
+    transcoder = make(width, 40)
+    with pytest.raises(CheckFailure, match=r"set its attribute hook_out, such as sae\.hook_out ="):
+        check_basis(transcoder, model, hook)
+    transcoder.hook_out = out
+    assert len(check_basis(transcoder, model, hook)) == 8
+    x = torch.randn(3, width, generator=torch.Generator().manual_seed(2))
+    found = Encoder(transcoder, hook, out).reconstruct(x)
+    torch.testing.assert_close(found, transcoder.decode(transcoder.encode(x), x))
+    basis = tcl.SAEFeatures({hook: transcoder, HOOK: plain_sae(model)}, min_count=2)
+    graph = tcl.circuit_lasso(model, architectures.prompts(length=8, batch=16), basis=basis, progress=False)
+    assert {(pair["source"], pair["target"]) for pair in graph.provenance["pairs"]} >= {(hook, HOOK)}
+    assert any(source.startswith(hook) and target.startswith(HOOK) for source, target in graph.kept_edges())
+
+
 def negative(sae: PlainSAE) -> None:
     sae.encode = lambda x: x @ sae.W_enc.T
 

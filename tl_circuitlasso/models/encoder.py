@@ -7,6 +7,7 @@ decode after another encode would use it. Here every decode follows its own enco
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -99,9 +100,9 @@ class Encoder:
         """What the codes of `x` write, and what they write when `change(codes)` stands in their place."""
         with torch.no_grad(), _unchanged(self.sae):
             codes = self._codes(x)
-            plain = self._decoded(codes)
+            plain = self.decoded(codes)
             again = change(self._codes(x))  # a decode may use up what its encode left behind
-            other = self._decoded(again)
+            other = self.decoded(again)
             skip = getattr(self.sae, "W_skip", None)
             beside = self.ready(x) @ skip.T if isinstance(skip, Tensor) else 0.0
             return (plain + beside).to(x.device, torch.float32), (other + beside).to(x.device, torch.float32)
@@ -109,7 +110,7 @@ class Encoder:
     def _both(self, x: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad(), _unchanged(self.sae):
             codes = self._codes(x)
-            fitted = self._decoded(codes)
+            fitted = self.decoded(codes)
             skip = getattr(self.sae, "W_skip", None)
             if isinstance(skip, Tensor):
                 fitted = fitted + self.ready(x) @ skip.T
@@ -136,8 +137,11 @@ class Encoder:
             )
         return codes
 
-    def _decoded(self, codes: Tensor) -> Tensor:
-        found = self.sae.decode(codes)
+    def decoded(self, codes: Float[Tensor, "sample feature"]) -> Float[Tensor, "sample out"]:
+        """What the codes alone say: a decoder that would add the skip connection itself is shown an input of zeros."""
+        skip = getattr(self.sae, "W_skip", None)
+        beside = "input_acts" in signature(self.sae.decode).parameters and isinstance(skip, Tensor)
+        found = self.sae.decode(codes, skip.new_zeros(len(codes), skip.shape[1])) if beside else self.sae.decode(codes)
         found = found.flatten(1) if isinstance(found, Tensor) and found.ndim > 2 else found
         self._check_shape("decode", found, (len(codes), self.width))
         return found

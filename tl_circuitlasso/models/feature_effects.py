@@ -101,9 +101,9 @@ def contribution(
     sae, ready = encoder.sae, encoder.ready(x)
     rows = torch.arange(len(x), device=ready.device)
     codes = sae.encode(ready)
-    whole = sae.decode(codes)
+    whole = encoder.decoded(codes)
     less = sae.encode(ready).index_put((rows, feature.to(ready.device)), codes.new_zeros(()))
-    return (whole - sae.decode(less)).flatten(1).to(x)
+    return (whole - encoder.decoded(less)).to(x)
 
 
 class Segment:

@@ -31,7 +31,8 @@ class SAEFeatures:
 
     Parameters
     ----------
-    saes: {hook name: SAE}, or a list of pairs (hook name, SAE). A transcoder goes under the hook that it reads.
+    saes: {hook name: SAE}, or a list of pairs (hook name, SAE). A transcoder goes under the hook that it reads; where
+        it writes stands in its `hook_out`, or where SAELens keeps it, in `cfg.metadata.hook_name_out`.
     pairs: "adjacent" (each hook with the next, in the order of computation), "all" (each hook with every later one) or
         a list of (hook, hook); every pair is a regression of its own. Hooks that feed no other one feed the target,
         unless the list has pairs (hook, "target").
@@ -250,7 +251,8 @@ def _writes_at(sae: Any, hook: str) -> str:
     out = getattr(metadata, "hook_name_out", None) or getattr(cfg, "hook_name_out", None)
     if not out:
         raise InputError(
-            f"`saes`: the transcoder at {hook} doesn't say where it writes: set sae.cfg.metadata.hook_name_out"
+            f"`saes`: the {type(sae).__name__} at {hook} doesn't say where it writes: set its attribute hook_out, such "
+            "as sae.hook_out = 'blocks.0.hook_mlp_out' (SAELens keeps it in sae.cfg.metadata.hook_name_out)"
         )
     return str(out)
 
