@@ -5,13 +5,13 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 
-from tests.formats.helpers import ERROR, feature_graph, graph_with_an_error, small_graph
+from tests.formats.helpers import ERROR, GOLDEN, feature_graph, graph_with_an_error, small_graph
 from tl_circuitlasso import formats
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.formats import _tracer_tensors
@@ -109,6 +109,34 @@ def real_graph(package: Any) -> Any:
     )
 
 
+GOLDEN_EDGES = {
+    ("hook_embed.pos0#464", "blocks.0.hook_features.pos0#7"): 1.5,
+    ("hook_embed.pos1#3797", "blocks.0.hook_features.pos1#5"): -0.5,
+    ("blocks.0.hook_features.pos0#7", "blocks.1.hook_features.pos1#3"): 0.25,
+    ("blocks.0.hook_features.pos1#5", "blocks.1.hook_features.pos1#3"): 0.1,
+    ("blocks.0.hook_error.pos1", "blocks.1.hook_features.pos1#3"): 0.75,
+    ("blocks.1.hook_features.pos1#3", "hook_unembed.pos1#3332"): 2.0,
+    ("blocks.1.hook_error.pos1", "hook_unembed.pos1#3332"): 0.3,
+    ("blocks.1.hook_features.pos1#3", "hook_unembed.pos1#50258"): -1.0,
+}
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".json"])
+def test_files_that_the_package_wrote_are_read_without_it(suffix: str) -> None:
+    """`real_graph` as `Graph.to_pt` of circuit-tracer 0.5.0 wrote it, and as its `create_graph_files` did."""
+    graph = formats.from_circuit_tracer(GOLDEN / f"circuit_tracer_package{suffix}")
+    names, scores = graph.index.names, graph.score.tolist()
+    ends = zip(graph.source.tolist(), graph.target.tolist())
+    assert {(names[a], names[b]): score for (a, b), score in zip(ends, scores)} == pytest.approx(GOLDEN_EDGES)
+    assert len(graph.kept_edges()) == len(GOLDEN_EDGES)
+    pages = {name: graph.node_info[name]["page"] for name in names}
+    assert [pages[f"hook_unembed.pos1#{token}"]["token_prob"] for token in (3332, 50258)] == pytest.approx(
+        [0.872, 0.062]
+    )
+    assert pages["blocks.1.hook_features.pos1#3"]["activation"] == 3.0
+    assert "logit(sat)-logit(ran)" in pages["hook_unembed.pos1#50258"]["clerp"]  # a custom target keeps its label
+
+
 def test_a_file_of_the_package_comes_back_as_it_was(package: Any, tmp_path: Path) -> None:
     theirs = real_graph(package)
     theirs.to_pt(str(tmp_path / "theirs.pt"))
@@ -153,6 +181,20 @@ def test_component_graphs_can_be_read_without_their_names(package: Any, tmp_path
     del live.cfg.tl_circuitlasso
     live.to_pt(str(tmp_path / "graph.pt"))
     assert sorted(formats.from_circuit_tracer(tmp_path / "graph.pt").score.tolist()) == [0.5, 1.0, 2.0, 3.0]
+
+
+def test_what_the_package_makes_of_a_component_graph_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its `create_graph_files`, whose pages keep layer, place and number: with a tokenizer that needs no download."""
+    pytest.importorskip("circuit_tracer.graph")
+    files = importlib.import_module("circuit_tracer.utils.create_graph_files")
+    monkeypatch.setattr(
+        files, "AutoTokenizer", SimpleNamespace(from_pretrained=lambda _: SimpleNamespace(decode=lambda t: f"{int(t)}"))
+    )
+    edges = {("input", "a0.h1"): 0.5, ("a0.h1", "m0"): 1.0, ("m0", "a1.h0"): 2.0, ("a1.h0", "logits"): 3.0}
+    graph = AttributionGraph.from_edges(component_index(n_layers=2, n_heads=2), edges)
+    live = formats.to_circuit_tracer_graph(graph, scan="gpt2-small")
+    files.create_graph_files(live, "ours", str(tmp_path), node_threshold=1.0, edge_threshold=1.0)
+    assert sorted(formats.from_circuit_tracer(tmp_path / "ours.json").score.tolist()) == [0.5, 1.0, 2.0, 3.0]
 
 
 def test_errors_stand_among_the_errors(package: Any) -> None:
