@@ -132,6 +132,13 @@ def test_an_empty_circuit_survives_every_format(format: str, candidates: bool, t
     assert formats.read(tmp_path / f"graph{suffix}", format).n_kept == 0
 
 
+@pytest.mark.parametrize("write", [formats.to_acdc, formats.to_auto_circuit])
+def test_tensors_are_not_written_under_the_name_of_another_kind(write, tmp_path) -> None:
+    with pytest.raises(InputError, match=r"name end in \.pt or \.pth"):
+        write(small_graph(), tmp_path / "graph.json")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("suffix", [".graphml", ".gexf", ".cyjs"])
 def test_control_characters_in_names_come_back(suffix: str, tmp_path) -> None:
     hooks = [f"blocks.0.hook_{sign}" for sign in ("\x01", "\ud800", "\\", "\\u0041", "ä")]

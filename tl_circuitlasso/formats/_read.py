@@ -20,6 +20,7 @@ from tl_circuitlasso.errors import CircuitLassoError, FormatError, InputError
 
 Source = Any  # a path, or the data that the file would hold: a stranger's, so of any type
 
+TORCH = (".pt", ".pth", ".pkl")  # how files of torch.save end
 MAX_TEXT = 1 << 29  # bytes; the JSON of an 8B model's 1.6 million edges is 0.12 GB
 MAX_ARCHIVE = 1 << 32
 MAX_VALUES = 1 << 25  # commas in a JSON text: bounds the objects that parsing makes
@@ -194,7 +195,14 @@ def write_json(path: str | Path, data: Any, indent: int | None = None) -> None:
 
 
 def write_pt(path: str | Path, data: Mapping[Any, Any]) -> None:
-    """Write tensors and plain data with torch.save, atomically."""
+    """Write tensors and plain data with torch.save, atomically.
+
+    Raises
+    ------
+    InputError: `path` ends as files of another kind do, or can't be written.
+    """
+    if Path(path).suffix.lower() not in TORCH:
+        raise InputError(f"`path` is {path}: torch.save writes it, so let the name end in {' or '.join(TORCH[:2])}")
     storage.write_atomically(Path(path), lambda temporary: torch.save(data, temporary))
 
 

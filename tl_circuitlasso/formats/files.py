@@ -74,7 +74,6 @@ WRITERS: Mapping[str, Callable[..., Any]] = {
     "neuronpedia": to_neuronpedia,
 }
 _BY_SUFFIX = {".safetensors": OWN, ".graphml": "graphml", ".gexf": "gexf", ".cyjs": "cytoscape"}
-_TORCH = (".pt", ".pth", ".pkl")
 
 
 def read(path: str | Path, format: str | None = None) -> AttributionGraph:
@@ -144,9 +143,9 @@ def guess(path: str | Path) -> str:
     suffix = path.suffix.lower()
     if suffix in _BY_SUFFIX:
         return _BY_SUFFIX[suffix]
-    if suffix not in (".json", *_TORCH):
+    if suffix not in (".json", *_read.TORCH):
         raise FormatError(f"{path}: the suffix {suffix!r} says nothing of the format; name one of {_listed()}")
-    found = _guess_torch(path) if suffix in _TORCH else _guess_json(path)
+    found = _guess_torch(path) if suffix in _read.TORCH else _guess_json(path)
     if found is None:
         raise FormatError(f"{path}: looks like none of the formats {_listed()}; export it again, or name the format")
     return found
