@@ -15,6 +15,7 @@ from tests.sae.training import plain_sae
 from tl_circuitlasso.bench.measure import measured
 from tl_circuitlasso.discover import job as jobs
 from tl_circuitlasso.discover import pace, planning
+from tl_circuitlasso.discover import run as discover
 from tl_circuitlasso.discover import stages as staging
 from tl_circuitlasso.discover.job import Request
 from tl_circuitlasso.discover.pace import Pace
@@ -145,10 +146,64 @@ def test_features_are_planned_as_far_as_they_are_known(small: Any) -> None:
 
 def test_seconds_are_the_first_batchs_scaled_to_all(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert pace.measure(_job(small)).whole > 0
-    monkeypatch.setattr(pace, "measure", lambda job: EVEN)
+    monkeypatch.setattr(pace, "measure", lambda job, most: EVEN)
     found = stages(plan(small, prompts(40, length=8), batch_size=8, max_prompts=16, refined=False))
     assert found["outputs"].seconds == 0.5 * 40 and found["outputs"].forwards == 1.0
     assert found["statistics"].seconds == 2.0 * 16 and found["statistics"].forwards == 1.6
+
+
+def _said(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("circuit_lasso: ")]
+
+
+@pytest.mark.parametrize("partners", [None, prompts(24, length=8, seed=1)], ids=["alone", "counterparts"])
+def test_a_long_run_says_what_it_takes_before_it_starts(
+    partners: Tensor | None, small: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pace, "WORTH", 0.0)
+    monkeypatch.setattr(pace, "EVERY", 0.0)
+    given = {"corrupted": partners, "target": tcl.LogitDiff([3] * 24, [4] * 24), "batch_size": 8, "refined": False}
+    started: list[int] = []
+    monkeypatch.setattr(discover, "_components", lambda *_: started.append(len(_said(capsys))))
+    with pytest.raises(AttributeError):  # what nothing was made of
+        circuit_lasso(small, prompts(24, length=8), **given)
+    assert started == [1]
+    monkeypatch.undo()
+    circuit_lasso(small, prompts(24, length=8), **given)
+    assert not _said(capsys)  # a short run has nothing to say
+
+
+def test_the_line_ahead_holds_time_passes_and_memory(
+    small: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    looked_at = []
+
+    def even(job: Any, most: int | None) -> Pace:
+        looked_at.append(most)
+        return EVEN
+
+    monkeypatch.setattr(pace, "WORTH", 0.0)
+    monkeypatch.setattr(pace, "measure", even)
+    monkeypatch.setattr(pace, "_timed", lambda *_: 1.0)
+    given = {"batch_size": 8, "refined": False}
+    planned = plan(small, prompts(40, length=8), **given)
+    graph = circuit_lasso(small, prompts(40, length=8), **given)
+    (line,) = _said(capsys)
+    assert "about 0:01:20 for 40 of 40 prompts on cpu (statistics 0:01:20, solve 0:00:00)" in line
+    assert f"up to {planned.passes:.2f} passes a prompt and {memory.in_words(planned.bytes)}" in line
+    assert looked_at == [None, pace.TOLD] and graph.provenance["forward_passes"] == planned.passes
+    circuit_lasso(small, prompts(40, length=8), progress=False, **given)
+    assert not _said(capsys)
+
+
+def test_what_nobody_can_know_is_said_to_be_a_least(small: Any) -> None:
+    known = staging.Stage("statistics", 10**6, passes=1.0, seconds=61.0)
+    whole = tcl.RunPlan(
+        (known,), prompts=8, used=8, batch_size=8, asked_batch_size=8, device="cpu", free=None, budget=None
+    )
+    assert whole.brief().startswith("about 0:01:01 ") and "up to 1.00 passes" in whole.brief()
+    open_ended = replace(whole, stages=(known, staging.Stage("confirm", 10, passes=None)))
+    assert open_ended.brief().startswith("more than 0:01:01 ") and "at least 1.00 passes" in open_ended.brief()
 
 
 def _job(model: Any) -> Any:

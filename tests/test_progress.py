@@ -155,5 +155,18 @@ def test_texts_and_splits_are_counted(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert " gone" not in capsys.readouterr().err
 
 
+def test_the_second_look_is_heard_while_it_walks(
+    given: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    tokens = tcl.load_demo(prompts=32).tokens
+    capsys.readouterr()
+    tcl.circuit_lasso(given[0], tokens, positions="last")
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("second look: ")]
+    assert len(lines) > 6 and re.match(r"second look: 1 of 1 batches, ", lines[-1])  # every edge and node is a step
+    tcl.circuit_lasso(given[0], tokens, positions="last", progress=False)
+    assert " gone" not in capsys.readouterr().err
+
+
 def test_every_method_is_heard_here() -> None:
     assert {*_METRIC_METHODS, *_WATCHING, "random"} == set(tcl.baselines.METHODS)  # `random` does no work

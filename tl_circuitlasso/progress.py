@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 EVERY = 10.0  # seconds from one line to the next, where there is no terminal
 SHORT = 1.0  # seconds of work that a terminal isn't told of
-FORM = "{l_bar}{bar}| {n:.0f}/{total_fmt} {unit}s [{elapsed}<{remaining}]"  # counts may be fractions
+FORM = "{l_bar}{bar}| {n:.0f}/{total_fmt} {unit} [{elapsed}<{remaining}]"  # counts may be fractions
 
 
 def bar(
@@ -28,6 +28,7 @@ def bar(
     """
     if total is None and isinstance(items, Sized):
         total = len(items)
+    unit = unit + ("es" if unit.endswith("ch") else "s")
     if not progress or sys.stderr.isatty():
         form = None if total is None else FORM
         options: Any = {"disable": not progress, "delay": SHORT, "leave": None, "bar_format": form}
@@ -96,13 +97,23 @@ class _Lines:
 
     def _line(self, gone: int | float) -> str:
         total = self._total
-        count = f"{self.n:,.0f} {self._unit}s" if total is None else f"{self.n:,.0f} of {total:,} {self._unit}s"
+        count = f"{self.n:,.0f} {self._unit}" if total is None else f"{self.n:,.0f} of {total:,} {self._unit}"
         left = gone * (total - self.n) / self.n if total is not None and self.n else None
-        to_go = "" if left is None else f", {_clock(left)} to go"
-        return f"{self._desc}: {count}, {_clock(gone)} gone{to_go}"
+        to_go = "" if left is None else f", {clock(left)} to go"
+        return f"{self._desc}: {count}, {clock(gone)} gone{to_go}"
 
 
-def _clock(seconds: int | float) -> str:
+def say(line: str) -> None:
+    """A line of its own on standard error, above the bars that stand there."""
+    tqdm.write(line, file=sys.stderr)
+
+
+def clock(seconds: int | float) -> str:
+    """A duration for people.
+
+    >>> clock(75.2)
+    '0:01:15'
+    """
     return str(timedelta(seconds=round(max(seconds, 0.0))))
 
 

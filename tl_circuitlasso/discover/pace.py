@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tl_circuitlasso.data.targets import Labels, Values, take
 from tl_circuitlasso.discover.job import Job
-from tl_circuitlasso.discover.planning import RunPlan
+from tl_circuitlasso.discover.planning import RunPlan, unplanned
 from tl_circuitlasso.discover.refining import CHEAP, ROUNDS, SHARE
 from tl_circuitlasso.discover.stages import Stage
 from tl_circuitlasso.models import read
@@ -22,8 +22,12 @@ from tl_circuitlasso.models.read import ReadDesign
 from tl_circuitlasso.models.sae import SAEFeatures
 from tl_circuitlasso.models.tokens import Batch, first_prompts
 from tl_circuitlasso.neurons import Behaviour, neuron_circuit
+from tl_circuitlasso.progress import EVERY, say
 
 FEW = 2  # prompts that are run to be warm
+TOLD = 4  # prompts that are run where all that is wanted is a line ahead of a long run
+WORTH = 1e10  # multiplications and additions of all forward passes: what takes fewer isn't long on any machine
+USUAL = 4  # forward-equivalents of most runs: what is short even so isn't measured further
 SIZE = 512  # rows of the matrices whose product tells how fast matrix products are
 
 
@@ -38,9 +42,25 @@ class Pace:
     running: float
 
 
-def with_times(plan: RunPlan, job: Job) -> RunPlan:
-    """The plan with seconds and forward-equivalents, from the first batch against the clock."""
-    pace = measure(job)
+def tell_ahead(asked: Job, job: Job) -> None:
+    """Say what a long run will take, before it starts, where progress is wanted and it can be known."""
+    with job.ranks.together():
+        if job.progress and job.ranks.rank == 0 and unplanned(job) is None and _may_be_long(job):
+            ahead = with_times(RunPlan.of(asked, job, (), None), job, TOLD)
+            if ahead.seconds >= EVERY:
+                say(f"circuit_lasso: {ahead.brief()}")
+
+
+def _may_be_long(job: Job) -> bool:
+    if read.operations(job.adapter)[2] * job.prompts.width * job.given < WORTH:
+        return False
+    few = first_prompts(_first(job), FEW)
+    return _timed(job, _bare(job), few) / len(few.tokens) * job.given * USUAL >= EVERY
+
+
+def with_times(plan: RunPlan, job: Job, most: int | None = None) -> RunPlan:
+    """The plan with seconds and forward-equivalents, by the clock: from the first batch, or `most` of its prompts."""
+    pace = measure(job, most)
     bare = pace.forward * plan.prompts
     stages = []
     for stage in plan.stages:
@@ -49,17 +69,12 @@ def with_times(plan: RunPlan, job: Job) -> RunPlan:
     return replace(plan, stages=tuple(stages))
 
 
-def measure(job: Job) -> Pace:
-    """Run the first batch; a few of its prompts before, to be warm."""
-    batch = first_prompts(_first(job), job.used)
-    whole = _whole(job)
-
-    def bare(some: Batch) -> None:
-        job.adapter.run(some.tokens, some.mask, ["scale.final"])
-
+def measure(job: Job, most: int | None = None) -> Pace:
+    """Run `most` prompts of the first batch (None: all of it); a few of them before, to be warm."""
+    batch = first_prompts(_first(job), min(job.used, most or job.used))
     return Pace(
-        forward=_timed(job, bare, batch) / len(batch.tokens),
-        whole=_timed(job, whole, batch) / len(batch.tokens),
+        forward=_timed(job, _bare(job), batch) / len(batch.tokens),
+        whole=_timed(job, _whole(job, batch), batch) / len(batch.tokens),
         regressing=_product(job, torch.zeros(SIZE, SIZE, dtype=torch.float64)),
         running=_product(job, torch.zeros(SIZE, SIZE, dtype=job.adapter.compute_dtype, device=job.adapter.device)),
     )
@@ -93,7 +108,16 @@ def _drain(job: Job) -> None:
         torch.cuda.synchronize(job.adapter.device)
 
 
-def _whole(job: Job) -> Callable[[Batch], None]:
+def _bare(job: Job) -> Callable[[Batch], None]:
+    """The model's own pass over a batch."""
+
+    def run(batch: Batch) -> None:
+        job.adapter.run(batch.tokens, batch.mask, ["scale.final"])
+
+    return run
+
+
+def _whole(job: Job, pilot: Batch) -> Callable[[Batch], None]:
     """What is made of a batch before anything is solved."""
     if isinstance(job.what, Neuron):
         return lambda batch: _scored(job, job.what, len(batch.tokens))  # type: ignore[arg-type]
@@ -108,7 +132,7 @@ def _whole(job: Job) -> Callable[[Batch], None]:
 
         return encoded
     plan = Plan(_unprobed(job), job.target, last=job.last, seed=job.seed)
-    statistics = plan.design.start(job.adapter, sample_of(job.adapter, plan, _first(job), 0))
+    statistics = plan.design.start(job.adapter, sample_of(job.adapter, plan, pilot, 0))
 
     def added(batch: Batch) -> None:
         plan.design.add(statistics.fresh(), job.adapter, sample_of(job.adapter, plan, batch, 0))

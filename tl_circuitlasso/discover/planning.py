@@ -14,6 +14,7 @@ from tl_circuitlasso.models import read, sweep
 from tl_circuitlasso.models.designs import Activation
 from tl_circuitlasso.models.memory import free_bytes, in_words
 from tl_circuitlasso.models.read import ReadDesign
+from tl_circuitlasso.progress import clock
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,21 @@ class RunPlan:
     budget: int | None
     cut: tuple[str, ...] = ()
 
+    @classmethod
+    def of(cls, asked: Job, job: Job, cut: tuple[str, ...], budget: int | None) -> "RunPlan":
+        """The plan of a job that was cut to fit, without times."""
+        return cls(
+            stages=tuple(stages_of(job)),
+            prompts=asked.prompts.n_prompts or 0,
+            used=job.used,
+            batch_size=job.batch_size,
+            asked_batch_size=asked.batch_size,
+            device=str(job.adapter.device),
+            free=free_bytes(job.adapter.device),
+            budget=budget,
+            cut=cut,
+        )
+
     @property
     def bytes(self) -> int:
         """The peak of the whole run beside the model's weights."""
@@ -58,10 +74,26 @@ class RunPlan:
         """Forward-equivalents of the stages whose time is known: 1 is one pass over all prompts given."""
         return sum(stage.forwards or 0.0 for stage in self.stages)
 
+    @property
+    def open_ended(self) -> bool:
+        """Whether there are stages whose time nobody can tell."""
+        return any(stage.seconds is None for stage in self.stages)
+
+    def brief(self) -> str:
+        """All of it in a line, for logs."""
+        least = "more than " if self.open_ended else "about "
+        bound = "at least" if any(stage.passes is None for stage in self.stages) else "up to"
+        known = [f"{stage.name} {clock(stage.seconds)}" for stage in self.stages if stage.seconds is not None]
+        return (
+            f"{least}{clock(self.seconds)} for {self.used} of {self.prompts} prompts on {self.device} "
+            f"({', '.join(known)}), {bound} {self.passes:.2f} passes a prompt and {in_words(self.bytes)} beside the "
+            "model's weights"
+        )
+
     def __str__(self) -> str:
         head = ("stage", "memory", "passes a prompt", "forward-equivalents", "seconds")
         rows = [head, *(_row(stage) for stage in self.stages)]
-        more = ">= " if any(stage.seconds is None for stage in self.stages) else ""
+        more = ">= " if self.open_ended else ""
         times = (f"{more}{value:.2f}" for value in (self.forwards, self.seconds))
         rows.append(("all", in_words(self.bytes), f"{self.passes:.2f}", *times))
         widths = [max(len(row[column]) for row in rows) for column in range(len(head))]

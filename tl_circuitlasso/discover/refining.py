@@ -16,6 +16,7 @@ from tl_circuitlasso.models.collect import Plan
 from tl_circuitlasso.models.read import ReadDesign, operations
 from tl_circuitlasso.models.reread import Costs, Edge, order, reread
 from tl_circuitlasso.models.tokens import Batch, first_prompts
+from tl_circuitlasso.progress import bar as counting
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ def refine(
     *,
     prompts: int,
     ranks: Ranks = ALONE,
+    progress: bool = False,
 ) -> tuple[AttributionGraph, int]:
     """The graph without edges that cost the target too little when read alone and exactly; and the passes it took.
 
@@ -46,6 +48,7 @@ def refine(
     """
     passes, came_of_it = 0, "no edge dropped"
     before = len(graph.kept_edges())
+    shown = progress and ranks.rank == 0
     for _ in range(ROUNDS):
         edges = graph.kept_edges()
         if not 0 < len(edges) <= MANY_EDGES:
@@ -55,7 +58,7 @@ def refine(
         if wanted < FEWEST:
             came_of_it = "left out: beside so few prompts it would take too long"
             break
-        costs = _costs(adapter, sample, plan, sorted(edges), wanted, ranks)
+        costs = _costs(adapter, sample, plan, sorted(edges), wanted, ranks, shown)
         passes += costs.passes
         if not _sees_behaviour(graph, costs):
             came_of_it = f"left out: its sample of {costs.pairs} pairs misses the behaviour"
@@ -74,7 +77,13 @@ def refine(
 
 
 def _costs(
-    adapter: Adapter, sample: Sequence[Batch], plan: Plan, edges: Sequence[Edge], wanted: int, ranks: Ranks
+    adapter: Adapter,
+    sample: Sequence[Batch],
+    plan: Plan,
+    edges: Sequence[Edge],
+    wanted: int,
+    ranks: Ranks,
+    progress: bool,
 ) -> Costs:
     assert isinstance(plan.design, ReadDesign)
     chosen, held = [], 0
@@ -84,11 +93,11 @@ def _costs(
             held += len(chosen[-1].tokens)
     options = {"last": plan.last, "probe": plan.design.probe, "draws": max(1, round(wanted / held))}
     options["memory"] = plan.design.swept
-    with ranks.together():
+    mine = {number: batch for number, batch in enumerate(chosen) if ranks.mine(number)}
+    with ranks.together(), counting(total=len(mine), progress=progress, desc="second look", unit="batch") as bar:
         found = [
-            reread(adapter, batch, edges, plan.target, seed=plan.seed + number, **options)
-            for number, batch in enumerate(chosen)
-            if ranks.mine(number)
+            reread(adapter, batch, edges, plan.target, seed=plan.seed + number, tell=bar.update, **options)
+            for number, batch in mine.items()
         ]
     pairs = max(int(ranks.sum(torch.tensor(sum(one.pairs for one in found)))), 1)
 

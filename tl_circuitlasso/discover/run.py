@@ -27,11 +27,10 @@ from tl_circuitlasso.discover.confirming import Metric
 from tl_circuitlasso.discover.designs import DESIGNS, learn
 from tl_circuitlasso.discover.drawing import draw_by_output
 from tl_circuitlasso.discover.job import Job, Request, checked_prompts
-from tl_circuitlasso.discover.pace import with_times
+from tl_circuitlasso.discover.pace import tell_ahead, with_times
 from tl_circuitlasso.discover.planning import RunPlan, fitted, peak, unplanned
 from tl_circuitlasso.discover.probing import fit_probe
 from tl_circuitlasso.discover.provenance import confirmed, per_prompt
-from tl_circuitlasso.discover.stages import stages_of
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.features import FeatureSetup, Rule, learn_features
 from tl_circuitlasso.graph import AttributionGraph
@@ -41,7 +40,7 @@ from tl_circuitlasso.models.architecture import refuse_altered
 from tl_circuitlasso.models.bases import Basis, Neuron
 from tl_circuitlasso.models.collect import Plan, collect
 from tl_circuitlasso.models.designs import Design
-from tl_circuitlasso.models.memory import as_bytes, free_bytes
+from tl_circuitlasso.models.memory import as_bytes
 from tl_circuitlasso.models.metric import with_tokens
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
 from tl_circuitlasso.models.sae import SAEFeatures
@@ -108,7 +107,9 @@ def circuit_lasso(
     batch_size: the most prompts of a forward pass, counterparts included (design "read" pairs the prompts of a batch,
         so it runs two at least, and with counterparts no more than whose activations take two fifths of the weights).
     device: where to run (the model moves there and back).
-    progress: bars on a terminal; seed: of everything drawn at random; checkpoint: a file to resume collection from.
+    progress: bars on a terminal, elsewhere a line every ten seconds; before a run that will take so long or longer, a
+        line with its time, passes and memory, as `plan` would tell, from a few prompts (not of streams).
+    seed: of everything drawn at random; checkpoint: a file to resume collection from.
     max_prompts: design "read" compares pairs of prompts, and is done after a few hundred: of more, all are run once for
         their outputs and so many are drawn from strata of equal or similar output (None: all). A stream's tokens are
         read to its end first, so it gives the graph that a tensor of the same prompts gives.
@@ -147,6 +148,7 @@ def circuit_lasso(
     with request.opened() as asked_for:
         job, cut = fitted(asked_for, as_bytes(memory))
         tell_of(cut)
+        tell_ahead(asked_for, job)
         if isinstance(job.what, SAEFeatures):
             graph = _features(job, job.what, as_bytes(memory))
         elif isinstance(job.what, Neuron):
@@ -192,19 +194,9 @@ def plan(model: Any, tokens: AnyPrompts, **arguments: Any) -> RunPlan:
     with request.opened() as asked:
         if why := unplanned(asked):
             raise InputError(f"nothing can be planned {why}")
-        job, cut = fitted(asked, as_bytes(request.memory))
-        ahead = RunPlan(
-            stages=tuple(stages_of(job)),
-            prompts=asked.prompts.n_prompts or 0,
-            used=job.used,
-            batch_size=job.batch_size,
-            asked_batch_size=asked.batch_size,
-            device=str(job.adapter.device),
-            free=free_bytes(job.adapter.device),
-            budget=as_bytes(request.memory),
-            cut=cut,
-        )
-        return with_times(ahead, job)
+        budget = as_bytes(request.memory)
+        job, cut = fitted(asked, budget)
+        return with_times(RunPlan.of(asked, job, cut, budget), job)
 
 
 def tell_of(cut: tuple[str, ...]) -> None:
@@ -237,9 +229,8 @@ def _components(job: Job, design: Design) -> AttributionGraph:
     looks = 0
     look_again = DESIGNS[plan.design.name].look_again
     if job.refined and look_again is not None:
-        graph, looks = look_again(
-            job.adapter, collected.sample, plan, graph, prompts=collected.prompts, ranks=job.ranks
-        )
+        options = {"prompts": collected.prompts, "ranks": job.ranks, "progress": job.progress}
+        graph, looks = look_again(job.adapter, collected.sample, plan, graph, **options)
     clock.append(time.perf_counter())
     if causal is not None:
         graph = causal.apply(graph, job.adapter, seed=job.seed, progress=job.progress, ranks=job.ranks)

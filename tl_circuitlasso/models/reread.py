@@ -12,7 +12,7 @@ what patching the edge does, as far as it acts through kept edges.
 """
 
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -65,9 +65,11 @@ def reread(
     draws: int,
     seed: int,
     memory: int | None = None,
+    tell: Callable[[float], object] = lambda share: None,
 ) -> Costs:
     """What each of `edges` costs the target over the prompts of a batch, paired `draws` times, or with their own
-    counterparts; one forward pass, and `memory` bytes for the pairs looked at together (`read.in_parts`)."""
+    counterparts; one forward pass, and `memory` bytes for the pairs looked at together (`read.in_parts`). `tell` hears
+    of every share of the work that is done."""
     acts = adapter.run(*batch.run, set(wanted(adapter, target)))
     keep = last_only(batch.keep) if last else batch.keep
     if batch.partners is None:
@@ -82,7 +84,7 @@ def reread(
     for part in in_parts(adapter, pairs, outcome.count(adapter, target, probe), memory=memory):
         goal = outcome.outcome(adapter, acts, part, target, prompts, probe, few=sys.maxsize)
         weight = goal.directions.new_ones(len(part)) if part.weight is None else part.weight.to(goal.directions)
-        by_edge, by_node = _contributions(View(adapter, acts, part), goal, edges)
+        by_edge, by_node = _contributions(View(adapter, acts, part), goal, edges, tell, len(part) / len(pairs))
         for edge, contribution in by_edge.items():
             edge_cost[edge] += float((goal.cost(contribution) * weight).sum())
             judged[edge] += float((goal.judged(contribution) * weight).sum())
@@ -135,12 +137,18 @@ class Kept:
 
 
 def _contributions(
-    view: View, goal: Outcome, edges: Collection[Edge]
+    view: View, goal: Outcome, edges: Collection[Edge], tell: Callable[[float], object], share: float
 ) -> tuple[dict[Edge, Float[Tensor, "pair direction"]], dict[str, Float[Tensor, "pair direction"]]]:
     kept = Kept.of(view, goal, edges)
     written = {name: _difference(view, parse_site(name)) for name in {source for source, _ in edges}}
-    by_edge = {(source, target): kept.walk({target: written[source]}) for source, target in edges}
-    by_node = {name: kept.walk(dict.fromkeys(kept.children[name], written[name])) for name in written}
+
+    def walked(inbox: dict[str, Float[Tensor, "pair pos d_model"]]) -> Float[Tensor, "pair direction"]:
+        change = kept.walk(inbox)
+        tell(share / (len(edges) + len(written)))
+        return change
+
+    by_edge = {(source, target): walked({target: written[source]}) for source, target in edges}
+    by_node = {name: walked(dict.fromkeys(kept.children[name], written[name])) for name in written}
     return by_edge, by_node
 
 
