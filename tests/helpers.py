@@ -17,6 +17,8 @@ from tl_circuitlasso.errors import CircuitLassoError
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models.architecture import Shape
 
+CASES = Path(__file__).parents[1] / "benchmarks" / "cases"  # models whose circuit is known
+
 
 def shared_folder(*parts: str) -> Path:
     """A path in the folder of reference models and data sets, or a skip that says how to supply it."""

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests import architectures
-from tests.helpers import shared_folder
+from tests.helpers import CASES
 from tl_circuitlasso import bench
 from tl_circuitlasso.bench.cases import all_candidates, load_case
 from tl_circuitlasso.bench.measure import measured
@@ -417,7 +417,9 @@ def test_measured_sees_memory_that_an_earlier_call_has_freed():
 
 
 def test_eap_ig_finds_certified_circuits_and_chance_does_not():
-    report = bench.interpbench(shared_folder("interpbench"), ["eap-ig", "random"], prompts=60, progress=False)
+    report = bench.interpbench(CASES, ["eap-ig", "random"], prompts=60, progress=False)
     assert not report.failures and len(report.rows) == 22
+    assert report.summary.loc["eap-ig", "certified"] == 9  # those of the first page
+    assert round(report.summary.loc["(empty graph)", "shd_default"], 2) == 3.22
     assert report.summary.loc["eap-ig", "auroc"] > 0.99
     assert report.summary.loc["eap-ig", "shd_global"] < 1 < report.summary.loc["random", "shd_global"]

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import tl_circuitlasso as tcl
 from tests import architectures
-from tests.helpers import shared_folder
+from tests.helpers import CASES, shared_folder
 from tl_circuitlasso.discover.asked import as_strength
 from tl_circuitlasso.discover.run import collect_statistics
 from tl_circuitlasso.models import read
@@ -244,7 +244,7 @@ def circuit(model: Any, tokens: torch.Tensor, **options: Any) -> set[tuple[str, 
 
 
 def case(number: int) -> tuple[Any, torch.Tensor, set[tuple[str, str]]]:
-    folder = shared_folder("interpbench", f"case_{number}")
+    folder = CASES / f"case_{number}"
     truth = json.loads((folder / "edges.json").read_text())["effective_edges"]
     tokens = load_file(folder / "data.safetensors")["clean_tokens"].long()
     return architectures.interpbench(folder), tokens[:256], {(source, target) for source, target in truth}

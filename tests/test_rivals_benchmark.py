@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import rivals
-from tests.helpers import shared_folder
+from tests.helpers import CASES
 from tl_circuitlasso.demo import load_demo
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.stability import Stability
@@ -58,7 +58,7 @@ def test_prompts_are_grouped_by_the_first_word_that_tells_them_apart():
 
 @pytest.mark.slow
 def test_known_circuits_are_run_and_not_run_again(tmp_path, monkeypatch, capsys):
-    folder, file = shared_folder("interpbench"), tmp_path / "table.json"
+    folder, file = CASES, tmp_path / "table.json"
     words = ["rivals", "cases", str(folder), "--only", "13", "--prompts", "16", "--resamples", "2", "--json", str(file)]
     for methods in (["EAP"], ["EAP", "RelP", "random"]):
         monkeypatch.setattr(sys, "argv", [*words, "--methods", *methods])

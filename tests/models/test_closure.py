@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests import architectures
-from tests.helpers import shared_folder
+from tests.helpers import CASES
 from tl_circuitlasso.errors import ModelError
 from tl_circuitlasso.models import adapt, closure_check, closure_report, rotary
 
@@ -57,7 +57,7 @@ def test_half_precision_bridge_closes() -> None:
 
 @pytest.mark.parametrize("case", ["case_3", "case_13", "case_12"])
 def test_trained_models_close(case: str) -> None:
-    model = architectures.interpbench(shared_folder("interpbench", case))
+    model = architectures.interpbench(CASES / case)
     assert closure_check(adapt(model), architectures.prompts(model.cfg.d_vocab, length=model.cfg.n_ctx)) < EXACT
 
 
