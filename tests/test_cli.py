@@ -216,6 +216,8 @@ def test_discover_runs_a_local_model_to_files(
     }  # fmt: skip
     graph = tcl.AttributionGraph.load(tmp_path / "out")
     assert graph.provenance["prompts"] == 24 and graph.n_kept > 0
+    page = (tmp_path / "out" / "graph.html").read_text(encoding="utf-8")
+    assert f"<title>{model_folder.name}: p.txt</title>" in page  # names, not the folders of this machine
     assert "Edges kept" in capsys.readouterr().out
     options = ["--design", "activation", "--nonlinear", "--basis", "neuron", "--strength", "0.3"]
     assert main([*words, "--limit", "8", *options]) == 0
@@ -587,6 +589,8 @@ def test_a_mistyped_model_gets_the_names_near_it(tmp_path: Path, capsys: pytest.
 def test_other_methods_run_on_the_bundled_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "eap"
     assert main(["baseline", "eap", "demo", "demo", "--limit", "16", "--top", "6", "--out", str(folder)]) == 0
+    told = capsys.readouterr().out
+    assert "Explained: logit-diff, 16 prompt pairs" in told and "draw it with" in told
     graph = tcl.load(folder)
     demo = tcl.load_demo(prompts=16)
     metric = tcl.evaluate.logit_diff(demo.correct, demo.incorrect)

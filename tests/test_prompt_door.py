@@ -99,6 +99,13 @@ def test_words_of_other_than_one_token_are_named(model: Any, word: str, message:
 # ---- what disturbs a model ------------------------------------------------------------------------------------------
 
 
+def test_a_tokenizer_that_was_never_set_is_named() -> None:
+    model = architectures.hooked("gpt2")
+    model.tokenizer = architectures.tokenizer()
+    with pytest.raises(InputError, match=r"call `model\.set_tokenizer\(model\.tokenizer\)`"):
+        tcl.circuit_lasso(model, ["w3 w4", "w5 w6"])
+
+
 def test_a_hook_that_changes_the_model_is_named() -> None:
     model = architectures.hooked("gpt2")
     model.blocks[1].hook_resid_mid.add_hook(lambda activation, hook: activation + 1)

@@ -1,9 +1,20 @@
-"""What `dir` of a room shows: its public names, and nothing that is there only because the room's code needs it."""
+"""What names are shown: those of a room by `dir`, and a model's without the folders that it lies in."""
 
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+
+def of_model(name: str) -> str:
+    """A model's name as it is shown: of a folder its last part, of the hub's or TransformerLens's names all.
+
+    >>> of_model("/home/me/models/smollm2"), of_model("HuggingFaceTB/SmolLM2-135M"), of_model("gpt2")
+    ('smollm2', 'HuggingFaceTB/SmolLM2-135M', 'gpt2')
+    """
+    folder = Path(name)
+    return folder.resolve().name if folder.is_absolute() or folder.is_dir() else name
 
 
 def directory(room: str, *more: str) -> Callable[[], list[str]]:

@@ -10,6 +10,7 @@ from typing import Any
 from tl_circuitlasso.cli.asking import TARGETS, Question, question
 from tl_circuitlasso.cli.options import MODEL, command, interactive, number_or_word, position, saes, writable
 from tl_circuitlasso.errors import InputError
+from tl_circuitlasso.naming import of_model
 
 
 def add(commands: Any) -> None:
@@ -126,7 +127,13 @@ def discover(arguments: argparse.Namespace) -> None:
     _print_stages(graph)
     if arguments.save_prompts:
         _save_prompts(out / "prompts.csv", bundled.prompts if bundled else prompts, asked)
-    _write_all(graph, out, f"{arguments.model}: {arguments.prompts or 'its own prompts'}")
+    _write_all(graph, out, _title(arguments))
+
+
+def _title(arguments: argparse.Namespace) -> str:
+    """Model and prompts by their names, without the folders that they lie in."""
+    prompts = "its own prompts" if arguments.prompts is None else arguments.prompts.name
+    return f"{of_model(arguments.model)}: {prompts}"
 
 
 def _bundled(arguments: argparse.Namespace) -> Any:

@@ -82,7 +82,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     print(report)
     if arguments.out:
         plots.curves(report.curves, arguments.out)
-        print(f"Wrote {arguments.out}")
+        print(f"Wrote {arguments.out}. Open it in a picture viewer")
 
 
 def baseline(arguments: argparse.Namespace) -> None:
@@ -103,8 +103,17 @@ def baseline(arguments: argparse.Namespace) -> None:
     graph = method(asked.model, asked.clean, asked.corrupted, asked.metric, **options)
     graph = graph if arguments.top is None else graph.top_k(arguments.top)
     graph.save(out)
+    print(f"Explained: {arguments.metric}, {_where(graph)}")
     print(graph)
     print(f"Wrote graph.json and graph.safetensors to {out}; draw it with circuitlasso plot {out} --out graph.html")
+
+
+def _where(graph: Any) -> str:
+    """What else a graph's record says of the question: prompts, positions and the unit of scores."""
+    known = graph.provenance
+    told = {"positions": known.get("positions"), "score": known.get("unit")}
+    parts = [f"{name}: {said}" for name, said in told.items() if said is not None]
+    return ", ".join([f"{known.get('prompts')} prompt pairs", *parts])
 
 
 def _features(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_circuitlasso import naming
 from tl_circuitlasso.errors import InputError, ModelError
 from tl_circuitlasso.models import rotary
 from tl_circuitlasso.models.architecture import (
@@ -57,7 +58,7 @@ class Adapter(Runner):
 
     def __init__(self, model: Any, kind: str) -> None:
         super().__init__(model, kind)
-        self.name = str(getattr(model.cfg, "model_name", None) or self.architecture)
+        self.name = naming.of_model(str(getattr(model.cfg, "model_name", None) or self.architecture))
         self.n_ctx = int(model.cfg.n_ctx)
         self.has_tokenizer = getattr(model, "tokenizer", None) is not None
         self._folded: dict[tuple[str, int], tuple[Any, int]] = {}  # with their bytes
@@ -162,6 +163,11 @@ class Adapter(Runner):
         """Tokens and mask of `prompts`, padded on the right, with the model's default of a first BOS token."""
         if not self.has_tokenizer:
             raise InputError("`tokens` are strings, but the model has no tokenizer; give token ids")
+        if getattr(getattr(self.model, "cfg", None), "tokenizer_prepends_bos", False) is None:
+            raise InputError(
+                "`tokens` are strings, but the model was never told about its tokenizer: call "
+                "`model.set_tokenizer(model.tokenizer)`, or give token ids"
+            )
         rows = [self.model.to_tokens(prompt)[0] for prompt in prompts]  # one by one: a pad may be a real token too
         width = max(len(row) for row in rows)
         tokens = rows[0].new_full((len(rows), width), self.special_ids()[1] or 0)
