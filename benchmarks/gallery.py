@@ -1,4 +1,4 @@
-"""The pictures of the README and of the documentation, drawn from the bundled model's circuit by the library itself.
+"""The pictures of the README and of the documentation, drawn by the library: of the bundled model, and of a real one.
 
     python -m benchmarks.gallery --out tutorials/images
     python -m benchmarks.gallery --out pictures --only circuit page
@@ -8,7 +8,9 @@ The page's picture is a screenshot in headless Chromium; it's left out where the
 """
 
 import argparse
+import base64
 import io
+import json
 import tempfile
 from collections.abc import Callable
 from functools import cached_property
@@ -23,6 +25,7 @@ from tl_circuitlasso.graph import AttributionGraph
 TITLE = "Indirect object identification"
 STRENGTHS = (0.6, 0.4, 0.25, 0.15, 0.1, 0.06, 0.03)
 LARGEST = 150_000  # bytes of a picture
+REAL = Path(__file__).parents[1] / "tutorials" / "6_real_model.ipynb"
 
 
 class Subject:
@@ -89,6 +92,19 @@ def comparison(subject: Subject, out: Path) -> Path:
     return _smaller(out / "comparison.png")
 
 
+def drawn_by_the_tutorial() -> bytes:
+    """The first picture among the outputs of tutorial 6."""
+    cells = json.loads(REAL.read_text(encoding="utf-8"))["cells"]
+    outputs = [output.get("data", {}) for cell in cells for output in cell.get("outputs", ())]
+    return base64.b64decode("".join(next(data["image/png"] for data in outputs if "image/png" in data)))
+
+
+def real_circuit(subject: Subject, out: Path) -> Path:
+    """The circuit of a real model, as tutorial 6 drew it when it was last run where the model is."""
+    (out / "real_circuit.png").write_bytes(drawn_by_the_tutorial())
+    return _smaller(out / "real_circuit.png", colours=256)
+
+
 def page(subject: Subject, out: Path) -> Path | None:
     """The interactive page with two graphs, one node selected."""
     from benchmarks.page import browser, open_page
@@ -145,22 +161,25 @@ def for_the_site(out: Path) -> None:
         draw(subject, out)
 
 
-def _smaller(path: Path) -> Path:
-    """A PNG of at most 1360 pixels across, packed as tightly as it goes."""
+def _smaller(path: Path, colours: int | None = None) -> Path:
+    """A PNG of at most 1360 pixels across and so many colours (None: all), packed as tightly as it goes.
+
+    Colours are chosen to cover all that occur, since a thin line's says as much as a wide one's.
+    """
     from PIL import Image
 
     image = Image.open(io.BytesIO(path.read_bytes())).convert("RGB")
-    image = (
-        image.resize((1360, round(1360 * image.height / image.width)), Image.Resampling.LANCZOS)
-        if image.width > 1400
-        else image
-    )
+    if image.width > 1400:
+        image = image.resize((1360, round(1360 * image.height / image.width)), Image.Resampling.LANCZOS)
+    if colours is not None:
+        image = image.quantize(colours, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     image.save(path, optimize=True)
     return path
 
 
 PICTURES: dict[str, Callable[[Subject, Path], Path | None]] = {
-    made.__name__: made for made in (circuit, heatmap, strength, scatter, comparison, live, page, concepts)
+    made.__name__: made
+    for made in (circuit, heatmap, strength, scatter, comparison, real_circuit, live, page, concepts)
 }
 
 

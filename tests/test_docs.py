@@ -4,11 +4,15 @@ Models and SAEs that a page takes from the hub are stood in for by small random 
 own words: what a page calls exists and works, what it would find isn't tested here.
 """
 
+import importlib.util
+import io
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -163,3 +167,46 @@ def test_every_page_is_in_the_contents() -> None:
     pages = [*(page.relative_to(ROOT / "docs").as_posix() for page in PAGES[1:])]
     pages += [f"tutorials/{path.name}" for path in (ROOT / "tutorials").glob("*.ipynb")]
     assert [page for page in pages if f": {page}\n" not in contents] == []
+
+
+def test_links_of_a_site_are_followed(tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("links", ROOT / "docs" / "site" / "links.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["links"] = module  # where a dataclass looks for its module
+    spec.loader.exec_module(module)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "index.html").write_text('<h2 id="there"></h2><a href="a/b.html#here">b</a> <a href="#there">t</a>')
+    (tmp_path / "a" / "b.html").write_text(
+        '<a id="here" href="../index.html#away">i</a><img src="https://x.org/p.png">'
+    )
+    (tmp_path / "llms.txt").write_text("- [b](a/b.html)\n- [c](a/c.html)\n")
+    found = module.follow(tmp_path)
+    assert (found.pages, found.followed) == (2, 5)
+    assert set(found.dead) == {("a/b.html", "../index.html#away"), ("llms.txt", "a/c.html")}
+
+
+def test_a_bare_install_is_listed_whole() -> None:
+    from benchmarks.installed import closure, direct, sizes
+
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = page.partition("## What a bare install brings")[2]
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no reader of TOML")
+    needed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    assert all(re.search(rf"\b{re.split('[<>=]', need)[0]}\b", table) for need in needed)
+    assert "numpy" in direct("pandas") and {"numpy", "pandas"} <= closure(["pandas"])
+    own, saved = sizes("pandas")["numpy"]
+    assert 10e6 < own <= saved
+
+
+def test_a_real_models_circuit_is_the_tutorials() -> None:
+    from PIL import Image
+
+    from benchmarks.gallery import LARGEST, drawn_by_the_tutorial
+
+    shown = ROOT / "tutorials" / "images" / "real_circuit.png"
+    assert f"{RAW}/main/tutorials/images/{shown.name}" in README.read_text(encoding="utf-8")
+    assert shown.stat().st_size < LARGEST
+    pictures = [Image.open(file).convert("RGB") for file in (shown, io.BytesIO(drawn_by_the_tutorial()))]
+    ours, theirs = (np.asarray(picture).astype(int) for picture in pictures)
+    assert int(np.abs(ours - theirs).max()) < 10  # also of the thin lines that say which colour is which port
