@@ -209,4 +209,6 @@ def test_a_real_models_circuit_is_the_tutorials() -> None:
     assert shown.stat().st_size < LARGEST
     pictures = [Image.open(file).convert("RGB") for file in (shown, io.BytesIO(drawn_by_the_tutorial()))]
     ours, theirs = (np.asarray(picture).astype(int) for picture in pictures)
-    assert int(np.abs(ours - theirs).max()) < 10  # also of the thin lines that say which colour is which port
+    again = "python -m benchmarks.gallery --out tutorials/images --only real_circuit"
+    assert ours.shape == theirs.shape, again
+    assert int(np.abs(ours - theirs).max()) < 10, again  # also of the thin lines that say which colour is which port
