@@ -54,7 +54,10 @@ def tell_ahead(asked: Job, job: Job) -> None:
 def _may_be_long(job: Job) -> bool:
     if read.operations(job.adapter)[2] * job.prompts.width * job.given < WORTH:
         return False
-    few = first_prompts(_first(job), FEW)
+    told = first_prompts(_first(job), TOLD)
+    if not bool(told.keep.any(1).all()):  # some of them have nothing that could be timed
+        return False
+    few = first_prompts(told, FEW)
     return _timed(job, _bare(job), few) / len(few.tokens) * job.given * USUAL >= EVERY
 
 
