@@ -137,6 +137,18 @@ def test_where_costs_have_no_gap_the_circuit_is_what_has_a_weight(monkeypatch: p
     assert bool((decided.extras["stability"][~decided.kept] == 0).all())
 
 
+@pytest.mark.parametrize("contrast", [True, False])
+def test_random_partners_ask_more_of_an_edge_than_counterparts(monkeypatch: pytest.MonkeyPatch, contrast: bool) -> None:
+    """One part in 20,000 of the target's squared difference: enough between counterparts, of which it needs 30,000."""
+    monkeypatch.setattr(learning_read, "MANY_PAIRS", 0)
+    some = read_statistics(1e-4)
+    rows = some.rows["contributions"]
+    rows[:, 5] = (1 / 20_000) ** 0.5 * rows[:, 7]  # from the input to the target, beside what comes through the MLP
+    graph = learn(replace(some, meta={**some.meta, "contrast": contrast}))
+    row = next(row for row in graph.edge_table().itertuples() if (row.source, row.target) == ("input", "logits"))
+    assert (row.weight > 0) is contrast
+
+
 @pytest.mark.parametrize(("weak", "kept"), [(0.5, True), (0.05, True), (1e-4, False)])
 def test_an_edge_counts_from_about_one_percent(weak: float, kept: bool) -> None:
     assert (("input", "logits") in learn(read_statistics(weak)).kept_edges()) is kept

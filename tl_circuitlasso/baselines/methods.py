@@ -2,7 +2,9 @@
 metric, **options)`, options as the method's own signature has them."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Unpack
+from typing import Any
+
+from typing_extensions import Unpack
 
 from tl_circuitlasso.baselines.acdc import acdc
 from tl_circuitlasso.baselines.exact import exact

@@ -20,6 +20,7 @@ from tl_circuitlasso.progress import bar as counting
 from tl_circuitlasso.solve.distributed import gather_solutions
 
 LEAST_SHARE = 1 / 30_000  # of the target's mean squared difference: what an edge must explain where regression decides
+LEAST_SHARE_ALONE = 1 / 10_000  # the same without counterparts, where prompts differ in more than one thing
 MANY_PAIRS = 256  # where more pairs of components are costly enough, costs have no gap and the regression decides
 ENOUGH = 0.8  # of the target's difference: what the edges chosen by cost must carry between counterparts
 LEFT_OUT = 0.1  # of its score is what an edge keeps that the regression leaves out: others carry what it carries
@@ -73,7 +74,8 @@ def learn_read(
     carried = edges.carried(found, counted)
     crowded, lacking = int(kept.sum()) > MANY_PAIRS, bool(statistics.meta["contrast"]) and carried < ENOUGH
     dense = strength == "auto" and (crowded or lacking)
-    asked = Asked(strength, LEAST_SHARE * float(total.square().sum()) / count, count, tol, decides=dense)
+    least = LEAST_SHARE if statistics.meta["contrast"] else LEAST_SHARE_ALONE
+    asked = Asked(strength, least * float(total.square().sum()) / count, count, tol, decides=dense)
     with ranks.together():
         mine = [number for number in range(len(found)) if ranks.mine(number)]
         solving = counting(mine, progress=progress, desc="solve", unit="regression")
@@ -90,13 +92,13 @@ def learn_read(
         score = between_counterparts(extras["mean_effect"], extras["mean_abs"])
     if dense:
         if statistics.meta["contrast"]:
-            least, size = LEFT_OUT, extras.get("mean_abs", score.abs())
+            rest, size = LEFT_OUT, extras.get("mean_abs", score.abs())
             keep, extras["stability"] = _grown(index, edges, found, size, weight, generator)
         else:
-            least, keep = LEFT_OUT_ALONE, weight > 0
+            rest, keep = LEFT_OUT_ALONE, weight > 0
             extras["stability"] = resampled(found, solutions, asked, generator)
         carried = edges.carried(found, keep)
-        score = score * (least + (1 - least) * weight)
+        score = score * (rest + (1 - rest) * weight)
     else:
         extras["stability"] = edges.of_pairs(edges.stability(pairs, node_cost, generator))
         allowed = {"auto": torch.ones_like(weight, dtype=torch.bool), "stability": extras["stability"] >= solve.STABLE}

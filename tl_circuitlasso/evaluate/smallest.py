@@ -5,9 +5,10 @@ looked up: a few sizes are measured, then a few between the last that is too sma
 """
 
 from dataclasses import replace
-from typing import Any, Unpack
+from typing import Any
 
 import torch
+from typing_extensions import Unpack
 
 from tl_circuitlasso.data.targets import LogitDiff
 from tl_circuitlasso.errors import InputError

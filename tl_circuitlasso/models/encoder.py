@@ -140,8 +140,10 @@ class Encoder:
     def decoded(self, codes: Float[Tensor, "sample feature"]) -> Float[Tensor, "sample out"]:
         """What the codes alone say: a decoder that would add the skip connection itself is shown an input of zeros."""
         skip = getattr(self.sae, "W_skip", None)
-        beside = "input_acts" in signature(self.sae.decode).parameters and isinstance(skip, Tensor)
-        found = self.sae.decode(codes, skip.new_zeros(len(codes), skip.shape[1])) if beside else self.sae.decode(codes)
+        shown = {}
+        if isinstance(skip, Tensor) and "input_acts" in signature(self.sae.decode).parameters:
+            shown = {"input_acts": skip.new_zeros(len(codes), skip.shape[1])}
+        found = self.sae.decode(codes, **shown)
         found = found.flatten(1) if isinstance(found, Tensor) and found.ndim > 2 else found
         self._check_shape("decode", found, (len(codes), self.width))
         return found
