@@ -113,7 +113,7 @@ def _outputs_stage(job: Job) -> Stage:
 def _probe_stage(job: Job) -> Stage:
     """A linear probe of the final stream, on as many samples as it needs."""
     rows, positions = _sizes(job)
-    final = f"blocks.{job.adapter.shape.n_layers - 1}.hook_resid_post"
+    final = job.adapter.final
     stream = footprint.held(job.adapter, [final], rows, positions)
     samples = job.used * (1 if job.last else positions)
     need = 8 * PROBE_COPIES * min(samples, CAPACITY) * job.adapter.shape.d_model

@@ -64,7 +64,7 @@ class Layer:
 
 def wanted(adapter: Adapter, rules: Rules = SECANT) -> tuple[str, ...]:
     """The activations that a sweep reads."""
-    shape, last = adapter.shape, adapter.shape.n_layers - 1
+    shape = adapter.shape
     kinds = ["v", "pattern", "scale.attn", "scale.attn_out"]
     if not rules.attention:
         kinds += ["q", "k", "scale.q", "scale.k"]
@@ -74,7 +74,7 @@ def wanted(adapter: Adapter, rules: Rules = SECANT) -> tuple[str, ...]:
         kinds += ["mlp_pre", "mlp_post", "scale.mlp", "scale.mlp_out"] + ["mlp_linear"] * shape.gated
     return (
         "scale.final",
-        f"resid_post.{last}",
+        adapter.final,
         *(f"{kind}.{layer}" for kind in dict.fromkeys(kinds) for layer in range(shape.n_layers)),
     )
 

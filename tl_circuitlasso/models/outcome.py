@@ -118,7 +118,7 @@ class Outcome:
 
 def wanted(adapter: Adapter, target: Target) -> tuple[str, ...]:
     """The activations that `outcome` reads beside the sweep's."""
-    final = f"blocks.{adapter.shape.n_layers - 1}.hook_resid_post"
+    final = adapter.final
     return ("logits", final) if target is None else (final,)
 
 
@@ -171,7 +171,7 @@ def _answer_column(adapter: Adapter, ids: Int[Tensor, "pair answer"]) -> Float[T
 
 
 def _final(adapter: Adapter, acts: Mapping[str, Tensor], pairs: Pairing) -> Float[Tensor, "pair d_model"]:
-    stream = acts[f"blocks.{adapter.shape.n_layers - 1}.hook_resid_post"] / acts["scale.final"]
+    stream = acts[adapter.final] / acts["scale.final"]
     return stream[pairs.own, pairs.position]
 
 

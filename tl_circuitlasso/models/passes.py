@@ -108,6 +108,11 @@ class Runner:
         return (find_module(self.model, name) if isinstance(name, str) else None) or point
 
     @property
+    def final(self) -> str:
+        """The key of the residual stream behind the last layer."""
+        return f"resid_post.{self.shape.n_layers - 1}"
+
+    @property
     def shortformer(self) -> bool:
         """Whether positions join what queries and keys read, and not the residual stream."""
         return is_shortformer(self.model)

@@ -172,7 +172,7 @@ class _Readers:
                 yield from ((f"projected.{port}.{layer}", partial(self._swap_port, layer, port)) for port in PORTS)
             if not shape.attn_only:
                 yield f"mlp_read.{layer}", partial(self._swap_mlp, layer)
-        yield f"resid_post.{shape.n_layers - 1}", self._swap_end
+        yield self.adapter.final, self._swap_end
 
     def value(self, key: str) -> Float[Tensor, "circuit batch pos ..."]:
         """An activation of this pass."""

@@ -23,7 +23,7 @@ def target_site(target: Target) -> Site:
 def wanted(adapter: Adapter, target: Target) -> tuple[str, ...]:
     """The activations that `columns` reads."""
     if target is None:
-        return (f"blocks.{adapter.shape.n_layers - 1}.hook_resid_post", "scale.final")
+        return (adapter.final, "scale.final")
     return ("logits",) if isinstance(target, LogitDiff) else ()
 
 
@@ -70,7 +70,7 @@ def columns(
     """The target's value at every kept sample; `prompts` are the batch's prompt numbers in the data set."""
     if target is None:
         assert metric is not None
-        final = acts[f"blocks.{adapter.shape.n_layers - 1}.hook_resid_post"] / acts["scale.final"]
+        final = acts[adapter.final] / acts["scale.final"]
         return final[keep] @ metric.to(final)
     if isinstance(target, LogitDiff):
         return answer_difference(acts["logits"], target, prompts)[keep][:, None]

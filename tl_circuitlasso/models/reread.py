@@ -130,7 +130,7 @@ class Kept:
 
     def _at_target(self, change: Float[Tensor, "pair pos d_model"]) -> Float[Tensor, "pair direction"]:
         view = self.view
-        last = f"resid_post.{view.adapter.shape.n_layers - 1}"
+        last = view.adapter.final
         rows = torch.arange(len(change), device=change.device)
         here, stream = change[rows, view.target], view.ends(last)[0][rows, view.target]
         return self.goal.reads(_moved(stream, here, view.adapter.norm("scale.final")))

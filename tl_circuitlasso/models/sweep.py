@@ -59,9 +59,8 @@ def wanted(adapter: Adapter) -> tuple[str, ...]:
     if not adapter.shape.attn_only:
         kinds += ["mlp_pre", "mlp_out", "scale.mlp", "scale.mlp_out"] + ["mlp_linear"] * adapter.shape.gated
     layers = range(adapter.shape.n_layers)
-    final = f"resid_post.{adapter.shape.n_layers - 1}"
     kinds.append("resid_pre")
-    return (final, "scale.final", *(f"{kind}.{layer}" for kind in kinds for layer in layers))
+    return (adapter.final, "scale.final", *(f"{kind}.{layer}" for kind in kinds for layer in layers))
 
 
 def sweep(

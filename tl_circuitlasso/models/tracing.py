@@ -103,8 +103,7 @@ class _Tape:
         self.layers = range(adapter.shape.n_layers)
         self.with_mlps = () if adapter.shape.attn_only else self.layers
         self.shared = keeps_heads_shared(adapter)
-        self.end = f"resid_post.{self.layers[-1]}"
-        wanted = [self.end, *(key for layer in self.layers for key in self._keys(layer)), "logits"]
+        wanted = [adapter.final, *(key for layer in self.layers for key in self._keys(layer)), "logits"]
         self.made = ForwardPass(adapter, tokens, mask, wanted, own_heads=True, gradients=True)
 
     def _keys(self, layer: int) -> Iterator[str]:
@@ -133,7 +132,7 @@ class _Tape:
     def differentiated(self) -> list[str]:
         """The activations whose derivatives are asked for."""
         kinds = [f"projected.{port}" for port in PORTS] + ["z"] * (self.outputs or self.shared)
-        keys = [self.end, *(f"{kind}.{layer}" for kind in kinds for layer in self.layers)]
+        keys = [self.adapter.final, *(f"{kind}.{layer}" for kind in kinds for layer in self.layers)]
         keys += [f"mlp_read.{layer}" for layer in self.with_mlps]
         if self.outputs:
             behind = [layer for layer in self.layers if self._behind_norm(layer)]
@@ -157,14 +156,14 @@ class _Tape:
             logits=self.heard("logits"),
             values=values,
             streams=Streams(
-                tuple(self.heard(f"resid_pre.{layer}") for layer in layers), mlp_streams, self.heard(self.end)
+                tuple(self.heard(f"resid_pre.{layer}") for layer in layers), mlp_streams, self.heard(self.adapter.final)
             ),
             ports=tuple(self._ports(grads, layer) for layer in layers),
             mlps=tuple(
                 norm_gradient(mlp_norm(adapter, layer), stream, grads[f"mlp_read.{layer}"])
                 for layer, stream in zip(self.with_mlps, mlp_streams)
             ),
-            unembed=grads[self.end],
+            unembed=grads[self.adapter.final],
             written=self._outputs(grads) if self.outputs else None,
         )
 
