@@ -1,7 +1,8 @@
 """Two processes under gloo find the graph of one: every design and target, checkpoints, and errors that reach all."""
 
+import json
 import os
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,22 @@ def interrupted_and_resumed(folder: Path, rank: int) -> None:
     whole.save(folder / f"resumed-{rank}.safetensors")
 
 
+def mapped(folder: Path, rank: int) -> None:
+    """Five items, of which the third fails the second time."""
+    worked: list[int] = []
+
+    def work(item: int, bad: int = -1) -> dict[str, torch.Tensor]:
+        worked.append(item)
+        if item == bad:
+            raise tcl.ModelError("bad item")
+        return {"square": torch.tensor(item * item), **({"odd": torch.ones(item)} if item % 2 else {})}
+
+    made = as_ranks("world").map(range(5), work, lambda made: {name: x.tolist() for name, x in made.items()})
+    (folder / f"mapped-{rank}.json").write_text(json.dumps([made, worked]))
+    with message_of(folder, "bad-item", rank):
+        as_ranks("world").map(range(5), partial(work, bad=2), dict)
+
+
 def worker(rank: int, folder: Path) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
     torch.set_num_threads(1)
@@ -89,6 +106,7 @@ def worker(rank: int, folder: Path) -> None:
         found(case, "world").save(folder / f"{case}-{rank}.safetensors")
     of_demo(dist.group.WORLD).save(folder / f"demo-{rank}.safetensors")
     interrupted_and_resumed(folder, rank)
+    mapped(folder, rank)
     model = architectures.small()
     if rank == 1:
         model.blocks[0].mlp.W_out.data[:] = torch.nan
@@ -157,6 +175,15 @@ def test_a_killed_collection_goes_on_from_the_files_of_both_processes(folder: Pa
         for key, moments in alone.moments.items():
             assert resumed.moments[key].count == moments.count
             torch.testing.assert_close(resumed.moments[key].gram(), moments.gram(), rtol=1e-9, atol=1e-12)
+
+
+def test_items_are_dealt_out_and_all_have_what_is_made_of_each(folder: Path) -> None:
+    found = [json.loads((folder / f"mapped-{rank}.json").read_text()) for rank in range(2)]
+    whole = [{"square": n * n, **({"odd": [1.0] * n} if n % 2 else {})} for n in range(5)]
+    assert [made for made, _ in found] == [whole, whole]
+    assert [worked for _, worked in found] == [[0, 2, 4], [1, 3]]
+    messages = [(folder / f"bad-item-{rank}.txt").read_text() for rank in range(2)]
+    assert messages[0].startswith("ModelError") and "rank 0 of 2 failed: ModelError: bad item" in messages[1]
 
 
 def test_an_error_in_one_process_is_raised_in_all(folder: Path) -> None:

@@ -7,10 +7,10 @@ and what doesn't add up is gathered as safetensors bytes (nothing is ever unpick
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
@@ -19,6 +19,8 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from tl_circuitlasso.errors import CircuitLassoError, InputError
+
+Item, Made = TypeVar("Item"), TypeVar("Made")
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +38,38 @@ class Ranks:
     def mine(self, number: int) -> bool:
         """Whether the part of this number falls to this process."""
         return number % self.size == self.rank
+
+    def map(
+        self,
+        items: Iterable[Item],
+        work: Callable[[Item], Mapping[str, Tensor]],
+        join: Callable[[dict[str, Tensor]], Made],
+    ) -> list[Made]:
+        """What `work` makes of every item, in their order, on every process: items are dealt out in turn.
+
+        What is made travels as tensors by name, and `join` makes of them what is wanted. Every process walks through
+        all of `items`, which must be the same on each.
+
+        Raises
+        ------
+        CircuitLassoError: another process failed; the message says which, and why.
+
+        >>> ALONE.map([1, 2], lambda n: {"square": torch.tensor(n * n)}, lambda made: int(made["square"]))
+        [1, 4]
+        """
+        own: dict[str, Tensor] = {}
+        count = 0
+        with self.together():
+            for number, item in enumerate(items):
+                count += 1
+                if self.mine(number):
+                    own |= {f"{number}/{name}": tensor for name, tensor in work(item).items()}
+        made: list[dict[str, Tensor]] = [{} for _ in range(count)]
+        for part in self.gather(own):
+            for key, tensor in part.items():
+                number, _, name = key.partition("/")
+                made[int(number)][name] = tensor
+        return [join(part) for part in made]
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, the same on each; `tensor` itself where there is one only."""

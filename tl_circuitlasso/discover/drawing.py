@@ -6,6 +6,7 @@ prompt stands for size / drawn prompts of its stratum, so that means over the sa
 """
 
 from dataclasses import dataclass
+from operator import itemgetter
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -83,16 +84,11 @@ def _outputs(
         return target.y, 0
     if isinstance(target, Values):
         return _binned(target.y), 0
-    found: dict[str, Tensor] = {}
-    with ranks.together():
-        bar = counting(prompts, desc="outputs", unit="batch", progress=progress)
-        for number, batch in enumerate(bar):
-            if ranks.mine(number):
-                found[str(number)] = _said(adapter, batch, target)
-    everyones = {int(number): part for parts in ranks.gather(found) for number, part in parts.items()}
-    said = torch.cat([everyones[number] for number in sorted(everyones)])
+    bar = counting(prompts, desc="outputs", unit="batch", progress=progress)
+    found = ranks.map(bar, lambda batch: {"said": _said(adapter, batch, target)}, itemgetter("said"))
+    said = torch.cat(found)
     numbers = isinstance(target, LogitDiff) or said.is_floating_point()
-    return (_binned(said) if numbers else said), len(everyones)
+    return (_binned(said) if numbers else said), len(found)
 
 
 def _said(adapter: Adapter, batch: Batch, target: Target) -> Shaped[Tensor, " batch"]:

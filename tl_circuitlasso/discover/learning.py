@@ -4,7 +4,7 @@ This is the step that needs no model: a statistics file is all it takes, so a gr
 strength in the time of a solve.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -46,12 +46,12 @@ def learn_children(
     InputError: fewer than two samples, or a strength that needs folds the statistics don't have.
     """
     index = _index(statistics)
-    own: dict[int, Learned] = {}
     work = regressions(statistics, index)
-    with ranks.together():
-        for number, mine in counting(list(_dealt(work, ranks)), progress=progress, desc="solve", unit="regression"):
-            own[number] = _solve(Problem(work[number], mine, statistics), strength, tol, seed)
-    found = _everyones(own, len(work), ranks)
+
+    def solved(regression: Regression, mine: Tensor) -> Learned:
+        return _solve(Problem(regression, mine, statistics), strength, tol, seed)
+
+    found = _everyones(work, solved, progress, ranks)
     share = torch.cat([one.share for one in found])
     score = propagate(*_ends(found), share, ranks=index.ranks, roots=torch.tensor([len(index) - 1]))
     grouped = any(
@@ -82,18 +82,15 @@ def learn_in_one(
     put = partial(Problem, statistics=statistics, scaled=False, by_entry=True)
     numbers = [one for one in work if not _of_classes(one, statistics)]
     largest = max((_limit(put(one, one.child_nodes)) for one in numbers), default=0.0)
-    own: dict[int, Learned] = {}
-    with ranks.together():
-        for number, mine in counting(list(_dealt(work, ranks)), progress=progress, desc="solve", unit="regression"):
-            problem = put(work[number], mine)
-            if _of_classes(work[number], statistics):
-                solution = _classify(problem, level, tol)
-            else:
-                solution = solve.at_strength(
-                    problem.data, level * largest, penalty=problem.penalty, tol=tol, strength_is="absolute"
-                ).solution
-            own[number] = by_node(problem, solution)
-    found = _everyones(own, len(work), ranks)
+
+    def solved(regression: Regression, mine: Tensor) -> Learned:
+        problem = put(regression, mine)
+        if _of_classes(regression, statistics):
+            return by_node(problem, _classify(problem, level, tol))
+        options = {"penalty": problem.penalty, "tol": tol, "strength_is": "absolute"}
+        return by_node(problem, solve.at_strength(problem.data, level * largest, **options).solution)
+
+    found = _everyones(work, solved, progress, ranks)
     return assemble(index, found, torch.cat([one.weight.abs() for one in found]), GROUP_CENTRE)
 
 
@@ -130,30 +127,24 @@ def whole_strength(strength: float | str) -> float:
     return WHOLE_STRENGTH if isinstance(strength, str) else strength
 
 
-def _dealt(work: Sequence[Regression], ranks: Ranks) -> Iterator[tuple[int, Int[Tensor, " mine"]]]:
-    """The regressions by number with the child nodes that fall to this process; children are dealt out in turn."""
+def _everyones(
+    work: Sequence[Regression], solved: Callable[[Regression, Tensor], Learned], progress: bool, ranks: Ranks
+) -> list[Learned]:
+    """All regressions, each solved in as many parts as there are processes: child nodes are dealt out in turn."""
+    parts: list[tuple[Regression, Tensor]] = []
     before = 0
-    for number, regression in enumerate(work):
+    for regression in work:
         children = regression.child_nodes.unique()
-        mine = children[(before + torch.arange(len(children))) % ranks.size == ranks.rank]
+        turns = (before + torch.arange(len(children))) % ranks.size
+        parts += [(regression, children[turns == turn]) for turn in range(ranks.size)]
         before += len(children)
-        if len(mine):
-            yield number, mine
 
+    def tensors(part: tuple[Regression, Tensor]) -> dict[str, Tensor]:
+        return {name: x for name, x in vars(solved(*part)).items() if x is not None} if len(part[1]) else {}
 
-def _everyones(own: Mapping[int, "Learned"], count: int, ranks: Ranks) -> list["Learned"]:
-    """All regressions' results, from the parts that the processes have solved."""
-    if ranks.size == 1:
-        return [own[number] for number in range(count)]
-    named = {f"{number}/{name}": x for number, one in own.items() for name, x in vars(one).items() if x is not None}
-    parts = ranks.gather(named)
-    return [
-        Learned.joined([under for part in parts if (under := _under(f"{number}/", part))]) for number in range(count)
-    ]
-
-
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+    made = ranks.map(counting(parts, progress=progress, desc="solve", unit="regression"), tensors, dict)
+    shares = [made[first : first + ranks.size] for first in range(0, len(made), ranks.size)]
+    return [Learned.joined([part for part in share if part]) for share in shares]
 
 
 def _solve(problem: Problem, strength: float | str, tol: float, seed: int) -> Learned:

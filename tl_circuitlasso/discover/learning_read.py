@@ -17,7 +17,7 @@ from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph, selection
 from tl_circuitlasso.graph.nodes import NodeIndex
 from tl_circuitlasso.progress import bar as counting
-from tl_circuitlasso.solve.distributed import gather_solutions
+from tl_circuitlasso.solve.distributed import packed, unpacked
 
 LEAST_SHARE = 1 / 30_000  # of the target's mean squared difference: what an edge must explain where regression decides
 LEAST_SHARE_ALONE = 1 / 10_000  # the same without counterparts, where prompts differ in more than one thing
@@ -76,11 +76,8 @@ def learn_read(
     dense = strength == "auto" and (crowded or lacking)
     least = LEAST_SHARE if statistics.meta["contrast"] else LEAST_SHARE_ALONE
     asked = Asked(strength, least * float(total.square().sum()) / count, count, tol, decides=dense)
-    with ranks.together():
-        mine = [number for number in range(len(found)) if ranks.mine(number)]
-        solving = counting(mine, progress=progress, desc="solve", unit="regression")
-        own = {number: garrote(found[number], asked) for number in solving}
-    solutions = gather_solutions(own, ranks)
+    work = counting(found, progress=progress, desc="solve", unit="regression")
+    solutions = ranks.map(work, lambda child: packed(garrote(child, asked)), unpacked)
     weight = torch.cat([solution.value.flatten() for solution in solutions])
     generator = torch.Generator().manual_seed(seed)
     extras: dict[str, torch.Tensor] = {}

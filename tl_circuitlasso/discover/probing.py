@@ -5,6 +5,8 @@ their own; for `Labels` and `Values` they are regressed first, with the library'
 """
 
 import logging
+from collections.abc import Iterator
+from operator import itemgetter
 
 import torch
 from jaxtyping import Float, Shaped
@@ -17,7 +19,7 @@ from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.outcome import Probe
 from tl_circuitlasso.models.readout import last_only
-from tl_circuitlasso.models.tokens import Prompts
+from tl_circuitlasso.models.tokens import Batch, Prompts
 from tl_circuitlasso.progress import bar
 
 logger = logging.getLogger(__name__)
@@ -93,20 +95,21 @@ def _samples(
 ) -> tuple[Float[Tensor, "sample d_model"], Shaped[Tensor, " sample"], int]:
     """The final stream where it is sampled, what it is to say there, and the passes of all processes, which deal the
     batches out among themselves."""
-    final = f"blocks.{adapter.shape.n_layers - 1}.hook_resid_post"
-    streams: dict[str, Tensor] = {}
-    values, count = [], 0
-    with ranks.together():
-        for number, batch in enumerate(bar(prompts, desc="probe", unit="batch", progress=progress)):
+    values: list[Tensor] = []
+
+    def sampled() -> Iterator[tuple[Batch, Tensor]]:
+        for batch in bar(prompts, desc="probe", unit="batch", progress=progress):
             keep = last_only(batch.keep) if last else batch.keep
-            if ranks.mine(number):
-                acts = adapter.run(batch.tokens, batch.mask, [final, "scale.final"])
-                streams[str(number)] = (acts[final] / acts["scale.final"])[keep].double().cpu()
             rows = torch.arange(batch.start, batch.start + len(batch.tokens))
             values.append(target.y[rows][:, None].expand(keep.shape)[keep.cpu()])
-            count += len(values[-1])
-            if count >= CAPACITY:
-                break
-    everyones = {number: stream for part in ranks.gather(streams) for number, stream in part.items()}
-    streams_in_order = [everyones[str(number)] for number in range(len(values))]
-    return torch.cat(streams_in_order), torch.cat(values), len(values)
+            yield batch, keep
+            if sum(map(len, values)) >= CAPACITY:
+                return
+
+    def stream(sample: tuple[Batch, Tensor]) -> dict[str, Tensor]:
+        batch, keep = sample
+        acts = adapter.run(batch.tokens, batch.mask, [adapter.final, "scale.final"])
+        return {"stream": (acts[adapter.final] / acts["scale.final"])[keep].double().cpu()}
+
+    streams = ranks.map(sampled(), stream, itemgetter("stream"))
+    return torch.cat(streams), torch.cat(values), len(values)

@@ -6,6 +6,7 @@ tested, those that the skeleton is least sure of.
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from tl_circuitlasso._checks import whole_number
-from tl_circuitlasso.data.sharing import Ranks, as_ranks
+from tl_circuitlasso.data.sharing import as_ranks
 from tl_circuitlasso.data.targets import LogitDiff
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.circuits import check_graph, kept_matrix
@@ -84,8 +85,9 @@ def confirm(
         layout = check_graph(graph, setup.adapter)
         live = live_rows(graph, layout, kept_matrix(graph, layout))
         rows = _weakest(graph, live, budget)
-        own = without_each(setup, graph, layout, layout.mask()[None], rows[ranks.rank :: ranks.size])
-    found = _everyones(own, len(rows), ranks)
+    shares = [rows[turn :: ranks.size] for turn in range(ranks.size)]
+    cut = partial(without_each, setup, graph, layout, layout.mask()[None])
+    found = _side_by_side(ranks.map(shares, lambda some: _tensors(cut(some)), dict), len(rows))
     check_scale(found)
     effects = found.base - found.values
     intervals = torch.tensor(mean_interval(effects, seed), dtype=torch.float64)
@@ -118,16 +120,18 @@ def _weakest(graph: AttributionGraph, rows: list[int], budget: int | None) -> li
     return sorted(sorted(rows, key=lambda row: abs(float(graph.score[row])))[:budget])
 
 
-def _everyones(own: Without, rows: int, ranks: Ranks) -> Without:
+def _tensors(made: Without) -> dict[str, Tensor]:
+    passes = torch.tensor(made.forward_passes, dtype=torch.float64)
+    return {**vars(made), "forward_passes": passes}
+
+
+def _side_by_side(parts: list[dict[str, Tensor]], rows: int) -> Without:
     """The edges of all processes, dealt out in turn; each has run the model and the ablated model for itself."""
-    if ranks.size == 1:
-        return own
-    parts = ranks.gather({name: getattr(own, name) for name in ("model", "ablated", "base", "values")})
-    values = own.values.new_zeros(rows, own.values.shape[1])
-    for rank, part in enumerate(parts):
-        values[rank :: ranks.size] = part["values"]
-    passes = float(ranks.sum(torch.tensor(own.forward_passes, dtype=torch.float64)))
     first = parts[0]
+    values = first["values"].new_zeros(rows, first["values"].shape[1])
+    for turn, part in enumerate(parts):
+        values[turn :: len(parts)] = part["values"]
+    passes = float(sum(part["forward_passes"] for part in parts))
     return Without(first["model"], first["ablated"], first["base"], values, passes)
 
 

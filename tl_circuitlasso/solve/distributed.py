@@ -107,29 +107,15 @@ def my_targets(targets: int, penalty: L1 | Group | None = None) -> Int[Tensor, "
     return (groups % ranks.size == ranks.rank).nonzero()[:, 0]
 
 
-def gather_solutions(own: Mapping[int, Solution], ranks: Ranks) -> list[Solution]:
-    """The solutions of all processes, each of which has solved some of a numbered list of problems, on every process.
-
-    Of the stats, tensors only are handed on.
-    """
-    if ranks.size == 1:
-        return [own[number] for number in sorted(own)]
-    packed = {f"{number}/{name}": x for number, one in own.items() for name, x in _packed(one).items()}
-    found: dict[int, dict[str, Tensor]] = {}
-    for part in ranks.gather(packed):
-        for key, tensor in part.items():
-            number, _, name = key.partition("/")
-            found.setdefault(int(number), {})[name] = tensor
-    return [_unpacked(found[number]) for number in sorted(found)]
-
-
-def _packed(solution: Solution) -> dict[str, Tensor]:
+def packed(solution: Solution) -> dict[str, Tensor]:
+    """A solution as tensors by name; of its stats, tensors only."""
     status = torch.tensor(list(Status).index(solution.status))
     plain = {"value": solution.value, "gap": solution.gap, "converged": solution.converged, "status": status}
     return plain | {f"stats.{name}": x for name, x in solution.stats.items() if isinstance(x, Tensor)}
 
 
-def _unpacked(tensors: Mapping[str, Tensor]) -> Solution:
+def unpacked(tensors: Mapping[str, Tensor]) -> Solution:
+    """What `packed` was given."""
     stats = {name.removeprefix("stats."): x for name, x in tensors.items() if name.startswith("stats.")}
     status = list(Status)[int(tensors["status"])]
     return Solution(tensors["value"], tensors["gap"], tensors["converged"], status, stats)
@@ -137,7 +123,7 @@ def _unpacked(tensors: Mapping[str, Tensor]) -> Solution:
 
 def _side_by_side(mine: Solution, columns: Int[Tensor, " mine"], ranks: Ranks) -> Solution:
     """One solution from the columns that every process has solved."""
-    parts = [(part.pop("columns"), _unpacked(part)) for part in ranks.gather(_packed(mine) | {"columns": columns})]
+    parts = [(part.pop("columns"), unpacked(part)) for part in ranks.gather(packed(mine) | {"columns": columns})]
     order = torch.cat([own for own, _ in parts]).argsort()
     solutions = [solution for _, solution in parts]
     per_target = ("strength", "strength_max", "iterations", "dead_targets")
