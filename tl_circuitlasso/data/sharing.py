@@ -20,7 +20,8 @@ from torch import Tensor
 
 from tl_circuitlasso.errors import CircuitLassoError, InputError
 
-Item, Made = TypeVar("Item"), TypeVar("Made")
+Item = TypeVar("Item")
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, eq=False)
