@@ -6,7 +6,7 @@ from jaxtyping import TypeCheckError
 
 from tests import annotations
 from tl_circuitlasso.data.statistics import Moments
-from tl_circuitlasso.solve.prox import group_shrink, soft_threshold
+from tl_circuitlasso.solve.prox import group_shrink, threshold
 
 MATRIX, ROW = torch.ones(3, 2), torch.ones(2)
 
@@ -14,15 +14,15 @@ MATRIX, ROW = torch.ones(3, 2), torch.ones(2)
 def test_wrong_shapes_are_refused_at_the_first_calls() -> None:
     for _ in range(annotations.CALLS):
         with pytest.raises(TypeCheckError, match="x"):
-            soft_threshold(ROW, MATRIX)
-    soft_threshold(ROW, MATRIX)  # no longer looked at
+            threshold(ROW, MATRIX)
+    threshold(ROW, MATRIX)  # no longer looked at
 
 
 def test_every_test_begins_afresh_and_functions_are_counted_apart() -> None:
     with pytest.raises(TypeCheckError):
-        soft_threshold(ROW, MATRIX)
+        threshold(ROW, MATRIX)
     for _ in range(annotations.CALLS):
-        soft_threshold(MATRIX, MATRIX)
+        threshold(MATRIX, MATRIX)
     with pytest.raises(TypeCheckError):
         group_shrink(MATRIX, torch.ones(1, 1), ROW.long(), torch.zeros(3, 1).long())
 

@@ -19,6 +19,7 @@ import torch
 
 from tests.solve.judge import Data, Terms, conic_optimum
 from tests.solve.problems import planted
+from tests.solve.residual_loss import QuadraticResidual
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.solve import (
     L1,
@@ -27,7 +28,6 @@ from tl_circuitlasso.solve import (
     Logistic,
     ProxNewton,
     QuadraticGram,
-    QuadraticResidual,
     RowSet,
     Softmax,
     TorchSet,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tl_circuitlasso.solve import L1, lasso, moments_of, working_set
+from tl_circuitlasso.solve import L1, lasso, moments_of, prepare, tiles, working_set
 
 kernels = pytest.importorskip("tl_circuitlasso.solve.kernels")
 
@@ -26,12 +26,12 @@ def problem(sources: int, targets: int, share: float, seed: int = 0) -> tuple[np
 def test_every_way_to_the_pull_gives_the_same(
     sources: int, share: float, kept: int, dtype: type, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(working_set, "KEEP_UP_TO", kept)
+    monkeypatch.setattr(tiles, "KEEP_UP_TO", kept)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     gram, cross, coef = (entry.astype(dtype) for entry in problem(sources, 150, share))
     todo, pull = np.arange(0, 150, 2), np.full_like(cross, np.nan)
-    tiled = working_set.Tiled(gram)
+    tiled = tiles.Tiled(gram)
     try:
         for _ in range(2):  # the second time with tiles that are there
             working_set.products(kernels, tiled, cross, coef, todo, pull)
@@ -44,8 +44,8 @@ def test_every_way_to_the_pull_gives_the_same(
 
 def test_tiles_hold_every_column_once() -> None:
     gram, _, _ = problem(700, 1, 0.1)
-    for _, tiles in working_set.Tiled(gram).strips():
-        assert np.array_equal(np.concatenate(list(tiles), 1)[:, :700], gram)
+    for _, group in tiles.Tiled(gram).strips():
+        assert np.array_equal(np.concatenate(list(group), 1)[:, :700], gram)
 
 
 def test_a_start_from_forbidden_entries_is_set_to_zero() -> None:
@@ -68,3 +68,16 @@ def test_more_targets_than_one_chunk_give_what_they_give_alone(monkeypatch: pyte
     parts = lasso(data.gram, data.cross, target_sq_norm=data.target_sq_norm, strength=0.3)
     torch.testing.assert_close(parts.value, whole.value, atol=1e-12, rtol=0)
     assert bool(parts.converged.all())
+
+
+def test_a_path_makes_the_tiles_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(900, 400, generator=generator, dtype=torch.float64)
+    y = x @ torch.where(torch.rand(400, 300, generator=generator) < 0.1, 1.0, 0.0).double()
+    data, made = moments_of(x - x.mean(0), y - y.mean(0)), []
+    real = tiles.Tiled.strips
+    monkeypatch.setattr(tiles.Tiled, "strips", lambda self: made.append(id(self)) or real(self))
+    problem = prepare(data.gram, data.cross, target_sq_norm=data.target_sq_norm)
+    for strength in (0.4, 0.2, 0.1):
+        problem.at(strength)
+    assert len(made) >= 3 and len(set(made)) == 1

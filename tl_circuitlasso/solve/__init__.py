@@ -42,7 +42,6 @@ from tl_circuitlasso.solve.lasso import prepare as prepare
 from tl_circuitlasso.solve.likelihoods import Logistic as Logistic
 from tl_circuitlasso.solve.likelihoods import Softmax as Softmax
 from tl_circuitlasso.solve.losses import QuadraticGram as QuadraticGram
-from tl_circuitlasso.solve.losses import QuadraticResidual as QuadraticResidual
 from tl_circuitlasso.solve.newton import ProxNewton as ProxNewton
 from tl_circuitlasso.solve.nonlinear import Dictionary as Dictionary
 from tl_circuitlasso.solve.nonlinear import fit_dictionary as fit_dictionary

@@ -168,15 +168,6 @@ class AbstractPenalty(ABC):
         """The convex conjugate of lambda * penalty with its squared part, which makes it finite everywhere."""
 
     @abstractmethod
-    def violation(
-        self,
-        coef: Float[Tensor, "source target"],
-        negative_gradient: Float[Tensor, "source target"],
-        strength: Float[Tensor, " target"],
-    ) -> Float[Tensor, " target"]:
-        """Largest distance of the negative gradient to lambda times the subdifferential: 0 exactly at an optimum."""
-
-    @abstractmethod
     def ridge(self, strength: Float[Tensor, " target"]) -> Float[Tensor, "#source #target"] | None:
         """mu_ij of the squared part 1/2 sum_ij mu_ij a_ij^2, or None."""
 

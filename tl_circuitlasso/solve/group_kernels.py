@@ -134,6 +134,7 @@ def descend_groups(
 
     Returns the number of sweeps, 0 if the very first one moved nothing.
     """
+    # Row group n of the working set has the rows own[n]:own[n + 1] of c, a, g; where[i] is row i's place in the whole.
     own, width, widest = np.empty(size + 1, np.int64), 0, 0
     cut, norm, gathered = np.empty(size, np.float64), np.empty(size, np.float64), np.empty(size, np.bool_)
     own[0] = 0
@@ -156,6 +157,8 @@ def descend_groups(
         for t in range(count):
             for i in range(own[n], own[n + 1]):
                 norm[n] += a[t, i] * a[t, i]
+    # Between any two blocks: g = c - G a over the working set, norm[n] = ||A_n||_F^2, and `rows` holds the small Gram's
+    # rows of every group that was ever tried.
     rows, change = np.empty((width, width)), np.empty((count, widest))
     until_full = 0
     for sweep in range(max_sweeps):
@@ -169,7 +172,7 @@ def descend_groups(
             if not full and norm[n] == 0:
                 continue
             top, bottom, bar, total = own[n], own[n + 1], strength * cut[n], 0.0
-            for i in range(top, bottom):
+            for i in range(top, bottom):  # squares[i]: ||R_i||^2, of what the residual without this block pulls with
                 squares[i] = 0.0
             for t in range(count):
                 for i in range(top, bottom):
@@ -184,7 +187,7 @@ def descend_groups(
             else:
                 reach = block_norm(squares, d, top, bottom, bar)
             shift, inside = 0.0, 0.0
-            for i in range(top, bottom):
+            for i in range(top, bottom):  # from here on the factor Z_i = R_i squares[i]
                 squares[i] = reach / (d[i] * reach + bar)
             for t in range(count):
                 for i in range(top, bottom):
@@ -195,7 +198,7 @@ def descend_groups(
                     shift += move * move
                     inside += new * new
             norm[n] = inside
-            if shift > STILL * total:
+            if shift > STILL * total:  # less is rounding, and would be moved to and fro for ever
                 moved = True
             if not gathered[n]:
                 gathered[n] = True

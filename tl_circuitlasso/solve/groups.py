@@ -84,22 +84,6 @@ class Group(AbstractPenalty):
     ) -> Float[Tensor, " target"]:
         return torch.where(self.dual_scale(negative_gradient, strength) >= 1, 0.0, torch.inf).to(strength)
 
-    def violation(
-        self,
-        coef: Float[Tensor, "source target"],
-        negative_gradient: Float[Tensor, "source target"],
-        strength: Float[Tensor, " target"],
-    ) -> Float[Tensor, " target"]:
-        weight = self.table(coef)
-        threshold = torch.where(torch.isinf(weight), torch.inf, self._by_group(strength) * weight)
-        norm = self._norms(coef)
-        at_zero = torch.clamp(self._norms(self._pull(negative_gradient)) - threshold, min=0)
-        ratio = torch.where(norm > 0, threshold / norm.clamp(min=torch.finfo(coef.dtype).tiny), 0)
-        rest = negative_gradient - ratio[self.row_groups][:, self.target_groups] * coef
-        rest = torch.where((coef == 0) & self.non_negative, rest.clamp(min=0), rest)
-        distance = torch.where(norm == 0, at_zero, self._norms(rest))
-        return torch.where(torch.isinf(weight), norm, distance).amax(0)[self.target_groups]
-
     def ridge(self, strength: Float[Tensor, " target"]) -> None:
         del strength
 

@@ -115,6 +115,7 @@ def sparse_products(gram, tiles, left, cross, coef, pull, todo):
     By whole rows of the Gram, or where it is given without rows by `tiles`, which have its columns from `left` on.
     """
     sources = coef.shape[1]
+    # The nonzeros of target n stand in where/what[starts[n]:starts[n + 1]]; the products read nothing else of `coef`.
     starts = np.empty(todo.shape[0] + 1, np.int64)
     starts[0] = 0
     for n in range(todo.shape[0]):
@@ -145,6 +146,7 @@ def sparse_products(gram, tiles, left, cross, coef, pull, todo):
                     row[k] -= v0 * gram[i0, k] + v1 * gram[i1, k] + v2 * gram[i2, k] + v3 * gram[i3, k]
                 at += 4
         return
+    # Tile by tile, all targets: `total` is this tile's part of one target's pull and stays in registers or cache.
     total = np.empty(tiles.shape[2], tiles.dtype)
     for b in range(tiles.shape[0]):
         width = min(tiles.shape[2], sources - left)
@@ -176,7 +178,7 @@ def cutoff(excess, violators, room, largest):
 
     A bisection: it compiles and runs faster than a partial sort.
     """
-    low, cut = 0.0, 0.0 if violators <= room else largest
+    low, cut = 0.0, 0.0 if violators <= room else largest  # more than `room` lie above `low`, no more above `cut`
     while violators > room and cut - low > 1e-3 * cut:
         middle, above = 0.5 * (low + cut), 0
         for i in range(excess.shape[0]):
@@ -223,6 +225,17 @@ def choose(coef, pull, weight, upper, strength, one_sided, least, work):
 
 @inner
 @no_type_check
+def threshold(x, bar, ridge, upper, one_sided):
+    """`prox.threshold` of one number."""
+    if x > bar:
+        return min((x - bar) / (1 + ridge), upper)
+    if x < -bar and not one_sided:
+        return (x + bar) / (1 + ridge)
+    return 0.0
+
+
+@inner
+@no_type_check
 def nonzeros(a, active):
     """Writes the places of the nonzeros of `a` into `active`; their number."""
     count = 0
@@ -253,6 +266,8 @@ def descent(
         c[k], a[k], g[k], w[k], r[k], u[k] = cross[i], coef[i], pull[i], weight[i], ridge[i], upper[i]
         q[k] = 1 / w[k] if u[k] == np.inf else 0.0
         slot[k], boxed = -1, boxed or u[k] < np.inf
+    # Between any two steps: g = c - G a over the working set; `rows` holds the rows of all that ever moved, the one of
+    # k from slot[k] * width on; `active` lists what this sweep walks (all, or what wasn't 0 after the last full sweep).
     used, count, until_full, rested = 0, width, 0, FULL_EVERY + 1
     for sweep in range(max_sweeps):
         full = until_full <= 0
@@ -266,27 +281,21 @@ def descent(
         for n in range(count):
             k = active[n]
             old = a[k]
-            z, cut = g[k] + old, strength * w[k]
-            if z > cut:
-                a[k] = min((z - cut) / (1 + r[k]), u[k])
-            elif z < -cut and not one_sided:
-                a[k] = (z + cut) / (1 + r[k])
-            else:
-                a[k] = 0.0
+            a[k] = threshold(g[k] + old, strength * w[k], r[k], u[k], one_sided)
             step = a[k] - old
             if step != 0:
                 moved = True
-                if slot[k] < 0:
+                if slot[k] < 0:  # it moves for the first time: its row of the small Gram is fetched, once
                     i, base, slot[k] = work[k], np.uint64(used * width), used
                     for m in range(width):
                         rows[base + np.uint64(m)] = gram[i, np.uint64(work[m])]
                     used += 1
                 base = np.uint64(slot[k] * width)
-                for m in range(width):
+                for m in range(width):  # keeps g = c - G a: the next coordinate sees this one's step
                     g[m] -= step * rows[base + np.uint64(m)]
         until_full -= 1
         if full:
-            if not moved:
+            if not moved:  # nothing can: an optimum of the working set, as far as this precision knows
                 max_sweeps = sweep
                 break
             count = nonzeros(a, active)
@@ -298,7 +307,7 @@ def descent(
                         until_full = 0
                         break
                     count = nonzeros(a, active)
-        elif not moved:
+        elif not moved:  # the support has settled: look at the whole working set again
             until_full = 0
     for k in range(width):
         coef[work[k]] = a[k]
@@ -327,6 +336,8 @@ def one_round(
     rows = np.empty(0, gram.dtype)  # kept from target to target: fresh memory costs more than what is done in it
     for i in range(gram.shape[0]):
         r[i] = 0.0
+    # Of each target in turn: `pull` is cross - coef @ gram on entry and isn't kept up; the caller makes it anew for
+    # those that moved. `sweeps` counts what a target has had, and is -1 - that once a round could not move it.
     for n in range(todo.shape[0]):
         t = todo[n]
         w, u, q = weight[t % weight.shape[0]], upper[t % upper.shape[0]], reach[t % reach.shape[0]]

@@ -109,6 +109,17 @@ class Prepared:
     limit: Float[Tensor, " target"]
     precision: float
     check: bool
+    standardise: bool
+
+    def weighed(self, penalty: L1) -> "Prepared":
+        """The same matrices under another elementwise penalty; only the penalty is checked."""
+        scaled, gram = self.scaled, self.scaled.loss.gram
+        penalty.check(*scaled.loss.shape)
+        penalty = penalty.to(gram.dtype, gram.device)
+        unit = torch.ones_like(scaled.source_scale) if self.standardise else scaled.source_scale
+        scaled = replace(scaled, penalty=penalty.rescale(unit, scaled.target_scale))
+        limit = scaled.penalty.strength_max(scaled.loss.cross)
+        return replace(self, scaled=scaled, penalty=penalty, limit=limit)
 
     def at(
         self,
@@ -174,7 +185,8 @@ def prepare(
     if check:
         check_matrices(gram, cross, square, names)
     scaled = scale(gram, cross, square, penalty, precision=precision, standardise=standardise, check=check)
-    return Prepared(scaled, penalty, scaled.penalty.strength_max(scaled.loss.cross), precision, check)
+    limit = scaled.penalty.strength_max(scaled.loss.cross)
+    return Prepared(scaled, penalty, limit, precision, check, standardise)
 
 
 def absolute_strength(

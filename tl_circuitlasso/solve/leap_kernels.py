@@ -29,7 +29,7 @@ def move(a, g, u, slot, rows, free, size, step, limit):
             share, stop = reach, m
     if share == np.inf:
         return share
-    for m in range(size):
+    for m in range(size):  # keeps g = c - G a, as descent does
         k = free[m]
         old = a[k]
         a[k] = old + share * step[m]
@@ -55,14 +55,16 @@ def leap(a, g, w, r, u, strength, active, count, slot, rows):
     free = np.empty(count, np.int64)
     singular = 1e-11 if rows.itemsize == 8 else 1e-6
     factor, step, slope = np.empty((count, count), np.float64), np.empty(count, np.float64), np.empty(count, np.float64)
+    # The Cholesky factor of the Gram (+ ridge) of the sources in `free` grows by a row for each of the support: before
+    # step n, factor[:size, :size] is that of free[:size], and slope[m] minus the objective's derivative at free[m].
     for n in range(count):
         k = active[n]
-        if slot[k] < 0:
+        if slot[k] < 0:  # a nonzero of the start that has never moved: its row isn't here
             return False
-        if a[k] >= u[k]:
+        if a[k] >= u[k]:  # at its bound, where it stays
             continue
         base, left = slot[k] * g.shape[0], 0.0
-        for m in range(size + 1):
+        for m in range(size + 1):  # factor[size, m] of the new row; the last, `left`, is its pivot before the root
             left = rows[base + (free[m] if m < size else k)]
             for i in range(m):
                 left -= factor[size, i] * factor[m, i]
@@ -75,6 +77,7 @@ def leap(a, g, w, r, u, strength, active, count, slot, rows):
             factor[size, size] = np.sqrt(left)
             size += 1
             continue
+        # A copy: step = (-factor^-T factor[size], 1) changes the fit by `left` only, and the objective by -downhill.
         downhill, step[size] = slope[size], 1.0
         for m in range(size - 1, -1, -1):
             step[m] = -factor[size, m]
@@ -89,12 +92,12 @@ def leap(a, g, w, r, u, strength, active, count, slot, rows):
             return False
     if size == 0:
         return False
-    for m in range(size):
+    for m in range(size):  # forward: factor step = slope
         step[m] = slope[m]
         for i in range(m):
             step[m] -= factor[m, i] * step[i]
         step[m] /= factor[m, m]
-    for m in range(size - 1, -1, -1):
+    for m in range(size - 1, -1, -1):  # backward, in place: factor' step = step; what is left of m is done
         step[m] /= factor[m, m]
         for i in range(m):
             step[i] -= factor[m, i] * step[m]

@@ -1,13 +1,15 @@
-"""Squared error in two forms: over a Gram matrix, and over residuals. Classification is in `likelihoods`."""
+"""Squared error over a Gram matrix. Classification is in `likelihoods`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_circuitlasso.solve.base import AbstractLoss
+from tl_circuitlasso.solve.tiles import Tiled
 
 SMALL = 128  # sources up to which eigenvalues cost less than the steps of a power iteration
 ROUNDING = 1e-5  # of an eigenvalue in single precision
@@ -25,6 +27,17 @@ class QuadraticGram(AbstractLoss):
     gram: Float[Tensor, "_source _source"]  # (0, 0) where only gradients that are known already will be asked about
     cross: Float[Tensor, "source target"]
     target_sq_norm: Float[Tensor, " target"]
+
+    @cached_property
+    def _tiles(self) -> dict[type, Tiled]:
+        """By NumPy type, the Gram as compiled products read it; the same loss for fewer targets shares it."""
+        return {}
+
+    def tiled(self, dtype: type) -> Tiled:
+        """The Gram in a NumPy type, made once for all strengths and targets."""
+        if dtype not in self._tiles:
+            self._tiles[dtype] = Tiled(self.gram.contiguous().numpy().astype(dtype, copy=False))
+        return self._tiles[dtype]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -66,62 +79,16 @@ class QuadraticGram(AbstractLoss):
             gram, cross = gram[sources][:, sources], cross[sources]
         if targets is not None:
             cross, target_sq_norm = cross[:, targets], target_sq_norm[targets]
-        return QuadraticGram(gram, cross, target_sq_norm)
+        fewer = QuadraticGram(gram, cross, target_sq_norm)
+        if sources is None:
+            vars(fewer)["_tiles"] = self._tiles  # no field: what a problem's checkpoint is known by are its numbers
+        return fewer
 
     def _residual(
         self, value: Float[Tensor, "source target"], negative_gradient: Float[Tensor, "source target"]
     ) -> Float[Tensor, " target"]:
         """||y - Xa||^2 / M."""
         return (self.target_sq_norm - (value * (self.cross + negative_gradient)).sum(0)).clamp(min=0)
-
-
-@dataclass(frozen=True, eq=False)
-class QuadraticResidual(AbstractLoss):
-    """f(A) = 1/(2M) ||Y - XA||_F^2 on the data themselves, for any solver that runs on gradients."""
-
-    features: Float[Tensor, "sample source"]
-    observed: Float[Tensor, "sample target"]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return int(self.features.shape[1]), int(self.observed.shape[1])
-
-    def negative_gradient(self, value: Float[Tensor, "source target"]) -> Float[Tensor, "source target"]:
-        return self.features.t() @ self._residual(value) / self.observed.shape[0]
-
-    def objective(
-        self, value: Float[Tensor, "source target"], negative_gradient: Float[Tensor, "source target"]
-    ) -> Float[Tensor, " target"]:
-        del negative_gradient
-        return 0.5 * self._residual(value).square().mean(0)
-
-    def fenchel(
-        self,
-        value: Float[Tensor, "source target"],
-        negative_gradient: Float[Tensor, "source target"],
-        scale: Float[Tensor, " target"],
-    ) -> Float[Tensor, " target"]:
-        return quadratic_share(self._residual(value).square().mean(0), (value * negative_gradient).sum(0), scale)
-
-    def natural_scale(
-        self, value: Float[Tensor, "source target"], negative_gradient: Float[Tensor, "source target"]
-    ) -> Float[Tensor, " target"]:
-        return quadratic_scale(self._residual(value).square().mean(0), (value * negative_gradient).sum(0))
-
-    def curvature(self) -> float:
-        return largest_singular_sq(self.features) / self.observed.shape[0]
-
-    def null_objective(self) -> Float[Tensor, " target"]:
-        return 0.5 * self.observed.square().mean(0)
-
-    def restrict(
-        self, sources: Int[Tensor, " kept_source"] | None, targets: Int[Tensor, " kept_target"] | None
-    ) -> "QuadraticResidual":
-        features = self.features if sources is None else self.features.index_select(1, sources)
-        return QuadraticResidual(features, self.observed if targets is None else self.observed[:, targets])
-
-    def _residual(self, value: Float[Tensor, "source target"]) -> Float[Tensor, "sample target"]:
-        return self.observed - self.features @ value
 
 
 def quadratic_share(

@@ -45,7 +45,7 @@ def least_squares(gram, cross, starts, rows, out, ridge, start, stop):
     """
     for j in range(start, stop):
         first, size = starts[j], starts[j + 1] - starts[j]
-        factor = np.empty((size, size))
+        factor = np.empty((size, size))  # lower triangle, row by row: rows before `a` are those of the factor
         for a in range(size):
             for b in range(a + 1):
                 value = gram[rows[first + a], rows[first + b]]
@@ -58,12 +58,12 @@ def least_squares(gram, cross, starts, rows, out, ridge, start, stop):
                     factor[a, a] = np.sqrt(value) if value > least else np.inf  # its coefficient is 0
                 else:
                     factor[a, b] = value / factor[b, b]
-        for a in range(size):
+        for a in range(size):  # forward: factor out = cross
             value = cross[first + a]
             for c in range(a):
                 value -= factor[a, c] * out[first + c]
             out[first + a] = value / factor[a, a]
-        for a in range(size - 1, -1, -1):
+        for a in range(size - 1, -1, -1):  # backward, in place: factor' out = out
             value = out[first + a]
             for c in range(a + 1, size):
                 value -= factor[c, a] * out[first + c]

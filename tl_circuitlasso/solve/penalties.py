@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.solve.base import AbstractPenalty
-from tl_circuitlasso.solve.prox import one_sided_threshold, soft_threshold
+from tl_circuitlasso.solve.prox import threshold
 
 Entries = int | float | Tensor | None
 
@@ -56,13 +56,10 @@ class L1(AbstractPenalty):
     def prox(
         self, coef: Float[Tensor, "source target"], step: float, strength: Float[Tensor, " target"]
     ) -> Float[Tensor, "source target"]:
-        threshold = _times(step * strength, self.weight(coef))
-        coef = one_sided_threshold(coef, threshold) if self.non_negative else soft_threshold(coef, threshold)
-        if self.squared is not None:
-            coef = coef / (1 + step * strength * entries_like(self.squared, coef))
-        if self.upper is not None:
-            coef = torch.minimum(coef, entries_like(self.upper, coef))
-        return coef
+        bar = _times(step * strength, self.weight(coef))
+        ridge = None if self.squared is None else step * strength * entries_like(self.squared, coef)
+        upper = None if self.upper is None else entries_like(self.upper, coef)
+        return threshold(coef, bar, ridge, upper, one_sided=self.non_negative)
 
     def strength_max(self, negative_gradient: Float[Tensor, "source target"]) -> Float[Tensor, " target"]:
         if not negative_gradient.shape[0]:
@@ -104,24 +101,6 @@ class L1(AbstractPenalty):
             best = torch.minimum(best, entries_like(self.upper, over))
         bent = 0.0 if ridge is None else 0.5 * ridge * torch.where(torch.isinf(best), 0, best)
         return torch.where(over > 0, best * (over - bent), 0).sum(0)
-
-    def violation(
-        self,
-        coef: Float[Tensor, "source target"],
-        negative_gradient: Float[Tensor, "source target"],
-        strength: Float[Tensor, " target"],
-    ) -> Float[Tensor, " target"]:
-        ridge = self.ridge(strength)
-        pull = negative_gradient if ridge is None else negative_gradient - ridge * coef
-        threshold = _times(strength, self.weight(coef))
-        at_zero = torch.clamp((pull if self.non_negative else pull.abs()) - threshold, min=0)
-        inside = (pull - torch.sign(coef) * threshold).abs()
-        distance = torch.where(coef == 0, at_zero, inside)
-        if self.upper is not None:
-            upper = entries_like(self.upper, coef)
-            distance = torch.where(coef >= upper, torch.clamp(threshold - pull, min=0) * (upper > 0), distance)
-        forbidden = torch.isinf(self.weight(coef))
-        return torch.where(forbidden, coef.abs(), distance).amax(0)
 
     def ridge(self, strength: Float[Tensor, " target"]) -> Float[Tensor, "#source #target"] | None:
         if self.squared is None:

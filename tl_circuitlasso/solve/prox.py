@@ -5,22 +5,28 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 
-def soft_threshold(
-    x: Float[Tensor, "source target"], threshold: Float[Tensor, "#source #target"]
-) -> Float[Tensor, "source target"]:
-    """argmin_z 1/2 ||z - x||^2 + sum_i threshold_i |z_i| = sign(x) max(|x| - threshold, 0).
+def threshold(
+    x: Float[Tensor, "row column"],
+    bar: Float[Tensor, "#row #column"],
+    ridge: Float[Tensor, "#row #column"] | None = None,
+    upper: Float[Tensor, "#row #column"] | None = None,
+    *,
+    one_sided: bool = False,
+) -> Float[Tensor, "row column"]:
+    """argmin_z 1/2 (z - x)^2 + bar |z| + ridge/2 z^2, with 0 <= z if `one_sided`, and z <= upper:
 
-    >>> soft_threshold(torch.tensor([[3.0], [1.0]]), torch.tensor([[2.0]])).flatten().tolist()
+        min(sign(x) max(|x| - bar, 0) / (1 + ridge), upper)
+
+    The coordinate step of every elementwise penalty where the Gram has a unit diagonal. What numba and Triton run is
+    the same formula on one number: `kernels.threshold` and `triton_set._sweep`.
+
+    >>> threshold(torch.tensor([[3.0], [1.0]]), torch.tensor([[2.0]])).flatten().tolist()
     [1.0, 0.0]
     """
-    return torch.sign(x) * torch.clamp(x.abs() - threshold, min=0)
-
-
-def one_sided_threshold(
-    x: Float[Tensor, "source target"], threshold: Float[Tensor, "#source #target"]
-) -> Float[Tensor, "source target"]:
-    """argmin_{z >= 0} 1/2 ||z - x||^2 + sum_i threshold_i z_i = max(x - threshold, 0)."""
-    return torch.clamp(x - threshold, min=0)
+    size = torch.clamp((x if one_sided else x.abs()) - bar, min=0)
+    step = size if one_sided else torch.sign(x) * size
+    step = step if ridge is None else step / (1 + ridge)
+    return step if upper is None else torch.minimum(step, upper)
 
 
 def group_shrink(

@@ -14,7 +14,6 @@ Measured by benchmarks/strength.py: what each finds on planted problems, and in 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from math import log
 from typing import Any
 
@@ -27,7 +26,7 @@ from tl_circuitlasso.solve.base import AbstractPenalty, Solution
 from tl_circuitlasso.solve.certificate import per_problem
 from tl_circuitlasso.solve.group_set import GroupSet
 from tl_circuitlasso.solve.groups import Group
-from tl_circuitlasso.solve.lasso import ONCE, TOLERANCE, lasso, prepare, report
+from tl_circuitlasso.solve.lasso import ONCE, TOLERANCE, Prepared, lasso, prepare, report
 from tl_circuitlasso.solve.path import Moments, geometric_strengths, path, total
 from tl_circuitlasso.solve.penalties import L1, adaptive_weights
 from tl_circuitlasso.solve.working_set import numba_available
@@ -230,20 +229,35 @@ def _refit_batch(
     return torch.zeros_like(cross).T.contiguous().scatter_add_(1, at, torch.where(real, fit, 0)).T
 
 
+@dataclass(frozen=True, eq=False)
+class _Verb:
+    """A problem that is prepared once, solved at a strength when called."""
+
+    problem: Prepared
+    options: dict[str, Any]
+
+    @classmethod
+    def of(cls, data: Moments, penalty: AbstractPenalty | None, options: dict[str, Any]) -> "_Verb":
+        once = {name: value for name, value in options.items() if name in ONCE}
+        each = {name: value for name, value in options.items() if name not in ONCE}
+        return cls(prepare(data.gram, data.cross, target_sq_norm=data.target_sq_norm, penalty=penalty, **once), each)
+
+    def __call__(self, **level: Any) -> Solution:
+        each = {name: value for name, value in self.options.items() if name != "strict"}
+        solution = self.problem.at(**level, **each)
+        report(solution, self.options.get("tol", TOLERANCE), self.options.get("strict", False))
+        return solution
+
+    def weighed(self, penalty: L1) -> "_Verb":
+        """The same under another elementwise penalty."""
+        return replace(self, problem=self.problem.weighed(penalty))
+
+
 def _path(
     data: Moments, levels: Sequence[float], penalty: AbstractPenalty | None, options: dict[str, Any]
 ) -> list[Solution]:
     """One solution per strength, each started from the one before it, of a problem that is prepared once."""
-    once = {name: value for name, value in options.items() if name in ONCE}
-    problem = prepare(data.gram, data.cross, target_sq_norm=data.target_sq_norm, penalty=penalty, **once)
-    each = {name: value for name, value in options.items() if name not in (*ONCE, "strict")}
-
-    def verb(**level: Any) -> Solution:
-        solution = problem.at(**level, **each)
-        report(solution, options.get("tol", TOLERANCE), options.get("strict", False))
-        return solution
-
-    return path(verb, levels)
+    return path(_Verb.of(data, penalty, options), levels)
 
 
 def _criterion(data: Moments, value: Float[Tensor, "source target"], gamma: float) -> Float[Tensor, " target"]:
@@ -311,15 +325,15 @@ def _concave(
         raise InputError("`rule='mcp'` weighs entries and needs an elementwise penalty: use 'ebic' for groups")
     base, spread = L1() if penalty is None else penalty, data.gram.diagonal().double()[:, None]
     spread = spread.clamp(min=0).sqrt() if options.get("standardise") else spread
-    verb = partial(lasso, data.gram, data.cross, target_sq_norm=data.target_sq_norm, **options)
+    verb = _Verb.of(data, base, options)
     levels, solutions = list(strengths) if strengths is not None else geometric_strengths(), []
-    for fit in _path(data, levels, base, options):
+    for fit in path(verb, levels):
         limit, level = fit.stats["strength_max"], fit.stats["strength"]
         weight = base.weight(fit.value)
         for _ in range(REWEIGHTED):
             flatter = (1 - spread * fit.value.abs() / (CONCAVITY * level * weight).clamp(min=1e-300)).clamp(min=1e-3)
             shape = replace(base, weights=weight * flatter)
-            fit = verb(strength=level, strength_is="absolute", penalty=shape, init=fit.value)
+            fit = verb.weighed(shape)(strength=level, strength_is="absolute", init=fit.value)
         solutions.append(replace(fit, stats={**fit.stats, "strength_max": limit}))
     scores = torch.stack([_criterion(data, solution.value, 0.5) for solution in solutions])
     return _pick(data, levels, solutions, scores, _least(data, scores), "mcp")

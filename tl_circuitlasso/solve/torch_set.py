@@ -18,6 +18,7 @@ from tl_circuitlasso.solve.base import AbstractLoss, AbstractPenalty, AbstractSo
 from tl_circuitlasso.solve.certificate import fair_start, relative_gap
 from tl_circuitlasso.solve.losses import QuadraticGram
 from tl_circuitlasso.solve.penalties import L1, entries_like
+from tl_circuitlasso.solve.prox import threshold
 
 WORKSPACE = 1 << 26  # entries of all small Grams of a batch (512 MB in float64)
 SWEEPS = 20  # between two certificates
@@ -155,12 +156,12 @@ def sweep_torch(
     for _ in range(sweeps):
         before = coef.clone()
         for k in range(coef.shape[1]):
-            z = pull[:, k] + coef[:, k]
-            size = torch.clamp((z if non_negative else z.abs()) - cut[:, k], min=0)
-            new = torch.minimum(torch.sign(z) * size / (1 + ridge[:, k]), upper[:, k])
-            step = new - coef[:, k]
-            coef[:, k] = new
-            pull -= step[:, None] * gram[:, k]
+            here = slice(k, k + 1)
+            old = coef[:, here]
+            z = pull[:, here] + old  # what the residual without this source pulls with: the diagonal is 1
+            new = threshold(z, cut[:, here], ridge[:, here], upper[:, here], one_sided=non_negative)
+            pull -= (new - old) * gram[:, k]
+            coef[:, here] = new
         if torch.equal(before, coef):
             break
     return coef

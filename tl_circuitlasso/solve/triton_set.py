@@ -28,17 +28,19 @@ def _sweep(
     r = tl.load(ridge + at, mask=inside, other=0.0)
     u = tl.load(upper + at, mask=inside, other=0.0)
     square = gram + target.to(tl.int64) * width * width
+    # Between any two coordinates: g = c - G a, all of it in registers; `moved` says whether this sweep changed a.
     sweep = 0
     moved = 1
     while (sweep < sweeps) & (moved > 0):
         moved = 0
         for k in range(width):
-            here = lane == k
+            here = lane == k  # a register can't be indexed: coordinate k is read as the sum of itself and zeros
             old = tl.sum(tl.where(here, a, 0.0), 0)
             z = tl.sum(tl.where(here, g, 0.0), 0) + old
             bar = tl.sum(tl.where(here, c, 0.0), 0)
             stiff = 1.0 + tl.sum(tl.where(here, r, 0.0), 0)
             top = tl.sum(tl.where(here, u, 0.0), 0)
+            # `prox.threshold` of one number
             size = tl.maximum((z if one_sided else tl.abs(z)) - bar, 0.0)
             new = tl.minimum(tl.where(z > 0, size, -size) / stiff, top)
             step = new - old

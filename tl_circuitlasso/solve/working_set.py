@@ -11,8 +11,7 @@ certificates and to set finished targets aside.
 
 import logging
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
@@ -27,16 +26,14 @@ from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.solve.base import AbstractLoss, AbstractPenalty, AbstractSolver, Answer
 from tl_circuitlasso.solve.losses import QuadraticGram
 from tl_circuitlasso.solve.penalties import L1, entries_like
+from tl_circuitlasso.solve.tiles import Tiled, threaded
 
 log = logging.getLogger(__name__)
 
 CHUNK = 2048  # targets whose coefficients and gradients are in flight at once
 DENSE_ABOVE = 0.3  # share of nonzeros from which a dense product is quicker than a sparse one
 DENSE_UP_TO = 1 << 16  # entries of the Gram up to which the difference isn't worth compiling the sparse product
-TILE = 256  # columns of the Gram that stay in cache over a chunk of targets
 TILE_FROM = 12  # nonzeros per row of the Gram from which its tiles are worth a copy
-KEEP_UP_TO = 1 << 28  # entries of the Gram up to which its tiles are kept; beyond, they are made anew in every round
-ROWS = 64  # copied into tiles at once
 SLICE_SECONDS = 0.2  # a compiled call can't be interrupted: keep each one short
 SWEEPS_AT_ONCE = 500
 STALE = 20  # rounds without a gap a tenth smaller after which rounding is all that is left
@@ -67,9 +64,8 @@ class WorkingSet(AbstractSolver):
         # numpy asks for large pages: a torch tensor of this size takes several times as long to touch
         coef = np.empty(loss.shape[::-1])
         gap, rounds, stalled = np.full(loss.shape[1], np.inf), np.zeros(loss.shape[1], np.int64), False
-        double = loss.gram.contiguous().numpy()
-        grams = [Tiled(double.astype(np.float32))] if self.single else []
-        grams.append(Tiled(double))
+        grams = [loss.tiled(np.float32)] if self.single else []
+        grams.append(loss.tiled(np.float64))
         room = [np.empty((min(CHUNK, loss.shape[1]), loss.shape[0])) for _ in range(2)]
         for start in range(0, loss.shape[1], CHUNK):
             part = slice(start, start + CHUNK)
@@ -89,7 +85,7 @@ class WorkingSet(AbstractSolver):
         return Answer(torch.from_numpy(coef).T, torch.from_numpy(gap), torch.from_numpy(rounds), stalled)
 
     def _rounds(
-        self, gram: "Tiled", chunk: dict[str, Any], answer: np.ndarray, room: np.ndarray, tol: float, fresh: bool
+        self, gram: Tiled, chunk: dict[str, Any], answer: np.ndarray, room: np.ndarray, tol: float, fresh: bool
     ) -> tuple[np.ndarray, np.ndarray, bool]:
         """Rounds of certify, choose, descend on one chunk of targets at one precision; `answer` is improved."""
         kernels = compiled()
@@ -203,43 +199,8 @@ def _within(room: np.ndarray, like: np.ndarray) -> np.ndarray:
     return room.reshape(-1).view(like.dtype)[: like.size].reshape(like.shape)
 
 
-class Tiled:
-    """A Gram and, where asked for, the same numbers tile by tile, which products with many nonzeros go through."""
-
-    def __init__(self, whole: np.ndarray) -> None:
-        self.whole, self.dtype = whole, whole.dtype
-        self._kept: np.ndarray | None = None
-
-    def strips(self) -> Iterator[tuple[int, np.ndarray]]:
-        """First column and (tile, row, column) of groups of tiles: one group, kept, if that is little memory."""
-        size = len(self.whole)
-        wide = max(TILE, KEEP_UP_TO // size // TILE * TILE)
-        for left in range(0, size, wide):
-            tiles = _tiles(self.whole, left, min(left + wide, size)) if self._kept is None else self._kept
-            if wide >= size:
-                self._kept = tiles
-            yield left, tiles
-
-
-def _tiles(whole: np.ndarray, left: int, right: int) -> np.ndarray:
-    """Some columns of a matrix as (tile, row, column): what is read together lies together."""
-    full, rest = divmod(right - left, TILE)
-    tiles = np.empty((full + (rest > 0), len(whole), TILE), whole.dtype)
-
-    def copy(starts: np.ndarray) -> None:
-        for start in starts:
-            rows = slice(start, start + ROWS)
-            block = whole[rows, left : right - rest]
-            tiles[:full, rows] = block.reshape(len(block), full, TILE).swapaxes(0, 1)
-            if rest:
-                tiles[full, rows, :rest] = whole[rows, right - rest : right]
-
-    _threaded(copy, np.arange(0, len(whole), ROWS))
-    return tiles
-
-
 def products(
-    kernels: ModuleType, gram: "np.ndarray | Tiled", cross: np.ndarray, coef: np.ndarray, todo: np.ndarray,
+    kernels: ModuleType, gram: np.ndarray | Tiled, cross: np.ndarray, coef: np.ndarray, todo: np.ndarray,
     pull: np.ndarray,
 ) -> None:  # fmt: skip
     """pull = cross - coef @ gram on the rows in `todo`, sparse or dense by the share of nonzeros."""
@@ -251,11 +212,11 @@ def products(
         pull[todo] = cross[todo] - fitted.numpy()
     elif share * len(todo) <= TILE_FROM:
         none = np.empty((0, 0, 0), gram.dtype)
-        _threaded(partial(kernels.sparse_products, gram.whole, none, 0, cross, coef, pull), todo)
+        threaded(partial(kernels.sparse_products, gram.whole, none, 0, cross, coef, pull), todo)
     else:
         none = np.empty((0, 0), gram.dtype)
         for left, tiles in gram.strips():
-            _threaded(partial(kernels.sparse_products, none, tiles, left, cross, coef, pull), todo)
+            threaded(partial(kernels.sparse_products, none, tiles, left, cross, coef, pull), todo)
 
 
 def in_slices(work: Callable[[np.ndarray], None], todo: np.ndarray) -> None:
@@ -263,21 +224,7 @@ def in_slices(work: Callable[[np.ndarray], None], todo: np.ndarray) -> None:
     size, start = 1, 0
     while start < len(todo):
         clock = time.perf_counter()
-        _threaded(work, todo[start : start + size])
+        threaded(work, todo[start : start + size])
         start += size
         spent = time.perf_counter() - clock
         size = max(1, int(size * min(4.0, SLICE_SECONDS / max(spent, 1e-9))))
-
-
-def _threaded(work: Callable[[np.ndarray], None], todo: np.ndarray) -> None:
-    """Split targets over torch's threads; each target is computed alone, so the split changes nothing."""
-    threads = min(torch.get_num_threads(), len(todo))
-    if threads <= 1:
-        work(todo)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(work, _interleaved(todo, threads)))
-
-
-def _interleaved(todo: np.ndarray, parts: int) -> Iterator[np.ndarray]:
-    return (np.ascontiguousarray(todo[k::parts]) for k in range(parts))
