@@ -64,6 +64,20 @@ def test_the_default_metric_is_the_divergence_at_the_chosen_positions_of_the_dra
     assert found.provenance["confirm"]["prompts"] == 3
 
 
+def test_confirming_keeps_to_the_batch_size_that_was_asked_for() -> None:
+    adapter, seen = adapt(architectures.small(architectures.tokenizer())), []
+
+    def each(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        seen.append(len(rows))
+        return logits[:, -1, 3]
+
+    found = prepare(
+        adapter, Prompts(adapter, CLEAN, batch_size=2), CORRUPTED, None, PromptMetric(each), count=4, seed=0
+    )
+    found.apply(baselines.random_edges(adapter).top_k(6), adapter, seed=0, progress=False)
+    assert max(seen) == 2
+
+
 def test_no_more_edges_are_measured_than_the_budget_allows() -> None:
     _, found, _ = confirmed(budget=2)
     assert int(found.extras["measured"].sum()) == found.provenance["confirm"]["tested"] == 2

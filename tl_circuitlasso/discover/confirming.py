@@ -17,6 +17,7 @@ from tl_circuitlasso.data.targets import LogitDiff, Target, check_length
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.confirm import confirm
 from tl_circuitlasso.evaluate.smallest import SHARE, smallest
+from tl_circuitlasso.experiment import Experiment
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.metric import Metric, PromptMetric, answer_difference, as_metric
@@ -44,16 +45,13 @@ class Confirmation:
         edges."""
         if not bool(graph.prune().kept.any()):  # no path was found, so there's nothing to measure
             return graph
-        data = self.pairs.clean, self.pairs.corrupted, self.metric
+        told = progress and ranks.rank == 0
+        pairs, options = self.pairs, {"batch_size": self.pairs.batch_size, "progress": told}
+        with ranks.together():
+            experiment = Experiment(adapter, pairs.clean, pairs.corrupted, self.metric, **options)
         if self.share is not None:  # each process measures all circuits: they are few, and each needs the answer
-            return smallest(adapter, graph, *data, share=self.share, progress=progress and ranks.rank == 0)
-        options = {
-            "seed": seed,
-            "process_group": ranks,
-            "progress": progress and ranks.rank == 0,
-            "budget": self.budget,
-        }
-        return confirm(adapter, graph, *data, **options).prune()
+            return smallest(experiment, graph, share=self.share)
+        return confirm(experiment, graph, seed=seed, process_group=ranks, budget=self.budget).prune()
 
 
 def check_method(
