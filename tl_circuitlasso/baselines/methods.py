@@ -55,7 +55,7 @@ def lasso_confirm(
         whole, model, metric = own.pairs.clean.whole(), own.model, own.metric
         clean, corrupted = whole.tokens, own.pairs.corrupted.whole().tokens
         options = {"attention_mask": whole.mask, "batch_size": own.batch_size, "progress": own.progress}
-    asked = {"target": metric} if isinstance(metric, LogitDiff) else {"metric": metric}
+    asked: dict[str, Any] = {"target": metric} if isinstance(metric, LogitDiff) else {"metric": metric}
     asked |= {"method": "lasso+confirm", "corrupted": corrupted, "budget": budget, "positions": positions, "seed": seed}
     return circuit_lasso(model, clean, **asked, **options)
 
