@@ -118,6 +118,7 @@ def names(prompts: int) -> Iterator[dict[str, Any]]:
     right, wrong = demo.answers, demo.decode(demo.incorrect)
     with tempfile.TemporaryDirectory() as folder:
         demo.model.set_tokenizer(tokenizer(demo.vocabulary, Path(folder, "words")))
+        demo.model.cfg.default_prepend_bos = True  # as a model with a tokenizer has it
         yield {
             "tcl": tcl,
             "np": np,
