@@ -282,11 +282,11 @@ def test_a_batch_is_cut_where_that_is_needed_and_the_run_keeps_to_it(wide: Any) 
     given = {"batch_size": 16, "positions": "last", "refined": False, "progress": False}
     room = (_smallest(wide, tokens, 4, **given) + _smallest(wide, tokens, 8, **given)) // 2
     with pytest.warns(UserWarning, match="batch_size 16 to 4"):
+        circuit_lasso(wide, tokens, memory=room, **given)  # what is imported at the first call isn't the run's
         graph, cost = measured(lambda: circuit_lasso(wide, tokens, memory=room, **given))
     assert graph.provenance["batch_size"] == 4 and graph.provenance["forward_passes"] == 1
     assert plan(wide, tokens, memory=room, **given).batch_size == 4
-    # a tenth for what the allocator keeps of earlier tests; the whole batch would take half as much again
-    assert cost.peak_mib is None or cost.peak_mib * 2**20 <= 1.1 * room
+    assert cost.peak_mib is None or cost.peak_mib * 2**20 <= room
 
 
 def _smallest(model: Any, tokens: Tensor, size: int, **options: Any) -> int:

@@ -72,7 +72,7 @@ _METRIC_METHODS = (
     "exact",
     "relp",
 )
-_WATCHING = ("correlation", "information-flow-routes", "magnitude")
+_WATCHING = ("correlation", "information-flow-routes", "lasso+confirm", "magnitude")
 
 
 @pytest.fixture(scope="module")

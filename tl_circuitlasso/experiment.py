@@ -115,9 +115,10 @@ class Experiment:
     >>> experiment = Experiment(demo.model, demo.tokens, demo.corrupted, demo.target)
     >>> experiment
     Experiment(4 prompts with partners, metric=LogitDiff, ablation='patch')
-    >>> graph = tcl.baselines.eap_ig(experiment)
-    >>> tcl.evaluate.faithfulness(experiment, graph.top_k(20)).faithfulness > 0.5
+    >>> tcl.evaluate.faithfulness(experiment, demo.circuit).faithfulness > 0.9
     True
+    >>> tcl.baselines.eap_ig(experiment).provenance["prompts"]
+    4
     """
 
     model: Any
