@@ -1,6 +1,7 @@
 """Small models built by hand, each with one thing that straight lines can miss; exact patching says what is true."""
 
 import dataclasses
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -269,7 +270,16 @@ def test_between_counterparts_the_regression_decides_where_costly_edges_carry_to
     assert tcl.circuit_lasso(model, clean, **options).provenance["chosen_by"] == "cost"
 
 
-def test_forward_equivalents_count_everything() -> None:
+def test_forward_equivalents_count_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     demo = tcl.load_demo(prompts=16)
     graph = tcl.circuit_lasso(demo.model, demo.tokens, positions="last", progress=False)
     assert graph.provenance["forward_equivalents"] > 1
+
+    def timing(*_: Any) -> None:  # what is run to say ahead how long it takes
+        end = time.process_time() + 1.0
+        while time.process_time() < end:
+            pass
+
+    monkeypatch.setattr("tl_circuitlasso.discover.run.tell_ahead", timing)
+    timed = tcl.circuit_lasso(demo.model, demo.tokens, positions="last", progress=False)
+    assert timed.provenance["forward_equivalents"] > graph.provenance["forward_equivalents"] + 5
