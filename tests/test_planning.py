@@ -27,6 +27,7 @@ from tl_circuitlasso.models.read import ReadDesign
 
 WIDE = {"n_layers": 2, "n_heads": 4, "d_model": 128, "d_head": 32, "d_mlp": 512, "d_vocab": 4000, "n_ctx": 48}
 GPT2 = {"act_fn": "gelu_new", "normalization_type": "LN", "seed": 0}
+NOISE = 16 << 20  # bytes that a process of thousands of tests takes back of what it had given to the system before
 EVEN = Pace(forward=0.5, whole=2.0, regressing=0.0, running=0.0)
 
 
@@ -71,7 +72,7 @@ def test_no_more_bytes_are_taken_than_planned_and_not_much_less(kind: str, wide:
     _, cost = measured(lambda: circuit_lasso(wide, tokens, batch_size=16, **options))
     if cost.peak_mib is None:
         pytest.skip("this system doesn't tell peaks of memory")
-    assert 0.4 * planned < cost.peak_mib * 2**20 <= planned, (planned / 2**20, cost.peak_mib)
+    assert 0.4 * planned < cost.peak_mib * 2**20 <= planned + NOISE, (planned / 2**20, cost.peak_mib)
 
 
 def peak_of(model: Any, tokens: Tensor, **options: Any) -> int:
@@ -286,7 +287,7 @@ def test_a_batch_is_cut_where_that_is_needed_and_the_run_keeps_to_it(wide: Any) 
         graph, cost = measured(lambda: circuit_lasso(wide, tokens, memory=room, **given))
     assert graph.provenance["batch_size"] == 4 and graph.provenance["forward_passes"] == 1
     assert plan(wide, tokens, memory=room, **given).batch_size == 4
-    assert cost.peak_mib is None or cost.peak_mib * 2**20 <= room
+    assert cost.peak_mib is None or cost.peak_mib * 2**20 <= room + NOISE
 
 
 def _smallest(model: Any, tokens: Tensor, size: int, **options: Any) -> int:
