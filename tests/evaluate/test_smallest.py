@@ -45,6 +45,17 @@ def test_a_small_circuit_that_does_well_by_luck_is_not_taken_for_enough() -> Non
     assert bracket({1: 0.2, 4: 0.3}, 0.9) == (4, 0)
 
 
+def test_a_size_that_no_whole_path_has_does_not_keep_the_search_going(
+    ranked: tuple[tcl.Experiment, tcl.AttributionGraph],
+) -> None:
+    """Of one edge alone there's no path, so the circuit of size 1 is empty: it's measured once."""
+    experiment, graph = ranked
+    few = tcl.AttributionGraph.from_edges(graph.index, {("input", "m0"): 1.0, ("m0", "logits"): 1.0})
+    kept = evaluate.faithfulness(experiment, few).faithfulness
+    found = evaluate.smallest(experiment, few, share=kept / 2)
+    assert found.n_kept == 2 and [size for size, _ in found.provenance["smallest"]["measured"]] == [0, 2]
+
+
 def test_one_call_finds_it() -> None:
     demo = tcl.load_demo(prompts=16)
     options = {"target": demo.target, "corrupted": demo.corrupted, "positions": "last", "progress": False}

@@ -71,22 +71,24 @@ def smallest(
     layout = check_graph(graph, setup.adapter)
     most = graph.keep(torch.ones(len(graph), dtype=torch.bool)).prune().n_kept
     found: dict[int, float] = {}
-    passes, low, high = 0.0, 0, most
-    sizes = _between(0, most, FIRST)
+    edges: dict[int, int] = {}  # of a size, which may be fewer where no more of them make whole paths
+    passes, high, sizes = 0.0, 0, _spread(most)
     while sizes:
         circuits = {size: graph.top_k(size, how="greedy") for size in sizes}
         measured = measure(setup, torch.cat([kept_matrix(one, layout) for one in circuits.values()]))
         check_scale(measured)
-        found |= dict(zip((one.n_kept for one in circuits.values()), shares(measured).tolist()))
+        found |= dict(zip(circuits, shares(measured).tolist()))
+        edges |= {size: one.n_kept for size, one in circuits.items()}
         passes += measured.forward_passes
         low, high = _bracket(found, share)
-        sizes = _between(low, high, THEN) if high else []
+        sizes = _between(low, high) if high else []
     if not high:
         raise InputError(
             f"`graph` keeps {found[max(found)]:.3g} of the behaviour with all its {most} edges on paths, less than "
             f"`share` {share}: ask for less, or give a graph with more candidate edges"
         )
-    report = {"share": share, "measured": sorted(found.items()), "forward_passes": passes, "prompts": len(setup)}
+    told = sorted({(edges[size], kept) for size, kept in found.items()})
+    report = {"share": share, "measured": told, "forward_passes": passes, "prompts": len(setup)}
     return replace(
         graph.top_k(high, how="greedy"), provenance={**graph.provenance, "smallest": report | {"ablation": setup.cut}}
     )
@@ -98,12 +100,15 @@ def _bracket(found: dict[int, float], share: float) -> tuple[int, int]:
     return failed, min((size for size in found if size > failed), default=0)
 
 
-def _between(low: int, high: int, count: int) -> list[int]:
-    """Up to `count` sizes strictly between two, evenly by their logarithm; from the start, the largest as well."""
-    if low == 0 and count == FIRST:
-        return sorted({round(high ** (step / (count - 1))) for step in range(count)})
+def _spread(most: int) -> list[int]:
+    """The sizes that are measured first, from one edge to all, evenly by their logarithm."""
+    return sorted({round(most ** (step / (FIRST - 1))) for step in range(FIRST)})
+
+
+def _between(low: int, high: int) -> list[int]:
+    """A few sizes strictly between two, evenly by their logarithm; none where the two are close."""
     if high <= max(low * CLOSE, low + 1):
         return []
     bottom = max(low, 1)
-    inside = {round(bottom * (high / bottom) ** (step / (count + 1))) for step in range(1, count + 1)}
+    inside = {round(bottom * (high / bottom) ** (step / (THEN + 1))) for step in range(1, THEN + 1)}
     return sorted(size for size in inside if low < size < high)
