@@ -24,8 +24,8 @@ LEAST_SHARE_ALONE = 1 / 10_000  # the same without counterparts, where prompts d
 MANY_PAIRS = 256  # where more pairs of components are costly enough, costs have no gap and the regression decides
 ENOUGH = 0.8  # of the target's difference: what the edges chosen by cost must carry between counterparts
 LEFT_OUT = 0.1  # of its score is what an edge keeps that the regression leaves out: others carry what it carries
-UNALIGNED = 0.4  # of its size is what an edge is worth that works as much against its child as for it
 LEFT_OUT_ALONE = 0.5  # the same without counterparts, where weights change with who is compared with whom
+UNALIGNED = 0.4  # of its size is what an edge is worth that works as much against its child as for it
 
 
 def learn_read(
