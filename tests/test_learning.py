@@ -12,7 +12,7 @@ from tl_circuitlasso.data.sites import Site
 from tl_circuitlasso.data.statistics import Statistics, add_folds, empty_folds
 from tl_circuitlasso.discover import learning_read
 from tl_circuitlasso.discover.designs import learn
-from tl_circuitlasso.discover.garrote import Asked, Child, aligned, garrote, steadiness
+from tl_circuitlasso.discover.garrote import Asked, Child, aligned, garrotes, steadiness
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph.nodes import Block, NodeIndex, component_index
 from tl_circuitlasso.graph.relevance import propagate
@@ -210,7 +210,7 @@ def test_parents_that_work_alike_each_keep_their_own_share() -> None:
     empty = torch.zeros(1, 3, dtype=torch.float64)
     child = Child(1, (0,), torch.arange(3), rows, empty, None, empty, empty)
     asked = Asked("auto", 1e-3, 200.0, 1e-6, decides=True)
-    solution = garrote(child, asked)
+    (solution,) = garrotes([child], asked)
     assert solution.value[:2, 0].min() > 0.9 and float(solution.value.max()) <= 1 and float(solution.value[2]) == 0
     assert bool(solution.converged.all())
 

@@ -13,7 +13,7 @@ from tl_circuitlasso.models import Prompts, adapt
 from tl_circuitlasso.models.bases import Component
 from tl_circuitlasso.models.collect import Plan
 from tl_circuitlasso.models.read import ReadDesign
-from tl_circuitlasso.models.reread import reread
+from tl_circuitlasso.models.reread import Asked, reread
 
 IDLE = {("input", "m1"), ("m1", "logits"), ("input", "a0.h3"), ("a0.h3", "logits")}  # no part of what was planted
 
@@ -57,7 +57,7 @@ def test_what_stays_has_the_cost_that_was_measured(demo: Demo, first: tcl.Attrib
     batches = list(Prompts(adapter, demo.tokens, positions="last"))
     options = {"last": True, "probe": None, "draws": 1}
     costs = [
-        reread(adapter, batch, sorted(demo.true_edges), demo.target, seed=number, **options)
+        reread(adapter, batch, Asked.all(demo.true_edges), demo.target, seed=number, **options)
         for number, batch in enumerate(batches)
     ]
     pairs = sum(one.pairs for one in costs)

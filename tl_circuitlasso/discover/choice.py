@@ -7,10 +7,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_circuitlasso.discover.garrote import RESAMPLES, Child
-from tl_circuitlasso.discover.stopping import lowered, widest_gap
+from tl_circuitlasso.discover.stopping import lowered, widest_gaps
 from tl_circuitlasso.graph.nodes import NodeIndex
 from tl_circuitlasso.graph.relevance import bound, narrowest
 
+ROOM = 1 << 18  # costs that are resampled at once
 RUNAWAY = 10.0  # times the target's costliest edge: estimates beyond are bounded by what is passed on
 
 
@@ -77,19 +78,24 @@ class Edges:
             squares=squares,
         )
 
-    def bounded(self, cost: Float[Tensor, " pair"]) -> tuple[Float[Tensor, " pair"], Float[Tensor, " node"]]:
+    def bounded(
+        self, cost: Float[Tensor, "*draw pair"]
+    ) -> tuple[Float[Tensor, "*draw pair"], Float[Tensor, "*draw node"]]:
         """Pairs' costs, bounded by what their children pass on where estimates run away; and what every node passes on.
 
         In a deep network straight lines can extrapolate to many times what the target's own edges cost.
         """
-        if float(cost.max()) <= RUNAWAY * self.costliest(cost):
-            return cost, torch.full((len(self.ranks),), torch.inf, dtype=cost.dtype)
+        free = torch.full((*cost.shape[:-1], len(self.ranks)), torch.inf, dtype=cost.dtype)
+        away = (cost.amax(-1) > RUNAWAY * self.costliest(cost))[..., None]
+        if not bool(away.any()):
+            return cost, free
         root = torch.tensor([len(self.ranks) - 1])
-        return bound(self.pair_source, self.pair_target, cost, ranks=self.ranks, roots=root)
+        most, passed = bound(self.pair_source, self.pair_target, cost, ranks=self.ranks, roots=root)
+        return torch.where(away, most, cost), torch.where(away, passed, free)
 
-    def costliest(self, cost: Float[Tensor, " pair"]) -> float:
+    def costliest(self, cost: Float[Tensor, "*draw pair"]) -> Float[Tensor, "*draw"]:
         """What the target's own costliest edge costs: the unit of the choice, since nothing in between runs away."""
-        return float(cost[self.pair_target == len(self.ranks) - 1].max())
+        return cost[..., self.pair_target == len(self.ranks) - 1].amax(-1)
 
     def of_pairs(self, values: Tensor) -> Tensor:
         """A value per pair as a value per edge."""
@@ -125,31 +131,37 @@ class Edges:
         return float(share[-1])
 
     def choose(
-        self, cost: Float[Tensor, " pair"], node_cost: Float[Tensor, " node"]
-    ) -> tuple[Bool[Tensor, " pair"], float]:
-        """Which pairs are costly enough, between nodes that are; and the cost that is enough."""
+        self, cost: Float[Tensor, "*draw pair"], node_cost: Float[Tensor, "*draw node"]
+    ) -> tuple[Bool[Tensor, "*draw pair"], Float[Tensor, "*draw"]]:
+        """Which pairs are costly enough, between nodes that are; and the cost that is enough. For several draws of the
+        costs at once, if there are several."""
         cost, passed = self.bounded(cost)
-        node_cost, largest = torch.minimum(node_cost, passed[:-1]), self.costliest(cost)
-        matters = torch.ones(len(node_cost) + 1, dtype=torch.bool)
-        matters[1:-1] = node_cost[1:] > widest_gap(node_cost[1:])  # input and target always do
-        inside = matters[self.pair_source] & matters[self.pair_target]
+        node_cost, largest = torch.minimum(node_cost, passed[..., :-1]), self.costliest(cost)
+        matters = torch.ones_like(passed, dtype=torch.bool)  # input and target always do
+        matters[..., 1:-1] = node_cost[..., 1:] > widest_gaps(node_cost[..., 1:])[..., None]
+        inside = matters[..., self.pair_source] & matters[..., self.pair_target]
         way = self._narrowest(torch.where(inside, cost, 0.0))
-        if not way > 0:  # the nodes that matter are on no path: leave the choice to the edges
-            inside, way = torch.ones_like(inside), self._narrowest(cost)
-        bar = lowered(widest_gap(cost[inside], largest=largest), way)
-        return inside & (cost > bar), bar
+        cut = ~(way > 0)  # the nodes that matter are on no path: leave the choice to the edges
+        if bool(cut.any()):
+            inside, way = inside | cut[..., None], torch.where(cut, self._narrowest(cost), way)
+        bar = lowered(widest_gaps(torch.where(inside, cost, 0.0), largest=largest), way)
+        return inside & (cost > bar[..., None]), bar
 
-    def _narrowest(self, cost: Float[Tensor, " pair"]) -> float:
+    def _narrowest(self, cost: Float[Tensor, "*draw pair"]) -> Float[Tensor, "*draw"]:
         return narrowest(self.pair_source, self.pair_target, cost, ranks=self.ranks, start=0, end=len(self.ranks) - 1)
 
     def stability(
         self, pairs: Float[Tensor, " fold"], node_cost: Float[Tensor, "fold node"], generator: torch.Generator
     ) -> Float[Tensor, " pair"]:
-        """The share of bootstrap resamples of the folds in which a pair is chosen."""
+        """The share of bootstrap resamples of the folds in which a pair is chosen; all at once, a few where edges are
+        many."""
+        draws = torch.randint(len(pairs), (RESAMPLES, len(pairs)), generator=generator)
+        times = torch.zeros(RESAMPLES, len(pairs), dtype=torch.float64)
+        times.scatter_add_(1, draws, torch.ones_like(times))
+        times = times[times @ pairs.double() > 0]
         chosen = torch.zeros(self.judged.shape[1], dtype=torch.float64)
-        for _ in range(RESAMPLES):
-            draw = torch.randint(len(pairs), (len(pairs),), generator=generator)
-            draw = draw[pairs[draw] > 0]
-            if draw.numel():
-                chosen += self.choose(mean_of(self.judged[draw], pairs[draw]), mean_of(node_cost[draw], pairs[draw]))[0]
+        for some in times.split(max(1, ROOM // max(self.judged.shape[1], 1))):
+            seen = (some @ pairs.double())[:, None]
+            costs = (some @ self.judged.double() / seen, some @ node_cost.double() / seen)
+            chosen += self.choose(*costs)[0].double().sum(0)
         return chosen / RESAMPLES

@@ -1,19 +1,25 @@
 """The regressions of design `read`: a certified non-negative garrote over what a child's parents contribute."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_circuitlasso import solve
 from tl_circuitlasso.data import schema
 from tl_circuitlasso.data.schema import FOLDS
+from tl_circuitlasso.data.sharing import ALONE, Ranks
 from tl_circuitlasso.data.sites import PORTS
 from tl_circuitlasso.data.statistics import Statistics
 from tl_circuitlasso.graph.nodes import NodeIndex
+from tl_circuitlasso.progress import bar as counting
+from tl_circuitlasso.solve import Solution
+from tl_circuitlasso.solve.distributed import packed, unpacked
 
-SMALL = 128  # columns up to which FISTA is done before a compiled solver has been loaded
+SMALL = 128  # columns up to which regressions are solved side by side: one by one they'd cost overhead most of all
+AT_ONCE = 64  # of them
 FINEST = 1e-9  # relative duality gap that double precision reaches safely
 RESAMPLES = 50  # bootstrap resamples behind an edge's stability
 RULES = ("cv", "ebic", "mcp")  # strengths that choose themselves
@@ -55,6 +61,15 @@ class Asked:
     tol: float
     decides: bool
 
+    @property
+    def start(self) -> float:
+        """Where every weight begins: without a penalty the child is the sum of its parents, each with weight 1."""
+        return 0.0 if self.decides or not isinstance(self.strength, str) else 1.0
+
+    def at_once(self, child: Child) -> bool:
+        """Whether the regression is small, and needs no solver that tells zeros from small numbers."""
+        return child.rows.shape[1] <= SMALL and not self.decides and self.strength not in RULES
+
     def tolerance(self, square: float) -> float:
         """The relative gap that a child of mean square contribution `square` needs."""
         return min(self.tol, max(FINEST, 0.2 * self.least / max(square, 1e-300))) if self.decides else self.tol
@@ -89,39 +104,101 @@ def _columns(statistics: Statistics, keys: list[str], number: int) -> Float[Tens
     return torch.cat([statistics.sums[key].cpu()[:, number] for key in keys], dim=1)
 
 
-def garrote(child: Child, asked: Asked) -> solve.Solution:
-    """The child's regression. Columns that can't enter at this lambda, |g_u| |y| <= N lambda, are left out."""
+def garrotes(found: Sequence[Child], asked: Asked, ranks: Ranks = ALONE, *, progress: bool = False) -> list[Solution]:
+    """Every child's regression, in their order; `ranks` share them, small ones side by side."""
+    work = counting(_together(found, asked), progress=progress, desc="solve", unit="group of regressions")
+    return [one for part in ranks.map(work, lambda some: _packed(_solved(some, asked)), _unpacked) for one in part]
+
+
+def _together(found: Sequence[Child], asked: Asked) -> list[list[Child]]:
+    """The children in groups that are solved at once: small ones where no zero has to be told from a small number."""
+    groups: list[list[Child]] = []
+    for child in found:
+        if groups and len(groups[-1]) < AT_ONCE and asked.at_once(child) and asked.at_once(groups[-1][-1]):
+            groups[-1].append(child)
+        else:
+            groups.append([child])
+    return groups
+
+
+def _packed(solutions: list[Solution]) -> dict[str, Tensor]:
+    return {f"{number}.{name}": x for number, one in enumerate(solutions) for name, x in packed(one).items()}
+
+
+def _unpacked(tensors: dict[str, Tensor]) -> list[Solution]:
+    found: dict[int, dict[str, Tensor]] = {}
+    for name, x in tensors.items():
+        number, _, rest = name.partition(".")
+        found.setdefault(int(number), {})[rest] = x
+    return [unpacked(found[number]) for number in sorted(found)]
+
+
+def _solved(some: Sequence[Child], asked: Asked) -> list[Solution]:
+    if asked.strength in RULES:
+        return [_chosen(child, asked) for child in some]
+    problems = [_problem(child, asked) for child in some]
+    if all(asked.at_once(child) for child in some):
+        data, least = [one.data for one in problems], torch.tensor([one.least for one in problems]).double()
+        least = least.clamp_min(torch.finfo(torch.float64).tiny)  # a child that nothing pulls at
+        tol = min(one.tol for one in problems)
+        solutions = solve.lassos(data, strength=least, upper=1.0, tol=tol, init=asked.start)
+    else:
+        solutions = [_alone(one, asked) for one in problems]
+    return [one.spread(solution) for one, solution in zip(problems, solutions)]
+
+
+def _chosen(child: Child, asked: Asked) -> Solution:
+    """At the strength that a rule finds for this child."""
+    rows = child.rows.double()
+    total = rows.sum(1)
+    parts = torch.arange(len(rows)).tensor_split(FOLDS)
+    folds = [_moments(rows[part], total[part], asked.pairs / FOLDS) for part in parts]
+    everything = _moments(rows, total, asked.pairs)
+    return solve.at_strength(everything, asked.strength, parts=folds, penalty=BOX, tol=asked.tol).solution
+
+
+@dataclass(frozen=True, eq=False)
+class _Problem:
+    """A child's regression at a lambda (`least`), on the columns that can enter at it (`able`)."""
+
+    able: Bool[Tensor, " column"]
+    data: solve.Moments
+    least: float
+    tol: float
+
+    def spread(self, solution: Solution) -> Solution:
+        """The solution with zeros for the columns left out."""
+        value = solution.value.new_zeros(len(self.able), 1)
+        value[self.able] = solution.value
+        return replace(solution, value=value)
+
+
+def _problem(child: Child, asked: Asked) -> _Problem:
+    """Columns that can't enter, |g_u| |y| <= N lambda, are left out."""
     rows = child.rows.double()
     total = rows.sum(1)
     square = float(total.square().sum()) / asked.pairs
-    penalty = BOX
-    if asked.strength in RULES:
-        everything = _moments(rows, total, asked.pairs)
-        parts = torch.arange(len(rows)).tensor_split(FOLDS)
-        folds = [_moments(rows[part], total[part], asked.pairs / FOLDS) for part in parts]
-        return solve.at_strength(everything, asked.strength, parts=folds, penalty=penalty, tol=asked.tol).solution
     largest = float((rows.T @ total).amax().clamp_min(0)) / asked.pairs
     least = asked.least if isinstance(asked.strength, str) else float(asked.strength) * largest
     bound = rows.square().sum(0).div(asked.pairs).sqrt() * square**0.5
     able = bound > least if least < largest else torch.zeros_like(bound, dtype=torch.bool)
     if not bool(able.any()):
         able[:1] = True  # a regression on one column, which stays at 0, for the proof
-    data = _moments(rows[:, able], total, asked.pairs)
-    start = None if asked.decides or not isinstance(asked.strength, str) else torch.ones_like(data.cross)
-    solution = solve.lasso(
+    return _Problem(able, _moments(rows[:, able], total, asked.pairs), least, asked.tolerance(square))
+
+
+def _alone(one: _Problem, asked: Asked) -> Solution:
+    data = one.data
+    return solve.lasso(
         data.gram,
         data.cross,
         target_sq_norm=data.target_sq_norm,
-        strength=least,
+        strength=one.least,
         strength_is="absolute",
-        penalty=penalty,
-        tol=asked.tolerance(square),
-        init=start,  # without a penalty the child is the sum of its parents, each with weight 1
-        solver="fista" if len(data.cross) <= SMALL and not asked.decides else "auto",
+        penalty=BOX,
+        tol=one.tol,
+        init=torch.full_like(data.cross, asked.start),
     )
-    value = solution.value.new_zeros(rows.shape[1], 1)
-    value[able] = solution.value
-    return replace(solution, value=value)
 
 
 def _moments(rows: Float[Tensor, "row column"], total: Float[Tensor, " row"], pairs: float) -> solve.Moments:
@@ -130,7 +207,7 @@ def _moments(rows: Float[Tensor, "row column"], total: Float[Tensor, " row"], pa
 
 
 def resampled(
-    found: list[Child], solutions: list[solve.Solution], asked: Asked, generator: torch.Generator
+    found: list[Child], solutions: list[Solution], asked: Asked, generator: torch.Generator
 ) -> Float[Tensor, " edge"]:
     """The share of bootstrap resamples of the rows in which an edge keeps its weight, all other weights being as they
     are: its column's product with what is left without it exceeds lambda."""

@@ -183,7 +183,7 @@ def assemble(
 ) -> AttributionGraph:
     """The graph of all regressions, with |score| as given and the signs of the weights."""
     (source, target), weight = _ends(found), torch.cat([one.weight for one in found])
-    way = narrowest(source, target, score, ranks=index.ranks, start=0, end=len(index) - 1)
+    way = float(narrowest(source, target, score, ranks=index.ranks, start=0, end=len(index) - 1))
     bar = widest_gap(score, centre)
     stabilities = [one.stability for one in found if one.stability is not None]
     stable = {"stability": torch.cat(stabilities)} if len(stabilities) == len(found) else {}

@@ -12,12 +12,10 @@ from tl_circuitlasso.data import schema
 from tl_circuitlasso.data.sharing import ALONE, Ranks
 from tl_circuitlasso.data.statistics import Statistics
 from tl_circuitlasso.discover.choice import Edges, between_counterparts, mean_of
-from tl_circuitlasso.discover.garrote import Asked, Child, aligned, children, garrote, resampled, steadiness
+from tl_circuitlasso.discover.garrote import Asked, Child, aligned, children, garrotes, resampled, steadiness
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph, selection
 from tl_circuitlasso.graph.nodes import NodeIndex
-from tl_circuitlasso.progress import bar as counting
-from tl_circuitlasso.solve.distributed import packed, unpacked
 
 LEAST_SHARE = 1 / 30_000  # of the target's mean squared difference: what an edge must explain where regression decides
 LEAST_SHARE_ALONE = 1 / 10_000  # the same without counterparts, where prompts differ in more than one thing
@@ -69,15 +67,14 @@ def learn_read(
     number = bool(statistics.meta["number"])
     edges = Edges.of(index, found, number)
     node_cost = statistics.sums[schema.NODE_COSTS].cpu()
-    kept, bar = edges.choose(mean_of(edges.judged, pairs), mean_of(node_cost, pairs))
-    counted = edges.of_pairs(kept) & edges.ports_above(bar, pairs)
+    kept, level = edges.choose(mean_of(edges.judged, pairs), mean_of(node_cost, pairs))
+    counted = edges.of_pairs(kept) & edges.ports_above(float(level), pairs)
     carried = edges.carried(found, counted)
     crowded, lacking = int(kept.sum()) > MANY_PAIRS, bool(statistics.meta["contrast"]) and carried < ENOUGH
     dense = strength == "auto" and (crowded or lacking)
     least = LEAST_SHARE if statistics.meta["contrast"] else LEAST_SHARE_ALONE
     asked = Asked(strength, least * float(total.square().sum()) / count, count, tol, decides=dense)
-    work = counting(found, progress=progress, desc="solve", unit="regression")
-    solutions = ranks.map(work, lambda child: packed(garrote(child, asked)), unpacked)
+    solutions = garrotes(found, asked, ranks, progress=progress)
     weight = torch.cat([solution.value.flatten() for solution in solutions])
     generator = torch.Generator().manual_seed(seed)
     extras: dict[str, torch.Tensor] = {}

@@ -14,7 +14,7 @@ from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.collect import Plan
 from tl_circuitlasso.models.read import ReadDesign, operations
-from tl_circuitlasso.models.reread import Costs, Edge, order, reread
+from tl_circuitlasso.models.reread import Asked, Costs, Edge, order, reread
 from tl_circuitlasso.models.tokens import Batch, first_prompts
 from tl_circuitlasso.progress import bar as counting
 
@@ -41,25 +41,29 @@ def refine(
 ) -> tuple[AttributionGraph, int]:
     """The graph without edges that cost the target too little when read alone and exactly; and the passes it took.
 
-    The rule is the one by which they were kept: the widest gap near 1 % of the costliest (in squares for a number),
-    for edges and for nodes. Edges that were looked at have the score that was measured. Rounds are repeated
-    until nothing more is dropped. `prompts` is how many were behind the graph: the look is kept small beside them.
-    `ranks` share the sample. The provenance says what came of it.
+    The rule is the one by which they were kept: the widest gap near 1 % of the costliest (in squares for a number), for
+    edges and for nodes. Edges that were looked at have the score that was measured. Rounds are repeated until nothing
+    more is dropped, and measure again only what led to the edges dropped. `prompts` is how many were behind the graph:
+    the look is kept small beside them. `ranks` share the sample. The provenance says what came of it.
     """
     passes, came_of_it = 0, "no edge dropped"
     before = len(graph.kept_edges())
     shown = progress and ranks.rank == 0
+    wanted, asked, costs = 0, None, None
     for _ in range(ROUNDS):
         edges = graph.kept_edges()
         if not 0 < len(edges) <= MANY_EDGES:
             came_of_it = f"left out: {len(edges)} pairs of components are kept"
             break
-        wanted = _affordable(adapter, sample[0].tokens.shape[1], edges, prompts)
+        wanted = wanted or _affordable(adapter, sample[0].tokens.shape[1], edges, prompts)
         if wanted < FEWEST:
             came_of_it = "left out: beside so few prompts it would take too long"
             break
-        costs = _costs(adapter, sample, plan, sorted(edges), wanted, ranks, shown)
-        passes += costs.passes
+        asked = Asked.all(edges) if asked is None else asked.after(edges)
+        if asked.edges or costs is None:
+            found = _costs(adapter, sample, plan, asked, wanted, ranks, shown)
+            passes, costs = passes + found.passes, found if costs is None else costs.updated(found)
+        costs = costs.among(edges)
         if not _sees_behaviour(graph, costs):
             came_of_it = f"left out: its sample of {costs.pairs} pairs misses the behaviour"
             break
@@ -80,7 +84,7 @@ def _costs(
     adapter: Adapter,
     sample: Sequence[Batch],
     plan: Plan,
-    edges: Sequence[Edge],
+    asked: Asked,
     wanted: int,
     ranks: Ranks,
     progress: bool,
@@ -96,7 +100,7 @@ def _costs(
     mine = {number: batch for number, batch in enumerate(chosen) if ranks.mine(number)}
     with ranks.together(), counting(total=len(mine), progress=progress, desc="second look", unit="batch") as bar:
         found = [
-            reread(adapter, batch, edges, plan.target, seed=plan.seed + number, tell=bar.update, **options)
+            reread(adapter, batch, asked, plan.target, seed=plan.seed + number, tell=bar.update, **options)
             for number, batch in mine.items()
         ]
     pairs = max(int(ranks.sum(torch.tensor(sum(one.pairs for one in found)))), 1)
@@ -105,9 +109,13 @@ def _costs(
         total = [sum(getattr(one, costs)[name] * one.pairs for one in found) for name in names]
         return dict(zip(names, (ranks.sum(torch.tensor(total, dtype=torch.float64)) / pairs).tolist()))
 
-    nodes = sorted({source for source, _ in edges})
     return Costs(
-        mean("edges", edges), mean("judged", edges), mean("nodes", nodes), mean("effects", edges), pairs, len(chosen)
+        mean("edges", asked.edges),
+        mean("judged", asked.edges),
+        mean("nodes", asked.nodes),
+        mean("effects", asked.edges),
+        pairs,
+        len(chosen),
     )
 
 

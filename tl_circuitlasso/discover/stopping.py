@@ -9,6 +9,8 @@ gap near it.
 0.0089
 """
 
+from typing import TypeVar
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -28,23 +30,42 @@ def widest_gap(
     they lie in [centre / width, centre * width]; the one of largest ratio there wins, and if even that isn't clear,
     the cut is at `centre`. Infinite when no score is positive.
     """
-    if not scores.numel() or not float(scores.max()) > 0:
-        return float("inf")
-    unit = float(scores.max()) if largest is None else largest
-    relative = (scores.double() / unit).clamp_min(_NOTHING).sort(descending=True).values
-    low = torch.cat([relative[1:], relative.new_tensor([_NOTHING])])
+    return float(widest_gaps(scores, centre, width, largest=None if largest is None else torch.tensor(largest)))
+
+
+def widest_gaps(
+    scores: Float[Tensor, "*draw edge"],
+    centre: float = CENTRE,
+    width: float = WIDTH,
+    *,
+    largest: Float[Tensor, "*draw"] | None = None,
+) -> Float[Tensor, "*draw"]:
+    """`widest_gap` for several sets of scores at once.
+
+    >>> widest_gaps(torch.tensor([[1.0, 0.5, 0.001], [2.0, 1.0, 0.002]])).tolist() == [.01, .02]
+    True
+    """
+    if not scores.shape[-1]:
+        return torch.full(scores.shape[:-1], torch.inf, dtype=torch.float64)
+    most = scores.double().amax(-1)
+    unit = most if largest is None else largest.double()
+    relative = (scores.double() / unit[..., None]).clamp_min(_NOTHING).sort(dim=-1, descending=True).values
+    low = torch.cat([relative[..., 1:], torch.full_like(relative[..., :1], _NOTHING)], dim=-1)
     high, low = (side.clamp(centre / width, centre * width) for side in (relative, low))
-    ratio = high / low
-    best = int(ratio.argmax())
-    if float(ratio[best]) < CLEAR:
-        return centre * unit
-    return float((high[best] * low[best]).sqrt()) * unit
+    ratio, best = (high / low).max(-1, keepdim=True)
+    middle = (high.gather(-1, best) * low.gather(-1, best)).sqrt()
+    bar = torch.where(ratio < CLEAR, centre, middle)[..., 0] * unit
+    return torch.where(most > 0, bar, torch.inf)
 
 
-def lowered(bar: float, way: float) -> float:
+Bar = TypeVar("Bar", float, Tensor)
+
+
+def lowered(bar: Bar, way: Bar) -> Bar:
     """The threshold, lowered where the cheapest edge of the best path (`way`) isn't above it: a circuit has a path.
 
     >>> lowered(0.5, 2.0), 0.1 - lowered(0.5, 0.1) < 1e-9
     (0.5, True)
     """
-    return min(bar, way * (1 - 1e-9))
+    below = way * (1 - 1e-9)
+    return torch.minimum(bar, below) if isinstance(bar, Tensor) else min(bar, below)

@@ -37,6 +37,35 @@ Edge = tuple[str, str]
 
 
 @dataclass(frozen=True)
+class Asked:
+    """Which edges to measure, and which nodes, in a graph of `kept` edges.
+
+    >>> Asked.all([("input", "m0"), ("m0", "logits")]).nodes
+    ('input', 'm0')
+    """
+
+    kept: tuple[Edge, ...]
+    edges: tuple[Edge, ...]
+    nodes: tuple[str, ...]
+
+    @classmethod
+    def all(cls, kept: Collection[Edge]) -> "Asked":
+        """Every edge and every node that feeds one."""
+        every = tuple(sorted(kept))
+        return cls(every, every, tuple(sorted({source for source, _ in every})))
+
+    def after(self, kept: Collection[Edge]) -> "Asked":
+        """What has to be measured again in a graph of fewer edges: what fed, near or far, one that is gone."""
+        reached = {source for source, target in self.kept if (source, target) not in kept}
+        for source, target in sorted(self.kept, key=lambda edge: order(edge[0]), reverse=True):
+            if target in reached:
+                reached.add(source)
+        every = Asked.all(kept)
+        edges = tuple(edge for edge in every.edges if edge[1] in reached)
+        return Asked(every.kept, edges, tuple(node for node in every.nodes if node in reached))
+
+
+@dataclass(frozen=True)
 class Costs:
     """Mean cost to the target of each edge over `pairs` pairs; what edges, and all that each node contributes, are
     judged by; and each edge's mean change of the target's first direction, with its sign."""
@@ -48,6 +77,25 @@ class Costs:
     pairs: int
     passes: int = 1
 
+    def among(self, edges: Collection[Edge]) -> "Costs":
+        """The costs of some edges and of the nodes that feed them."""
+        some = [{edge: costs[edge] for edge in edges} for costs in (self.edges, self.judged, self.effects)]
+        nodes = {node: self.nodes[node] for node in {source for source, _ in edges}}
+        return Costs(some[0], some[1], nodes, some[2], self.pairs, self.passes)
+
+    def updated(self, later: "Costs") -> "Costs":
+        """What was measured later in place of what was measured here."""
+        some = [
+            {**old, **new}
+            for old, new in (
+                (self.edges, later.edges),
+                (self.judged, later.judged),
+                (self.nodes, later.nodes),
+                (self.effects, later.effects),
+            )
+        ]
+        return Costs(some[0], some[1], some[2], some[3], later.pairs, later.passes)
+
 
 def wanted(adapter: Adapter, target: Target) -> tuple[str, ...]:
     """The activations that reading again needs."""
@@ -57,7 +105,7 @@ def wanted(adapter: Adapter, target: Target) -> tuple[str, ...]:
 def reread(
     adapter: Adapter,
     batch: Batch,
-    edges: Collection[Edge],
+    asked: Asked,
     target: Target,
     *,
     last: bool,
@@ -67,9 +115,9 @@ def reread(
     memory: int | None = None,
     tell: Callable[[float], object] = lambda share: None,
 ) -> Costs:
-    """What each of `edges` costs the target over the prompts of a batch, paired `draws` times, or with their own
-    counterparts; one forward pass, and `memory` bytes for the pairs looked at together (`read.in_parts`). `tell` hears
-    of every share of the work that is done."""
+    """What each edge that is asked for costs the target over the prompts of a batch, paired `draws` times, or with
+    their own counterparts; one forward pass, and `memory` bytes for the pairs looked at together (`read.in_parts`).
+    `tell` hears of every share of the work that is done."""
     acts = adapter.run(*batch.run, set(wanted(adapter, target)))
     keep = last_only(batch.keep) if last else batch.keep
     if batch.partners is None:
@@ -78,13 +126,13 @@ def reread(
     else:
         pairs = twins(batch.mask, keep, acts["resid_pre.0"], causal=adapter.shape.causal)
     prompts = torch.arange(batch.start, batch.start + len(batch.tokens))
-    edge_cost: dict[Edge, float] = dict.fromkeys(edges, 0.0)
+    edge_cost: dict[Edge, float] = dict.fromkeys(asked.edges, 0.0)
     effects, judged = dict(edge_cost), dict(edge_cost)
-    node_cost: dict[str, float] = {source: 0.0 for source, _ in edges}
+    node_cost: dict[str, float] = dict.fromkeys(asked.nodes, 0.0)
     for part in in_parts(adapter, pairs, outcome.count(adapter, target, probe), memory=memory):
         goal = outcome.outcome(adapter, acts, part, target, prompts, probe, few=sys.maxsize)
         weight = goal.directions.new_ones(len(part)) if part.weight is None else part.weight.to(goal.directions)
-        by_edge, by_node = _contributions(View(adapter, acts, part), goal, edges, tell, len(part) / len(pairs))
+        by_edge, by_node = _contributions(View(adapter, acts, part), goal, asked, tell, len(part) / len(pairs))
         for edge, contribution in by_edge.items():
             edge_cost[edge] += float((goal.cost(contribution) * weight).sum())
             judged[edge] += float((goal.judged(contribution) * weight).sum())
@@ -132,23 +180,24 @@ class Kept:
         view = self.view
         last = view.adapter.final
         rows = torch.arange(len(change), device=change.device)
-        here, stream = change[rows, view.target], view.ends(last)[0][rows, view.target]
+        here, stream = change[rows, view.target], view.own(last)[rows, view.target]
         return self.goal.reads(_moved(stream, here, view.adapter.norm("scale.final")))
 
 
 def _contributions(
-    view: View, goal: Outcome, edges: Collection[Edge], tell: Callable[[float], object], share: float
+    view: View, goal: Outcome, asked: Asked, tell: Callable[[float], object], share: float
 ) -> tuple[dict[Edge, Float[Tensor, "pair direction"]], dict[str, Float[Tensor, "pair direction"]]]:
-    kept = Kept.of(view, goal, edges)
-    written = {name: _difference(view, parse_site(name)) for name in {source for source, _ in edges}}
+    kept = Kept.of(view, goal, asked.kept)
+    sources = {source for source, _ in asked.edges} | set(asked.nodes)
+    written = {name: _difference(view, parse_site(name)) for name in sources}
 
     def walked(inbox: dict[str, Float[Tensor, "pair pos d_model"]]) -> Float[Tensor, "pair direction"]:
         change = kept.walk(inbox)
-        tell(share / (len(edges) + len(written)))
+        tell(share / (len(asked.edges) + len(asked.nodes)))
         return change
 
-    by_edge = {(source, target): walked({target: written[source]}) for source, target in edges}
-    by_node = {name: walked(dict.fromkeys(kept.children[name], written[name])) for name in written}
+    by_edge = {(source, target): walked({target: written[source]}) for source, target in asked.edges}
+    by_node = {name: walked(dict.fromkeys(kept.children[name], written[name])) for name in asked.nodes}
     return by_edge, by_node
 
 
@@ -178,22 +227,22 @@ def _mlp_change(view: View, site: Site, delta: Float[Tensor, "pair pos d_model"]
     adapter, layer = view.adapter, site.layer
     mlp, norm = adapter.mlp(layer), adapter.norm(f"scale.mlp.{layer}")
     last = adapter.shape.n_layers - 1
-    behind = view.ends(f"resid_post.{last}" if layer == last else f"resid_pre.{layer + 1}")[0]
-    at_mlp = behind - view.ends(f"mlp_out.{layer}")[0]
-    stream = view.ends(f"resid_pre.{layer}")[0] if adapter.shape.parallel else at_mlp
-    pre, moved = view.ends(f"mlp_pre.{layer}")[0], _moved(stream, delta, norm)
+    behind = view.own(f"resid_post.{last}" if layer == last else f"resid_pre.{layer + 1}")
+    at_mlp = behind - view.own(f"mlp_out.{layer}")
+    stream = view.own(f"resid_pre.{layer}") if adapter.shape.parallel else at_mlp
+    pre, moved = view.own(f"mlp_pre.{layer}"), _moved(stream, delta, norm)
     if mlp.w_gate is None:
         change = mlp.act(pre + moved @ mlp.w_in) - mlp.act(pre)
     else:
-        linear = view.ends(f"mlp_linear.{layer}")[0]
+        linear = view.own(f"mlp_linear.{layer}")
         change = mlp.act(pre + moved @ mlp.w_gate) * (linear + moved @ mlp.w_in) - mlp.act(pre) * linear
-    return (change @ mlp.w_out) / view.ends(f"scale.mlp_out.{layer}")[0]
+    return (change @ mlp.w_out) / view.own(f"scale.mlp_out.{layer}")
 
 
 def _head_change(view: View, site: Site, delta: Float[Tensor, "pair pos d_model"]) -> Float[Tensor, "pair pos d_model"]:
     """How what a head writes changes when it reads `delta` more, through queries, keys and values together."""
     adapter, layer, head = view.adapter, site.layer, site.head
-    moved = _moved(view.ends(f"resid_pre.{layer}")[0], delta, adapter.norm(f"scale.attn.{layer}"))
+    moved = _moved(view.own(f"resid_pre.{layer}"), delta, adapter.norm(f"scale.attn.{layer}"))
     own = {port: _one_head(view, f"{port}.{layer}", head) for port in PORTS}
     pattern = view.own_pattern(layer, head)
     cap, scale = soft_cap(adapter.attn_soft_cap), adapter.attn_scale(layer)
@@ -201,7 +250,7 @@ def _head_change(view: View, site: Site, delta: Float[Tensor, "pair pos d_model"
     # What masks, sinks and biases do to the scores is in the pattern already: only their change is added.
     scores = cap(q @ k.mT / scale) - cap(own["q"] @ own["k"].mT / scale)
     change = (pattern.clamp_min(TINY).log() + scores).softmax(-1) @ v - pattern @ own["v"]
-    return (change @ adapter.writer(layer)[0][head]) / view.ends(f"scale.attn_out.{layer}")[0]
+    return (change @ adapter.writer(layer)[0][head]) / view.own(f"scale.attn_out.{layer}")
 
 
 def _moved(stream: Tensor, delta: Tensor, norm: Norm | None) -> Float[Tensor, "pair *pos d_model"]:
@@ -212,7 +261,7 @@ def _moved(stream: Tensor, delta: Tensor, norm: Norm | None) -> Float[Tensor, "p
 
 
 def _one_head(view: View, key: str, head: int) -> Float[Tensor, "pair pos d_head"]:
-    return repeat_heads(view.ends(key)[0].movedim(2, 0), view.adapter.shape.n_heads)[head]
+    return repeat_heads(view.own(key).movedim(2, 0), view.adapter.shape.n_heads)[head]
 
 
 def _projected(view: View, layer: int, port: Port, head: int, moved: Tensor) -> Float[Tensor, "pair pos d_head"]:
@@ -221,7 +270,7 @@ def _projected(view: View, layer: int, port: Port, head: int, moved: Tensor) -> 
     change = moved @ adapter.reader(layer, port).weight[head]
     if port == "v":
         return change
-    scale = view.ends(f"scale.{port}.{layer}")[0]
+    scale = view.own(f"scale.{port}.{layer}")
     number = 0 if scale.shape[2] == 1 else head * scale.shape[2] // adapter.shape.n_heads
     positions = view.pairs.places[:, : view.width]
     return adapter.rotate((change / scale[:, :, number]).unsqueeze(2), positions, layer).squeeze(2)

@@ -108,14 +108,20 @@ class View:
         """Where in the window the target is read."""
         return self.pairs.position - self.first
 
+    def own(self, key: str, *, whole: bool = False) -> Tensor:
+        """The activation of each prompt; `whole`: from position 0."""
+        return self._of(key, self.pairs.own, whole)
+
     def ends(self, key: str, *, whole: bool = False) -> tuple[Tensor, Tensor]:
         """The activation of each prompt, and of its partner where both have a real token; `whole`: from position 0."""
-        first = 0 if whole else self.first
-        own, partner = (self.acts[key][rows, first : self.width] for rows in (self.pairs.own, self.pairs.partner))
+        own, partner = self.own(key, whole=whole), self._of(key, self.pairs.partner, whole)
         if self.all_valid:
             return own, partner
-        valid = self.pairs.valid[:, first:]
+        valid = self.pairs.valid[:, 0 if whole else self.first :]
         return own, torch.where(valid.view(*valid.shape, *[1] * (own.ndim - 2)), partner, own)
+
+    def _of(self, key: str, rows: Int[Tensor, " pair"], whole: bool) -> Tensor:
+        return self.acts[key][rows, 0 if whole else self.first : self.width]
 
     def sides(self, key: str, *, whole: bool = False) -> tuple[Tensor, Tensor]:
         """The activation of each prompt, and what it becomes on the way to its partner's, as far as secants reach."""
@@ -198,7 +204,7 @@ class View:
         """Queries, keys or values as the other factor of a product, at every position that is read:
         (pair, 1, head, pos, d_head), shared ones repeated for every head."""
         whole = not key.startswith("q")
-        at = self.anchor(*self.sides(key, whole=whole)) if self.pairs.reach is None else self.ends(key, whole=whole)[0]
+        at = self.anchor(*self.sides(key, whole=whole)) if self.pairs.reach is None else self.own(key, whole=whole)
         return repeat_heads(at.movedim(2, 0), self.adapter.shape.n_heads)[heads].movedim(0, 1).unsqueeze(1)
 
 

@@ -64,6 +64,7 @@ from tl_circuitlasso.solve.rules import STABLE as STABLE
 from tl_circuitlasso.solve.rules import Found as Found
 from tl_circuitlasso.solve.rules import at_strength as at_strength
 from tl_circuitlasso.solve.rules import if_stable as if_stable
+from tl_circuitlasso.solve.separate import lassos as lassos
 from tl_circuitlasso.solve.sparse import CodeSums as CodeSums
 from tl_circuitlasso.solve.sparse import code_sums as code_sums
 from tl_circuitlasso.solve.strength import Choice as Choice
