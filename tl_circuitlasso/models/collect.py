@@ -111,7 +111,7 @@ def _collect_own(
 ) -> Collected:
     """The statistics of this process's batches."""
     began = saved = time.perf_counter()
-    statistics = _resume(file, _identity(adapter, plan)) or start
+    statistics = (None if file is None else _resume(file, _identity(adapter, plan))) or start
     statistics = None if statistics is None else statistics.to(adapter.device)
     done, passes, seen, closure, forward = statistics.done if statistics else 0, 0, 0, 0.0, 0.0
     sample: list[Batch] = []
@@ -274,8 +274,8 @@ def _check_origin(statistics: Statistics | None, origin: str) -> None:
         )
 
 
-def _resume(checkpoint: Path | None, identity: dict[str, Any]) -> Statistics | None:
-    if checkpoint is None or not checkpoint.exists():
+def _resume(checkpoint: Path, identity: dict[str, Any]) -> Statistics | None:
+    if not checkpoint.exists():
         return None
     statistics = Statistics.load(checkpoint)
     check_identity(checkpoint, "collection", statistics.meta, {"functions": None, **identity})
