@@ -102,7 +102,9 @@ def test_a_model_that_does_something_else_is_caught(damage: object, relation: st
 def test_a_wrong_rotation_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     model = architectures.hooked("llama")
     right = rotary.rotate
-    monkeypatch.setattr(rotary, "rotate", lambda model, layer, x, positions: right(model, layer, x, positions + 1))
+    monkeypatch.setattr(
+        rotary, "rotate", lambda model, layer, x, positions, back: right(model, layer, x, positions + 1)
+    )
     errors = closure_report(adapt(model), architectures.prompts()).errors
     assert errors["q.0"] > 0.01
     assert errors["v.0"] < EXACT

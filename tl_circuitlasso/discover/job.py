@@ -29,8 +29,9 @@ from tl_circuitlasso.models.sae import SAEFeatures
 from tl_circuitlasso.models.tokens import Prompts
 
 PAIR = 2  # prompts in a pair, so the fewest of a batch
-HELD = 64 << 20  # bytes that the activations of prompts and counterparts may always take
+HELD = 64 << 20  # bytes that the activations of the prompts that run together may always take
 HELD_SHARE = 0.4  # of the weights' bytes, what they may take in a large model
+SEEN_TOGETHER = 16  # prompts that share a batch for all that: each is compared with another of its batch
 STREAM = "for a stream, whose lengths aren't known before it is read: give a list or a tensor"
 
 
@@ -189,21 +190,31 @@ class Request:
             options = {"count": job.max_prompts, "seed": job.seed, "budget": self.budget, "size": self.size}
             causal = prepare(job.adapter, job.prompts, self.corrupted, job.target, self.metric, **options)
         if self.corrupted is None or not paired:
-            return replace(job, causal=causal)
+            return _in_room(replace(job, causal=causal))
         pairs = pairs_of(job.adapter, job.prompts, self.corrupted)
         if not isinstance(job.what, ReadDesign):
             return replace(job, prompts=pairs.clean, pairs=pairs, causal=causal)
-        pairs = pairs.batched(_pairs_at_once(job, pairs), fewest=1)  # a prompt and its counterpart run together
+        most = min(job.batch_size // PAIR, _at_once(job, pairs.clean.width, sides=PAIR))
+        pairs = pairs.batched(max(1, most), fewest=1)  # a prompt and its counterpart run together
         return replace(job, prompts=pairs.clean, pairs=pairs, what=replace(job.what, contrast=True), causal=causal)
 
 
-def _pairs_at_once(job: Job, pairs: Pairs) -> int:
-    """How many prompts share a batch with their counterparts: half of `batch_size`, fewer where their activations would
-    take more than two fifths of what the weights do. The graph is the same however many there are."""
+def _in_room(job: Job) -> Job:
+    """The job in batches whose activations have room; of `SEEN_TOGETHER` prompts at least, among which partners are
+    drawn."""
+    if not isinstance(job.what, ReadDesign):
+        return job
+    most = max(SEEN_TOGETHER, _at_once(job, job.prompts.width, sides=1))
+    return job.batched(most) if most < job.batch_size else job
+
+
+def _at_once(job: Job, width: int, *, sides: int) -> int:
+    """How many prompts of so many positions (with their counterparts: two `sides`) run together without their
+    activations taking more than two fifths of what the weights do."""
     keys = job.what.wanted(job.adapter, job.target) if isinstance(job.what, ReadDesign) else ()
-    one = PAIR * footprint.held(job.adapter, keys, 1, pairs.clean.width)
-    most = max(HELD, HELD_SHARE * sum(weight.nbytes for weight in job.adapter.model.parameters()))
-    return max(1, min(job.batch_size // PAIR, int(most / one)))
+    one = sides * footprint.held(job.adapter, keys, 1, width)
+    most = max(HELD, HELD_SHARE * job.adapter.weight_bytes)
+    return int(most / one)
 
 
 def checked_prompts(

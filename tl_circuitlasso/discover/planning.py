@@ -190,7 +190,7 @@ def _roomier(job: Job, room: int) -> Job:
 
 def _sweeping(job: Job, swept: int, one: int) -> Job:
     assert isinstance(job.what, ReadDesign)
-    return replace(job, what=replace(job.what, swept=min(max(swept, one), read.swept_bytes(job.adapter.device))))
+    return replace(job, what=replace(job.what, swept=min(max(swept, one), read.swept_bytes(job.adapter))))
 
 
 def _differences(asked: Job, cut: Job) -> tuple[str, ...]:
@@ -199,7 +199,7 @@ def _differences(asked: Job, cut: Job) -> tuple[str, ...]:
         found.append(f"batch_size {asked.batch_size * asked.sides} to {cut.batch_size * cut.sides}")
     if isinstance(asked.what, ReadDesign) and isinstance(cut.what, ReadDesign):
         one = sweep.memory(cut.adapter, cut.prompts.width, directions(cut))
-        default = read.swept_bytes(asked.adapter.device)
+        default = read.swept_bytes(asked.adapter)
         many, few = (max(1, (what.swept or default) // one) for what in (asked.what, cut.what))
         if few < many:
             found.append(f"pairs swept at once {many} to {few}")

@@ -140,7 +140,7 @@ def directions(job: Job) -> int:
 
 def _swept(job: Job, design: ReadDesign) -> int:
     """Bytes of the pairs that are swept at once, with what is read of their logits."""
-    adapter, room = job.adapter, design.swept or read.swept_bytes(job.adapter.device)
+    adapter, room = job.adapter, design.swept or read.swept_bytes(job.adapter)
     one = sweep.memory(adapter, job.prompts.width, directions(job))
     pairs = min(max(1, room // one), _pairs_of_batch(job, design))
     vocabulary = adapter.shape.d_vocab_out * adapter.compute_dtype.itemsize if job.target is None else 0

@@ -8,6 +8,7 @@ heads and MLPs write, and from which each of them reads through a frozen, theref
 import hashlib
 import json
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -123,14 +124,20 @@ class Adapter(Runner):
     # -- attention -------------------------------------------------------------------------------------------------
 
     def rotate(
-        self, x: Float[Tensor, "batch pos head d_head"], positions: Int[Tensor, "batch pos"], layer: int = 0
-    ) -> Float[Tensor, "batch pos head d_head"]:
+        self,
+        x: Float[Tensor, "batch *more pos head d_head"],
+        positions: Int[Tensor, "batch pos"],
+        layer: int = 0,
+        *,
+        back: bool = False,
+    ) -> Float[Tensor, "batch *more pos head d_head"]:
         """Rotate queries, keys or parts of them as the model does at absolute `positions`; x itself without rotary.
+        `back` takes multipliers of what is rotated to multipliers of what it was: the transpose.
 
         `tl_circuitlasso.models.position_ids(mask)` gives the positions under left or right padding. The angles depend
         on the layer in models that mix local and global attention.
         """
-        return rotary.rotate(self.model, layer, x, positions) if rotary.is_rotary(self.model) else x
+        return rotary.rotate(self.model, layer, x, positions, back=back) if rotary.is_rotary(self.model) else x
 
     def attn_scale(self, layer: int) -> float:
         """The divisor of the attention scores: score = soft_cap(q k / attn_scale)."""
@@ -188,8 +195,17 @@ class Adapter(Runner):
         config = {name: repr(value) for name, value in values.items() if isinstance(value, _PLAIN) or value is None}
         return _sha256(type(self.model).__name__, json.dumps(config, sort_keys=True))
 
+    @cached_property
+    def weight_bytes(self) -> int:
+        """What the model's weights take."""
+        return sum(weight.nbytes for weight in self.model.parameters())
+
     def weights_hash(self) -> str:
         """sha256 of a thin sample of every weight: tells two models of one config apart, at no cost."""
+        return self._sampled_weights
+
+    @cached_property
+    def _sampled_weights(self) -> str:
         digest = hashlib.sha256()
         for name, weight in self.model.named_parameters():
             flat = weight.detach().flatten()

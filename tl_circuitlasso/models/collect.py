@@ -33,7 +33,7 @@ from tl_circuitlasso.progress import bar as counting
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_SECONDS = 60.0
-CHECKED = 4  # prompts of the first batch that the closure check runs on: it looks at every layer, port and position
+CHECKED = 2  # prompts of the first batch that the closure check runs on: it looks at every layer, port and position
 SAMPLE = 128  # prompts kept to be looked at again
 
 

@@ -23,7 +23,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_circuitlasso.models.adapter import Adapter
-from tl_circuitlasso.models.rotary import is_rotary
 from tl_circuitlasso.models.views import NEAR, secant, softmax_secant
 from tl_circuitlasso.models.weights import MLP, Port, repeat_heads
 
@@ -284,11 +283,7 @@ def _unrotated(
 ) -> Float[Tensor, "prompt direction head pos d_head"]:
     """From rotated and normalised queries or keys back to what the head projects."""
     adapter = ends.adapter
-    if is_rotary(adapter.model):
-        rows = m.transpose(2, 3).flatten(0, 1)  # every direction as a prompt of its own
-        positions = ends.positions.repeat_interleave(m.shape[1], 0)
-        pull = torch.func.vjp(lambda x: adapter.rotate(x, positions, layer), torch.zeros_like(rows))[1]
-        m = pull(rows)[0].unflatten(0, m.shape[:2]).transpose(2, 3)
+    m = adapter.rotate(m.transpose(2, 3), ends.positions, layer, back=True).transpose(2, 3)
     scale = ends.inverse(f"scale.{port}.{layer}")  # prompt pos (head, group or 1) 1
     if scale.shape[2] not in (1, adapter.shape.n_heads):
         scale = repeat_heads(scale.movedim(2, 0), adapter.shape.n_heads).movedim(0, 2)

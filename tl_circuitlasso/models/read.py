@@ -153,9 +153,12 @@ def columns(adapter: Adapter) -> int:
     return sum(heads * sources * len(schema.ports(key)) for key, heads, sources in children(adapter))
 
 
-def swept_bytes(device: torch.device) -> int:
-    """How much the pairs swept at once take where nobody asks for less."""
-    return ON_CPU if device.type == "cpu" else MEMORY
+def swept_bytes(adapter: Adapter) -> int:
+    """How much the pairs swept at once take where nobody asks for less: on a CPU little, but in a large model a fifth
+    of what the weights do, which have to be read again for every part."""
+    if adapter.device.type != "cpu":
+        return MEMORY
+    return min(MEMORY, max(ON_CPU, adapter.weight_bytes // 5))
 
 
 def operations(adapter: Adapter) -> tuple[float, float, float]:
@@ -228,7 +231,7 @@ def in_parts(
     """The pairs in parts that take about `memory` bytes each (None: what suits the device); in causal models cut behind
     the last position that a part reads and, given the activations, before the first one at which any of its pairs
     differs."""
-    memory = swept_bytes(pairs.own.device) if memory is None else memory
+    memory = swept_bytes(adapter) if memory is None else memory
     order = pairs.position.argsort(stable=True)
     first = torch.zeros_like(pairs.position)
     if acts is not None and adapter.shape.causal:

@@ -31,14 +31,22 @@ def is_rotary(model: Any) -> bool:
 
 
 def rotate(
-    model: Any, layer: int, x: Float[Tensor, "batch pos head d_head"], positions: Int[Tensor, "batch pos"]
-) -> Float[Tensor, "batch pos head d_head"]:
-    """Rotate the first components of every head by the angles of its position."""
+    model: Any,
+    layer: int,
+    x: Float[Tensor, "batch *more pos head d_head"],
+    positions: Int[Tensor, "batch pos"],
+    *,
+    back: bool = False,
+) -> Float[Tensor, "batch *more pos head d_head"]:
+    """Rotate the first components of every head by the angles of its position; `back`: the transpose of that."""
     cos, sin, adjacent = _tables(model, layer, positions, x.shape[-1])
-    cos, sin = cos.to(x)[:, :, None], sin.to(x)[:, :, None]
+    cos, sin = (part.to(x).unflatten(0, (-1, *[1] * (x.ndim - 4))).unsqueeze(-2) for part in (cos, sin))
     width = cos.shape[-1]
-    turned = x[..., :width] * cos + _quarter_turn(x[..., :width], adjacent) * sin
-    return torch.cat([turned, x[..., width:]], dim=-1)
+    some = x[..., :width]
+    turned = (
+        some * cos - _quarter_turn(some * sin, adjacent) if back else some * cos + _quarter_turn(some, adjacent) * sin
+    )
+    return turned if width == x.shape[-1] else torch.cat([turned, x[..., width:]], dim=-1)
 
 
 def _quarter_turn(x: Float[Tensor, "*batch width"], adjacent: bool) -> Float[Tensor, "*batch width"]:

@@ -34,7 +34,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_circuitlasso.models.adapter import Adapter
-from tl_circuitlasso.models.rotary import is_rotary
 from tl_circuitlasso.models.views import Pairing, View, secant, softmax_secant
 from tl_circuitlasso.models.weights import MLP, Port, repeat_heads
 
@@ -199,11 +198,8 @@ def _unrotate(
 ) -> Float[Tensor, "pair direction head pos d_head"]:
     """From rotated and normalised queries or keys back to what the head projects: the transpose of both."""
     adapter = view.adapter
-    if is_rotary(adapter.model):
-        positions = view.pairs.places[:, view.first :]
-        like = torch.zeros_like(n[:, 0]).transpose(1, 2)
-        pull = torch.func.vjp(lambda x: adapter.rotate(x, positions, layer), like)[1]
-        n = torch.stack([pull(one.transpose(1, 2))[0].transpose(1, 2) for one in n.unbind(1)], dim=1)
+    positions = view.pairs.places[:, view.first :]
+    n = adapter.rotate(n.transpose(2, 3), positions, layer, back=True).transpose(2, 3)
     scale = view.inverse(f"scale.{port}.{layer}")  # pair pos (head, group or 1) 1
     shared = scale.shape[2] not in (1, adapter.shape.n_heads)
     scale = repeat_heads(scale.movedim(2, 0), adapter.shape.n_heads).movedim(0, 2) if shared else scale
