@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import tl_circuitlasso as tcl
 from tests import architectures
 from tests.helpers import CASES, shared_folder
-from tl_circuitlasso.discover.asked import as_strength
+from tl_circuitlasso.discover.opening import as_strength
 from tl_circuitlasso.discover.run import collect_statistics
 from tl_circuitlasso.models import read
 

@@ -13,13 +13,11 @@ import tl_circuitlasso as tcl
 from tests import architectures
 from tests.sae.training import plain_sae
 from tl_circuitlasso.bench.measure import measured
-from tl_circuitlasso.discover import job as jobs
-from tl_circuitlasso.discover import pace, planning
-from tl_circuitlasso.discover import run as discover
-from tl_circuitlasso.discover import stages as staging
-from tl_circuitlasso.discover.job import Request
-from tl_circuitlasso.discover.pace import Pace
+from tl_circuitlasso.discover import opening, pace, planning
+from tl_circuitlasso.discover.designs import read as reading
 from tl_circuitlasso.discover.run import circuit_lasso, plan
+from tl_circuitlasso.discover.stages import run_sizes
+from tl_circuitlasso.discover.way import Pace, Request, Stage
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.models import memory, read
 from tl_circuitlasso.models.build import build_hooked_transformer
@@ -46,7 +44,7 @@ def prompts(count: int, vocab: int = 31, length: int = 40, seed: int = 0) -> Ten
     return torch.randint(vocab, (count, length), generator=torch.Generator().manual_seed(seed))
 
 
-def stages(found: tcl.RunPlan) -> dict[str, staging.Stage]:
+def stages(found: tcl.RunPlan) -> dict[str, Stage]:
     return {stage.name: stage for stage in found.stages}
 
 
@@ -76,7 +74,7 @@ def test_no_more_bytes_are_taken_than_planned_and_not_much_less(kind: str, wide:
 
 
 def peak_of(model: Any, tokens: Tensor, **options: Any) -> int:
-    with request(model, tokens, **options).opened() as job:
+    with opened(model, tokens, **options) as job:
         return planning.peak(job)
 
 
@@ -153,6 +151,10 @@ def test_seconds_are_the_first_batchs_scaled_to_all(small: Any, monkeypatch: pyt
     assert found["statistics"].seconds == 2.0 * 16 and found["statistics"].forwards == 1.6
 
 
+class Begun(Exception):
+    """The run has begun."""
+
+
 def _said(capsys: pytest.CaptureFixture[str]) -> list[str]:
     return [line for line in capsys.readouterr().err.splitlines() if line.startswith("circuit_lasso: ")]
 
@@ -164,11 +166,14 @@ def test_a_long_run_says_what_it_takes_before_it_starts(
     monkeypatch.setattr(pace, "WORTH", 0.0)
     monkeypatch.setattr(pace, "EVERY", 0.0)
     given = {"corrupted": partners, "target": tcl.LogitDiff([3] * 24, [4] * 24), "batch_size": 8, "refined": False}
-    started: list[int] = []
-    monkeypatch.setattr(discover, "_components", lambda *_: started.append(len(_said(capsys))))
-    with pytest.raises(AttributeError):  # what nothing was made of
+
+    def begins(*_: Any) -> None:
+        assert len(_said(capsys)) == 1
+        raise Begun
+
+    monkeypatch.setattr(reading.Read, "run", begins)
+    with pytest.raises(Begun):
         circuit_lasso(small, prompts(24, length=8), **given)
-    assert started == [1]
     monkeypatch.undo()
     circuit_lasso(small, prompts(24, length=8), **given)
     assert not _said(capsys)  # a short run has nothing to say
@@ -185,7 +190,7 @@ def test_the_line_ahead_holds_time_passes_and_memory(
 
     monkeypatch.setattr(pace, "WORTH", 0.0)
     monkeypatch.setattr(pace, "measure", even)
-    monkeypatch.setattr(pace, "_timed", lambda *_: 1.0)
+    monkeypatch.setattr(pace, "EVERY", 0.0)
     given = {"batch_size": 8, "refined": False}
     planned = plan(small, prompts(40, length=8), **given)
     graph = circuit_lasso(small, prompts(40, length=8), **given)
@@ -198,25 +203,24 @@ def test_the_line_ahead_holds_time_passes_and_memory(
 
 
 def test_what_nobody_can_know_is_said_to_be_a_least(small: Any) -> None:
-    known = staging.Stage("statistics", 10**6, passes=1.0, seconds=61.0)
+    known = Stage("statistics", 10**6, passes=1.0, seconds=61.0)
     whole = tcl.RunPlan(
         (known,), prompts=8, used=8, batch_size=8, asked_batch_size=8, device="cpu", free=None, budget=None
     )
     assert whole.brief().startswith("about 0:01:01 ") and "up to 1.00 passes" in whole.brief()
-    open_ended = replace(whole, stages=(known, staging.Stage("confirm", 10, passes=None)))
+    open_ended = replace(whole, stages=(known, Stage("confirm", 10, passes=None)))
     assert open_ended.brief().startswith("more than 0:01:01 ") and "at least 1.00 passes" in open_ended.brief()
 
 
 def _job(model: Any) -> Any:
-    given = request(model, prompts(8, length=8))
-    with given.opened() as job:
+    with opened(model, prompts(8, length=8)) as job:
         return job
 
 
-def request(model: Any, tokens: Tensor, **options: Any) -> Any:
+def opened(model: Any, tokens: Tensor, **options: Any) -> Any:
     bound = signature(circuit_lasso).bind(model, tokens, **options)
     bound.apply_defaults()
-    return Request(**bound.arguments)
+    return opening.opened(Request(**bound.arguments))
 
 
 def test_a_plan_reads_as_a_table_and_leaves_the_model_alone(small: Any) -> None:
@@ -263,8 +267,8 @@ def test_counterparts_share_a_batch_as_far_as_their_activations_are_small(
     tokens = prompts(24, length=8)
     whole = circuit_lasso(small, tokens, **given)
     assert whole.provenance["batch_size"] == 16
-    monkeypatch.setattr(jobs, "HELD", 0)
-    monkeypatch.setattr(jobs, "HELD_SHARE", 1e-9)
+    monkeypatch.setattr(reading, "HELD", 0)
+    monkeypatch.setattr(reading, "HELD_SHARE", 1e-9)
     cut = circuit_lasso(small, tokens, **given)
     assert cut.provenance["batch_size"] == 1 and cut.kept_edges() == whole.kept_edges()
     torch.testing.assert_close(cut.score, whole.score, rtol=1e-3, atol=1e-4 * float(whole.score.abs().max()))
@@ -272,10 +276,10 @@ def test_counterparts_share_a_batch_as_far_as_their_activations_are_small(
 
 def test_half_a_batch_is_counterparts(small: Any) -> None:
     given = {"corrupted": prompts(24, length=8, seed=1), "target": tcl.LogitDiff([3] * 24, [4] * 24), "batch_size": 8}
-    with request(small, prompts(24, length=8), **given).opened() as job:
-        assert staging._sizes(job) == (8, 8) and job.batch_size == 4
+    with opened(small, prompts(24, length=8), **given) as job:
+        assert run_sizes(job) == (8, 8) and job.batch_size == 4
         cut = job.batched(1)
-        assert staging._sizes(cut) == (2, 8) and planning._differences(job, cut) == ("batch_size 8 to 2",)
+        assert run_sizes(cut) == (2, 8) and planning.differences(job, cut) == ("batch_size 8 to 2",)
 
 
 def test_a_batch_is_cut_where_that_is_needed_and_the_run_keeps_to_it(wide: Any) -> None:
@@ -292,7 +296,7 @@ def test_a_batch_is_cut_where_that_is_needed_and_the_run_keeps_to_it(wide: Any) 
 
 def _smallest(model: Any, tokens: Tensor, size: int, **options: Any) -> int:
     """What the run needs in batches of a size with one pair swept at once."""
-    with request(model, tokens, **options).opened() as job:
+    with opened(model, tokens, **options) as job:
         assert isinstance(job.what, ReadDesign)
         return planning.peak(replace(job, what=replace(job.what, swept=1)).batched(size))
 
@@ -340,8 +344,8 @@ def test_what_cant_be_planned_is_refused(small: Any) -> None:
 
 
 def test_fewest_rows_are_the_last_thing_cut(small: Any) -> None:
-    with request(small, prompts(40, length=8)).opened() as job:
-        smallest = list(planning._smaller(job))[-1].what
+    with opened(small, prompts(40, length=8)) as job:
+        smallest = list(job.way.smaller(job))[-1].what
     assert isinstance(smallest, ReadDesign) and smallest.rows == read.FEWEST_ROWS and smallest.swept == 1
 
 

@@ -112,7 +112,7 @@ def _index(statistics: Statistics) -> NodeIndex:
     return NodeIndex.from_json(statistics.meta["index"])
 
 
-def whole_strength(strength: float | str) -> float:
+def whole_strength(strength: int | float | str) -> float:
     """The fraction of lambda_max that all children share.
 
     Raises

@@ -4,16 +4,13 @@ A job that doesn't fit is cut, first where nothing changes but the order of rand
 where partners are drawn from fewer prompts (the batch size), last where the regressions see fewer rows.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
-from tl_circuitlasso.discover.job import STREAM, Job
-from tl_circuitlasso.discover.stages import Stage, directions, stages_of
+from tl_circuitlasso.discover.stages import stages_of
+from tl_circuitlasso.discover.way import STREAM, Job, Stage
 from tl_circuitlasso.errors import InputError
-from tl_circuitlasso.models import read, sweep
-from tl_circuitlasso.models.designs import Activation
 from tl_circuitlasso.models.memory import free_bytes, in_words
-from tl_circuitlasso.models.read import ReadDesign
 from tl_circuitlasso.progress import clock
 
 
@@ -40,7 +37,7 @@ class RunPlan:
     cut: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, asked: Job, job: Job, cut: tuple[str, ...], budget: int | None) -> "RunPlan":
+    def of(cls, asked: Job[Any], job: Job[Any], cut: tuple[str, ...], budget: int | None) -> "RunPlan":
         """The plan of a job that was cut to fit, without times."""
         return cls(
             stages=tuple(stages_of(job)),
@@ -115,18 +112,12 @@ def _row(stage: Stage) -> tuple[str, ...]:
 # ---- making it fit ---------------------------------------------------------------------------------------------------
 
 
-def unplanned(job: Job) -> str | None:
+def unplanned(job: Job[Any]) -> str | None:
     """Why nobody can say beforehand what a job takes, in words; None where it can be said."""
-    if job.prompts.n_prompts is None:
-        return STREAM
-    if isinstance(job.what, Activation) and job.what.name == "paper":
-        return "for design 'paper', whose regressions of whole outputs nobody has measured: use 'read' or 'activation'"
-    if isinstance(job.what, Activation) and job.what.functions > 1:
-        return "with nonlinear=True, whose memory nobody has measured: leave it out"
-    return None
+    return STREAM if job.prompts.n_prompts is None else job.way.unplanned(job)
 
 
-def fitted(job: Job, budget: int | None) -> tuple[Job, tuple[str, ...]]:
+def fitted(job: Job[Any], budget: int | None) -> tuple[Job[Any], tuple[str, ...]]:
     """The job, cut until its peak is within `budget` bytes (None: what is free), and what was cut, in words.
 
     Raises
@@ -143,10 +134,10 @@ def fitted(job: Job, budget: int | None) -> tuple[Job, tuple[str, ...]]:
     if room is None or peak(job) <= room:
         return job, ()
     least = job
-    for least in _smaller(job):
+    for least in job.way.smaller(job):
         if peak(least) <= room:
-            chosen = _roomier(least, room)
-            return chosen, _differences(job, chosen)
+            chosen = job.way.roomier(least, lambda larger: peak(larger) <= room)
+            return chosen, differences(job, chosen)
     there = f"{in_words(room)} are free on {job.adapter.device}" if budget is None else f"`memory` is {in_words(room)}"
     raise InputError(
         f"{there}, but {_largest(least).name} takes {in_words(peak(least))} even with {least.batch_size} "
@@ -154,55 +145,18 @@ def fitted(job: Job, budget: int | None) -> tuple[Job, tuple[str, ...]]:
     )
 
 
-def peak(job: Job) -> int:
+def peak(job: Job[Any]) -> int:
     """Bytes of the job's largest stage."""
     return max(stage.bytes for stage in stages_of(job))
 
 
-def _largest(job: Job) -> Stage:
+def _largest(job: Job[Any]) -> Stage:
     return max(stages_of(job), key=lambda stage: stage.bytes)
 
 
-def _smaller(job: Job) -> Iterator[Job]:
-    """The job in smaller and smaller forms, what changes least first."""
-    sizes = [job.batch_size]
-    while sizes[-1] > job.prompts.fewest:
-        sizes.append(max(job.prompts.fewest, sizes[-1] // 2))
-    if isinstance(job.what, ReadDesign):
-        one_by_one = replace(job, what=replace(job.what, swept=1))
-        yield from (one_by_one.batched(size) for size in sizes)
-        fewest = replace(job.what, swept=1, rows=read.FEWEST_ROWS)
-        yield replace(job, what=fewest).batched(sizes[-1])
-    else:
-        yield from (job.batched(size) for size in sizes)
-
-
-def _roomier(job: Job, room: int) -> Job:
-    """As many pairs swept at once as there is room for."""
-    if not isinstance(job.what, ReadDesign):
-        return job
-    one = sweep.memory(job.adapter, job.prompts.width, directions(job))
-    while peak(larger := _sweeping(job, 2 * (job.what.swept or 1), one)) <= room and larger.what != job.what:
-        job = larger
-        assert isinstance(job.what, ReadDesign)
-    return job
-
-
-def _sweeping(job: Job, swept: int, one: int) -> Job:
-    assert isinstance(job.what, ReadDesign)
-    return replace(job, what=replace(job.what, swept=min(max(swept, one), read.swept_bytes(job.adapter))))
-
-
-def _differences(asked: Job, cut: Job) -> tuple[str, ...]:
-    found = []
-    if cut.batch_size < asked.batch_size:
-        found.append(f"batch_size {asked.batch_size * asked.sides} to {cut.batch_size * cut.sides}")
-    if isinstance(asked.what, ReadDesign) and isinstance(cut.what, ReadDesign):
-        one = sweep.memory(cut.adapter, cut.prompts.width, directions(cut))
-        default = read.swept_bytes(asked.adapter)
-        many, few = (max(1, (what.swept or default) // one) for what in (asked.what, cut.what))
-        if few < many:
-            found.append(f"pairs swept at once {many} to {few}")
-        if cut.what.rows < asked.what.rows:
-            found.append(f"rows kept {asked.what.rows} to {cut.what.rows}")
-    return tuple(found)
+def differences(asked: Job[Any], cut: Job[Any]) -> tuple[str, ...]:
+    """In words what was cut."""
+    own = asked.way.cuts(asked, cut)
+    if cut.batch_size == asked.batch_size:
+        return own
+    return f"batch_size {asked.batch_size * asked.sides} to {cut.batch_size * cut.sides}", *own

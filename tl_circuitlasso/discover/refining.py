@@ -32,7 +32,7 @@ EVIDENCE = 1 / 3  # of the first look's largest cost at the target: below, the s
 def refine(
     adapter: Adapter,
     sample: Sequence[Batch],
-    plan: Plan,
+    plan: Plan[ReadDesign],
     graph: AttributionGraph,
     *,
     prompts: int,
@@ -83,13 +83,12 @@ def refine(
 def _costs(
     adapter: Adapter,
     sample: Sequence[Batch],
-    plan: Plan,
+    plan: Plan[ReadDesign],
     asked: Asked,
     wanted: int,
     ranks: Ranks,
     progress: bool,
 ) -> Costs:
-    assert isinstance(plan.design, ReadDesign)
     chosen, held = [], 0
     for batch in sample:
         if held < wanted:

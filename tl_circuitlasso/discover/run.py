@@ -13,40 +13,30 @@ import time
 import warnings
 from dataclasses import replace
 from inspect import signature
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from tl_circuitlasso._checks import as_seed
-from tl_circuitlasso.data.schema import COUNT, FOLDS
 from tl_circuitlasso.data.sharing import as_ranks
 from tl_circuitlasso.data.statistics import Statistics
-from tl_circuitlasso.data.targets import Labels, Target, Values, as_target, take
-from tl_circuitlasso.discover.asked import as_design
+from tl_circuitlasso.data.targets import Target, as_target
 from tl_circuitlasso.discover.confirming import Metric
-from tl_circuitlasso.discover.designs import DESIGNS, learn
-from tl_circuitlasso.discover.drawing import draw_by_output
-from tl_circuitlasso.discover.job import Job, Request, checked_prompts
+from tl_circuitlasso.discover.designs import named
+from tl_circuitlasso.discover.opening import checked_prompts, opened
 from tl_circuitlasso.discover.pace import tell_ahead, with_times
 from tl_circuitlasso.discover.planning import RunPlan, fitted, peak, unplanned
-from tl_circuitlasso.discover.probing import fit_probe
-from tl_circuitlasso.discover.provenance import confirmed, per_prompt
+from tl_circuitlasso.discover.way import Job, Request
 from tl_circuitlasso.errors import InputError
-from tl_circuitlasso.features import FeatureSetup, Rule, learn_features
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.graph.provenance import question
 from tl_circuitlasso.models.adapter import adapt
 from tl_circuitlasso.models.architecture import refuse_altered
-from tl_circuitlasso.models.bases import Basis, Neuron
-from tl_circuitlasso.models.collect import Plan, collect
-from tl_circuitlasso.models.designs import Design
-from tl_circuitlasso.models.memory import as_bytes
+from tl_circuitlasso.models.bases import Basis
+from tl_circuitlasso.models.collect import collect
 from tl_circuitlasso.models.metric import with_tokens
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
 from tl_circuitlasso.models.sae import SAEFeatures
 from tl_circuitlasso.models.tokens import Positions
-from tl_circuitlasso.neurons import Behaviour, neuron_circuit
-from tl_circuitlasso.solve import RESAMPLED
 
 NO_PATH = (
     "the circuit is empty: no path of edges that matter leads from the input to the target. Give more prompts, or such "
@@ -146,24 +136,18 @@ def circuit_lasso(
     """
     request, began = Request(**locals()), time.perf_counter()  # its fields are the arguments, by their names
     spent = time.process_time()
-    with request.opened() as asked_for:
-        job, cut = fitted(asked_for, as_bytes(memory))
+    with opened(request) as asked_for:
+        job, cut = fitted(asked_for, asked_for.memory)
         tell_of(cut)
         tell_ahead(asked_for, job)
-        if isinstance(job.what, SAEFeatures):
-            graph = _features(job, job.what, as_bytes(memory))
-        elif isinstance(job.what, Neuron):
-            graph = _neurons(job, job.what)
-        else:
-            graph = _components(job, job.what, spent)
+        graph = job.way.run(job, spent)
     record, total = dict(graph.provenance), time.perf_counter() - began
     if not bool(graph.kept.any()):
         record["warnings"] = [NO_PATH]
         warnings.warn(NO_PATH, stacklevel=2)
     if memory is not None or cut:
-        record["memory"] = {"budget": as_bytes(memory), "planned": peak(job), "cut": list(cut)}
+        record["memory"] = {"budget": job.memory, "planned": peak(job), "cut": list(cut)}
     asked = {"strength": strength, "method": method, "seed": job.seed}
-    asked |= {} if isinstance(job.what, SAEFeatures) else {"design": design}
     asked |= {"nonlinear": True} if nonlinear else {}
     record["arguments"] = {**question(job.target, positions), **asked, **record["arguments"]}
     return replace(graph, provenance=record | {"seconds": {**record["seconds"], "total": total}})
@@ -192,110 +176,17 @@ def plan(model: Any, tokens: AnyPrompts, **arguments: Any) -> RunPlan:
         raise InputError(f"`plan` takes the arguments of `circuit_lasso`: {error}") from None
     given.apply_defaults()
     request = Request(**given.arguments)
-    with request.opened() as asked:
+    with opened(request) as asked:
         if why := unplanned(asked):
             raise InputError(f"nothing can be planned {why}")
-        budget = as_bytes(request.memory)
-        job, cut = fitted(asked, budget)
-        return with_times(RunPlan.of(asked, job, cut, budget), job)
+        job, cut = fitted(asked, asked.memory)
+        return with_times(RunPlan.of(asked, job, cut, asked.memory), job)
 
 
 def tell_of(cut: tuple[str, ...]) -> None:
     """Warn of what was cut to fit the memory."""
     if cut:
         warnings.warn(f"the run wouldn't fit the memory, so it was cut: {'; '.join(cut)}", stacklevel=3)
-
-
-def _components(job: Job, design: Design, began: float) -> AttributionGraph:
-    """Components, neurons or residual dimensions: statistics, regressions, a second look, and confirmation if asked.
-    `began`: processor seconds when the call began, whose cost counts what was timed for the line ahead of it, too."""
-    prompts, target, drawn, twins, causal = job.prompts, job.target, None, job.twins, job.causal
-    max_prompts = job.max_prompts
-    many = max_prompts is not None and prompts.n_prompts is not None and prompts.n_prompts > max_prompts
-    if design.paired and many:
-        assert max_prompts is not None
-        drawn = draw_by_output(
-            job.adapter, prompts, target, max_prompts, job.seed, progress=job.progress, ranks=job.ranks
-        )
-        prompts, target = prompts.take(drawn.rows), take(target, drawn.rows)
-        twins = None if twins is None else twins.take(drawn.rows)
-        design = replace(design, weight=drawn.weight)
-    plan, probing = _plan(replace(job, prompts=prompts, target=target), design)
-    options = {"progress": job.progress, "checkpoint": job.checkpoint, "ranks": job.ranks}
-    collected = collect(job.adapter, prompts, plan, twins=twins, **options)
-    clock = [time.perf_counter()]
-    options = {"strength": job.strength, "seed": job.seed, "progress": job.progress, "process_group": job.ranks}
-    graph = learn(collected.statistics, **options)
-    clock.append(time.perf_counter())
-    looks = 0
-    look_again = DESIGNS[plan.design.name].look_again
-    if job.refined and look_again is not None:
-        options = {"prompts": collected.prompts, "ranks": job.ranks, "progress": job.progress}
-        graph, looks = look_again(job.adapter, collected.sample, plan, graph, **options)
-    clock.append(time.perf_counter())
-    if causal is not None:
-        graph = causal.apply(graph, job.adapter, seed=job.seed, progress=job.progress, ranks=job.ranks)
-    clock.append(time.perf_counter())
-    solve, second, measured = (after - before for before, after in pairwise(clock))
-    seconds = {"forward and statistics": collected.seconds, "solve": solve, "second look": second}
-    seconds |= {} if causal is None else {"confirm": measured}
-    arguments: dict[str, Any] = {"basis": plan.design.basis.name}
-    if plan.design.paired:
-        arguments |= {"max_prompts": max_prompts, "refined": job.refined}
-    given = job.prompts.n_prompts or collected.prompts
-    before = probing + (0 if drawn is None else drawn.forward_passes)
-    calls = before + (collected.forward_passes + looks) * job.sides
-    passes = per_prompt(calls, given, job.batch_size)
-    own: dict[str, Any] = {"closure_error": collected.closure, "processes": job.ranks.size}
-    own |= {"prompts_given": job.prompts.n_prompts, "batch_size": job.batch_size}
-    if collected.forward_seconds > 0 and job.adapter.device.type == "cpu":
-        bare = collected.forward_seconds * given / (collected.prompts * job.sides)
-        own["forward_equivalents"] = round((time.process_time() - began) / bare, 2)
-    if COUNT in collected.statistics.sums:
-        own["prompt_pairs"] = int(collected.statistics.sums[COUNT].sum())
-        own["partners"] = "random" if twins is None else "corrupted"
-    if drawn is not None:
-        own["drawn"] = {"prompts": len(drawn.rows), "strata": drawn.strata}
-    for report in (graph.provenance.get(name) for name in ("confirm", "smallest") if causal is not None):
-        passes += 0 if report is None else confirmed(report, given)
-    unit = DESIGNS[plan.design.name].unit(job.target)
-    record = job.record(prompts, arguments, looked_at=collected.prompts, unit=unit, forward=passes, seconds=seconds)
-    return replace(graph, provenance={**graph.provenance, **record, **own})
-
-
-def _features(job: Job, basis: SAEFeatures, memory: int | None) -> AttributionGraph:
-    """Features of SAEs: one regression per pair of hooks; `memory` is theirs, too, where the basis has none."""
-    basis = basis if basis.memory is not None or memory is None else replace(basis, memory=memory)
-    rule = Rule(job.strength, basis.penalty, basis.draws, seed=job.seed)
-    folder = None if job.checkpoint is None else Path(job.checkpoint)
-    setup = FeatureSetup(job.target, job.last, rule, job.adapter.device, folder, job.progress, job.ranks)
-    graph, codes = learn_features(job.adapter, job.prompts, basis, setup)
-    passes = per_prompt(codes.forward_passes, job.prompts.n_prompts or codes.prompts, job.batch_size)
-    spent = {"forward": passes, "seconds": graph.provenance["seconds"]}
-    unit = "standard deviations of the target's code"
-    record = job.record(job.prompts, basis.arguments(), looked_at=codes.prompts, unit=unit, **spent)
-    own = {"closure_error": codes.closure, "processes": job.ranks.size, "batch_size": job.batch_size}
-    return replace(graph, provenance={**graph.provenance, **record, **own})
-
-
-def _neurons(job: Job, basis: Neuron) -> AttributionGraph:
-    """Neurons by design `read`: one sweep per pair of prompts."""
-    behaviour = Behaviour(job.adapter, job.prompts, job.target, job.pairs, job.last, job.seed)
-    behaviour = behaviour if job.max_prompts is None else behaviour.some(job.max_prompts)
-    for _ in behaviour.prompts:  # their hash is known once all have been read
-        pass
-    graph = neuron_circuit(behaviour, basis, strength=job.strength, progress=job.progress)
-    arguments = {
-        "basis": basis.name,
-        "max_nodes": basis.max_nodes,
-        "linked": basis.linked,
-        "reference": basis.reference,
-        "max_prompts": job.max_prompts,
-    }
-    known = graph.provenance
-    spent = {"unit": known["unit"], "forward": known["forward_passes"], "seconds": known["seconds"]}
-    record = job.record(behaviour.prompts, arguments, looked_at=known["prompts"], **spent)
-    return replace(graph, provenance={**record, **known, "seconds": record["seconds"]})
 
 
 def collect_statistics(
@@ -329,26 +220,15 @@ def collect_statistics(
     >>> tcl.learn(parts[0] + parts[1]).nodes[0]
     'input'
     """
-    chosen, ranks = as_design(design, basis, nonlinear=nonlinear), as_ranks(process_group)
+    way, ranks = named(design), as_ranks(process_group)
+    what = way.of_basis(basis, nonlinear=nonlinear)
     target, seed = as_target(target), as_seed(seed)
     with ranks.together():
         adapter = adapt(model)
         refuse_altered(adapter.model)
-        prompts = checked_prompts(adapter, tokens, chosen.paired, attention_mask, positions, batch_size)
-        job = Job(adapter, prompts, with_tokens(target, adapter), chosen, "auto", seed, progress, checkpoint, ranks)
-        plan = replace(_plan(job, chosen)[0], folds=folds)
+        options = {"attention_mask": attention_mask, "positions": positions, "batch_size": batch_size}
+        prompts = checked_prompts(adapter, tokens, paired=what.paired, **options)
+        asked = with_tokens(target, adapter), "auto", seed, progress, checkpoint, ranks
+        planned, _ = way.plan(Job(way, what, adapter, prompts, *asked))
         options = {"progress": progress, "checkpoint": checkpoint, "start": start, "ranks": ranks}
-        return collect(adapter, prompts, plan, **options).statistics
-
-
-def _plan(job: Job, design: Design) -> tuple[Plan, int]:
-    """What to collect, and the forward passes that it took to know."""
-    passes = 0
-    adapter, prompts, target = job.adapter, job.prompts, job.target
-    if design.paired and prompts.n_prompts is not None:
-        design = replace(design, draws=job.draws)
-    if design.paired and isinstance(target, (Labels, Values)):
-        probe, passes = fit_probe(adapter, prompts, target, last=job.last, progress=job.progress, ranks=job.ranks)
-        design = replace(design, probe=probe)
-    folds = FOLDS if job.strength in RESAMPLED else 1
-    return Plan(design, target, last=job.last, folds=folds, seed=job.seed), passes
+        return collect(adapter, prompts, replace(planned, folds=folds), **options).statistics

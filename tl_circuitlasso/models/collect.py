@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from jaxtyping import Bool
@@ -37,14 +37,17 @@ CHECKED = 2  # prompts of the first batch that the closure check runs on: it loo
 SAMPLE = 128  # prompts kept to be looked at again
 
 
+Some = TypeVar("Some", bound=Design)
+
+
 @dataclass(frozen=True, eq=False)
-class Plan:
+class Plan(Generic[Some]):
     """What to collect: the design, the target, and how to sample.
 
     last: read a per-prompt target at each prompt's last kept position; folds: parts to keep the moments in.
     """
 
-    design: Design
+    design: Some
     target: Target
     last: bool
     folds: int = 1

@@ -20,6 +20,8 @@ from tl_circuitlasso.models.metric import Metric, as_metric
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
 from tl_circuitlasso.models.tokens import Batch, Prompts
 
+PAIR = 2  # prompts in a pair, so the fewest of a batch
+
 
 class PairBatch(NamedTuple):
     """Some pairs: two batches of the same shape, mask and samples."""
