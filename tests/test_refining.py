@@ -88,3 +88,23 @@ def test_the_default_looks_again(demo: Demo, first: tcl.AttributionGraph) -> Non
     assert "second_look" in graph.provenance and "second_look" not in first.provenance
     assert graph.kept_edges() <= first.kept_edges()
     assert graph.provenance["forward_passes"] > first.provenance["forward_passes"]
+
+
+def test_a_later_round_measures_again_what_led_to_an_edge_that_is_gone() -> None:
+    """And nothing else: what an edge costs depends on what it feeds alone."""
+    kept = {("input", "m0"), ("m0", "a1.h0"), ("a1.h0", "logits"), ("input", "a1.h1"), ("a1.h1", "logits")}
+    after = Asked.all(kept).after(kept - {("a1.h0", "logits")})
+    assert after.edges == (("input", "m0"), ("m0", "a1.h0"))  # they fed it; a1.h0 itself feeds nothing any more
+    assert after.nodes == ("m0",) and set(after.kept) == kept - {("a1.h0", "logits")}
+    assert Asked.all(kept).after(kept).edges == ()
+
+
+def test_rounds_that_measure_less_find_what_measuring_everything_does(
+    demo: Demo, first: tcl.AttributionGraph, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = keeping(first, demo.true_edges | IDLE)
+    short, _ = looked(demo, dense)
+    monkeypatch.setattr(Asked, "after", lambda self, kept: Asked.all(kept))
+    whole, _ = looked(demo, dense)
+    torch.testing.assert_close(short.score, whole.score, rtol=1e-5, atol=1e-9)
+    assert torch.equal(short.kept, whole.kept)

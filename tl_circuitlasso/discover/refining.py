@@ -60,7 +60,7 @@ def refine(
             came_of_it = "left out: beside so few prompts it would take too long"
             break
         asked = Asked.all(edges) if asked is None else asked.after(edges)
-        if asked.edges or costs is None:
+        if costs is None or asked.edges or asked.nodes:
             found = _costs(adapter, sample, plan, asked, wanted, ranks, shown)
             passes, costs = passes + found.passes, found if costs is None else costs.updated(found)
         costs = costs.among(edges)
@@ -145,9 +145,8 @@ def _sees_behaviour(graph: AttributionGraph, costs: Costs) -> bool:
 
 def _worth(costs: Costs) -> set[Edge]:
     """The edges that cost enough beside the costliest, between nodes that do: nothing runs away here."""
-    inner = {name: cost for name, cost in costs.nodes.items() if name != "input"}
-    least = widest_gap(torch.tensor(list(inner.values()))) if inner else 0.0
-    idle = {name for name, cost in inner.items() if cost <= least}
+    least = widest_gap(torch.tensor(list(costs.nodes.values()))) if costs.nodes else 0.0
+    idle = {name for name, cost in costs.nodes.items() if cost <= least}
     inside = {edge: cost for edge, cost in costs.judged.items() if not idle & set(edge)}
     bar = widest_gap(torch.tensor(list(inside.values())))
     return {edge for edge, cost in inside.items() if cost > bar}

@@ -41,7 +41,7 @@ class Asked:
     """Which edges to measure, and which nodes, in a graph of `kept` edges.
 
     >>> Asked.all([("input", "m0"), ("m0", "logits")]).nodes
-    ('input', 'm0')
+    ('m0',)
     """
 
     kept: tuple[Edge, ...]
@@ -50,9 +50,9 @@ class Asked:
 
     @classmethod
     def all(cls, kept: Collection[Edge]) -> "Asked":
-        """Every edge and every node that feeds one."""
+        """Every edge, and every component that feeds one: nobody asks whether the input matters."""
         every = tuple(sorted(kept))
-        return cls(every, every, tuple(sorted({source for source, _ in every})))
+        return cls(every, every, tuple(sorted({source for source, _ in every if source != "input"})))
 
     def after(self, kept: Collection[Edge]) -> "Asked":
         """What has to be measured again in a graph of fewer edges: what fed, near or far, one that is gone."""
@@ -80,7 +80,7 @@ class Costs:
     def among(self, edges: Collection[Edge]) -> "Costs":
         """The costs of some edges and of the nodes that feed them."""
         some = [{edge: costs[edge] for edge in edges} for costs in (self.edges, self.judged, self.effects)]
-        nodes = {node: self.nodes[node] for node in {source for source, _ in edges}}
+        nodes = {node: self.nodes[node] for node in Asked.all(edges).nodes}
         return Costs(some[0], some[1], nodes, some[2], self.pairs, self.passes)
 
     def updated(self, later: "Costs") -> "Costs":
