@@ -3,6 +3,7 @@
 | solver       | losses                       | penalties                     |
 |--------------|------------------------------|-------------------------------|
 | `WorkingSet` | Gram                         | entrywise                     |
+| `Sweeps`     | Gram                         | entrywise                     |
 | `TorchSet`   | Gram                         | entrywise                     |
 | `Fista`      | all (likelihoods: no intercept) | all                        |
 | `RowSet`     | as its inner solver's        | all                           |
@@ -30,6 +31,7 @@ from tl_circuitlasso.solve import (
     QuadraticGram,
     RowSet,
     Softmax,
+    Sweeps,
     TorchSet,
     WorkingSet,
     relative_gap,
@@ -41,6 +43,7 @@ TOL, LEVEL = 1e-6, 0.2
 SOLVERS: dict[str, AbstractSolver] = {
     "WorkingSet": WorkingSet(),
     "WorkingSet, single": WorkingSet(single=True),
+    "Sweeps": Sweeps(),
     "TorchSet": TorchSet(),
     "Fista": Fista(),
     "RowSet": RowSet(),

@@ -30,6 +30,7 @@ from tl_circuitlasso.solve import (
     Layout,
     ProxNewton,
     Status,
+    Sweeps,
     TorchSet,
     block_lasso,
     checkpoint,
@@ -74,13 +75,20 @@ def honest(solution: Any, problem: Planted, terms: Terms, tol: float, caught: li
 
 
 @settings(max_examples=50)
-@given(SHAPES, FLAWS.map(tuple), st.sampled_from(ENTRYWISE), st.sampled_from([0.9, 0.3, 0.03]))
-def test_entrywise_certificates_are_true_on_any_data(shape, flaws, penalty, strength) -> None:
+@given(
+    SHAPES,
+    FLAWS.map(tuple),
+    st.sampled_from(ENTRYWISE),
+    st.sampled_from([0.9, 0.3, 0.03]),
+    st.sampled_from(["auto", "working_set"]),  # what small problems get, and what large ones do
+)
+def test_entrywise_certificates_are_true_on_any_data(shape, flaws, penalty, strength, solver) -> None:
     problem = awkward(shape, flaws)
     terms = terms_of(penalty, tuple(problem.truth.shape))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        solution = lasso(**problem.matrices, strength=strength, penalty=penalty_of(terms), tol=1e-6)
+        options = {"strength": strength, "penalty": penalty_of(terms), "tol": 1e-6, "solver": solver}
+        solution = lasso(**problem.matrices, **options)
     honest(solution, problem, terms, 1e-6, caught)
     boxed = "box" in penalty or penalty == "all at once"
     assert solution.status is Status.SOLVED or (boxed and "units" in flaws)  # a bound of 1e6 magnifies rounding
@@ -319,7 +327,8 @@ def every_verb() -> dict[str, Callable[[], torch.Tensor]]:
     parts = [moments_of(problem.features[k::10], problem.targets[k::10]) for k in range(10)]
     features = problem.features[:, :, None].expand(-1, -1, 3).movedim(1, 2) * torch.tensor([1.0, 2.0, 3.0])[:, None]
     return {
-        "working_set": lambda: lasso(**problem.matrices, strength=0.05).value,
+        "sweeps": lambda: lasso(**problem.matrices, strength=0.05, solver=Sweeps()).value,
+        "working_set": lambda: lasso(**problem.matrices, strength=0.05, solver="working_set").value,
         "single": lambda: lasso(**problem.matrices, strength=0.05, dtype=torch.float32).value,
         "torch": lambda: lasso(**problem.matrices, strength=0.05, solver=TorchSet()).value,
         "fista": lambda: lasso(**problem.matrices, strength=0.05, solver=Fista()).value,
@@ -372,7 +381,7 @@ def test_what_fresh_memory_holds_doesn_t_matter(monkeypatch: pytest.MonkeyPatch)
 # ---- interrupts and checkpoints -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("solver", ["working_set", "torch", "fista", "newton"])
+@pytest.mark.parametrize("solver", ["auto", "working_set", "torch", "fista", "newton"])
 def test_an_interrupt_comes_through_at_once_and_corrupts_nothing(solver: str, monkeypatch) -> None:
     problem = planted(samples=200, sources=30, targets=8, correlation=0.95, seed=5)
     matrices, features = problem.matrices, problem.features
@@ -384,7 +393,8 @@ def test_an_interrupt_comes_through_at_once_and_corrupts_nothing(solver: str, mo
         return lasso(**matrices, strength=0.01, tol=1e-8, solver=solver).value
 
     undisturbed, calls = solve(), []
-    home = {"working_set": "working_set.in_slices", "torch": "torch_set.sweep_torch", "fista": "fista._step"}
+    home = {"auto": "sweeps._swept", "working_set": "working_set.in_slices", "torch": "torch_set.sweep_torch"}
+    home["fista"] = "fista._step"
     place = f"tl_circuitlasso.solve.{home.get(solver, 'newton._newton_point')}"
     module, name = place.rsplit(".", 1)
     ordinary = getattr(sys.modules[module], name)
@@ -418,7 +428,7 @@ def stuck_at_the_third_part(folder: Path, arrived: Event) -> None:
         return ordinary(*arguments, **options)
 
     working_set.WorkingSet.solve = slow
-    lasso(**planted(targets=18).matrices, strength=0.1, checkpoint=folder)
+    lasso(**planted(targets=18).matrices, strength=0.1, checkpoint=folder, solver="working_set")
 
 
 def test_a_killed_solve_goes_on_behind_its_finished_targets(tmp_path: Path, monkeypatch) -> None:
@@ -436,10 +446,10 @@ def test_a_killed_solve_goes_on_behind_its_finished_targets(tmp_path: Path, monk
     monkeypatch.setattr("tl_circuitlasso.solve.checkpoint.PART", 4)
     times = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
     problem = planted(targets=18)
-    resumed = lasso(**problem.matrices, strength=0.1, checkpoint=folder)
+    resumed = lasso(**problem.matrices, strength=0.1, checkpoint=folder, solver="working_set")
     assert sorted(file.name for file in folder.iterdir()) == names
     assert {name: (folder / name).stat().st_mtime_ns for name in times} == times  # not solved again
-    whole = lasso(**problem.matrices, strength=0.1)
+    whole = lasso(**problem.matrices, strength=0.1, solver="working_set")
     assert torch.equal(resumed.value, whole.value) and torch.equal(resumed.gap, whole.gap)
     assert resumed.status is Status.SOLVED
 

@@ -73,6 +73,7 @@ from tl_circuitlasso.solve.strength import ebic as ebic
 from tl_circuitlasso.solve.strength import refit_support as refit_support
 from tl_circuitlasso.solve.strength import select as select
 from tl_circuitlasso.solve.strength import stability as stability
+from tl_circuitlasso.solve.sweeps import Sweeps as Sweeps
 from tl_circuitlasso.solve.torch_set import TorchSet as TorchSet
 from tl_circuitlasso.solve.working_set import WorkingSet as WorkingSet
 

@@ -20,6 +20,7 @@ from tl_circuitlasso.solve.groups import Group
 from tl_circuitlasso.solve.penalties import L1
 from tl_circuitlasso.solve.problem import Scaled, check_matrices, explain_failure, scale
 from tl_circuitlasso.solve.row_set import RowSet
+from tl_circuitlasso.solve.sweeps import Sweeps
 from tl_circuitlasso.solve.torch_set import TorchSet
 from tl_circuitlasso.solve.unpenalised import solve_unpenalised
 from tl_circuitlasso.solve.working_set import WorkingSet, numba_available
@@ -32,6 +33,10 @@ ONCE = ("standardise", "names", "check")  # options that `prepare` takes
 TOLERANCE = 1e-4  # of the duality gap, relative to the empty solution's objective
 GROUP_SET_FROM = 1 << 13  # entries of the answer from which compiled block descent pays for its compilation
 ROW_SET_FROM = 512  # sources from which a working set of rows beats plain FISTA
+SWEEPS_UP_TO = (
+    1 << 13
+)  # entries of the answer up to which plain sweeps are as quick, and compile in a tenth of the time
+SWEPT_SOURCES = 1024  # at most: every sweep of `Sweeps` walks all of them
 
 
 def lasso(
@@ -221,6 +226,7 @@ def choose_solver(
     if isinstance(solver, AbstractSolver):
         return solver
     limit: dict[str, int] = {} if max_iter is None else {"max_iter": max_iter}
+    small = solver == "auto" and shape[0] <= SWEPT_SOURCES and shape[0] * shape[1] <= SWEEPS_UP_TO
     if solver == "auto":
         solver = "working_set"
     if solver == "fista":
@@ -235,7 +241,8 @@ def choose_solver(
         wide = shape[0] >= ROW_SET_FROM and shape[1] >= 8 * (int(penalty.target_groups.max()) + 1)
         return RowSet(Fista(**limit)) if wide else Fista(**limit)
     if solver == "working_set" and device.type == "cpu" and numba_available():
-        return WorkingSet(**limit, single=dtype == torch.float32)
+        whole = WorkingSet(**limit, single=dtype == torch.float32)
+        return Sweeps(whole) if small and not whole.single else whole
     return TorchSet(**limit)
 
 
