@@ -11,10 +11,9 @@ can be gamed), stability (mean pairwise Jaccard of these circuits over resamples
 forward passes over the same prompts, run before and after, and peak memory. Circuits are found on some prompts, CPR and
 CMD measured on others: the second half of a case's, templates and names that weren't used of a language model's.
 
-With resamples, cases also calibrate verdicts (`evaluate.calibrate`): an edge of one case is called in, out or neither
-by thresholds on its stability that were learnt on the other cases. --wordings compares circuits of one template with
-another's. What FILE of --json holds is not run again, so that a long table can be made in pieces; how many prompts and
-resamples each line rests on stands in it, and two of one method that differ in this are refused.
+--wordings compares circuits of one template with another's. What FILE of --json holds is not run again, so that a long
+table can be made in pieces; how many prompts and resamples each line rests on stands in it, and two of one method that
+differ in this are refused. What steadiness says of the truth: `python -m benchmarks.verdicts`.
 """
 
 import argparse
@@ -22,7 +21,6 @@ import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +34,10 @@ from tl_circuitlasso import baselines, evaluate
 from tl_circuitlasso.bench.cases import Case, case_folders, limited, load_case
 from tl_circuitlasso.bench.measure import measured
 from tl_circuitlasso.bench.methods import objective
+from tl_circuitlasso.data.storage import write_text
 from tl_circuitlasso.data.targets import LogitDiff
 from tl_circuitlasso.discover.run import circuit_lasso
 from tl_circuitlasso.errors import InputError
-from tl_circuitlasso.evaluate.stability import Stability
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models import adapt
 from tl_circuitlasso.models.loading import load_model
@@ -172,8 +170,8 @@ def _templates(clean: Tensor) -> list[int]:
 # ---- one line -------------------------------------------------------------------------------------------------------
 
 
-def line(setting: Setting, name: str, resamples: int, shuffles: int) -> tuple[dict[str, Any], Stability | None]:
-    """What is measured of one method, and how steady it was."""
+def line(setting: Setting, name: str, resamples: int, shuffles: int) -> dict[str, Any]:
+    """What is measured of one method."""
     find, metric = setting.methods[name], setting.metrics(name)
     graph, made = _found(setting, name)
     circuit = graph if name in CHOOSE else graph.top_k(setting.size)
@@ -186,13 +184,12 @@ def line(setting: Setting, name: str, resamples: int, shuffles: int) -> tuple[di
     made |= {"CPR": curve.cpr, "CMD": curve.cmd}
     asked = (find, setting.model, *setting.found, metric)
     size = None if name in CHOOSE else setting.size
-    steady = evaluate.stability(*asked, resamples=resamples, k=size) if resamples else None
-    if steady is not None:
-        made["stability"] = steady.jaccard
+    if resamples:
+        made["stability"] = evaluate.stability(*asked, resamples=resamples, k=size).jaccard
     if shuffles and setting.groups:
         worded = evaluate.wording(*asked, setting.groups, shuffles=shuffles, k=size)
         made |= {"other words": worded.jaccard, "same words": worded.shuffled}
-    return made, steady
+    return made
 
 
 def _found(setting: Setting, name: str) -> tuple[AttributionGraph, dict[str, Any]]:
@@ -242,41 +239,13 @@ class Record:
             raise InputError(f"`--json` {self.path}: {asked['method']} on {asked['case']} has {said}; use another file")
         return line is not None
 
-    def add(self, made: dict[str, Any], steady: Stability | None, truth: Edges | None) -> None:
-        if steady is not None and truth is not None:
-            shares = [[*edge, share, edge in truth] for edge, share in steady.shares.items()]
-            made = made | {"shares": shares}
+    def add(self, made: dict[str, Any]) -> None:
         self.lines.append(made)
         if self.path is not None:
-            self.path.write_text(json.dumps(self.lines), encoding="utf-8")
+            write_text(self.path, json.dumps(self.lines))
 
     def frame(self) -> pd.DataFrame:
-        return pd.DataFrame([{key: value for key, value in one.items() if key != "shares"} for one in self.lines])
-
-
-def verdicts(lines: Sequence[dict[str, Any]], confidence: float = 0.8) -> Iterator[dict[str, Any]]:
-    """Of each method: the thresholds that all cases with a certified truth give, and what those of all cases but one
-    say of its edges, over all cases."""
-    for method in dict.fromkeys(one["method"] for one in lines):
-        known = [_known(one["shares"]) for one in lines if one["method"] == method and "shares" in one]
-        if len(known) < 2:
-            continue
-        counts = reduce(pd.DataFrame.add, (_unseen(known, place, confidence) for place in range(len(known))))
-        cells = {f"{said}, {kind}": counts.loc[said, kind] for said in counts.index for kind in counts.columns}
-        learnt = evaluate.calibrate(known, confidence=confidence)
-        yield {"method": method, "in from": learnt.keep, "out to": learnt.drop} | cells
-
-
-def _unseen(known: Sequence[tuple[Stability, Edges]], place: int, confidence: float) -> pd.DataFrame:
-    others = [*known[:place], *known[place + 1 :]]
-    return evaluate.calibrate(others, confidence=confidence).judge(*known[place])
-
-
-def _known(shares: Sequence[Any]) -> tuple[Stability, Edges]:
-    table = pd.DataFrame([row[:3] for row in shares if row[2] > 0], columns=["source", "target", "share"])
-    everything = frozenset((source, target) for source, target, *_ in shares)
-    true = frozenset((source, target) for source, target, _, is_true in shares if is_true)
-    return Stability(1.0, table, (), everything), true
+        return pd.DataFrame(self.lines)
 
 
 def settings(options: argparse.Namespace) -> Iterator[Setting]:
@@ -300,15 +269,11 @@ def main() -> None:
             asked |= {"resamples": options.resamples} | ({"bootstrap": options.bootstrap} if name == BOOTSTRAP else {})
             if record.has(asked):
                 continue
-            made, steady = line(setting, name, options.resamples, options.wordings)
-            record.add(asked | made, steady, setting.truth)
+            record.add(asked | line(setting, name, options.resamples, options.wordings))
             print(record.frame().tail(1).to_string(index=False, header=len(record.lines) == 1), flush=True)
     frame = record.frame()
     print(f"\nMeans over {frame['case'].nunique()} cases (SHD and AUROC: those whose edges are certified):")
     print(frame.drop(columns="case").groupby("method", sort=False).mean().to_string(float_format="{:.3f}".format))
-    if judged := list(verdicts(record.lines, options.confidence)):
-        print("\nEdges by verdict: thresholds from all cases; counts of each case by thresholds from the others:")
-        print(pd.DataFrame(judged).to_string(index=False))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -320,7 +285,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompts", type=int, default=100, help="of each case, or to find circuits on (%(default)s)")
     parser.add_argument("--resamples", type=int, default=0, help="for the stability; 0 leaves it out")
     parser.add_argument("--bootstrap", type=int, default=20, help="resamples of bootstrap EAP-IG; default %(default)s")
-    parser.add_argument("--confidence", type=float, default=0.8, help="of the verdicts; default %(default)s")
     parser.add_argument("--wordings", type=int, default=0, metavar="SHUFFLES", help="compare templates; 0 doesn't")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, help="every figure; what it holds already isn't run again")

@@ -6,40 +6,57 @@ import pandas as pd
 import pytest
 import torch
 
-from benchmarks import rivals
+from benchmarks import rivals, verdicts
 from tests.helpers import CASES
 from tl_circuitlasso.demo import load_demo
 from tl_circuitlasso.errors import InputError
-from tl_circuitlasso.evaluate.stability import Stability
 
 
 def lines(wrong: tuple[int, ...]) -> list[dict]:
-    """Cases of 40 true and 40 false edges; so many of the false ones of each are as steady as its true ones."""
+    """Models of 40 true and 40 false edges; so many of the false ones of each are as steady as its true ones."""
     made = []
-    for case, steady in enumerate(wrong):
+    for model, steady in enumerate(wrong):
         shares = [["input", f"m{i}", 1.0, True] for i in range(40)]
         shares += [["input", f"m{i}", float(i < 40 + steady), False] for i in range(40, 80)]
-        made.append({"case": f"case_{case}", "method": "EAP", "shares": shares})
+        kind = "trained" if model < 2 else "planted"
+        made.append({"case": f"case_{model}", "method": "EAP", "kind": kind, "shares": shares})
     return made
 
 
-def test_a_case_is_judged_by_thresholds_from_the_others():
-    (row,) = rivals.verdicts(lines((0, 0, 0, 30)))
-    assert row["in from"] is None and row["out to"] == 0.0  # of all: 30 of 190 are false, too many at .8
-    # three cases without a fault would call in what is steady in the last, which with two of them says that none may be
-    assert (row["in, true"], row["in, false"]) == (40, 30) and row["abstain, true"] == 120
-    assert row["out, false"] == 130 and row["out, true"] == 0
-    assert list(rivals.verdicts([one | {"method": one["case"]} for one in lines((0, 0))])) == []  # one case each
+def test_a_model_is_judged_by_thresholds_from_the_others():
+    found = verdicts.table(lines((0, 0, 0, 0, 0, 40)), 0.8).set_index("models")
+    assert list(found.index) == ["trained", "planted", "all"]
+    assert bool(pd.isna(found.loc["all", "in from"])) and found.loc["all", "out to"] == 0.0  # half a case is too much
+    # five models without a fault call in what is steady in the last; with it among the others none may be
+    assert found.loc["all", "in"] == 80 and found.loc["all", "true"] == 0.5
+    assert found.loc["trained", "in"] == 0 and found.loc["trained", "abstained"] == 0.5
+    assert (
+        found.loc["all", "out"] == 200
+        and found.loc["all", "absent"] == 1.0
+        and found.loc["all", "true edges lost"] == 0
+    )
+
+
+@pytest.mark.slow
+def test_planted_models_are_judged_and_not_run_again(tmp_path, monkeypatch, capsys):
+    (tmp_path / "cases").mkdir()
+    (tmp_path / "cases" / "case_13").symlink_to(CASES / "case_13")
+    words = ["verdicts", str(tmp_path / "cases"), "--planted", "8", "--prompts", "16", "--resamples", "2"]
+    words += ["--methods", "EAP", "--json", str(tmp_path / "shares.json"), "--threads", "1"]
+    for _ in range(2):
+        monkeypatch.setattr(sys, "argv", words)
+        verdicts.main()
+    shown = capsys.readouterr().out
+    assert shown.count("case_13 EAP 16 2") == 1 and shown.count("9 models, confidence 0.9") == 2
+    last = shown.splitlines()[-1].split()
+    assert last[:2] == ["EAP", "all"] and float(last[3]) >= 0.9 and float(last[5]) >= 0.9
 
 
 def test_a_table_goes_on_where_its_file_ends(tmp_path):
-    edges = frozenset({("input", "m0"), ("input", "m1")})
-    kept = pd.DataFrame({"source": ["input"], "target": ["m0"], "share": [1.0]})
     record, asked = rivals.Record.of(tmp_path / "table.json"), {"case": "a", "method": "EAP", "resamples": 2}
-    record.add(asked | {"CMD": 0.5}, Stability(1.0, kept, (1, 1), edges), edges)
+    record.add(asked | {"CMD": 0.5})
     again = rivals.Record.of(tmp_path / "table.json")
     assert again.lines == record.lines and again.has(asked) and not again.has(asked | {"method": "RelP"})
-    assert again.lines[0]["shares"] == [["input", "m0", 1.0, True], ["input", "m1", 0.0, True]]
     assert list(again.frame().columns) == ["case", "method", "resamples", "CMD"]
     with pytest.raises(InputError, match="EAP on a has resamples 2 instead of 3; use another file"):
         again.has(asked | {"resamples": 3})

@@ -5,10 +5,11 @@ from typing import Any
 import pytest
 import torch
 
+import tl_circuitlasso as tcl
 from tl_circuitlasso.discover.designs import learn
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.structure import structure
-from tl_circuitlasso.synthetic import CODES, planted
+from tl_circuitlasso.synthetic import CODES, planted, planted_transformer
 
 
 def test_the_same_seed_is_the_same_problem() -> None:
@@ -107,3 +108,44 @@ def test_bad_arguments_are_named(options: dict[str, Any], message: str) -> None:
 def test_statistics_that_cannot_be_made_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         planted().statistics(**options)
+
+
+# ---- transformers ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"seed": 0}, {"seed": 1, "content": 1.0, "layers": 1}])
+def test_exactly_the_planted_edges_of_a_transformer_do_something(options: dict[str, Any]) -> None:
+    """By patching one edge at a time with another prompt's activations."""
+    pytest.importorskip("transformer_lens").HookedTransformer  # noqa: B018
+    made = planted_transformer(prompts=32, **options)
+    with torch.no_grad():
+        before = made.model(made.clean).log_softmax(-1)
+
+    def metric(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return -(before[rows].exp() * (before[rows] - logits.log_softmax(-1))).sum()
+
+    exact = tcl.baselines.exact(made.model, made.clean, made.corrupted, metric, batch_size=512, progress=False)
+    effects = {edge: abs(effect) for edge, effect in exact.pair_scores().items()}
+    assert set(effects) == made.candidates and made.circuit < made.candidates
+    weakest = min(effects[edge] for edge in made.circuit)
+    assert weakest > 0.01 * max(effects.values())
+    assert max(effects[edge] for edge in made.candidates - made.circuit) < 1e-3 * weakest
+
+
+def test_a_planted_transformer_is_the_same_by_its_seed_and_writes_with_unit_spread() -> None:
+    pytest.importorskip("transformer_lens").HookedTransformer  # noqa: B018
+    one, again, other = (planted_transformer(seed=seed) for seed in (3, 3, 4))
+    assert one.circuit == again.circuit and torch.equal(one.clean, again.clean)
+    assert all(torch.equal(a, b) for a, b in zip(one.model.parameters(), again.model.parameters()))
+    assert not torch.equal(one.clean, other.clean)
+    _, cache = one.model.run_with_cache(one.clean)
+    for layer in range(2):
+        wrote = cache[f"blocks.{layer}.hook_mlp_out"][:, 1:]
+        own = wrote[..., wrote.abs().amax((0, 1)) > 0]
+        assert own.shape[-1] == 4 and float(own.std()) == pytest.approx(1, abs=0.1)
+
+
+def test_bad_sizes_of_planted_transformers_are_refused() -> None:
+    for wrong in ({"positions": 1}, {"classes": 1}, {"parents": 0}, {"weakest": 1.5}, {"content": -0.1}):
+        with pytest.raises(InputError, match=next(iter(wrong))):
+            planted_transformer(**wrong)

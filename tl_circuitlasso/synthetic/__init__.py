@@ -1,5 +1,5 @@
-"""Planted truth, for tests, tutorials and comparisons: circuits of made-up networks, codes of made-up SAEs, and SAEs of
-random directions."""
+"""Planted truth, for tests, tutorials and comparisons: circuits of made-up networks and transformers, codes of made-up
+SAEs, and SAEs of random directions."""
 
 from tl_circuitlasso.naming import directory as _directory
 from tl_circuitlasso.synthetic.problems import CODES as CODES
@@ -8,7 +8,18 @@ from tl_circuitlasso.synthetic.problems import Planted as Planted
 from tl_circuitlasso.synthetic.problems import planted as planted
 from tl_circuitlasso.synthetic.saes import RandomSAE as RandomSAE
 from tl_circuitlasso.synthetic.saes import random_sae as random_sae
+from tl_circuitlasso.synthetic.transformers import PlantedTransformer as PlantedTransformer
+from tl_circuitlasso.synthetic.transformers import planted_transformer as planted_transformer
 
-__all__ = ["CODES", "Edge", "Planted", "RandomSAE", "planted", "random_sae"]
+__all__ = [
+    "CODES",
+    "Edge",
+    "Planted",
+    "PlantedTransformer",
+    "RandomSAE",
+    "planted",
+    "planted_transformer",
+    "random_sae",
+]
 
 __dir__ = _directory(__name__)

@@ -150,7 +150,7 @@ def planted(
     generator = torch.Generator().manual_seed(seed)
     index = component_index(n_layers=layers, n_heads=heads)
     index = NodeIndex((*index.blocks[:-1], Block(Site("target"), index.blocks[-1].rank)))
-    family, circuit = _family(index, parents, generator)
+    family, circuit = draw_circuit(index, parents, generator)
     family |= _copies(index, family, copies, generator)
     x: dict[str, Tensor] = {}
     maps: dict[Edge, Tensor] = {}
@@ -162,7 +162,7 @@ def planted(
         if name not in family:
             x[name] = own
             continue
-        new = {parent: _orthogonal(width, generator) for parent in family[name]}
+        new = {parent: orthogonal(width, generator) for parent in family[name]}
         if float(torch.rand((), generator=generator)) < cancelling:
             new |= _undone(family[name], new, maps)
         drive = torch.stack([x[parent] @ new[parent] for parent in family[name]]).sum(0)
@@ -186,7 +186,9 @@ def _check(given: Mapping[str, object]) -> None:
         raise InputError(f"`codes` {given['codes']!r} is unknown: use one of {', '.join(CODES)}")
 
 
-def _family(index: NodeIndex, parents: int, generator: torch.Generator) -> tuple[dict[str, list[str]], frozenset[Edge]]:
+def draw_circuit(
+    index: NodeIndex, parents: int, generator: torch.Generator
+) -> tuple[dict[str, list[str]], frozenset[Edge]]:
     """The parents of every node of the circuit, drawn from the target backwards, and the circuit's edges."""
     family: dict[str, list[str]] = {}
     waiting = [index.names[-1]]
@@ -247,6 +249,6 @@ def _pattern(prompts: int, positions: int, generator: torch.Generator) -> Float[
     return scores.softmax(-1)
 
 
-def _orthogonal(width: int, generator: torch.Generator) -> Float[Tensor, "column column"]:
+def orthogonal(width: int, generator: torch.Generator) -> Float[Tensor, "column column"]:
     """A random orthogonal matrix; for one column a random sign."""
     return torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))[0]
