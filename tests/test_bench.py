@@ -21,6 +21,8 @@ from tl_circuitlasso.bench.measure import measured
 from tl_circuitlasso.bench.published import METADATA, head_edges, read_pairs
 from tl_circuitlasso.bench.report import Curve, best_threshold
 from tl_circuitlasso.errors import FormatError, InputError, ModelError
+from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.graph.nodes import component_index
 
 CONFIG = {
     "n_layers": 1,
@@ -126,6 +128,33 @@ def test_circuit_lasso_runs_on_a_case(folder):
     report = run(folder, "circuit-lasso")
     assert not report.failures, report.failures
     assert report.rows[0].chooses and report.rows[0].forward_passes >= 1
+
+
+def test_a_budget_is_the_most_edges_that_are_measured(folder, monkeypatch):
+    """Of a circuit of six edges: each measured one is a forward pass."""
+    edges = [
+        ("input", "a0.h0"),
+        ("a0.h0", "m0"),
+        ("input", "a0.h1"),
+        ("a0.h1", "m0"),
+        ("input", "m0"),
+        ("m0", "logits"),
+    ]
+
+    def skeleton(**options):
+        def run(case, prompts, seed):
+            index = component_index(n_layers=1, n_heads=2)
+            made = AttributionGraph.from_edges(index, {edge: 1.0 + place for place, edge in enumerate(edges)})
+            return replace(made, provenance={"forward_passes": 0.0})
+
+        return run
+
+    monkeypatch.setattr(bench.methods, "_circuit_lasso", skeleton)
+    whole, some = (run(folder, "circuit-lasso+confirm", budget=budget) for budget in (None, 2))
+    assert not whole.failures and not some.failures
+    assert whole.rows[0].forward_passes - some.rows[0].forward_passes == 4
+    assert set(edges[2:]) <= set(some.rows[0].kept) and some.settings["budget"] == 2  # only the weakest are measured
+    assert ("a0.h1", "m0") not in whole.rows[0].kept  # a0.h1 writes nothing
 
 
 def test_seeds_are_rows_of_their_own_and_one_case_in_the_means(folder):
@@ -287,6 +316,8 @@ def test_a_report_of_nothing_but_failures_prints(folder, tmp_path):
         ({"truth": "certain"}, "`truth`"),
         ({"prompts": 0}, "`prompts`"),
         ({"seeds": 0}, "`seeds`"),
+        ({"budget": 3}, "`budget` is of circuit-lasso+confirm"),
+        ({"budget": 0, "methods": ["circuit-lasso+confirm"]}, "`budget` is 0"),
         ({"folder": "no-such-folder"}, "`folder`"),
     ],
 )

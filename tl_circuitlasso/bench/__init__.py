@@ -37,6 +37,7 @@ def interpbench(
     prompts: int | None = None,
     seed: int = 0,
     seeds: int = 1,
+    budget: int | None = None,
     progress: bool = True,
     json_path: str | Path | None = None,
 ) -> Report:
@@ -51,18 +52,20 @@ def interpbench(
         as circuits-benchmark counts it).
     prompts: how many prompts of each case to use; None takes all.
     seed: of everything drawn at random; seeds: how many, from `seed` up. Figures are means over them.
+    budget: the most edges that "circuit-lasso+confirm" measures in each case, the weakest first; None measures all.
     json_path: where to write every figure.
 
     A case that can't be read, or a method that fails on one, is listed in `failures`; the others' results stay.
 
     Raises
     ------
-    InputError: no such folder, no cases in it, an unknown method or truth, `prompts` < 1 or `seeds` < 1.
+    InputError: no such folder, no cases in it, an unknown method or truth, `prompts` or `seeds` below 1, or a budget
+        for no method.
 
     >>> report = interpbench("interpbench", ["circuit-lasso", "eap-ig"], json_path="figures.json")  # doctest: +SKIP
     >>> print(report)  # doctest: +SKIP
     """
-    wanted = chosen(methods)
+    wanted = chosen(methods, budget)
     if truth not in TRUTHS:
         raise InputError(f"`truth` is {truth!r}: write 'effective', 'flow' or 'gt'")
     if prompts is not None and prompts < 1:
@@ -79,7 +82,7 @@ def interpbench(
                 (rows if isinstance(found, Row) else failures).append(found)  # type: ignore[arg-type]
                 bar.update(len(wanted) * seeds if isinstance(found, Failure) and not found.method else 1)
     settings = {"folder": Path(folder).name, "truth": truth, "prompts": prompts, "seed": seed, "seeds": seeds}
-    settings |= {"published": published, "methods": [method.name for method in wanted]}
+    settings |= {"published": published, "methods": [method.name for method in wanted], "budget": budget}
     report = Report(tuple(rows), tuple(failures), settings)
     if json_path is not None:
         report.save(json_path)

@@ -7,6 +7,7 @@ apart (a logit or output difference, which has a derivative there too) where it'
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_circuitlasso import baselines
+from tl_circuitlasso._checks import whole_number
 from tl_circuitlasso.bench.cases import Case, limited
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.confirm import confirm
@@ -21,6 +23,7 @@ from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models import adapt
 
 BATCH = 256  # prompts per forward pass
+HYBRID = "circuit-lasso+confirm"  # a circuit refined by intervention, on a budget of edges
 
 Objective = Literal["distance", "contrast"]
 
@@ -117,14 +120,14 @@ def _magnitude(case: Case, prompts: int | None, seed: int) -> AttributionGraph:
     return baselines.METHODS["magnitude"](case.model, clean, corrupted, batch_size=BATCH, progress=False)
 
 
-def _confirmed(case: Case, prompts: int | None, seed: int) -> AttributionGraph:
-    """The default circuit, each of its edges then cut once in the model."""
+def _confirmed(case: Case, prompts: int | None, seed: int, *, budget: int | None = None) -> AttributionGraph:
+    """The default circuit, each of its edges then cut once in the model: all, or the `budget` weakest."""
     clean, corrupted = limited(case, prompts)
     graph = _circuit_lasso()(case, prompts, seed)
     if not bool(graph.prune().kept.any()):
         return graph
     metric = objective(case, clean, corrupted, "distance")
-    options = {"batch_size": BATCH, "seed": seed, "progress": False}
+    options = {"batch_size": BATCH, "seed": seed, "progress": False, "budget": budget}
     found = confirm(case.model, graph, clean, corrupted, metric, **options).prune()
     passes = graph.provenance["forward_passes"] + found.provenance["confirm"]["forward_passes"]
     return replace(found, provenance={**found.provenance, "forward_passes": passes})
@@ -151,7 +154,7 @@ METHODS: dict[str, Method] = {
         Method("eap-gp", _baseline(baselines.eap_gp, "distance")),
         Method("bootstrap-eap-ig", _baseline(baselines.bootstrap_eap_ig, "distance"), chooses=True),
         Method("acdc", _baseline(baselines.acdc, "distance"), chooses=True),
-        Method("circuit-lasso+confirm", _confirmed, chooses=True),
+        Method(HYBRID, _confirmed, chooses=True),
     )
 }
 ON_DEMAND = (  # run where they are named
@@ -163,20 +166,26 @@ ON_DEMAND = (  # run where they are named
     "eap-gp",
     "bootstrap-eap-ig",
     "acdc",
-    "circuit-lasso+confirm",
+    HYBRID,
 )
 DEFAULT = tuple(name for name in METHODS if name not in ON_DEMAND)
 
 
-def chosen(names: Any) -> list[Method]:
-    """The methods called `names` (None: all but `ON_DEMAND`).
+def chosen(names: Any, budget: int | None = None) -> list[Method]:
+    """The methods called `names` (None: all but `ON_DEMAND`); `budget` is the most edges that the hybrid measures.
 
     Raises
     ------
-    InputError: an unknown method; the message lists those there are.
+    InputError: an unknown method; the message lists those there are. A budget without the method that has one.
     """
     wanted = DEFAULT if names is None else tuple(names)
     unknown = [name for name in wanted if name not in METHODS]
     if unknown or not wanted:
         raise InputError(f"`methods` {unknown or wanted!r}: choose among {', '.join(METHODS)}")
-    return [METHODS[name] for name in wanted]
+    if budget is None:
+        return [METHODS[name] for name in wanted]
+    if HYBRID not in wanted:
+        raise InputError(f"`budget` is of {HYBRID}, which measures edges one by one: name it among `methods`")
+    budget = whole_number("budget", budget, what="of edges to measure in each case, or None for all")
+    hybrid = Method(HYBRID, partial(_confirmed, budget=budget), chooses=True)
+    return [hybrid if name == HYBRID else METHODS[name] for name in wanted]

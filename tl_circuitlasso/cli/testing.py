@@ -64,6 +64,7 @@ def add(commands: Any) -> None:
     added.add_argument("--truth", default="effective", choices=["effective", "flow", "gt"])
     added.add_argument("--seeds", type=int, default=1, help="run every method so often and give means")
     added.add_argument("--limit", type=int, help="at most so many prompts a case")
+    added.add_argument("--budget", type=int, help="of circuit-lasso+confirm: measure so many edges a case at most")
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
@@ -137,6 +138,7 @@ def bench(arguments: argparse.Namespace) -> None:
         truth=arguments.truth,
         prompts=arguments.limit,
         seeds=arguments.seeds,
+        budget=arguments.budget,
         progress=interactive(arguments),
         json_path=arguments.json,
     )
