@@ -18,7 +18,7 @@ from tl_circuitlasso.data.schema import TARGET
 from tl_circuitlasso.data.sharing import Ranks
 from tl_circuitlasso.data.statistics import Statistics
 from tl_circuitlasso.discover.regressions import Learned, Problem, Regression, by_node, regressions
-from tl_circuitlasso.discover.stopping import CENTRE, lowered, widest_gap
+from tl_circuitlasso.discover.stopping import CENTRE, lowered, widest_gaps
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.graph.nodes import NodeIndex
@@ -183,8 +183,9 @@ def assemble(
 ) -> AttributionGraph:
     """The graph of all regressions, with |score| as given and the signs of the weights."""
     (source, target), weight = _ends(found), torch.cat([one.weight for one in found])
-    way = float(narrowest(source, target, score, ranks=index.ranks, start=0, end=len(index) - 1))
-    bar = widest_gap(score, centre)
+    way = narrowest(source, target, score, ranks=index.ranks, start=0, end=len(index) - 1)
+    bar = widest_gaps(score, centre)
+    bar = lowered(bar, way) if way > 0 else bar
     stabilities = [one.stability for one in found if one.stability is not None]
     stable = {"stability": torch.cat(stabilities)} if len(stabilities) == len(found) else {}
     graph = AttributionGraph(
@@ -194,7 +195,7 @@ def assemble(
         port=torch.zeros_like(source),
         score=score * torch.where(weight < 0, -1.0, 1.0),
         weight=weight,
-        kept=(weight != 0) & (score > (lowered(bar, way) if way > 0 else bar)),
+        kept=(weight != 0) & (score > bar),
         extras=stable,
         certificates=tuple(row for one in found for row in one.certificates(index)),
     )

@@ -9,8 +9,6 @@ gap near it.
 0.0089
 """
 
-from typing import TypeVar
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -58,14 +56,11 @@ def widest_gaps(
     return torch.where(most > 0, bar, torch.inf)
 
 
-Bar = TypeVar("Bar", float, Tensor)
-
-
-def lowered(bar: Bar, way: Bar) -> Bar:
+def lowered(bar: Float[Tensor, "*draw"], way: Float[Tensor, "*draw"]) -> Float[Tensor, "*draw"]:
     """The threshold, lowered where the cheapest edge of the best path (`way`) isn't above it: a circuit has a path.
 
-    >>> lowered(0.5, 2.0), 0.1 - lowered(0.5, 0.1) < 1e-9
-    (0.5, True)
+    >>> found = lowered(torch.tensor([0.5, 0.5]), torch.tensor([2.0, 0.25]))
+    >>> [round(bar, 6) for bar in found.tolist()], bool(found[1] < 0.25)
+    ([0.5, 0.25], True)
     """
-    below = way * (1 - 1e-9)
-    return torch.minimum(bar, below) if isinstance(bar, Tensor) else min(bar, below)
+    return torch.minimum(bar.double(), way.double() * (1 - 1e-9))

@@ -85,16 +85,14 @@ class Costs:
 
     def updated(self, later: "Costs") -> "Costs":
         """What was measured later in place of what was measured here."""
-        some = [
-            {**old, **new}
-            for old, new in (
-                (self.edges, later.edges),
-                (self.judged, later.judged),
-                (self.nodes, later.nodes),
-                (self.effects, later.effects),
-            )
-        ]
-        return Costs(some[0], some[1], some[2], some[3], later.pairs, later.passes)
+        return Costs(
+            {**self.edges, **later.edges},
+            {**self.judged, **later.judged},
+            {**self.nodes, **later.nodes},
+            {**self.effects, **later.effects},
+            later.pairs,
+            later.passes,
+        )
 
 
 def wanted(adapter: Adapter, target: Target) -> tuple[str, ...]:

@@ -33,9 +33,7 @@ ONCE = ("standardise", "names", "check")  # options that `prepare` takes
 TOLERANCE = 1e-4  # of the duality gap, relative to the empty solution's objective
 GROUP_SET_FROM = 1 << 13  # entries of the answer from which compiled block descent pays for its compilation
 ROW_SET_FROM = 512  # sources from which a working set of rows beats plain FISTA
-SWEEPS_UP_TO = (
-    1 << 13
-)  # entries of the answer up to which plain sweeps are as quick, and compile in a tenth of the time
+SWEEPS_UP_TO = 1 << 13  # entries of the answer up to which plain sweeps are as quick, and soon compiled
 SWEPT_SOURCES = 1024  # at most: every sweep of `Sweeps` walks all of them
 
 

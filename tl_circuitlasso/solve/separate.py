@@ -80,7 +80,7 @@ def lassos(
     if not problems:
         return []
     gram, cross, square = _side_by_side(problems)
-    strength = strength.double()
+    strength = strength.to(gram)
     size = gram.diagonal(dim1=1, dim2=2).T.clamp_min(0).sqrt()
     dead = size <= DEAD * size.amax(0)
     size = torch.where(dead, 1.0, size)
@@ -124,8 +124,9 @@ def _side_by_side(
 ) -> tuple[Float[Tensor, "problem source source"], Float[Tensor, "source problem"], Float[Tensor, " problem"]]:
     """Gram, cross and target norms, filled up with sources that don't vary."""
     wide = max(len(problem.gram) for problem in problems)
-    gram = torch.zeros(len(problems), wide, wide, dtype=torch.float64)
-    cross = torch.zeros(wide, len(problems), dtype=torch.float64)
+    options = {"dtype": torch.float64, "device": problems[0].gram.device}
+    gram = torch.zeros(len(problems), wide, wide, **options)
+    cross = torch.zeros(wide, len(problems), **options)
     for j, problem in enumerate(problems):
         own = len(problem.gram)
         gram[j, :own, :own], cross[:own, j] = problem.gram, problem.cross[:, 0]
