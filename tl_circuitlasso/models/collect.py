@@ -59,7 +59,8 @@ class Collected:
     """Statistics with the cost of making them.
 
     sample: the first prompts (up to `SAMPLE`), for whatever is looked at again; forward_passes: those of all processes;
-    closure: the largest relative error of the closure check; forward_seconds: processor time of this process's passes.
+    closure: the largest relative error of the closure check; forward_seconds: processor time of the model itself in the
+    passes of this process.
     """
 
     statistics: Statistics
@@ -138,9 +139,9 @@ def _collect_own(
                 continue
             if not ranks.mine(number):
                 continue
-            started = time.process_time()
+            before = adapter.model_seconds
             new = sample_of(adapter, plan, batch, number)
-            forward += time.process_time() - started
+            forward += adapter.model_seconds - before
             statistics = _add(statistics, adapter, plan, new, number)
             del new  # its activations, before the next batch makes its own
             passes += 1

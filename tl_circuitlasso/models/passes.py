@@ -6,6 +6,7 @@ Whatever the library wants of a model, a `ForwardPass` runs it, with the same pr
 gradients unless they are asked for, the mask handed to the model, and no per-head copies that nobody listens to.
 """
 
+import time
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -37,6 +38,7 @@ class Runner:
         self.device: torch.device = like.device
         self.dtype: torch.dtype = like.dtype
         self.compute_dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        self.model_seconds = 0.0  # of the processor, in the model itself: what all else is measured by
 
     def run(
         self,
@@ -167,6 +169,7 @@ class ForwardPass:
         if self.start is not None:
             given, options = self.start[1].to(runner.dtype), {"start_at_layer": self.start[0]}
         with _ready(runner, paths, self.own_heads, self.gradients), observe(list(self._observers(changes, fired))):
+            began = time.process_time()
             logits = runner.model(
                 given,
                 attention_mask=self.mask.long(),
@@ -174,6 +177,7 @@ class ForwardPass:
                 stop_at_layer=_stop(plans, self.stop_at_layer, runner.shape.n_layers),
                 **options,
             )
+            runner.model_seconds += time.process_time() - began
         if wants_logits:
             self._heard["logits"] = self._noted(logits)
         assert_fired(self._plans.values(), self._heard, runner.architecture)
