@@ -15,7 +15,6 @@ from tl_circuitlasso.demo import Demo
 from tl_circuitlasso.errors import InputError, ModelError
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models import Prompts, adapt
-from tl_circuitlasso.models.feature_codes import encode_batches
 
 FIRST, SECOND, THIRD = (f"blocks.{layer}.hook_resid_post" for layer in range(3))
 CALL = ("target", "strength", "positions", "attention_mask", "checkpoint", "seed", "batch_size", "design", "method")
@@ -37,11 +36,12 @@ def codes(demo: Demo, demo_saes: dict[str, PlainSAE]) -> dict[str, Tensor]:
     """Dense codes of every sample by hook, and under "prompt" whose they are."""
     adapter = adapt(demo.model)
     found: dict[str, list[Tensor]] = {name: [] for name in (*demo_saes, "prompt")}
-    for batch, some in encode_batches(adapter, Prompts(adapter, demo.tokens), tcl.SAEFeatures(demo_saes).encoders()):
+    for batch in Prompts(adapter, demo.tokens):
         numbers = batch.start + torch.arange(len(batch.tokens))
         found["prompt"].append(numbers[:, None].expand_as(batch.keep)[batch.keep])
-        for hook, values in some.items():
-            found[hook].append(values.double())
+        acts = adapter.run(batch.tokens, batch.mask, list(demo_saes))
+        for hook, sae in demo_saes.items():
+            found[hook].append(sae.encode(acts[hook][batch.keep]).double())
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 

@@ -14,7 +14,6 @@ from tests.sae.training import PlainSAE, plain_sae
 from tl_circuitlasso.errors import InputError, ModelError
 from tl_circuitlasso.models import Prompts, adapt
 from tl_circuitlasso.models.encoder import Encoder
-from tl_circuitlasso.models.feature_codes import encode_batches
 from tl_circuitlasso.models.hook_order import attention_between, computing_order
 from tl_circuitlasso.models.sae import load_sae
 from tl_circuitlasso.models.sae_checks import SAEMismatch, check_labels
@@ -203,16 +202,6 @@ def test_hooks_are_ordered_as_the_model_computes_them(demo: Any) -> None:
 )
 def test_which_attention_stands_between(source: str, target: str, layers: list[int]) -> None:
     assert list(attention_between(source, target, 3)) == layers
-
-
-def test_encode_batches_gives_the_codes_of_kept_positions(demo: Any, demo_saes: dict[str, PlainSAE]) -> None:
-    adapter = adapt(demo.model)
-    encoders = tcl.SAEFeatures(demo_saes).encoders()
-    prompts = Prompts(adapter, demo.tokens[:8], batch_size=4)
-    for batch, codes in encode_batches(adapter, prompts, encoders):
-        acts = adapter.run(batch.tokens, batch.mask, list(demo_saes))
-        for hook, sae in demo_saes.items():
-            torch.testing.assert_close(codes[hook], sae.encode(acts[hook][batch.keep]))
 
 
 @pytest.fixture

@@ -28,8 +28,9 @@ from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.experiment import Experiment, MethodOptions, verb
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models import Adapter
-from tl_circuitlasso.models.ablation import Ablated, from_run, from_values
+from tl_circuitlasso.models.ablation import Ablated
 from tl_circuitlasso.models.attention import PORTS
+from tl_circuitlasso.models.metric import as_number
 from tl_circuitlasso.models.pairs import PairBatch
 from tl_circuitlasso.models.patch import run_circuits
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
@@ -134,7 +135,7 @@ class _Search:
             logits = adapter.run(job.batch.clean.tokens, job.batch.mask, ["logits"])["logits"].detach()
             job.count.forward += share
             own = _divergence(logits, job.batch) if setup.metric is None else setup.objective
-            runs.append(_Run(job.batch, _cut(job), own))
+            runs.append(_Run(job.batch, job.cut(), own))
             model += _value(own, logits, job.batch)
             ablated += _value(own, runs[-1].ablated.logits, job.batch)
         size = len(setup)
@@ -236,20 +237,9 @@ class _Search:
         return [total / self.prompts for total in totals]
 
 
-def _cut(job: Job) -> Ablated:
-    adapter, batch = job.adapter, job.batch
-    if job.experiment.cut == "patch":
-        job.count.forward += job.share
-        return from_run(adapter, batch.corrupted.tokens, batch.mask)
-    return from_values(adapter, job.ablated())
-
-
 def _value(metric: Metric, logits: Tensor, batch: PairBatch) -> float:
     with torch.no_grad():
-        value = metric(batch.shown(logits), batch.rows)
-    if not isinstance(value, Tensor) or value.numel() != 1 or not bool(value.isfinite()):
-        raise InputError("`metric` must return one finite number, the sum over the batch's rows")
-    return float(value)
+        return float(as_number(metric(batch.shown(logits), batch.rows)))
 
 
 def _divergence(clean: Float[Tensor, "batch pos vocab"], batch: PairBatch) -> Metric:

@@ -13,9 +13,9 @@ from typing_extensions import Unpack
 from tl_circuitlasso.baselines.edges import EdgeLayout, written_out
 from tl_circuitlasso.baselines.gradient import Count, Job, Metric, Setting, facts, jobs
 from tl_circuitlasso.data.targets import LogitDiff
-from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.experiment import Experiment, MethodOptions, verb
 from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.models.metric import as_number
 from tl_circuitlasso.models.patching import Edit, Record, record_all, run_edited, unembed
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
 from tl_circuitlasso.progress import bar as counting
@@ -109,7 +109,4 @@ def _patched(job: Job, layout: EdgeLayout, plain: Record, deltas: Tensor, reader
 
 def _value(job: Job, logits: Tensor) -> float:
     with torch.no_grad():
-        value = job.experiment.objective(job.batch.shown(logits), job.batch.rows)
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        raise InputError("`metric` must return one number, the sum over the batch's rows")
-    return float(value)
+        return float(as_number(job.experiment.objective(job.batch.shown(logits), job.batch.rows)))

@@ -23,6 +23,7 @@ from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.graph.provenance import question
 from tl_circuitlasso.graph.provenance import record as record_of
 from tl_circuitlasso.models import Adapter
+from tl_circuitlasso.models.ablation import Ablated, from_run, from_values
 from tl_circuitlasso.models.metric import Metric
 from tl_circuitlasso.models.pairs import PairBatch
 from tl_circuitlasso.models.patching import Written, record
@@ -229,6 +230,13 @@ class Job:
             return record(adapter, batch.corrupted.tokens, batch.mask)
         values = zeros_written(adapter) if self.mean is None else self.mean
         return for_batch(adapter, values, batch.clean, self.experiment.input_node)
+
+    def cut(self) -> Ablated:
+        """The run in which every edge is cut."""
+        if self.experiment.cut == "patch":
+            self.count.forward += self.share
+            return from_run(self.adapter, self.batch.corrupted.tokens, self.batch.mask)
+        return from_values(self.adapter, self.ablated())
 
     def trace(self, *, corrupted: bool = False, **replaced: Any) -> Trace:
         """The metric's derivatives on the clean (or corrupted) prompts, with some activations replaced."""

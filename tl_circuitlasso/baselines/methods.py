@@ -76,7 +76,6 @@ METHODS: Mapping[str, Method] = {
     "random": random_edges,
     "relp": relp_edges,
 }
-CHOOSE = ("acdc", "bootstrap-eap-ig", "lasso+confirm")  # whose kept edges are a circuit of their own
 
 
 def method(name: str) -> Method:

@@ -20,6 +20,7 @@ from tl_circuitlasso.evaluate.optimal import fit
 from tl_circuitlasso.experiment import Experiment
 from tl_circuitlasso.models import Adapter
 from tl_circuitlasso.models.ablation import Ablated, from_run, from_values
+from tl_circuitlasso.models.metric import as_number
 from tl_circuitlasso.models.pairs import PairBatch
 from tl_circuitlasso.models.patch import Circuits, run_circuits
 from tl_circuitlasso.models.patching import Written
@@ -137,13 +138,7 @@ def prompt_values(metric: Metric, logits: Tensor, batch: PairBatch, whose: str) 
 
 
 def _single(metric: Metric, logits: Tensor, rows: Tensor) -> Float[Tensor, "1"]:
-    value: Any = metric(logits, rows)
-    if isinstance(value, (int, float)):
-        value = torch.tensor(float(value))
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-        raise InputError(f"`metric` returned {got} for one prompt: it must return one number, the sum over the rows")
-    return value.double().cpu().reshape(1)
+    return as_number(metric(logits, rows), finite=False).double().cpu().reshape(1)
 
 
 def _ablated(setup: Experiment, batch: PairBatch, constants: Written | None) -> Ablated:

@@ -22,6 +22,7 @@ from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.metrics import Metric
 from tl_circuitlasso.experiment import Experiment, Optimal
 from tl_circuitlasso.models.ablation import from_values
+from tl_circuitlasso.models.metric import as_number
 from tl_circuitlasso.models.pairs import PairBatch, Pairs
 from tl_circuitlasso.models.patch import Circuits, run_circuits
 from tl_circuitlasso.models.patching import Written
@@ -89,13 +90,13 @@ class _Problem:
         logits = cut.logits
         if self.circuits is not None:
             logits = run_circuits(adapter, batch.clean.tokens, batch.mask, self.circuits, cut, gradients=True)[0]
-        value = self.metric(batch.shown(logits), rows)
-        if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+        value = as_number(self.metric(batch.shown(logits), rows), finite=False)
+        if not value.requires_grad:
             raise InputError(
                 "`metric` has no derivative, so optimal constants can't be fitted by it: give another for the fit, "
                 "ablation=evaluate.Optimal(metric=...), or use ablation='mean'"
             )
-        return value.reshape(()) / self.count
+        return value / self.count
 
 
 def _drawn(data: Pairs, how: Optimal) -> list[tuple[PairBatch, Int[Tensor, " batch"]]]:

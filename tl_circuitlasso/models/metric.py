@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -27,6 +28,39 @@ class PromptMetric:
 
     def __call__(self, logits: Float[Tensor, "batch pos vocab"], rows: Int[Tensor, " batch"]) -> Float[Tensor, ""]:
         return self.each(logits, rows).sum()
+
+
+def as_number(value: Any, *, finite: bool = True) -> Float[Tensor, ""]:
+    """What a metric returned, which is to be one number.
+
+    >>> as_number(2.5), as_number(torch.ones(1, 1))
+    (tensor(2.5000), tensor(1.))
+
+    Raises
+    ------
+    InputError: something else, or (where it must be `finite`) NaN or infinity.
+    """
+    if isinstance(value, (int, float)):
+        value = torch.tensor(float(value))
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise InputError(f"`metric` returned {got}: it must return one number, the sum over the rows that it is given")
+    if finite and not bool(value.isfinite()):
+        raise InputError("`metric` returned NaN or infinity: check the prompts and the metric")
+    return value.reshape(())
+
+
+def as_objective(value: Any) -> Float[Tensor, ""]:
+    """What a metric returned, which is to be one finite number with a derivative by the logits.
+
+    Raises
+    ------
+    InputError: it is something else.
+    """
+    number = as_number(value, finite=False)
+    if not number.requires_grad:
+        raise InputError("`metric` doesn't depend on the logits: compute it from `logits` with torch operations")
+    return as_number(number)
 
 
 def as_metric(given: Any, adapter: Adapter, prompts: int) -> Metric:

@@ -90,10 +90,6 @@ class Dictionary:
         rows = torch.arange(len(self.spread)).repeat_interleave(self.size)
         return Group(rows, torch.arange(targets))
 
-    def parent_scores(self, value: Float[Tensor, "feature target"]) -> Float[Tensor, "source target"]:
-        """The norm of each parent's coefficients: how much of the target's standard deviation it moves."""
-        return value.view(len(self.spread), self.size, -1).norm(dim=1)
-
     def _write(self, features: Float[Tensor, "sample source"], white: Sequence[Float[Tensor, "source sample"]]) -> None:
         """Writes the whitened functions, one matrix each; activations are standardised in double first."""
         white[0].copy_(torch.addcmul(-self.location / self.spread, features.double(), 1 / self.spread).T)
