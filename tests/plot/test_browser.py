@@ -4,6 +4,7 @@ import io
 import os
 import shutil
 from dataclasses import replace
+from itertools import pairwise
 
 import networkx as nx
 import numpy as np
@@ -11,6 +12,9 @@ import pytest
 
 from tests.plot.graphs import NASTY, SMALL_EDGES, dense_graph, feature_graph, small_graph, strongest
 from tl_circuitlasso import plot
+from tl_circuitlasso.data.sites import parse_site
+from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.graph.nodes import Block, NodeIndex
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium isn't installed: pip install selenium")
 from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402
@@ -424,3 +428,26 @@ def test_nothing_scrolls_sideways_at_any_size(opened, width, height):
         assert wide[0] <= wide[1] == width and page.find("panel").is_displayed()
     finally:
         page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@pytest.mark.parametrize("kind", ["features", "components"])
+def test_thousands_of_edges_fill_the_window_and_fit_it(kind, opened):
+    if kind == "features":
+        hooks = [parse_site(f"blocks.{layer}.hook_resid_post") for layer in range(3)]
+        blocks = [Block(hook, rank, tuple(range(400))) for rank, hook in enumerate(hooks)]
+        ends = [(n, m * n % 400) for n in range(400) for m in (3, 7)]
+        pairs = [(f"{low}#{n}", f"{high}#{m}") for low, high in pairwise(hooks) for n, m in ends]
+        graph = AttributionGraph.from_edges(NodeIndex((*blocks,)), {pair: 1.0 + n for n, pair in enumerate(pairs)})
+    else:
+        graph = dense_graph(20, 6, 2000)
+    page = opened(graph)
+    page.until(lambda: len(page.edges()) == graph.n_kept)
+    script = """
+        const pane = panes[0].canvas.getBoundingClientRect();
+        const at = [...scene.boxes.values()].map(({ x, y }) => state.transform.apply([x, y]));
+        const over = axis => [Math.min, Math.max].map(pick => pick(...at.map(spot => spot[axis])));
+        return [...over(0), pane.width, ...over(1), pane.height];
+    """
+    left, right, width, top, bottom, height = page.driver.execute_script(script)
+    assert min(left, top) >= 0 and right <= width and bottom <= height
+    assert right - left > 0.5 * width and bottom - top > 0.5 * height

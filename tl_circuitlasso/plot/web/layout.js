@@ -2,7 +2,7 @@
 // fits that make edges straight. Where nodes have columns they keep them, and only bend points move. The drawing's rows
 // come with the data. The same steps as layout.py.
 
-const COLUMN_GAP = 34, FIRM = 1e5, NODE_GAP = 26, BEND_WIDTH = 6, BEND_GAP = 12, SWEEPS = 16, RELAXATIONS = 100, MAX_BENDS = 8000, MAX_ROUTED = 800;
+const COLUMN_GAP = 34, FIRM = 1e5, NODE_GAP = 26, BEND_WIDTH = 6, BEND_GAP = 12, SWEEPS = 16, RELAXATIONS = 100, MAX_BENDS = 8000, MAX_ROUTED = 800, MOST_STRETCH = 4;
 
 // `aspect` is the height over the width of the page: rows and columns spread towards it. `columnOf` gives a node's
 // column (0 in the middle); null leaves all nodes free.
@@ -170,7 +170,7 @@ function extent(grid) {
 
 function proportion(grid, aspect) {
   const [low, high] = extent(grid), width = high - low + 120;
-  const stretch = Math.min(1.3, Math.max(1, 0.85 * (60 - rowHeights(grid).pop()) / aspect / width));
+  const stretch = Math.min(MOST_STRETCH, Math.max(1, 0.85 * (60 - rowHeights(grid).pop()) / aspect / width));
   for (const row of grid) for (const item of row) item.x *= stretch;
   const heights = rowHeights(grid);
   const rise = Math.min(2.1, Math.max(0.85, aspect * width * stretch / (60 - heights[heights.length - 1])));

@@ -1,6 +1,6 @@
 // What is drawn where: node boxes, edge curves and bands, for the union of what the panes show.
 
-const CLOSE = 35, NODE_HEIGHT = 32, EDGE_STEP = 14, PORT_GAP = 10, FOLD = 16, SMALL_MODEL = 64, MOST_SLOPE = 0.25;
+const CLOSE = 35, NODE_HEIGHT = 32, EDGE_STEP = 14, PORT_GAP = 10, FOLD = 16, CELL = 0.7, SMALL_MODEL = 64, MOST_SLOPE = 0.25;
 const ruler = document.createElement("canvas").getContext("2d");
 
 function buildScene(shown, everything, pinned, aspect, numbered) {
@@ -12,7 +12,7 @@ function buildScene(shown, everything, pinned, aspect, numbered) {
   const edges = [...union.values()].sort((a, b) => b.share - a.share);
   const used = new Set(edges.flatMap(edge => [edge.source, edge.target]));
   const drawn = NODES.filter(node => node.stands === node.id && (everything || used.has(node.id) || node.end || pinned.has(node.id)));
-  const { rows, bands } = foldRows(drawn, numbered);
+  const { rows, bands } = foldRows(drawn, numbered, aspect);
   const widths = nodeWidths(drawn, edges);
   const layout = placeNodes(rows, edges, id => widths.get(id), aspect, numbered ? id => NODES[id].column : null);
   const ends = meetingPoints(layout, edges, widths);
@@ -21,12 +21,15 @@ function buildScene(shown, everything, pinned, aspect, numbered) {
   return { ...layout, rows, bands, boxes, curves, used, bounds: boundsOf(boxes, curves) };
 }
 
-function foldRows(drawn, numbered) {
+// Rows of 16 nodes at most, or of as many as fill the page's width where thousands are drawn; CELL: height over width of
+// what a node takes.
+function foldRows(drawn, numbered, aspect) {
+  const most = Math.max(FOLD, Math.ceil(Math.sqrt(CELL * drawn.length / aspect)));
   const ranks = [...new Set(drawn.map(node => node.rank))].sort((a, b) => a - b);
   const rows = [], bands = [];
   for (const rank of ranks) {
     const members = drawn.filter(node => node.rank === rank);
-    const count = Math.max(1, Math.ceil(members.length / FOLD));
+    const count = Math.max(1, Math.ceil(members.length / most));
     const fold = (node, n) => numbered ? node.fold : n % count;
     const folds = [...new Set(members.map(fold))].sort((a, b) => a - b);
     bands.push({ label: DATA.bands[rank], first: rows.length, last: rows.length + folds.length - 1 });
