@@ -23,7 +23,7 @@ def calls(model: Any) -> Iterator[tuple[str, str, Callable[[], Any]]]:
     """What is called, the argument that the message must name, and the call."""
     for method in (tcl.circuit_lasso, tcl.collect_statistics):
         for name, value in ARGUMENTS:
-            if method is tcl.collect_statistics and name in ("strength", "max_prompts", "method", "device"):
+            if method is tcl.collect_statistics and name in ONLY_RUN:
                 continue
             yield (
                 f"{method.__name__}({name}={value!r:.40})",
@@ -50,6 +50,15 @@ def calls(model: Any) -> Iterator[tuple[str, str, Callable[[], Any]]]:
             f"`{name}`",
             lambda o=options: evaluate.confirm(model, graph, **o),
         )
+    pairs = {"clean": TOKENS, "corrupted": TOKENS.flip(0), "metric": last}
+    for verb in (evaluate.faithfulness, evaluate.curve, evaluate.smallest):
+        yield f"{verb.__name__}(graph=None)", "`graph`", lambda verb=verb: verb(model, None, **pairs)
+    for value in ("x", 3, [1, "a"], [0.5]):
+        yield f"curve(sizes={value!r})", "`sizes`", lambda v=value: evaluate.curve(model, graph, **pairs, sizes=v)
+    for value in (0, 2, "x", None, True, float("nan")):
+        options: dict[str, Any] = {"method": "lasso+confirm", "corrupted": TOKENS.flip(0), "size": value or 0}
+        yield f"circuit_lasso(size={value})", "`size`", lambda o=options: tcl.circuit_lasso(model, TOKENS, **o)
+        yield f"smallest(share={value})", "`share`", lambda v=value: evaluate.smallest(model, graph, **pairs, share=v)
     yield from graph_calls(graph)
     yield from (
         (text, argument, call)
@@ -61,6 +70,7 @@ def calls(model: Any) -> Iterator[tuple[str, str, Callable[[], Any]]]:
             ("LogitDiff(None, 3)", "`correct`", lambda: tcl.LogitDiff(None, 3)),
             ("logit_diff('a', [3])", "`correct`", lambda: evaluate.logit_diff("a", [3])),
             ("structure(graph, [])", "`true_edges`", lambda: evaluate.structure(graph, [])),
+            ("structure(graph, None)", "`true_edges`", lambda: evaluate.structure(graph, None)),
         )
     )
 
@@ -113,7 +123,11 @@ ARGUMENTS: list[tuple[str, Any]] = [
     ("attention_mask", [[2] * 9] * 12),
     ("method", None),
     ("device", 3.5),
+    ("nonlinear", "yes"),
+    ("refined", "no"),
+    ("checkpoint", 3),
 ]
+ONLY_RUN = ("strength", "max_prompts", "method", "device", "refined")  # arguments of a whole run
 SHARED: list[tuple[str, Any]] = [
     ("clean", None),
     ("clean", 3),

@@ -2,6 +2,9 @@
 
 import operator
 from collections.abc import Callable
+from numbers import Real
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from tl_circuitlasso.errors import InputError
@@ -22,6 +25,47 @@ def whole_number(name: str, given: Any, *, least: int = 1, most: int | None = No
         bounds = f"{least} or more" if most is None else f"{least} to {most}"
         raise InputError(f"`{name}` is {shortened(given)}: give a whole number{what and ' ' + what}, {bounds}")
     return number
+
+
+def fraction(name: str, given: Any, of: str = "", *, whole: bool = True) -> float:
+    """`given` as a share above 0 and at most 1; without the `whole` below 1.
+
+    >>> fraction("share", 1), fraction("level", 0.95, whole=False)
+    (1.0, 0.95)
+
+    Raises
+    ------
+    InputError: something else.
+    """
+    number = isinstance(given, Real) and not isinstance(given, bool)
+    if not number or not 0 < given <= 1 or (given == 1 and not whole):
+        bounds = "above 0 and at most 1" if whole else "above 0 and below 1"
+        raise InputError(f"`{name}` is {shortened(given)}: give a share{of and ' ' + of}, {bounds}")
+    return float(given)
+
+
+def truth(name: str, given: Any) -> bool:
+    """`given`, if it's True or False.
+
+    Raises
+    ------
+    InputError: it isn't.
+    """
+    if not isinstance(given, bool):
+        raise InputError(f"`{name}` is {shortened(given)}: write True or False")
+    return given
+
+
+def file_name(name: str, given: Any) -> Path | None:
+    """`given` as a path; None stays None.
+
+    Raises
+    ------
+    InputError: it is no path.
+    """
+    if given is not None and not isinstance(given, str | PathLike):
+        raise InputError(f"`{name}` is {shortened(given)}: give the path of a file")
+    return None if given is None else Path(given)
 
 
 def as_seed(given: Any) -> int:

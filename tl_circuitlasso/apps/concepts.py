@@ -32,6 +32,7 @@ from typing import Any
 
 import pandas as pd
 
+from tl_circuitlasso._checks import fraction
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.graph.explaining import context_text, label
@@ -96,8 +97,7 @@ def concepts(
     ['dropping', 'merging', 'persistence']
     """
     for name, value in {"carried": carried, "part": part, "dominant": dominant, "dropped": dropped}.items():
-        if not (isinstance(value, (int, float)) and 0 < value <= 1):
-            raise InputError(f"`{name}` is {value!r}: give a number above 0, at most 1")
+        fraction(name, value)
     every = _scores(graph)
     edges = {ends: score for ends, score in every.items() if all(_is_feature(graph, node) for node in ends)}
     if not edges:

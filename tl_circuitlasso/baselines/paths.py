@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import Unpack
 
+from tl_circuitlasso._checks import fraction, whole_number
 from tl_circuitlasso.baselines.edges import EdgeLayout, add_products, traced_derivative
 from tl_circuitlasso.baselines.gradient import (
     Count,
@@ -23,10 +24,9 @@ from tl_circuitlasso.baselines.gradient import (
     walked,
 )
 from tl_circuitlasso.data.targets import LogitDiff
-from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.experiment import Experiment, MethodOptions, verb
 from tl_circuitlasso.graph import AttributionGraph
-from tl_circuitlasso.models.ablation import Ablated, from_run, from_values
+from tl_circuitlasso.models.ablation import Ablated
 from tl_circuitlasso.models.patching import Written
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
 from tl_circuitlasso.models.tracing import trace
@@ -64,7 +64,7 @@ def eap_gp(
 
 def _along_gradients(job: Job) -> Iterator[Step]:
     steps = job.setting.steps
-    goal = _goal(job)
+    goal = job.cut()
     traced = job.trace()
     difference = traced.values.map(torch.sub, goal.written)
     at, real = traced.values.input, job.batch.mask[..., None]
@@ -76,15 +76,6 @@ def _along_gradients(job: Job) -> Iterator[Step]:
             length = away.flatten(1).norm(dim=1).view(-1, 1, 1)
             at = at - stride * away / length.clamp_min(torch.finfo(away.dtype).tiny)
             traced = job.trace(start=at)
-
-
-def _goal(job: Job) -> Ablated:
-    """The run whose output the path makes for."""
-    adapter, batch = job.adapter, job.batch
-    if job.experiment.cut == "patch":
-        job.count.forward += job.share
-        return from_run(adapter, batch.corrupted.tokens, batch.mask)
-    return from_values(adapter, job.ablated())
 
 
 def _towards(job: Job, at: Float[Tensor, "batch pos d_model"], goal: Ablated) -> Float[Tensor, "batch pos d_model"]:
@@ -135,10 +126,8 @@ def bootstrap_eap_ig(
     >>> ("a2.h0", "logits") in graph.kept_edges()
     True
     """
-    if not isinstance(resamples, int) or isinstance(resamples, bool) or resamples < 2:
-        raise InputError(f"`resamples` is {resamples!r}: how often prompts are drawn again is an integer >= 2")
-    if not 0 < level < 1:
-        raise InputError(f"`level` is {level!r}: give a share between 0 and 1, such as .95")
+    resamples = whole_number("resamples", resamples, least=2, what="of times that prompts are drawn again")
+    fraction("level", level, "such as .95", whole=False)
     began = time.perf_counter()
     setup = Experiment.of(model, clean, corrupted, metric, **options)
     setting, adapter = Setting("bootstrap_eap_ig", setup, steps), setup.adapter

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_circuitlasso._checks import fraction
 from tl_circuitlasso.data.sharing import ALONE, Ranks
 from tl_circuitlasso.data.targets import LogitDiff, Target, check_length
 from tl_circuitlasso.errors import InputError
@@ -133,12 +134,8 @@ def _share(size: str | int | float | None) -> float | None:
     """The share of the behaviour that is to be kept; None where edges are tested."""
     if size is None or size == "auto":
         return None if size is None else SHARE
-    if isinstance(size, (bool, str)) or not 0 < size <= 1:
-        raise InputError(
-            f"`size` is {size!r}: give 'auto' (a share of {SHARE}) or the share of the behaviour that the circuit is "
-            "to keep, above 0 and at most 1; for a number of edges use graph.top_k(k, how='greedy')"
-        )
-    return float(size)
+    of = f"of the behaviour that the circuit is to keep ('auto': {SHARE}; graph.top_k(k, how='greedy') takes a number)"
+    return fraction("size", size, of)
 
 
 def _by_row(metric: Metric, rows: Int[Tensor, " row"]) -> Metric:

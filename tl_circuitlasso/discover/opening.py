@@ -6,7 +6,7 @@ from dataclasses import replace
 from numbers import Real
 from typing import Any
 
-from tl_circuitlasso._checks import as_seed, shortened, whole_number
+from tl_circuitlasso._checks import as_seed, file_name, shortened, truth, whole_number
 from tl_circuitlasso.data.sharing import as_ranks
 from tl_circuitlasso.data.targets import as_target
 from tl_circuitlasso.discover.confirming import prepare
@@ -31,6 +31,7 @@ def opened(request: Request) -> Iterator[Job[Any]]:
     InputError: an argument is wrong; the message names it. ModelError: the model can't be read truthfully.
     """
     ranks, memory = as_ranks(request.process_group), as_bytes(request.memory)
+    refined, checkpoint = truth("refined", request.refined), file_name("checkpoint", request.checkpoint)
     strength, target, seed = as_strength(request.strength), as_target(request.target), as_seed(request.seed)
     most = _whole(request.max_prompts, "max_prompts", "of prompts, or None for all", least=PAIR)
     _whole(request.budget, "budget", "of edges to measure, or None for all")
@@ -41,7 +42,7 @@ def opened(request: Request) -> Iterator[Job[Any]]:
         refuse_altered(adapter.model)
         options = {name: getattr(request, name) for name in ("attention_mask", "positions", "batch_size")}
         prompts = checked_prompts(adapter, request.tokens, paired=way.pairs(what), **options)
-        asked = strength, seed, request.progress, request.checkpoint, ranks, most, request.refined, memory
+        asked = strength, seed, request.progress, checkpoint, ranks, most, refined, memory
         yield _with_counterparts(request, Job(way, what, adapter, prompts, with_tokens(target, adapter), *asked))
 
 

@@ -16,7 +16,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from tl_circuitlasso._checks import as_seed
+from tl_circuitlasso._checks import as_seed, file_name
 from tl_circuitlasso.data.sharing import as_ranks
 from tl_circuitlasso.data.statistics import Statistics
 from tl_circuitlasso.data.targets import Target, as_target
@@ -222,13 +222,13 @@ def collect_statistics(
     """
     way, ranks = named(design), as_ranks(process_group)
     what = way.of_basis(basis, nonlinear=nonlinear)
-    target, seed = as_target(target), as_seed(seed)
+    target, seed, file = as_target(target), as_seed(seed), file_name("checkpoint", checkpoint)
     with ranks.together():
         adapter = adapt(model)
         refuse_altered(adapter.model)
         options = {"attention_mask": attention_mask, "positions": positions, "batch_size": batch_size}
         prompts = checked_prompts(adapter, tokens, paired=what.paired, **options)
-        asked = with_tokens(target, adapter), "auto", seed, progress, checkpoint, ranks
+        asked = with_tokens(target, adapter), "auto", seed, progress, file, ranks
         planned, _ = way.plan(Job(way, what, adapter, prompts, *asked))
-        options = {"progress": progress, "checkpoint": checkpoint, "start": start, "ranks": ranks}
+        options = {"progress": progress, "checkpoint": file, "start": start, "ranks": ranks}
         return collect(adapter, prompts, replace(planned, folds=folds), **options).statistics

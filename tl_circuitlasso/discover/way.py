@@ -101,7 +101,7 @@ class Job(Generic[What]):
     strength: str | float
     seed: int
     progress: bool
-    checkpoint: str | Path | None
+    checkpoint: Path | None
     ranks: Ranks
     max_prompts: int | None = None
     refined: bool = True

@@ -4,10 +4,13 @@ An edge into a head without a port stands for its q, k and v at once. Edges that
 logits do nothing and are dropped before anything is measured or counted.
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_circuitlasso._checks import instance
 from tl_circuitlasso.baselines.edges import EdgeLayout
 from tl_circuitlasso.baselines.edges import as_circuits as as_circuits
 from tl_circuitlasso.data.sites import PORTS
@@ -18,6 +21,16 @@ from tl_circuitlasso.models import Adapter
 EdgeMatrix = Bool[Tensor, "circuit source reader"]
 
 
+def as_graph(given: Any) -> AttributionGraph:
+    """`given`, if it's a graph.
+
+    Raises
+    ------
+    InputError: it isn't.
+    """
+    return instance("graph", given, AttributionGraph, "an AttributionGraph, as tcl.circuit_lasso returns it")
+
+
 def check_graph(graph: AttributionGraph, adapter: Adapter) -> EdgeLayout:
     """The model's edges, which must be those of the graph.
 
@@ -25,6 +38,7 @@ def check_graph(graph: AttributionGraph, adapter: Adapter) -> EdgeLayout:
     ------
     InputError: nodes that aren't components, or a graph of another model.
     """
+    as_graph(graph)
     layout = EdgeLayout(adapter.shape)
     theirs, ours = set(graph.index.names), set(layout.index.names)
     if parts := sorted(name for name in theirs if "#" in name or "hook" in name or name.startswith("resid.")):

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import Unpack
 
+from tl_circuitlasso._checks import shortened
 from tl_circuitlasso.baselines import observational
 from tl_circuitlasso.baselines.edges import EdgeLayout
 from tl_circuitlasso.data.targets import LogitDiff
@@ -173,6 +174,8 @@ def _feature_curves(
 
 def _check_sizes(sizes: Sequence[int | float]) -> None:
     """Rising shares in (0, 1], or rising whole numbers from 1; at least two."""
+    if not isinstance(sizes, Sequence) or not all(isinstance(size, int | float) for size in sizes):
+        raise InputError(f"`sizes` is {shortened(sizes)}: give a list of shares of all edges, or of numbers of them")
     rising = all(low < high for low, high in pairwise(sizes))
     good = all(size >= 1 for size in sizes) if _whole(sizes) else all(0 < size <= 1 for size in sizes)
     mixed = not _whole(sizes) and any(isinstance(size, int) and size > 1 for size in sizes)

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_circuitlasso.errors import InputError
+from tl_circuitlasso.evaluate.circuits import as_graph
 from tl_circuitlasso.evaluate.interventions import Measured, count_passes, prompt_values
 from tl_circuitlasso.experiment import Experiment
 from tl_circuitlasso.graph import AttributionGraph
@@ -29,7 +30,7 @@ Circuit = Mapping[str, Kept]  # by site name
 
 def has_features(graph: AttributionGraph) -> bool:
     """Whether the graph's nodes are coordinates of sites, not whole components."""
-    return any(block.features is not None for block in graph.index.blocks)
+    return any(block.features is not None for block in as_graph(graph).index.blocks)
 
 
 # ---- where the features are -----------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from typing_extensions import Unpack
 
+from tl_circuitlasso._checks import fraction
 from tl_circuitlasso.data.targets import LogitDiff
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.circuits import check_graph, kept_matrix
@@ -65,8 +66,7 @@ def smallest(
     >>> circuit.n_kept <= 10, dict(circuit.provenance["smallest"]["measured"])[circuit.n_kept] >= 0.9
     (True, True)
     """
-    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
-        raise InputError(f"`share` is {share!r}: give a share of the behaviour above 0, at most 1, such as {SHARE}")
+    fraction("share", share, f"of the behaviour, such as {SHARE}")
     setup = Experiment.of(model, clean, corrupted, metric, ablation, **options).ready()
     layout = check_graph(graph, setup.adapter)
     most = graph.keep(torch.ones(len(graph), dtype=torch.bool)).prune().n_kept

@@ -21,7 +21,7 @@ from jaxtyping import Int
 from scipy.stats import beta
 from torch import Tensor
 
-from tl_circuitlasso._checks import whole_number
+from tl_circuitlasso._checks import fraction, whole_number
 from tl_circuitlasso.data.targets import LogitDiff
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.metrics import Metric
@@ -99,8 +99,7 @@ def stability(
     InputError: fewer than 2 resamples, a confidence outside (0, 1), or what the method raises.
     """
     resamples = whole_number("resamples", resamples, least=2, what="of times that prompts are drawn again")
-    if not 0 < confidence < 1:
-        raise InputError(f"`confidence` is {confidence!r}: give a share between 0 and 1, such as .95")
+    fraction("confidence", confidence, "such as .95", whole=False)
     draws = list(_draws(len(clean), resamples, seed))
     find = _Finding(method, model, clean, corrupted, metric, k, how, options)
     circuits, candidates = find.all(bar(draws, progress=progress, desc="stability", unit="resample"))

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.stats import rankdata
 
+from tl_circuitlasso._checks import fraction, shortened
 from tl_circuitlasso.data.sites import PORTS
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
@@ -130,6 +131,8 @@ def _own_candidates(graph: AttributionGraph, *, ports: bool) -> set[Edge]:
 
 
 def _edges(edges: Collection[Sequence[str]], name: str) -> set[Edge]:
+    if isinstance(edges, str) or not isinstance(edges, Collection):
+        raise InputError(f"`{name}` is {shortened(edges)}: give a set of (source, target) pairs")
     found = {tuple(edge) for edge in edges}
     if not found:
         raise InputError(f"`{name}` is empty: give at least one (source, target) pair")
@@ -250,8 +253,7 @@ def bootstrap(values: Sequence[float | int], *, level: float = 0.95, draws: int 
     InputError: no values, or a NaN among them.
     """
     data = _finite(values, "values")
-    if not 0 < level < 1:
-        raise InputError(f"`level` is {level}: the share of resamples inside the interval is between 0 and 1")
+    fraction("level", level, "of resamples inside the interval", whole=False)
     picks = np.random.default_rng(seed).integers(len(data), size=(draws, len(data)))
     low, high = np.quantile(data[picks].mean(1), [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(data.mean()), float(low), float(high))

@@ -31,6 +31,7 @@ import pandas as pd
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.sparse import csr_matrix
 
+from tl_circuitlasso._checks import fraction
 from tl_circuitlasso.data.sites import PORTS
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
@@ -226,8 +227,7 @@ def supernodes(graph: AttributionGraph, similarity: int | float = 0.5) -> dict[s
     >>> list(supernodes(AttributionGraph.from_edges(index, edges)).values())
     [('m0#3', 'm0#7')]
     """
-    if not 0 < similarity <= 1:
-        raise InputError(f"`similarity` is {similarity!r}: give a cosine above 0, at most 1")
+    fraction("similarity", similarity, "that is the least cosine")
     profiles = _profiles(graph)
     blocks = graph.index.block_of.numpy()
     groups: list[tuple[str, ...]] = []

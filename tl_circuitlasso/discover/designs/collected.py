@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, TypeVar
 
-from tl_circuitlasso._checks import shortened
+from tl_circuitlasso._checks import truth
 from tl_circuitlasso.data.schema import FOLDS
 from tl_circuitlasso.data.sharing import Ranks
 from tl_circuitlasso.data.statistics import Statistics
@@ -99,8 +99,7 @@ class Collecting(Way[Some]):
         ------
         InputError: a basis that it doesn't take, or it has no nonlinear variant.
         """
-        if not isinstance(nonlinear, bool):
-            raise InputError(f"`nonlinear` is {shortened(nonlinear)}: write True or False")
+        truth("nonlinear", nonlinear)
         chosen = self.component() if isinstance(basis, str) and basis == "component" else as_basis(basis)
         if nonlinear and not self.bends:
             raise InputError("`nonlinear` is for the designs 'activation' and 'paper': leave it out")

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import replace
 from math import ceil
-from pathlib import Path
 from typing import Any
 
 from tl_circuitlasso.data.targets import Target
@@ -14,6 +13,7 @@ from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.features import FeatureSetup, Rule, learn_features
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models import footprint, readout
+from tl_circuitlasso.models.names import act
 from tl_circuitlasso.models.sae import SAEFeatures
 from tl_circuitlasso.models.tokens import Batch
 
@@ -49,7 +49,7 @@ class Features(Way[SAEFeatures]):
         adapter, encoders = job.adapter, job.what.encoders().values()
         widths = {encoder.hook: encoder.width for encoder in encoders}
         hooks = {name for encoder in encoders for name in (encoder.hook, encoder.hook_out)}
-        patterns = [f"pattern.{layer}" for layer in range(adapter.shape.n_layers)]
+        patterns = [act("pattern", layer) for layer in range(adapter.shape.n_layers)]
         mixed = patterns if job.what.mixing in ("mean", "heads") else ()
         keys = [*hooks, *mixed, *readout.wanted(adapter, job.target)]
         acts = footprint.held(adapter, keys, rows, positions, widths)
@@ -64,8 +64,7 @@ class Features(Way[SAEFeatures]):
         """`memory` is the regressions', too, where the basis has none."""
         basis = replace(job.what, memory=job.memory) if job.what.memory is None else job.what
         rule = Rule(job.strength, basis.penalty, basis.draws, seed=job.seed)
-        folder = None if job.checkpoint is None else Path(job.checkpoint)
-        setup = FeatureSetup(job.target, job.last, rule, job.adapter.device, folder, job.progress, job.ranks)
+        setup = FeatureSetup(job.target, job.last, rule, job.adapter.device, job.checkpoint, job.progress, job.ranks)
         graph, codes = learn_features(job.adapter, job.prompts, basis, setup)
         passes = per_prompt(codes.forward_passes, job.prompts.n_prompts or codes.prompts, job.batch_size)
         spent = {"forward": passes, "seconds": graph.provenance["seconds"]}

@@ -14,6 +14,7 @@ from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models import footprint, neuron_scores
 from tl_circuitlasso.models.bases import Neuron, as_basis
+from tl_circuitlasso.models.names import act
 from tl_circuitlasso.models.neuron_sweep import SECANT
 from tl_circuitlasso.models.tokens import Batch
 from tl_circuitlasso.neurons import Behaviour, neuron_circuit
@@ -60,7 +61,7 @@ class Neurons(Way[Neuron]):
         rows, positions = min(job.batch_size, job.used), job.prompts.width
         adapter, shape = job.adapter, job.adapter.shape
         way = neuron_scores.BySweep(SECANT, alone=False)
-        keys = {*way.wanted(adapter), *(f"mlp_post.{layer}" for layer in range(shape.n_layers))}
+        keys = {*way.wanted(adapter), *(act("mlp_post", layer) for layer in range(shape.n_layers))}
         acts = 2 * footprint.held(adapter, keys, rows, positions)
         logits = LOGITS * footprint.held(adapter, ["logits"], rows, positions)
         swept = footprint.itemsize(adapter) * rows * positions * (4 * shape.d_mlp + 8 * shape.d_model)
