@@ -145,23 +145,16 @@ def test_ends_are_the_model_and_the_corrupted_run(make, family):
 
 
 @pytest.mark.parametrize(("make", "family"), ALL)
-def test_both_ways_to_sum_a_stream_agree(make, family, monkeypatch):
+def test_both_ways_to_sum_a_stream_agree(make, family):
     adapter = adapt(make(family))
     clean, corrupted, mask = pair(padded=adapter.shape.causal)
     kept, layout = random_circuits(adapter, 3, 0.6)
     circuits, ablated = as_circuits(prune(kept, layout), layout), from_run(adapter, corrupted, mask)
-    made = []
-    for from_current in (True, False):
-        plan = patch._reads
-
-        def forced(kept, live, from_current=from_current, plan=plan):
-            chosen = torch.full(kept.shape[:2], from_current)
-            coefficients = kept.float() - 1 if from_current else kept.float()
-            return patch._Reads(coefficients, chosen, plan(kept, live).touched)
-
-        with monkeypatch.context() as context:
-            context.setattr(patch, "_reads", forced)
-            made.append(patch.run_circuits(adapter, clean, mask, circuits, ablated))
+    always, never = -1.0, 1.0
+    made = [
+        patch.run_circuits(adapter, clean, mask, circuits, ablated, subtract_above=share) for share in (always, never)
+    ]
+    assert not torch.equal(*made)  # they are two ways
     real = torch.ones_like(clean, dtype=torch.bool) if mask is None else mask
     assert (made[0] - made[1])[:, real].abs().max() < 2e-5 * made[0].abs().max()
     plain = adapter.run(clean, mask, ["logits"])["logits"]

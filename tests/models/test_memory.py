@@ -24,13 +24,9 @@ from tl_circuitlasso.models import memory
         ({"memory.max": "1000"}, None),
     ],
 )
-def test_cached_files_count_as_free(
-    files: dict[str, str], expected: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cached_files_count_as_free(files: dict[str, str], expected: int | None, tmp_path: Path) -> None:
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal: 9 kB\nMemAvailable: 4 kB\n")
-    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
-    monkeypatch.setattr(memory, "_MEMINFO", meminfo)
-    assert memory.free_bytes() == (4096 if expected is None else expected)
+    assert memory.free_bytes(meminfo=meminfo, cgroup=tmp_path) == (4096 if expected is None else expected)

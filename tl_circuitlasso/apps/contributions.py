@@ -26,6 +26,7 @@ from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.graph.verbs import in_order
 from tl_circuitlasso.models import Adapter, adapt
 from tl_circuitlasso.models.hook_order import attention_between
+from tl_circuitlasso.models.names import act
 from tl_circuitlasso.models.sae import SAEFeatures
 from tl_circuitlasso.models.tokens import Batch, Prompts
 
@@ -105,7 +106,7 @@ def contributions(
     (batch,) = Prompts(adapter, _one(prompt), positions=positions)
     routes = _routes(graph, rows, adapter.shape.n_layers)
     hooks = {hook for encoder in encoders.values() for hook in (encoder.hook, encoder.hook_out)}
-    acts = adapter.run(batch.tokens, batch.mask, [*hooks, *(f"pattern.{layer}" for layer in _layers(routes))])
+    acts = adapter.run(batch.tokens, batch.mask, [*hooks, *(act("pattern", layer) for layer in _layers(routes))])
     codes = {hook: encoder.encode(acts[hook][0]).double().cpu() for hook, encoder in encoders.items()}
     where = batch.keep[0].nonzero().flatten().cpu()
     weight = _coefficients(graph, rows)
@@ -182,7 +183,7 @@ def _seen(
     source = _columns(graph, graph.source[rows], codes)
     for number, row in enumerate(rows.tolist()):
         if layers := routes.get(row):
-            pattern = torch.stack([acts[f"pattern.{layer}"][0].double().cpu() for layer in layers]).mean((0, 1))
+            pattern = torch.stack([acts[act("pattern", layer)][0].double().cpu() for layer in layers]).mean((0, 1))
             source[number] = pattern @ (source[number] * words)
     return source
 

@@ -24,6 +24,7 @@ from tl_circuitlasso.errors import InputError, ModelError
 from tl_circuitlasso.experiment import Experiment, MethodOptions, verb
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models.metric import Metric
+from tl_circuitlasso.models.names import act
 from tl_circuitlasso.models.neuron_scores import Batch, goal_gradient
 from tl_circuitlasso.models.neuron_sweep import RELP, Ends, Rules, sweep, through_norm, unembedded, wanted
 from tl_circuitlasso.models.patching import Written, written_in, written_keys
@@ -133,6 +134,6 @@ def _derivative(ends: Ends, start: Float[Tensor, "prompt 1 pos d_model"], rules:
         if port not in ports:
             return None
         back = torch.bmm(ports[port][chosen].transpose(0, 1), adapter.reader(layer, port).weight.mT)  # type: ignore[arg-type]
-        return back * ends.inverse(f"scale.attn.{layer}")[chosen]
+        return back * ends.inverse(act("scale.attn", layer))[chosen]
 
     return at

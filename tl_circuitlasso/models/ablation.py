@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_circuitlasso.models.adapter import Adapter
+from tl_circuitlasso.models.names import act
 from tl_circuitlasso.models.patching import Streams, Written, record_all, unembed
 
 
@@ -29,8 +30,8 @@ def from_run(adapter: Adapter, tokens: Int[Tensor, "batch pos"], mask: Bool[Tens
     made = record_all(adapter, tokens, mask)
     scales: dict[int, Tensor] = {}
     if layers := _scaled_biases(adapter):
-        acts = adapter.run(tokens, mask, [f"scale.attn_out.{layer}" for layer in layers])
-        scales = {layer: 1 / acts[f"scale.attn_out.{layer}"] for layer in layers}
+        acts = adapter.run(tokens, mask, [act("scale.attn_out", layer) for layer in layers])
+        scales = {layer: 1 / acts[act("scale.attn_out", layer)] for layer in layers}
     bias_scales = tuple(scales.get(layer) for layer in range(adapter.shape.n_layers))
     return Ablated(made.written, made.streams, bias_scales, made.logits)
 

@@ -17,6 +17,7 @@ from tl_circuitlasso.errors import InputError, ModelError
 from tl_circuitlasso.models import rotary
 from tl_circuitlasso.models.architecture import Layout, Shape
 from tl_circuitlasso.models.hooks import find_module
+from tl_circuitlasso.models.names import KINDS
 from tl_circuitlasso.models.norms import scale_of
 from tl_circuitlasso.models.weights import is_joint, port_norm
 
@@ -64,7 +65,6 @@ INPUT = ":input"  # behind a module's path: what it is given
 INPUTS = ("mlp_stream", "mlp_read")  # of the norm in front of a layer's MLP, and of the MLP itself
 NEURON_KINDS = ("mlp_pre", "mlp_linear", "mlp_post")
 SCALES = {"attn": "attn_norm", "mlp": "mlp_norm", "attn_out": "attn_post", "mlp_out": "mlp_post"}
-KINDS = (*PLAIN, *INPUTS, "block", "q", "k", "v", *(f"scale.{name}" for name in (*SCALES, "q", "k")))
 
 
 def plan(key: str, model: Any, shape: Shape, layouts: tuple[Layout, ...]) -> Plan:

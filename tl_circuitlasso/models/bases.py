@@ -25,6 +25,7 @@ from tl_circuitlasso.data.sites import Site
 from tl_circuitlasso.errors import InputError, ModelError
 from tl_circuitlasso.graph.nodes import Block, NodeIndex, component_index
 from tl_circuitlasso.models.adapter import Adapter
+from tl_circuitlasso.models.names import act
 
 Features: TypeAlias = Mapping[Site, Float[Tensor, "batch pos coord"]]
 Pilot: TypeAlias = dict[str, Tensor]
@@ -88,18 +89,18 @@ class Component:
 
     def wanted(self, adapter: Adapter) -> tuple[str, ...]:
         shape = adapter.shape
-        heads = [f"{key}.{layer}" for layer in range(shape.n_layers) for key in ("z", "scale.attn_out")]
-        mlps = [] if shape.attn_only else [f"mlp_out.{layer}" for layer in range(shape.n_layers)]
-        return ("resid_pre.0", *heads, *mlps)
+        heads = [act(key, layer) for layer in range(shape.n_layers) for key in ("z", "scale.attn_out")]
+        mlps = [] if shape.attn_only else [act("mlp_out", layer) for layer in range(shape.n_layers)]
+        return (act("resid_pre", 0), *heads, *mlps)
 
     def features(self, adapter: Adapter, acts: Mapping[str, Tensor]) -> Features:
-        found: dict[Site, Tensor] = {Site("input"): acts["resid_pre.0"]}
+        found: dict[Site, Tensor] = {Site("input"): acts[act("resid_pre", 0)]}
         outputs = head_outputs if self.directions is None else head_coordinates
         for layer in range(adapter.shape.n_layers):
             output = outputs(adapter, acts, layer)
             found |= {Site("head", layer, head): output[:, :, head] for head in range(adapter.shape.n_heads)}
             if not adapter.shape.attn_only:
-                found[Site("mlp", layer)] = acts[f"mlp_out.{layer}"]
+                found[Site("mlp", layer)] = acts[act("mlp_out", layer)]
         return found
 
     def fit(self, features: Mapping[Site, Float[Tensor, "sample coord"]]) -> Pilot:
@@ -158,10 +159,10 @@ class Neuron:
                 f"`basis` 'neuron': {adapter.name} routes tokens through experts, whose neurons change from token to "
                 "token; use basis='component' or 'residual'"
             )
-        return tuple(f"mlp_post.{layer}" for layer in range(adapter.shape.n_layers))
+        return tuple(act("mlp_post", layer) for layer in range(adapter.shape.n_layers))
 
     def features(self, adapter: Adapter, acts: Mapping[str, Tensor]) -> Features:
-        return {Site("mlp", layer): acts[f"mlp_post.{layer}"] for layer in range(adapter.shape.n_layers)}
+        return {Site("mlp", layer): acts[act("mlp_post", layer)] for layer in range(adapter.shape.n_layers)}
 
     def fit(self, features: Mapping[Site, Float[Tensor, "sample coord"]]) -> Pilot:
         return most_varying(features, self.max_nodes)
@@ -250,14 +251,14 @@ def head_coordinates(
     """Each head's output in an isometric d_head-wide basis: z R' with W_O' = Q R, so that norms are those of z W_O."""
     w_o, _ = adapter.writer(layer)
     triangle = torch.linalg.qr(w_o.mT.double()).R.to(w_o)  # head, d_head, d_head
-    z = acts[f"z.{layer}"] / acts[f"scale.attn_out.{layer}"].unsqueeze(-1)
+    z = acts[act("z", layer)] / acts[act("scale.attn_out", layer)].unsqueeze(-1)
     return torch.einsum("bphd,hed->bphe", z, triangle)
 
 
 def head_outputs(adapter: Adapter, acts: Mapping[str, Tensor], layer: int) -> Float[Tensor, "batch pos head d_model"]:
     """What each head writes to the residual stream, its bias left out."""
     w_o, _ = adapter.writer(layer)
-    z = acts[f"z.{layer}"] / acts[f"scale.attn_out.{layer}"].unsqueeze(-1)
+    z = acts[act("z", layer)] / acts[act("scale.attn_out", layer)].unsqueeze(-1)
     return torch.einsum("bphd,hde->bphe", z, w_o.to(z))
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from tl_circuitlasso.errors import ModelError
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.hooks import disturbances
+from tl_circuitlasso.models.names import Kind, act, head_scale
 from tl_circuitlasso.models.rotary import position_ids
 from tl_circuitlasso.models.weights import Port, repeat_heads
 
@@ -93,7 +94,7 @@ def closure_report(
     real = real.to(adapter.device)
     acts = adapter.run(tokens, mask, _keys(adapter, ports))
     check = _Check(adapter, acts, real, {})
-    stream = acts["resid_pre.0"]
+    stream = acts[act("resid_pre", 0)]
     for layer in range(adapter.shape.n_layers):
         stream = _check_layer(check, layer, stream, ports)
     if ports:
@@ -103,13 +104,13 @@ def closure_report(
 
 def _keys(adapter: Adapter, ports: bool) -> list[str]:
     shape = adapter.shape
-    kinds = ["z", "scale.attn_out", "resid_post"]
-    kinds += [] if shape.attn_only else ["mlp_out"]
+    kinds: list[Kind] = ["z", "scale.attn_out", "resid_post"]
+    kinds.extend([] if shape.attn_only else ["mlp_out"])
     if ports:
-        kinds += ["q", "k", "v", "pattern", "scale.attn", "scale.q", "scale.k"]
-        kinds += [] if shape.attn_only or shape.moe else ["mlp_pre", "mlp_post", "scale.mlp", "scale.mlp_out"]
-        kinds += ["mlp_linear"] if shape.gated else []
-    keys = ["resid_pre.0", *(f"{kind}.{layer}" for layer in range(shape.n_layers) for kind in kinds)]
+        kinds.extend(["q", "k", "v", "pattern", "scale.attn", "scale.q", "scale.k"])
+        kinds.extend([] if shape.attn_only or shape.moe else ["mlp_pre", "mlp_post", "scale.mlp", "scale.mlp_out"])
+        kinds.extend(["mlp_linear"] if shape.gated else [])
+    keys = [act("resid_pre", 0), *(act(kind, layer) for layer in range(shape.n_layers) for kind in kinds)]
     return keys + (["logits", "scale.final"] if ports else []) + (["pos_embed"] if adapter.shortformer else [])
 
 
@@ -132,16 +133,16 @@ def _check_layer(check: _Check, layer: int, stream: Tensor, ports: bool) -> Tens
     """Check one layer from the residual stream in front of it; returns the stream behind it."""
     adapter, acts = check.adapter, check.acts
     weight, bias = adapter.writer(layer)
-    scale = acts[f"scale.attn_out.{layer}"]
-    heads = (torch.einsum("bphe,hed->bpd", acts[f"z.{layer}"], weight) + bias) / scale
+    scale = acts[act("scale.attn_out", layer)]
+    heads = (torch.einsum("bphe,hed->bpd", acts[act("z", layer)], weight) + bias) / scale
     behind = stream + heads
     if ports:
         _check_attention(check, layer, stream)
     if not adapter.shape.attn_only:
         if ports and not adapter.shape.moe:
             _check_mlp(check, layer, stream if adapter.shape.parallel else behind)
-        behind = behind + acts[f"mlp_out.{layer}"]
-    check.compare(f"residual.{layer}", behind, acts[f"resid_post.{layer}"])
+        behind = behind + acts[act("mlp_out", layer)]
+    check.compare(f"residual.{layer}", behind, acts[act("resid_post", layer)])
     return behind
 
 
@@ -149,13 +150,13 @@ def _check_attention(check: _Check, layer: int, stream: Tensor) -> None:
     adapter, acts = check.adapter, check.acts
     for port in ("q", "k", "v"):
         mine = read_through(adapter, layer, port, stream, acts, check.real)
-        check.compare(f"{port}.{layer}", mine, repeat_heads_last(acts[f"{port}.{layer}"], adapter.shape.n_heads))
-    pattern, value = acts[f"pattern.{layer}"], repeat_heads_last(acts[f"v.{layer}"], adapter.shape.n_heads)
-    check.compare(f"z.{layer}", torch.einsum("bhqk,bkhe->bqhe", pattern, value), acts[f"z.{layer}"])
+        check.compare(act(port, layer), mine, repeat_heads_last(acts[act(port, layer)], adapter.shape.n_heads))
+    pattern, value = acts[act("pattern", layer)], repeat_heads_last(acts[act("v", layer)], adapter.shape.n_heads)
+    check.compare(act("z", layer), torch.einsum("bhqk,bkhe->bqhe", pattern, value), acts[act("z", layer)])
     if getattr(adapter.model.cfg, "positional_embedding_type", None) != "alibi":  # a bias on the scores is no read
         rows = pattern.transpose(1, 2)
         total = rows.sum(-1, keepdim=True).clamp_min(1e-30)  # less than one beside an attention sink
-        check.compare(f"pattern.{layer}", _pattern(adapter, layer, acts).transpose(1, 2), rows / total)
+        check.compare(act("pattern", layer), _pattern(adapter, layer, acts).transpose(1, 2), rows / total)
 
 
 def read_through(
@@ -168,12 +169,14 @@ def read_through(
 ) -> Float[Tensor, "batch pos head d_head"]:
     """What the heads of `layer` read from a residual stream through a port, with the scales in `acts` frozen."""
     reader = adapter.reader(layer, port)
-    read = torch.einsum("bpd,hde->bphe", stream, reader.weight) / acts[f"scale.attn.{layer}"][..., None] + reader.bias
+    read = (
+        torch.einsum("bpd,hde->bphe", stream, reader.weight) / acts[act("scale.attn", layer)][..., None] + reader.bias
+    )
     if reader.position_weight is not None:
         read = read + torch.einsum("bpd,hde->bphe", acts["pos_embed"], reader.position_weight)
     if port == "v":
         return read
-    read = read / repeat_heads_last(acts[f"scale.{port}.{layer}"], adapter.shape.n_heads)
+    read = read / repeat_heads_last(acts[head_scale(port, layer)], adapter.shape.n_heads)
     return adapter.rotate(read, position_ids(mask), layer)
 
 
@@ -183,10 +186,10 @@ def repeat_heads_last(x: Float[Tensor, "batch pos group width"], n_heads: int) -
 
 
 def _pattern(adapter: Adapter, layer: int, acts: dict[str, Tensor]) -> Tensor:
-    q, k = acts[f"q.{layer}"], repeat_heads_last(acts[f"k.{layer}"], adapter.shape.n_heads)
+    q, k = acts[act("q", layer)], repeat_heads_last(acts[act("k", layer)], adapter.shape.n_heads)
     scores = torch.einsum("bqhe,bkhe->bhqk", q, k) / adapter.attn_scale(layer)
     scores = soft_cap(adapter.attn_soft_cap)(scores)
-    seen = acts[f"pattern.{layer}"] > 0  # the model's own mask, whatever it is
+    seen = acts[act("pattern", layer)] > 0  # the model's own mask, whatever it is
     return torch.softmax(scores.masked_fill(~seen, -torch.inf), dim=-1).nan_to_num(0.0)
 
 
@@ -197,17 +200,19 @@ def soft_cap(cap: float | None) -> Callable[[Tensor], Tensor]:
 
 def _check_mlp(check: _Check, layer: int, stream: Tensor) -> None:
     adapter, acts = check.adapter, check.acts
-    mlp, scale = adapter.mlp(layer), acts[f"scale.mlp.{layer}"]
+    mlp, scale = adapter.mlp(layer), acts[act("scale.mlp", layer)]
     linear = stream @ mlp.w_in / scale + mlp.b_in
-    pre, post = linear, mlp.act(acts[f"mlp_pre.{layer}"])
+    pre, post = linear, mlp.act(acts[act("mlp_pre", layer)])
     if mlp.w_gate is not None and mlp.b_gate is not None:
         pre = stream @ mlp.w_gate / scale + mlp.b_gate
-        check.compare(f"mlp_linear.{layer}", linear, acts[f"mlp_linear.{layer}"])
-        post = post * acts[f"mlp_linear.{layer}"]
-    check.compare(f"mlp_pre.{layer}", pre, acts[f"mlp_pre.{layer}"])
-    check.compare(f"mlp_post.{layer}", post if mlp.b_post is None else post + mlp.b_post, acts[f"mlp_post.{layer}"])
-    written = (acts[f"mlp_post.{layer}"] @ mlp.w_out + mlp.b_out) / acts[f"scale.mlp_out.{layer}"]
-    check.compare(f"mlp_out.{layer}", written, acts[f"mlp_out.{layer}"])
+        check.compare(act("mlp_linear", layer), linear, acts[act("mlp_linear", layer)])
+        post = post * acts[act("mlp_linear", layer)]
+    check.compare(act("mlp_pre", layer), pre, acts[act("mlp_pre", layer)])
+    check.compare(
+        act("mlp_post", layer), post if mlp.b_post is None else post + mlp.b_post, acts[act("mlp_post", layer)]
+    )
+    written = (acts[act("mlp_post", layer)] @ mlp.w_out + mlp.b_out) / acts[act("scale.mlp_out", layer)]
+    check.compare(act("mlp_out", layer), written, acts[act("mlp_out", layer)])
 
 
 def _check_logits(check: _Check, stream: Tensor) -> None:

@@ -28,6 +28,7 @@ from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.models import readout
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.bases import Basis, kept_rows
+from tl_circuitlasso.models.names import act
 
 LOGITS = "logit metric"
 ROW_CAPACITY = 16_384  # samples kept whole where a target needs them (class labels)
@@ -171,7 +172,7 @@ class Routed:
 
     def wanted(self, adapter: Adapter, target: Target) -> tuple[str, ...]:
         plain = Activation(self.basis).wanted(adapter, target)
-        return (*plain, *(f"pattern.{layer}" for layer in range(adapter.shape.n_layers)))
+        return (*plain, *(act("pattern", layer) for layer in range(adapter.shape.n_layers)))
 
     def start(self, adapter: Adapter, pilot: Sample) -> Statistics:
         statistics = Activation(self.basis).start(adapter, pilot)
@@ -190,7 +191,7 @@ class Routed:
         moments = dict(statistics.moments)
         for site, own in columns.items():
             if site.kind == "head":
-                pattern = sample.acts[f"pattern.{site.layer}"][:, site.head]
+                pattern = sample.acts[act("pattern", site.layer)][:, site.head]
                 mixed = pattern @ features[:, :, : heads_start(columns, site.layer)]
                 both = torch.cat([mixed, features[:, :, own]], dim=-1)[sample.keep]
                 add_folds(moments, str(site), both[:, None], sample.fold(sample.keep), sample.folds)

@@ -23,6 +23,7 @@ from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.models.adapter import Adapter, adapt
 from tl_circuitlasso.models.encoder import Encoder
 from tl_circuitlasso.models.hooks import Observer
+from tl_circuitlasso.models.names import act
 from tl_circuitlasso.models.sae import SAEFeatures
 from tl_circuitlasso.models.tokens import Prompts
 
@@ -154,7 +155,7 @@ class _Run:
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What is read with these edits, and the patterns if they are to be kept for another run."""
         hooks = dict.fromkeys(name.rpartition("#")[0] or name for name in self.read)
-        keys = [f"pattern.{layer}" for layer in range(self.adapter.shape.n_layers if keeps_patterns else 0)]
+        keys = [act("pattern", layer) for layer in range(self.adapter.shape.n_layers if keeps_patterns else 0)]
         changes = [*self._changes(edits, rows), *((key, self._instead(was)) for key, was in patterns.items())]
         acts = self.adapter.run(self.tokens, self.mask, [*hooks, *keys], edits=changes)
         return {name: self._reading(name, acts) for name in self.read}, {key: acts[key] for key in keys}

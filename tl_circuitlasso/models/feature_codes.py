@@ -5,7 +5,7 @@ errors in a few directions, the target's columns, and the tokens for contexts. A
 tokens take 0.4 GB a hook; dense they would take 131 GB at 32k features.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,7 +19,8 @@ from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.bases import principal_directions
 from tl_circuitlasso.models.codes import Codes, sparse_codes, stacked
 from tl_circuitlasso.models.encoder import Encoder
-from tl_circuitlasso.models.tokens import Batch, Prompts
+from tl_circuitlasso.models.names import act
+from tl_circuitlasso.models.tokens import Batch
 
 LEAST_ATTENTION = 0.01  # a smaller share of attention moves next to nothing, and would make mixed codes dense
 LOGIT_DIRECTIONS = 16
@@ -90,16 +91,7 @@ class CodePlan:
         hooks = {name for encoder in self.encoders.values() for name in (encoder.hook, encoder.hook_out)}
         layers = {layer for routes in self.routes.values() for some in routes.values() for layer in some}
         target = readout.wanted(adapter, self.target) if self.wants_target else ()
-        return {*hooks, *(f"pattern.{layer}" for layer in layers), *target}
-
-
-def encode_batches(
-    adapter: Adapter, prompts: Prompts, encoders: Mapping[str, Encoder]
-) -> Iterator[tuple[Batch, dict[str, Float[Tensor, "sample feature"]]]]:
-    """Each batch with the dense codes of its kept positions by hook, for whoever wants to look at codes directly."""
-    for batch in prompts:
-        acts = adapter.run(batch.tokens, batch.mask, list(encoders))
-        yield batch, {hook: encoder.encode(acts[hook][batch.keep]) for hook, encoder in encoders.items()}
+        return {*hooks, *(act("pattern", layer) for layer in layers), *target}
 
 
 def fit_errors(
@@ -207,7 +199,7 @@ def _through_attention(plan: CodePlan, acts: Mapping[str, Tensor], batch: Batch,
     for prompt, (seen, kept) in enumerate(zip(batch.words, batch.keep)):
         codes = plan.encoders[hook].encode(acts[hook][prompt, seen])
         for route, layers in plan.routes[hook].items():
-            pattern = torch.stack([acts[f"pattern.{layer}"][prompt] for layer in layers]).mean(0)
+            pattern = torch.stack([acts[act("pattern", layer)][prompt] for layer in layers]).mean(0)
             pattern = pattern if plan.by_head else pattern.mean(0, keepdim=True)
             pattern = torch.where(pattern < LEAST_ATTENTION, 0, pattern)[:, kept][:, :, seen].to(codes)
             for head in range(len(pattern)):

@@ -22,6 +22,7 @@ from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.architecture import norm_at
 from tl_circuitlasso.models.feature_places import Place, Step
 from tl_circuitlasso.models.hooks import find_module
+from tl_circuitlasso.models.names import Kind, act
 from tl_circuitlasso.models.norms import Norm, apply_norm, read_norm, scale_of
 from tl_circuitlasso.models.port_reads import port_projection
 from tl_circuitlasso.models.rotary import position_ids
@@ -64,8 +65,10 @@ def wanted(steps: tuple[Step, ...]) -> set[str]:
     """The activations that the steps are run on from."""
     found: set[str] = set()
     for step in steps:
-        kinds = ("resid_pre", "pattern") if step.kind == "attn" else ("resid_pre", "resid_post", "mlp_out")
-        found |= {f"{kind}.{step.layer}" for kind in kinds}
+        kinds: tuple[Kind, ...] = (
+            ("resid_pre", "pattern") if step.kind == "attn" else ("resid_pre", "resid_post", "mlp_out")
+        )
+        found |= {act(kind, step.layer) for kind in kinds}
     return found
 
 
@@ -81,8 +84,8 @@ class Layers:
     def stream(self, layer: int, stage: int) -> Float[Tensor, "prompt pos d_model"]:
         """The residual stream in front of attention (0) or MLP (1) of a layer."""
         if stage == 0 or self.adapter.shape.parallel:
-            return self.acts[f"resid_pre.{layer}"]
-        return self.acts[f"resid_post.{layer}"] - self.acts[f"mlp_out.{layer}"]
+            return self.acts[act("resid_pre", layer)]
+        return self.acts[act("resid_post", layer)] - self.acts[act("mlp_out", layer)]
 
     # -- attention -------------------------------------------------------------------------------------------------
 
@@ -95,7 +98,7 @@ class Layers:
         q, k, v = (self._project(layer, port, x, at) for port in ("q", "k", "v"))
         plain = {port: self._at_all(layer, port) for port in ("q", "k", "v")}
         moved = self._scores(layer, q, k, plain, rows)
-        pattern = self.acts[f"pattern.{layer}"].float()[rows.prompt[:, None], :, rows.position].transpose(1, 2)
+        pattern = self.acts[act("pattern", layer)].float()[rows.prompt[:, None], :, rows.position].transpose(1, 2)
         grown = pattern * torch.expm1(moved.clamp(max=LARGEST))
         after = (pattern + grown) / (1 + grown.sum(-1, keepdim=True)).clamp(min=1e-12)
         everyone = plain["v"][rows.prompt]
@@ -154,7 +157,7 @@ class Layers:
         norm = norm_at(adapter.model, layer, adapter.layouts[layer].attn_post, adapter.compute_dtype)
         if norm is None:
             return less.flatten(2) @ weight
-        z = rows.of(self.acts[f"z.{layer}"]).flatten(2)
+        z = rows.of(self.acts[act("z", layer)]).flatten(2)
         attention = adapter.model.blocks[layer].attn
         raw, bias = attention.W_O.detach().to(z).flatten(0, 1), getattr(attention, "b_O", None)
         bias = 0.0 if bias is None else bias.detach().to(z)

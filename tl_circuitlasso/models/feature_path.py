@@ -12,6 +12,7 @@ from tl_circuitlasso.models.closure import closure_report
 from tl_circuitlasso.models.encoder import Encoder
 from tl_circuitlasso.models.feature_layers import Layers, Rows, check_step, wanted
 from tl_circuitlasso.models.feature_places import Place, Step, place_of, steps_between, written_place
+from tl_circuitlasso.models.names import act
 from tl_circuitlasso.models.tokens import Batch, first_prompts
 
 
@@ -35,9 +36,9 @@ class Path:
         """The activations that it is run on from."""
         found = wanted(self.steps) | {self.parent.hook, self.parent.hook_out, self.child.hook}
         if place_of(self.child.hook).kind == "normed":
-            found |= {f"{kind}.{place_of(self.child.hook).layer}" for kind in ("resid_pre", "resid_post", "mlp_out")}
+            found |= {act(kind, place_of(self.child.hook).layer) for kind in ("resid_pre", "resid_post", "mlp_out")}
         layers = [step.layer for step in self.steps] + [written_place(self.parent.hook_out).layer]
-        return found | {f"z.{layer}" for layer in layers if written_place(self.parent.hook_out).kind == "z"}
+        return found | {act("z", layer) for layer in layers if written_place(self.parent.hook_out).kind == "z"}
 
     def change(self, layers: Layers, rows: Rows, taken: Float[Tensor, "group row *width"], head: int | None) -> Tensor:
         """How much less the child's hook shows at the rows, where `taken` is taken out at the parent's."""

@@ -9,20 +9,20 @@ import torch
 from tl_circuitlasso._checks import shortened, whole_number
 from tl_circuitlasso.errors import InputError
 
-_MEMINFO = Path("/proc/meminfo")
-_CGROUP = Path("/sys/fs/cgroup")
+MEMINFO = Path("/proc/meminfo")  # the file in which Linux says what is available
+CGROUP = Path("/sys/fs/cgroup")  # the folder in which a container says what it allows
 UNITS = {unit: 1000**power for power, unit in enumerate(("B", "KB", "MB", "GB", "TB"))}
 UNITS |= {unit: 1024**power for power, unit in enumerate(("KIB", "MIB", "GIB", "TIB"), start=1)}
 
 
-def free_bytes(device: torch.device | str = "cpu") -> int | None:
+def free_bytes(device: torch.device | str = "cpu", *, meminfo: Path = MEMINFO, cgroup: Path = CGROUP) -> int | None:
     """Bytes that can still be allocated on a device; None where the system doesn't say."""
     device = torch.device(device)
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     if device.type != "cpu":
         return None
-    limits = [limit for limit in (_available(), _container()) if limit is not None]
+    limits = [limit for limit in (_available(meminfo), _container(cgroup)) if limit is not None]
     return min(limits) if limits else None
 
 
@@ -56,26 +56,26 @@ def in_words(count: int | float) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
-def _available() -> int | None:
+def _available(meminfo: Path) -> int | None:
     try:
-        lines = _MEMINFO.read_text().splitlines()
+        lines = meminfo.read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration, ValueError, IndexError):
         return None
 
 
-def _container() -> int | None:
+def _container(cgroup: Path) -> int | None:
     """What its control group leaves to this process: files that are only cached make room when it is needed."""
     try:
-        limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        return None if limit == "max" else int(limit) - int(used) + _cached()
+        limit, used = ((cgroup / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        return None if limit == "max" else int(limit) - int(used) + _cached(cgroup)
     except (OSError, ValueError):
         return None
 
 
-def _cached() -> int:
+def _cached(cgroup: Path) -> int:
     try:
-        lines = (_CGROUP / "memory.stat").read_text().splitlines()
+        lines = (cgroup / "memory.stat").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("inactive_file"))
     except (OSError, StopIteration, ValueError, IndexError):
         return 0

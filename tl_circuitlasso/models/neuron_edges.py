@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_circuitlasso.models.adapter import Adapter
+from tl_circuitlasso.models.names import act
 from tl_circuitlasso.models.neuron_sweep import (
     Ends,
     Rules,
@@ -72,7 +73,7 @@ def direct_effects(
 
 
 def _change(ends: Ends, layer: int, chosen: Chosen) -> Float[Tensor, "prompt pos neuron"]:
-    difference = ends.difference(f"mlp_post.{layer}")[..., list(chosen[layer])]
+    difference = ends.difference(act("mlp_post", layer))[..., list(chosen[layer])]
     return torch.where(ends.mask[..., None], difference, 0.0)
 
 
@@ -105,7 +106,7 @@ def _block(
         m = m + through_attention(ends, layer, m, rules)
         if reads is not None and adapter.shape.parallel:  # these neurons read what the layer's heads read
             m[:, [i - columns.start for i in joining]] = reads
-    first = torch.where(ends.mask[..., None], ends.difference("resid_pre.0"), 0.0)
+    first = torch.where(ends.mask[..., None], ends.difference(act("resid_pre", 0)), 0.0)
     value[:, 0] = torch.einsum("bcpd,bpd->bc", m, first)
     return value
 
@@ -114,7 +115,7 @@ def _into(
     ends: Ends, layer: int, m: Float[Tensor, "prompt column pos d_model"], chosen: Chosen
 ) -> Float[Tensor, "prompt neuron column"]:
     written = ends.adapter.mlp(layer).w_out[list(chosen[layer])]
-    at_post = (m * ends.inverse(f"scale.mlp_out.{layer}").unsqueeze(1)) @ written.T
+    at_post = (m * ends.inverse(act("scale.mlp_out", layer)).unsqueeze(1)) @ written.T
     return torch.einsum("bcpn,bpn->bnc", at_post, _change(ends, layer, chosen))
 
 

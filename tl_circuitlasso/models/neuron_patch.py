@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_circuitlasso.models.adapter import Adapter
+from tl_circuitlasso.models.names import act
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,9 +37,9 @@ def plain_run(
     layers: Collection[int],
 ) -> Plain:
     """What patching neurons of some layers starts from. Two forward passes."""
-    other = adapter.run(partners, mask, [f"mlp_post.{layer}" for layer in layers])
+    other = adapter.run(partners, mask, [act("mlp_post", layer) for layer in layers])
     heard: dict[int, Any] = {}
-    edits = [(f"block.{layer}", partial(heard.__setitem__, layer)) for layer in range(adapter.shape.n_layers)]
+    edits = [(act("block", layer), partial(heard.__setitem__, layer)) for layer in range(adapter.shape.n_layers)]
     logits = adapter.run(tokens, mask, ["logits"], edits=edits)["logits"]
     blocks = tuple(heard[layer] for layer in range(adapter.shape.n_layers))
     return Plain(tokens, adapter.sound_mask(tokens, mask), logits, blocks, other)
@@ -50,14 +51,14 @@ def patched_neurons(
     """The logits where the neurons of the layer that `which` marks do what they do in the partners, by copy."""
     copies, prompts = len(which), len(plain.tokens)
     swapped = plain.mask[None, :, :, None] & which[:, None].to(plain.mask.device)
-    other = plain.other[f"mlp_post.{layer}"]
+    other = plain.other[act("mlp_post", layer)]
 
     def swap(post: Tensor) -> Tensor:
         return torch.where(swapped, other.to(post), post.reshape(swapped.shape)).view_as(post)
 
     many, real = plain.tokens.repeat(copies, 1), plain.mask.repeat(copies, 1)
     with _replayed(adapter, plain, layer, copies):
-        logits = adapter.run(many, real, ["logits"], edits=[(f"mlp_post.{layer}", swap)])["logits"]
+        logits = adapter.run(many, real, ["logits"], edits=[(act("mlp_post", layer), swap)])["logits"]
     return logits.unflatten(0, (copies, prompts))
 
 

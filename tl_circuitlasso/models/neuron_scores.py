@@ -8,7 +8,6 @@ position, or zero. A positive score helps the target. Nothing here grows with th
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,13 +15,15 @@ from torch import Tensor
 
 from tl_circuitlasso.errors import InputError, ModelError
 from tl_circuitlasso.models.adapter import Adapter
+from tl_circuitlasso.models.metric import as_objective
+from tl_circuitlasso.models.names import Kind, act
 from tl_circuitlasso.models.neuron_sweep import Ends, Layer, Rules, sweep, unembedded, wanted
 from tl_circuitlasso.models.passes import ForwardPass, differentiable
 from tl_circuitlasso.models.rotary import position_ids
 
 Multiplied = tuple[str, Tensor]  # an activation's key and the multiplier there, (prompt pos *width)
 
-NODE_BASES = {"neuron": "mlp_post", "mlp_out": "mlp_out", "head": "z", "residual": "resid_pre"}
+NODE_BASES: Mapping[str, Kind] = {"neuron": "mlp_post", "mlp_out": "mlp_out", "head": "z", "residual": "resid_pre"}
 REFERENCES = ("corrupted", "mean", "zero")
 
 
@@ -96,7 +97,7 @@ class Scoring:
     @property
     def keys(self) -> tuple[str, ...]:
         """The activations whose coordinates are nodes."""
-        return tuple(f"{NODE_BASES[self.basis]}.{layer}" for layer in range(self.adapter.shape.n_layers))
+        return tuple(act(NODE_BASES[self.basis], layer) for layer in range(self.adapter.shape.n_layers))
 
     def run(self, tokens: Tensor, mask: Tensor, more: tuple[str, ...] = (), share: float = 0.0) -> dict[str, Tensor]:
         """One forward pass for the nodes' activations and `more`; `share` is the part of the prompts that it ran."""
@@ -137,7 +138,7 @@ class BySweep:
         start = unembedded(scoring.adapter, given.own["logits"], other["logits"], at_logits)
         scoring.count.backward += given.share
         for layer in sweep(ends, start, self.rules):
-            yield f"{NODE_BASES[scoring.basis]}.{layer.layer}", _at(layer, scoring.basis)
+            yield act(NODE_BASES[scoring.basis], layer.layer), _at(layer, scoring.basis)
 
 
 def _at(layer: Layer, basis: str) -> Float[Tensor, "prompt pos *width"]:
@@ -173,20 +174,8 @@ def goal_gradient(
     """
     with torch.enable_grad():
         leaf = logits.detach().requires_grad_()
-        value = checked(goal(leaf, batch))
+        value = as_objective(goal(leaf, batch))
         return float(value.detach()), torch.autograd.grad(value, leaf)[0]
-
-
-def checked(value: Any) -> Float[Tensor, ""]:
-    """A goal's value, if it's usable; see `goal_gradient`."""
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise InputError(f"`metric` returned {got}: it must return one number, the sum over the batch's rows")
-    if not value.requires_grad:
-        raise InputError("`metric` doesn't depend on the logits: compute it from `logits` with torch operations")
-    if not bool(value.isfinite()):
-        raise InputError("`metric` returned NaN or infinity: check the prompts and the metric")
-    return value.reshape(())
 
 
 @dataclass(frozen=True)
@@ -199,11 +188,11 @@ class ByGradient:
     steps: int = 0
 
     def wanted(self, adapter: Adapter) -> tuple[str, ...]:
-        return ("resid_pre.0",)
+        return (act("resid_pre", 0),)
 
     def multipliers(self, given: Pass) -> Iterator[Multiplied]:
-        clean = given.own["resid_pre.0"]
-        base = torch.zeros_like(clean) if given.other is None else given.other["resid_pre.0"]
+        clean = given.own[act("resid_pre", 0)]
+        base = torch.zeros_like(clean) if given.other is None else given.other[act("resid_pre", 0)]
         total: dict[str, Tensor] = {}
         for k in range(max(self.steps, 1)):
             start = clean if self.steps == 0 else torch.lerp(base, clean, k / self.steps)
@@ -222,9 +211,9 @@ def gradients(scoring: Scoring, batch: Batch, start: Float[Tensor, "batch pos d_
 
     made = ForwardPass(scoring.adapter, batch.clean, batch.mask, [*scoring.keys, "logits"], gradients=True)
     with differentiable(scoring.adapter):
-        made.run([("resid_pre.0", begin)])
+        made.run([(act("resid_pre", 0), begin)])
         assert not isinstance(scoring.goal, Reading)  # methods by gradient are given metrics
-        return made.gradients_of(checked(scoring.goal(made["logits"], batch)), scoring.keys)
+        return made.gradients_of(as_objective(scoring.goal(made["logits"], batch)), scoring.keys)
 
 
 # ---- scores ---------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_circuitlasso.models.adapter import Adapter
+from tl_circuitlasso.models.names import Kind, act, head_scale
 from tl_circuitlasso.models.views import NEAR, secant, softmax_secant
 from tl_circuitlasso.models.weights import MLP, Port, repeat_heads
 
@@ -64,17 +65,19 @@ class Layer:
 def wanted(adapter: Adapter, rules: Rules = SECANT) -> tuple[str, ...]:
     """The activations that a sweep reads."""
     shape = adapter.shape
-    kinds = ["v", "pattern", "scale.attn", "scale.attn_out"]
+    kinds: list[Kind] = ["v", "pattern", "scale.attn", "scale.attn_out"]
     if not rules.attention:
-        kinds += ["q", "k", "scale.q", "scale.k"]
+        kinds.extend(["q", "k", "scale.q", "scale.k"])
     if not rules.norm:
-        kinds += ["resid_pre", "resid_post"] + ["mlp_out"] * (not shape.attn_only)
+        kinds.extend(["resid_pre", "resid_post"])
+        kinds.extend([] if shape.attn_only else ["mlp_out"])
     if not shape.attn_only:
-        kinds += ["mlp_pre", "mlp_post", "scale.mlp", "scale.mlp_out"] + ["mlp_linear"] * shape.gated
+        kinds.extend(["mlp_pre", "mlp_post", "scale.mlp", "scale.mlp_out"])
+        kinds.extend(["mlp_linear"] if shape.gated else [])
     return (
         "scale.final",
         adapter.final,
-        *(f"{kind}.{layer}" for kind in dict.fromkeys(kinds) for layer in range(shape.n_layers)),
+        *(act(kind, layer) for kind in dict.fromkeys(kinds) for layer in range(shape.n_layers)),
     )
 
 
@@ -102,7 +105,7 @@ class Ends:
         return own, torch.where(self.mask.view(*self.mask.shape, *[1] * (own.ndim - 2)), other, own)
 
     def patterns(self, layer: int) -> tuple[Float[Tensor, "prompt head q k"], Float[Tensor, "prompt head q k"]]:
-        own, other = self.own[f"pattern.{layer}"], self.other[f"pattern.{layer}"]
+        own, other = self.own[act("pattern", layer)], self.other[act("pattern", layer)]
         return own, own if self.same else torch.where(self.mask[:, None, :, None], other, own)
 
     def mean(self, key: str) -> Tensor:
@@ -126,10 +129,10 @@ class Ends:
     def stream(self, layer: int, *, mlp: bool) -> Float[Tensor, "prompt pos d_model"]:
         """The mean residual stream in front of a layer's attention or MLP."""
         if layer == self.adapter.shape.n_layers:
-            return self.mean(f"resid_post.{layer - 1}")
+            return self.mean(act("resid_post", layer - 1))
         if not mlp or self.adapter.shape.parallel:
-            return self.mean(f"resid_pre.{layer}")
-        return self.mean(f"resid_post.{layer}") - self.mean(f"mlp_out.{layer}")
+            return self.mean(act("resid_pre", layer))
+        return self.mean(act("resid_post", layer)) - self.mean(act("mlp_out", layer))
 
 
 def sweep(ends: Ends, at_final: Float[Tensor, "prompt direction pos d_model"], rules: Rules) -> Iterator[Layer]:
@@ -157,7 +160,7 @@ def through_norm(
 ) -> Float[Tensor, "prompt direction pos d_model"]:
     """From what reads (x - centred mean) / scale, centred already by folded weights, back to x."""
     n_layers = ends.adapter.shape.n_layers
-    key = "scale.final" if layer == n_layers else f"scale.{'mlp' if mlp else 'attn'}.{layer}"
+    key = "scale.final" if layer == n_layers else act("scale.mlp" if mlp else "scale.attn", layer)
     back = m * ends.inverse(key).unsqueeze(1)
     norm = ends.adapter.norm(key)
     if rules.norm or norm is None:
@@ -172,7 +175,7 @@ def at_neurons(
     ends: Ends, layer: int, m: Float[Tensor, "prompt direction pos d_model"]
 ) -> Float[Tensor, "prompt direction pos d_mlp"]:
     """The multipliers at what a layer's neurons put out."""
-    return (m * ends.inverse(f"scale.mlp_out.{layer}").unsqueeze(1)) @ ends.adapter.mlp(layer).w_out.T
+    return (m * ends.inverse(act("scale.mlp_out", layer)).unsqueeze(1)) @ ends.adapter.mlp(layer).w_out.T
 
 
 def through_mlp(
@@ -193,9 +196,9 @@ def gate_slopes(
 ) -> tuple[Float[Tensor, "prompt 1 pos d_mlp"], Float[Tensor, "prompt 1 pos d_mlp"]]:
     """By what each factor of a gated MLP is multiplied: the activation, then the linear one."""
     mlp, share = ends.adapter.mlp(layer), 0.5 if rules.half else 1.0
-    own, other = ends.both(f"mlp_pre.{layer}")
+    own, other = ends.both(act("mlp_pre", layer))
     active = mlp.act(own) if ends.same else (mlp.act(own) + mlp.act(other)) / 2
-    return share * ends.mean(f"mlp_linear.{layer}").unsqueeze(1), share * active.unsqueeze(1)
+    return share * ends.mean(act("mlp_linear", layer)).unsqueeze(1), share * active.unsqueeze(1)
 
 
 def _through_act(
@@ -204,7 +207,7 @@ def _through_act(
     mlp = ends.adapter.mlp(layer)
     if rules.activation or mlp.elementwise:
         return m * slope_of_act(ends, layer, rules).unsqueeze(1)
-    pull = torch.func.vjp(mlp.act, ends.mean(f"mlp_pre.{layer}"))[1]  # neurons that mix (SoLU) have no secant each
+    pull = torch.func.vjp(mlp.act, ends.mean(act("mlp_pre", layer)))[1]  # neurons that mix (SoLU) have no secant each
     return torch.stack([pull(one)[0] for one in m.unbind(1)], dim=1)
 
 
@@ -215,7 +218,7 @@ def slope_of_act(ends: Ends, layer: int, rules: Rules) -> Float[Tensor, "prompt 
     ------
     ModelError: an activation that mixes neurons (SoLU) where its ratio isn't constant.
     """
-    mlp, (own, other) = ends.adapter.mlp(layer), ends.both(f"mlp_pre.{layer}")
+    mlp, (own, other) = ends.adapter.mlp(layer), ends.both(act("mlp_pre", layer))
     return _ratio(mlp, (own + other) / 2) if rules.activation else slope(mlp, own, other)
 
 
@@ -245,7 +248,7 @@ def at_heads(
     ends: Ends, layer: int, m: Float[Tensor, "prompt direction pos d_model"]
 ) -> Float[Tensor, "prompt direction head pos d_head"]:
     """The multipliers at every head's z."""
-    written = (m * ends.inverse(f"scale.attn_out.{layer}").unsqueeze(1)).unsqueeze(2)
+    written = (m * ends.inverse(act("scale.attn_out", layer)).unsqueeze(1)).unsqueeze(2)
     return written @ ends.adapter.writer(layer)[0].mT
 
 
@@ -256,9 +259,9 @@ def at_ports(
     own, other = ends.patterns(layer)
     ports: dict[Port, Tensor] = {"v": ((own + other) / 2).mT.unsqueeze(1) @ at_z}
     if not rules.attention:
-        weight = softmax_secant(own, other, at_z @ ends.heads(f"v.{layer}").mT) * _score_slope(ends, layer)
-        ports["q"] = _unrotated(ends, layer, "q", weight @ ends.heads(f"k.{layer}"))
-        ports["k"] = _unrotated(ends, layer, "k", weight.mT @ ends.heads(f"q.{layer}"))
+        weight = softmax_secant(own, other, at_z @ ends.heads(act("v", layer)).mT) * _score_slope(ends, layer)
+        ports["q"] = _unrotated(ends, layer, "q", weight @ ends.heads(act("k", layer)))
+        ports["k"] = _unrotated(ends, layer, "k", weight.mT @ ends.heads(act("q", layer)))
     return ports
 
 
@@ -279,12 +282,12 @@ def _projected_back(
 
 
 def _unrotated(
-    ends: Ends, layer: int, port: str, m: Float[Tensor, "prompt direction head pos d_head"]
+    ends: Ends, layer: int, port: Port, m: Float[Tensor, "prompt direction head pos d_head"]
 ) -> Float[Tensor, "prompt direction head pos d_head"]:
     """From rotated and normalised queries or keys back to what the head projects."""
     adapter = ends.adapter
     m = adapter.rotate(m.transpose(2, 3), ends.positions, layer, back=True).transpose(2, 3)
-    scale = ends.inverse(f"scale.{port}.{layer}")  # prompt pos (head, group or 1) 1
+    scale = ends.inverse(head_scale(port, layer))  # prompt pos (head, group or 1) 1
     if scale.shape[2] not in (1, adapter.shape.n_heads):
         scale = repeat_heads(scale.movedim(2, 0), adapter.shape.n_heads).movedim(0, 2)
     return m * scale.transpose(1, 2).unsqueeze(1)
@@ -297,7 +300,7 @@ def _score_slope(ends: Ends, layer: int) -> Tensor | float:
     if cap is None:
         return 1 / scale
     sides = []
-    for q, k in zip(ends.both(f"q.{layer}"), ends.both(f"k.{layer}")):
+    for q, k in zip(ends.both(act("q", layer)), ends.both(act("k", layer))):
         keys = repeat_heads(k.movedim(2, 0), adapter.shape.n_heads).movedim(0, 1)
         sides.append(q.transpose(1, 2) @ keys.mT / scale)
     return secant(lambda score: cap * torch.tanh(score / cap), *sides)[:, None] / scale

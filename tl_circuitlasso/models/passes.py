@@ -21,6 +21,7 @@ from tl_circuitlasso.models import rotary
 from tl_circuitlasso.models.activations import INPUT, Context, Heard, Plan, assert_fired, check_keys, plan
 from tl_circuitlasso.models.architecture import Shape, architecture_of, is_shortformer, layout_of, shape_of
 from tl_circuitlasso.models.hooks import Observer, Place, find_module, is_a, observe, resting, without_costly_flags
+from tl_circuitlasso.models.names import act
 
 Edits = Iterable[tuple[str, Observer]]  # in this order where they meet; what an edit returns, if anything, flows on
 
@@ -112,7 +113,7 @@ class Runner:
     @property
     def final(self) -> str:
         """The key of the residual stream behind the last layer."""
-        return f"resid_post.{self.shape.n_layers - 1}"
+        return act("resid_post", self.shape.n_layers - 1)
 
     @property
     def shortformer(self) -> bool:

@@ -23,6 +23,7 @@ from torch import Tensor
 from tl_circuitlasso.models.ablation import Ablated
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.attention import PORTS, Attending, keeps_heads_shared
+from tl_circuitlasso.models.names import PROJECTED, Kind, act, as_projected
 from tl_circuitlasso.models.norms import Norm, apply_norm, scale_of
 from tl_circuitlasso.models.passes import ForwardPass
 from tl_circuitlasso.models.patching import Projection, mlp_norm
@@ -72,13 +73,15 @@ class _Reads:
     touched: Bool[Tensor, "circuit reader"]
 
 
-def _reads(kept: Bool[Tensor, "circuit reader source"], live: Bool[Tensor, "circuit reader"]) -> _Reads:
-    from_current = kept.sum(2) * 2 > kept.shape[2]
+def _reads(
+    kept: Bool[Tensor, "circuit reader source"], live: Bool[Tensor, "circuit reader"], subtract_above: float
+) -> _Reads:
+    from_current = kept.sum(2) > subtract_above * kept.shape[2]
     coefficients = torch.where(from_current[..., None], kept.float() - 1, kept.float())
     return _Reads(coefficients, from_current, live & ~kept.all(2))
 
 
-def _plans(adapter: Adapter, circuits: Circuits) -> dict[ReaderKind, _Reads]:
+def _plans(adapter: Adapter, circuits: Circuits, subtract_above: float) -> dict[ReaderKind, _Reads]:
     parts = adapter.shape.components
     groups, read = parts.groups(), circuits.read(parts.n_sources)
     plans = {}
@@ -90,7 +93,7 @@ def _plans(adapter: Adapter, circuits: Circuits) -> dict[ReaderKind, _Reads]:
         if not always:
             assert rows is not None
             live = read[:, rows]
-        plans[layer, port] = _reads(kept.cpu(), live)
+        plans[layer, port] = _reads(kept.cpu(), live, subtract_above)
     return plans
 
 
@@ -113,16 +116,20 @@ def run_circuits(
     ablated: Ablated,
     *,
     gradients: bool = False,
+    subtract_above: float = 0.5,
 ) -> Float[Tensor, "circuit batch pos vocab"]:
     """The logits of every circuit on the prompts, all in one forward pass over as many copies of them.
 
     With `gradients` they can be differentiated with respect to what cut edges carry; no parameter collects a gradient.
+    A reader that keeps more than the share `subtract_above` of its edges is served by what it doesn't see, taken off
+    the stream; others by the sum of what they see.
 
     Raises
     ------
     ModelError: a hook of the model is missing or didn't fire, or keys shared between heads can't be told apart.
     """
-    readers = _Readers(adapter, tokens, adapter.sound_mask(tokens, mask), circuits, ablated, gradients)
+    plans = _plans(adapter, circuits, subtract_above)
+    readers = _Readers(adapter, tokens, adapter.sound_mask(tokens, mask), plans, len(circuits), ablated, gradients)
     readers.made.run(readers.edits())
     return readers.made["logits"].unflatten(0, readers.sizes[:2])
 
@@ -140,38 +147,44 @@ class _Readers:
     """One forward pass over copies of the prompts, and what its readers are made to see."""
 
     def __init__(
-        self, adapter: Adapter, tokens: Tensor, mask: Tensor, circuits: Circuits, ablated: Ablated, gradients: bool
+        self,
+        adapter: Adapter,
+        tokens: Tensor,
+        mask: Tensor,
+        plans: Mapping[ReaderKind, _Reads],
+        copies: int,
+        ablated: Ablated,
+        gradients: bool,
     ) -> None:
-        self.adapter, self.ablated = adapter, ablated
-        self.sizes = (len(circuits), tokens.shape[0], tokens.shape[1])
-        self.plans = _plans(adapter, circuits)
+        self.adapter, self.ablated, self.plans = adapter, ablated, plans
+        self.sizes = (copies, tokens.shape[0], tokens.shape[1])
         self.sources = Sources(adapter, self.sizes, _wanted(self.plans), self.value, ablated.written)
         self.changes: dict[int, dict[Port, list[_Change]]] = {}
         self.shared = keeps_heads_shared(adapter)
         self.patterns: dict[str, Tensor] | None = None
         if self.shared and adapter.architecture == _LATE_PATTERNS:  # all that's needed is where a head may look
-            names = [f"pattern.{layer}" for layer in range(adapter.shape.n_layers)]
+            names = [act("pattern", layer) for layer in range(adapter.shape.n_layers)]
             made = adapter.run(tokens, mask, names)
             self.patterns = {name: pattern.repeat(self.sizes[0], 1, 1, 1) for name, pattern in made.items()}
         many, real = tokens.repeat(self.sizes[0], 1), mask.repeat(self.sizes[0], 1)
         self.made = ForwardPass(adapter, many, real, self._keys(), own_heads=True, gradients=gradients)
 
     def _keys(self) -> list[str]:
-        kinds = ["resid_pre", "z", "scale.attn_out"]
-        kinds += [] if self.adapter.shape.attn_only else ["mlp_out", "mlp_stream"]
-        kinds += [*(f"projected.{port}" for port in PORTS), "pattern"] if self.shared else []
-        return [*(f"{kind}.{layer}" for layer in range(self.adapter.shape.n_layers) for kind in kinds), "logits"]
+        kinds: list[Kind] = ["resid_pre", "z", "scale.attn_out"]
+        kinds.extend([] if self.adapter.shape.attn_only else ["mlp_out", "mlp_stream"])
+        kinds.extend([*PROJECTED, "pattern"] if self.shared else [])
+        return [*(act(kind, layer) for layer in range(self.adapter.shape.n_layers) for kind in kinds), "logits"]
 
     def edits(self) -> Iterator[tuple[str, Callable[[Tensor], Tensor | None]]]:
         """What every reader is given."""
         shape = self.adapter.shape
         for layer in range(shape.n_layers):
             if self.shared:
-                yield f"z.{layer}", partial(self._swap_z, layer)
+                yield act("z", layer), partial(self._swap_z, layer)
             else:
-                yield from ((f"projected.{port}.{layer}", partial(self._swap_port, layer, port)) for port in PORTS)
+                yield from ((as_projected(port, layer), partial(self._swap_port, layer, port)) for port in PORTS)
             if not shape.attn_only:
-                yield f"mlp_read.{layer}", partial(self._swap_mlp, layer)
+                yield act("mlp_read", layer), partial(self._swap_mlp, layer)
         yield self.adapter.final, self._swap_end
 
     def value(self, key: str) -> Float[Tensor, "circuit batch pos ..."]:
@@ -186,7 +199,7 @@ class _Readers:
             return None
         changed, added = activation.clone(), None
         if port != "v" and self.adapter.shortformer:  # positions join what is read, not the residual stream
-            stream = self.value(f"resid_pre.{layer}").flatten(0, 1)
+            stream = self.value(act("resid_pre", layer)).flatten(0, 1)
             reads = port_projection(self.adapter, layer, port)
             scale = None if reads.norm is None else scale_of(stream, reads.norm)
             added = activation - project(reads, stream, scale, list(range(self.adapter.shape.n_heads)))
@@ -199,8 +212,8 @@ class _Readers:
         changes = self._port_changes(layer)
         if not any(changes.values()):
             return None
-        projected: dict[Port, Tensor] = {port: self.made[f"projected.{port}.{layer}"] for port in PORTS}
-        pattern = self.made[f"pattern.{layer}"] if self.patterns is None else self.patterns[f"pattern.{layer}"]
+        projected: dict[Port, Tensor] = {port: self.made[as_projected(port, layer)] for port in PORTS}
+        pattern = self.made[act("pattern", layer)] if self.patterns is None else self.patterns[act("pattern", layer)]
         attending = Attending(self.adapter, layer, projected, pattern, self.made.positions)
         heads = {port: attending.heads(port).clone() for port in PORTS}
         for port in PORTS:
@@ -210,7 +223,7 @@ class _Readers:
 
     def _swap_mlp(self, layer: int, given: Tensor) -> Tensor | None:
         norm = mlp_norm(self.adapter, layer)
-        stream = given.to(self.adapter.compute_dtype) if norm is None else self.made[f"mlp_stream.{layer}"]
+        stream = given.to(self.adapter.compute_dtype) if norm is None else self.made[act("mlp_stream", layer)]
         return self._swap_single((layer, ""), stream, given, norm)
 
     def _swap_end(self, activation: Tensor) -> Tensor | None:
@@ -242,7 +255,7 @@ class _Readers:
         groups = self._equal_readers(layer, copy)
         if not groups:
             return
-        stream, batch = self.value(f"resid_pre.{layer}"), self.sizes[1]
+        stream, batch = self.value(act("resid_pre", layer)), self.sizes[1]
         reads: dict[Port, Projection] = {port: port_projection(self.adapter, layer, port) for port in PORTS}
         firsts = [((layer, group[0][0]), group[0][1]) for group in groups]
         shared = [(number, group) for number, group in enumerate(groups) if len(group) > 1]
@@ -296,6 +309,6 @@ class _Readers:
         own_attention = port == "" and not end and not shape.parallel
         for before in range(layer + own_attention):
             if (was := self.ablated.bias_scales[before]) is not None:
-                change = 1 / self.value(f"scale.attn_out.{before}")[copy] - was
+                change = 1 / self.value(act("scale.attn_out", before))[copy] - was
                 base = base + change * self.adapter.writer(before)[1]
         return base

@@ -18,6 +18,7 @@ from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.architecture import norm_at
 from tl_circuitlasso.models.attention import PORTS, Attending, keeps_heads_shared
 from tl_circuitlasso.models.hooks import find_module
+from tl_circuitlasso.models.names import Kind, act, as_projected
 from tl_circuitlasso.models.norms import Norm, apply_norm, fold_behind, read_norm, scale_of
 from tl_circuitlasso.models.passes import ForwardPass
 from tl_circuitlasso.models.weights import Port, port_weights, repeat_heads
@@ -84,23 +85,24 @@ def record_all(
 ) -> Record:
     """One forward pass: everything that an edge connects."""
     layers = range(adapter.shape.n_layers)
-    streams = [f"{kind}.{layer}" for kind in ("resid_pre", "resid_post") for layer in layers]
+    streams = [act(kind, layer) for kind in ("resid_pre", "resid_post") for layer in layers]
     acts = adapter.run(tokens, mask, [*written_keys(adapter), *streams, "logits"])
     return Record(written_in(adapter, acts), _streams(adapter, acts), acts["logits"])
 
 
 def written_keys(adapter: Adapter) -> list[str]:
     """The activations that `written_in` reads."""
-    kinds = ["z", "scale.attn_out"] + ([] if adapter.shape.attn_only else ["mlp_out"])
-    return ["resid_pre.0", *(f"{kind}.{layer}" for kind in kinds for layer in range(adapter.shape.n_layers))]
+    kinds: list[Kind] = ["z", "scale.attn_out"]
+    kinds.extend([] if adapter.shape.attn_only else ["mlp_out"])
+    return [act("resid_pre", 0), *(act(kind, layer) for kind in kinds for layer in range(adapter.shape.n_layers))]
 
 
 def written_in(adapter: Adapter, acts: Mapping[str, Tensor]) -> Written:
     """What every component writes, from a run's activations."""
     layers = range(adapter.shape.n_layers)
-    heads = tuple(acts[f"z.{layer}"] / acts[f"scale.attn_out.{layer}"][..., None] for layer in layers)
-    mlps = () if adapter.shape.attn_only else tuple(acts[f"mlp_out.{layer}"] for layer in layers)
-    return Written(acts["resid_pre.0"], heads, mlps)
+    heads = tuple(acts[act("z", layer)] / acts[act("scale.attn_out", layer)][..., None] for layer in layers)
+    mlps = () if adapter.shape.attn_only else tuple(acts[act("mlp_out", layer)] for layer in layers)
+    return Written(acts[act("resid_pre", 0)], heads, mlps)
 
 
 def learned_positions(
@@ -109,8 +111,8 @@ def learned_positions(
     """What learned positions add to the token embeddings; None for models that add none. One forward pass."""
     if not adds_positions(adapter.model):
         return None
-    acts = adapter.run(tokens, mask, ["resid_pre.0", "pos_embed"])
-    return acts["pos_embed"].expand_as(acts["resid_pre.0"])
+    acts = adapter.run(tokens, mask, [act("resid_pre", 0), "pos_embed"])
+    return acts["pos_embed"].expand_as(acts[act("resid_pre", 0)])
 
 
 def adds_positions(model: Any) -> bool:
@@ -121,14 +123,14 @@ def adds_positions(model: Any) -> bool:
 
 def _streams(adapter: Adapter, acts: Mapping[str, Tensor]) -> Streams:
     shape = adapter.shape
-    attn = tuple(acts[f"resid_pre.{layer}"] for layer in range(shape.n_layers))
-    after = tuple(acts[f"resid_post.{layer}"] for layer in range(shape.n_layers))
+    attn = tuple(acts[act("resid_pre", layer)] for layer in range(shape.n_layers))
+    after = tuple(acts[act("resid_post", layer)] for layer in range(shape.n_layers))
     if shape.attn_only:
         mlp: tuple[Tensor, ...] = ()
     elif shape.parallel:
         mlp = attn
     else:  # what stood in front of the MLP is what stands behind it without what it wrote
-        mlp = tuple(post - acts[f"mlp_out.{layer}"] for layer, post in enumerate(after))
+        mlp = tuple(post - acts[act("mlp_out", layer)] for layer, post in enumerate(after))
     return Streams(attn, mlp, after[-1])
 
 
@@ -202,17 +204,17 @@ def run_edited(
     shared = keeps_heads_shared(adapter) and bool(ports & {"k", "v"})
     many, real = tokens.repeat(copies, 1), adapter.sound_mask(tokens, mask).repeat(copies, 1)
     begin = (layer, start.repeat(copies, 1, 1)) if adapter.starts_midway else None
-    heads = [f"projected.{port}.{layer}" for port in PORTS] if shared else []
+    heads = [as_projected(port, layer) for port in PORTS] if shared else []
     made = ForwardPass(adapter, many, real, [*heads, "logits"], start=begin, own_heads=True)
     if "" in ports:
-        made.run([(f"mlp_read.{layer}", partial(_swap_mlp, adapter, layer, edits))])
+        made.run([(act("mlp_read", layer), partial(_swap_mlp, adapter, layer, edits))])
     elif shared:
-        pattern = adapter.run(tokens, mask, [f"pattern.{layer}"])[f"pattern.{layer}"].repeat(copies, 1, 1, 1)
+        pattern = adapter.run(tokens, mask, [act("pattern", layer)])[act("pattern", layer)].repeat(copies, 1, 1, 1)
         changes = _changes(adapter, layer, edits, start)
-        made.run([(f"z.{layer}", partial(_swap_shared, adapter, made, layer, changes, pattern))])
+        made.run([(act("z", layer), partial(_swap_shared, adapter, made, layer, changes, pattern))])
     else:
         changes = _changes(adapter, layer, edits, start)
-        made.run((f"projected.{port}.{layer}", partial(_swap_heads, changes, port)) for port in ports)
+        made.run((as_projected(port, layer), partial(_swap_heads, changes, port)) for port in PORTS if port in ports)
     return made["logits"].unflatten(0, (copies, tokens.shape[0]))
 
 
@@ -232,7 +234,7 @@ def _changes(adapter: Adapter, layer: int, edits: list[Edit], start: Tensor) -> 
     return changes
 
 
-def _swap_heads(changes: list[_Change], port: str, activation: Tensor) -> Tensor:
+def _swap_heads(changes: list[_Change], port: Port, activation: Tensor) -> Tensor:
     changed = activation.clone()
     for one in changes:
         if one.port == port:
@@ -244,7 +246,7 @@ def _swap_shared(
     adapter: Adapter, made: ForwardPass, layer: int, changes: list[_Change], pattern: Tensor, z: Tensor
 ) -> Tensor:
     """Heads that share keys or values: their outputs are computed anew and put in the place of z."""
-    heard: dict[Port, Tensor] = {port: made[f"projected.{port}.{layer}"] for port in PORTS}
+    heard: dict[Port, Tensor] = {port: made[as_projected(port, layer)] for port in PORTS}
     attending = Attending(adapter, layer, heard, pattern, made.positions)
     heads, changed = {port: attending.heads(port).clone() for port in PORTS}, z.clone()
     for one in changes:

@@ -26,6 +26,7 @@ from tl_circuitlasso.models import outcome, readout, sweep
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.bases import Basis
 from tl_circuitlasso.models.designs import Sample
+from tl_circuitlasso.models.names import act
 from tl_circuitlasso.models.outcome import Probe
 from tl_circuitlasso.models.rotary import position_ids
 from tl_circuitlasso.models.sweep import Read
@@ -74,7 +75,7 @@ class ReadDesign:
         """With one batch added. Consumes `statistics`: its sums are updated in place, as a stream needs."""
         mask = _mask(sample)
         if self.contrast:
-            pairs = twins(mask, sample.target_keep, sample.acts["resid_pre.0"], causal=adapter.shape.causal)
+            pairs = twins(mask, sample.target_keep, sample.acts[act("resid_pre", 0)], causal=adapter.shape.causal)
             mask = torch.cat([mask, mask])
         else:
             logits = sample.acts["logits"] if sample.target is None else None
@@ -235,7 +236,7 @@ def in_parts(
     order = pairs.position.argsort(stable=True)
     first = torch.zeros_like(pairs.position)
     if acts is not None and adapter.shape.causal:
-        first = _first_difference(acts["resid_pre.0"], pairs)
+        first = _first_difference(acts[act("resid_pre", 0)], pairs)
     while len(order):
         width = pairs.valid.shape[1]
         size = max(1, memory // sweep.memory(adapter, width - int(first[order].min()), directions))

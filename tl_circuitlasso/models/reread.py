@@ -24,6 +24,7 @@ from tl_circuitlasso.data.targets import Target
 from tl_circuitlasso.models import outcome, sweep
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.closure import soft_cap
+from tl_circuitlasso.models.names import act, head_scale
 from tl_circuitlasso.models.norms import Norm, scale_of
 from tl_circuitlasso.models.outcome import Outcome, Probe
 from tl_circuitlasso.models.read import in_parts, make_pairs, twins
@@ -122,7 +123,7 @@ def reread(
         logits = acts["logits"] if target is None else None
         pairs = make_pairs(batch.mask, keep, torch.Generator().manual_seed(seed), draws=draws, logits=logits)
     else:
-        pairs = twins(batch.mask, keep, acts["resid_pre.0"], causal=adapter.shape.causal)
+        pairs = twins(batch.mask, keep, acts[act("resid_pre", 0)], causal=adapter.shape.causal)
     prompts = torch.arange(batch.start, batch.start + len(batch.tokens))
     edge_cost: dict[Edge, float] = dict.fromkeys(asked.edges, 0.0)
     effects, judged = dict(edge_cost), dict(edge_cost)
@@ -210,12 +211,12 @@ def order(name: str) -> tuple[int, int]:
 def _difference(view: View, site: Site) -> Float[Tensor, "pair pos d_model"]:
     """What a component writes differently in the partner prompt."""
     if site.kind == "input":
-        return view.difference("resid_pre.0")
+        return view.difference(act("resid_pre", 0))
     if site.kind == "mlp":
-        return view.difference(f"mlp_out.{site.layer}")
+        return view.difference(act("mlp_out", site.layer))
     own, partner = (
         z[:, :, site.head] / scale
-        for z, scale in zip(view.ends(f"z.{site.layer}"), view.ends(f"scale.attn_out.{site.layer}"))
+        for z, scale in zip(view.ends(act("z", site.layer)), view.ends(act("scale.attn_out", site.layer)))
     )
     return (partner - own) @ view.adapter.writer(site.layer)[0][site.head]
 
@@ -223,32 +224,32 @@ def _difference(view: View, site: Site) -> Float[Tensor, "pair pos d_model"]:
 def _mlp_change(view: View, site: Site, delta: Float[Tensor, "pair pos d_model"]) -> Float[Tensor, "pair pos d_model"]:
     """How what an MLP writes changes when it reads `delta` more."""
     adapter, layer = view.adapter, site.layer
-    mlp, norm = adapter.mlp(layer), adapter.norm(f"scale.mlp.{layer}")
+    mlp, norm = adapter.mlp(layer), adapter.norm(act("scale.mlp", layer))
     last = adapter.shape.n_layers - 1
-    behind = view.own(f"resid_post.{last}" if layer == last else f"resid_pre.{layer + 1}")
-    at_mlp = behind - view.own(f"mlp_out.{layer}")
-    stream = view.own(f"resid_pre.{layer}") if adapter.shape.parallel else at_mlp
-    pre, moved = view.own(f"mlp_pre.{layer}"), _moved(stream, delta, norm)
+    behind = view.own(act("resid_post", last) if layer == last else act("resid_pre", layer + 1))
+    at_mlp = behind - view.own(act("mlp_out", layer))
+    stream = view.own(act("resid_pre", layer)) if adapter.shape.parallel else at_mlp
+    pre, moved = view.own(act("mlp_pre", layer)), _moved(stream, delta, norm)
     if mlp.w_gate is None:
         change = mlp.act(pre + moved @ mlp.w_in) - mlp.act(pre)
     else:
-        linear = view.own(f"mlp_linear.{layer}")
+        linear = view.own(act("mlp_linear", layer))
         change = mlp.act(pre + moved @ mlp.w_gate) * (linear + moved @ mlp.w_in) - mlp.act(pre) * linear
-    return (change @ mlp.w_out) / view.own(f"scale.mlp_out.{layer}")
+    return (change @ mlp.w_out) / view.own(act("scale.mlp_out", layer))
 
 
 def _head_change(view: View, site: Site, delta: Float[Tensor, "pair pos d_model"]) -> Float[Tensor, "pair pos d_model"]:
     """How what a head writes changes when it reads `delta` more, through queries, keys and values together."""
     adapter, layer, head = view.adapter, site.layer, site.head
-    moved = _moved(view.own(f"resid_pre.{layer}"), delta, adapter.norm(f"scale.attn.{layer}"))
-    own = {port: _one_head(view, f"{port}.{layer}", head) for port in PORTS}
+    moved = _moved(view.own(act("resid_pre", layer)), delta, adapter.norm(act("scale.attn", layer)))
+    own = {port: _one_head(view, act(port, layer), head) for port in PORTS}
     pattern = view.own_pattern(layer, head)
     cap, scale = soft_cap(adapter.attn_soft_cap), adapter.attn_scale(layer)
     q, k, v = (own[port] + _projected(view, layer, port, head, moved) for port in PORTS)
     # What masks, sinks and biases do to the scores is in the pattern already: only their change is added.
     scores = cap(q @ k.mT / scale) - cap(own["q"] @ own["k"].mT / scale)
     change = (pattern.clamp_min(TINY).log() + scores).softmax(-1) @ v - pattern @ own["v"]
-    return (change @ adapter.writer(layer)[0][head]) / view.own(f"scale.attn_out.{layer}")
+    return (change @ adapter.writer(layer)[0][head]) / view.own(act("scale.attn_out", layer))
 
 
 def _moved(stream: Tensor, delta: Tensor, norm: Norm | None) -> Float[Tensor, "pair *pos d_model"]:
@@ -268,7 +269,7 @@ def _projected(view: View, layer: int, port: Port, head: int, moved: Tensor) -> 
     change = moved @ adapter.reader(layer, port).weight[head]
     if port == "v":
         return change
-    scale = view.own(f"scale.{port}.{layer}")
+    scale = view.own(head_scale(port, layer))
     number = 0 if scale.shape[2] == 1 else head * scale.shape[2] // adapter.shape.n_heads
     positions = view.pairs.places[:, : view.width]
     return adapter.rotate((change / scale[:, :, number]).unsqueeze(2), positions, layer).squeeze(2)

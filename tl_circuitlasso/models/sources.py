@@ -14,6 +14,7 @@ from torch import Tensor
 from tl_circuitlasso.data.sites import Site
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.hooks import Observer
+from tl_circuitlasso.models.names import act
 from tl_circuitlasso.models.patching import Written
 
 WRITTEN_OUT = 512 << 20  # bytes of sources kept in d_model; beyond it they are written out again for each layer
@@ -88,12 +89,12 @@ class Sources:
         if group not in self.differences:
             layer, kind = self.kinds[group]
             if kind == "input":
-                difference = self.value("resid_pre.0") - self.ablated.input
+                difference = self.value(act("resid_pre", 0)) - self.ablated.input
             elif kind == "mlp":
-                difference = self.value(f"mlp_out.{layer}") - self.ablated.mlps[layer]
+                difference = self.value(act("mlp_out", layer)) - self.ablated.mlps[layer]
             else:
-                scale = self.value(f"scale.attn_out.{layer}")[..., None]
-                difference = self.value(f"z.{layer}") / scale - self.ablated.heads[layer]
+                scale = self.value(act("scale.attn_out", layer))[..., None]
+                difference = self.value(act("z", layer)) / scale - self.ablated.heads[layer]
             self.differences[group] = difference
         return self.differences[group]
 
@@ -109,8 +110,8 @@ def scaled_nodes(adapter: Adapter, sites: Iterable[Site], scale: float) -> list[
         if site.kind == "head":
             heads.setdefault(site.layer, []).append(site.head)
         else:
-            edits.append((f"mlp_out.{site.layer}", lambda out: out * scale))
-    return [*edits, *((f"z.{layer}", partial(_scale_heads, adapter, some, scale)) for layer, some in heads.items())]
+            edits.append((act("mlp_out", site.layer), lambda out: out * scale))
+    return [*edits, *((act("z", layer), partial(_scale_heads, adapter, some, scale)) for layer, some in heads.items())]
 
 
 def _scale_heads(adapter: Adapter, heads: list[int], scale: float, z: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_circuitlasso.models.adapter import Adapter
+from tl_circuitlasso.models.names import Kind, act, head_scale
 from tl_circuitlasso.models.views import Pairing, View, secant, softmax_secant
 from tl_circuitlasso.models.weights import MLP, Port, repeat_heads
 
@@ -54,12 +55,13 @@ class Read:
 
 def wanted(adapter: Adapter) -> tuple[str, ...]:
     """The activations that a sweep reads."""
-    kinds = ["q", "k", "v", "z", "pattern", "scale.attn", "scale.attn_out", "scale.q", "scale.k"]
+    kinds: list[Kind] = ["q", "k", "v", "z", "pattern", "scale.attn", "scale.attn_out", "scale.q", "scale.k"]
     if not adapter.shape.attn_only:
-        kinds += ["mlp_pre", "mlp_out", "scale.mlp", "scale.mlp_out"] + ["mlp_linear"] * adapter.shape.gated
+        kinds.extend(["mlp_pre", "mlp_out", "scale.mlp", "scale.mlp_out"])
+        kinds.extend(["mlp_linear"] if adapter.shape.gated else [])
     layers = range(adapter.shape.n_layers)
     kinds.append("resid_pre")
-    return (adapter.final, "scale.final", *(f"{kind}.{layer}" for kind in kinds for layer in layers))
+    return (adapter.final, "scale.final", *(act(kind, layer) for kind in kinds for layer in layers))
 
 
 def sweep(
@@ -105,20 +107,20 @@ class _Sources:
 
     def __init__(self, view: View) -> None:
         parts = self.parts = view.adapter.shape.components
-        first = view.difference("resid_pre.0")
+        first = view.difference(act("resid_pre", 0))
         pairs, positions, d_model = first.shape
         self.rows = first.new_empty(pairs, parts.n_sources, positions, d_model)
         self.rows[:, 0] = first
         for layer in range(parts.n_layers):
             own, partner = (
                 z / scale.unsqueeze(-1)
-                for z, scale in zip(view.ends(f"z.{layer}"), view.ends(f"scale.attn_out.{layer}"))
+                for z, scale in zip(view.ends(act("z", layer)), view.ends(act("scale.attn_out", layer)))
             )
             heads = (partner - own).transpose(1, 2)  # pair head pos d_head
             start = parts.before(layer)
             self.rows[:, start : start + parts.n_heads] = by_head(heads, view.adapter.writer(layer)[0])
             if not parts.attn_only:
-                self.rows[:, parts.mlp(layer)] = view.difference(f"mlp_out.{layer}")
+                self.rows[:, parts.mlp(layer)] = view.difference(act("mlp_out", layer))
         self.rows = self.rows.flatten(2)
 
     def read(
@@ -142,13 +144,13 @@ def through_mlp(
     view: View, layer: int, m: Float[Tensor, "pair direction pos d_model"]
 ) -> Float[Tensor, "pair direction pos d_model"]:
     mlp = view.adapter.mlp(layer)
-    at_post = (m * view.inverse(f"scale.mlp_out.{layer}").unsqueeze(1)) @ mlp.w_out.T
-    pre = view.sides(f"mlp_pre.{layer}")
+    at_post = (m * view.inverse(act("scale.mlp_out", layer)).unsqueeze(1)) @ mlp.w_out.T
+    pre = view.sides(act("mlp_pre", layer))
     active = (mlp.act(pre[0]), mlp.act(pre[1]))
-    norm = view.norm(f"scale.mlp.{layer}")
+    norm = view.norm(act("scale.mlp", layer))
     if mlp.w_gate is None:
         return norm.pull(_through_act(mlp, pre, active, at_post) @ mlp.w_in.T)
-    linear = view.mean(f"mlp_linear.{layer}").unsqueeze(1)
+    linear = view.mean(act("mlp_linear", layer)).unsqueeze(1)
     gate = _through_act(mlp, pre, active, at_post * linear) @ mlp.w_gate.T
     return norm.pull(gate + (at_post * ((active[0] + active[1]) / 2).unsqueeze(1)) @ mlp.w_in.T)
 
@@ -167,21 +169,23 @@ def through_heads(
     """The multipliers at what every head (or some of them) reads through q, then k, then v."""
     adapter = view.adapter
     w_o = adapter.writer(layer)[0][heads]
-    written = m * view.inverse(f"scale.attn_out.{layer}").unsqueeze(1)
+    written = m * view.inverse(act("scale.attn_out", layer)).unsqueeze(1)
     at_z = (
         (written @ w_o.flatten(0, 1).T).unflatten(-1, w_o.shape[:2]).transpose(2, 3)
     )  # pair direction head pos d_head
     own, reached = view.patterns(layer, heads)
-    at_score = at_z @ view.anchored(f"v.{layer}", heads).mT
+    at_score = at_z @ view.anchored(act("v", layer), heads).mT
     weight = softmax_secant(own, reached, at_score) * _score_slope(view, layer, heads)
     inside = slice(view.first, None)  # keys before the window don't differ, so nothing of theirs is read
     reads = {
-        "q": _unrotate(view, layer, "q", weight @ view.anchored(f"k.{layer}", heads), heads),
-        "k": _unrotate(view, layer, "k", weight[..., inside].mT @ view.anchored(f"q.{layer}", heads), heads),
+        "q": _unrotate(view, layer, "q", weight @ view.anchored(act("k", layer), heads), heads),
+        "k": _unrotate(view, layer, "k", weight[..., inside].mT @ view.anchored(act("q", layer), heads), heads),
         "v": view.anchor(own, reached)[..., inside].mT.unsqueeze(1) @ at_z,
     }
     weights = torch.cat([adapter.reader(layer, port).weight[heads] for port in PORTS])
-    return view.norm(f"scale.attn.{layer}").pull(by_head(torch.cat([reads[port] for port in PORTS], dim=2), weights.mT))
+    return view.norm(act("scale.attn", layer)).pull(
+        by_head(torch.cat([reads[port] for port in PORTS], dim=2), weights.mT)
+    )
 
 
 def by_head(
@@ -194,13 +198,13 @@ def by_head(
 
 
 def _unrotate(
-    view: View, layer: int, port: str, n: Float[Tensor, "pair direction head pos d_head"], heads: slice
+    view: View, layer: int, port: Port, n: Float[Tensor, "pair direction head pos d_head"], heads: slice
 ) -> Float[Tensor, "pair direction head pos d_head"]:
     """From rotated and normalised queries or keys back to what the head projects: the transpose of both."""
     adapter = view.adapter
     positions = view.pairs.places[:, view.first :]
     n = adapter.rotate(n.transpose(2, 3), positions, layer, back=True).transpose(2, 3)
-    scale = view.inverse(f"scale.{port}.{layer}")  # pair pos (head, group or 1) 1
+    scale = view.inverse(head_scale(port, layer))  # pair pos (head, group or 1) 1
     shared = scale.shape[2] not in (1, adapter.shape.n_heads)
     scale = repeat_heads(scale.movedim(2, 0), adapter.shape.n_heads).movedim(0, 2) if shared else scale
     scale = scale if scale.shape[2] == 1 else scale[:, :, heads]
@@ -214,7 +218,7 @@ def _score_slope(view: View, layer: int, heads: slice) -> Tensor | float:
     if cap is None:
         return 1 / scale
     sides = []
-    for q, k in zip(view.sides(f"q.{layer}"), view.sides(f"k.{layer}", whole=True)):
+    for q, k in zip(view.sides(act("q", layer)), view.sides(act("k", layer), whole=True)):
         keys = repeat_heads(k.movedim(2, 0), adapter.shape.n_heads)[heads].movedim(0, 1)
         sides.append(q[:, :, heads].transpose(1, 2) @ keys.mT / scale)
     return secant(lambda score: cap * torch.tanh(score / cap), *sides)[:, None] / scale

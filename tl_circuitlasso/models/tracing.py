@@ -8,16 +8,16 @@ residual stream. Only activations have gradients; no parameter collects one.
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.attention import PORTS, Attending, keeps_heads_shared
 from tl_circuitlasso.models.hooks import Observer
+from tl_circuitlasso.models.metric import as_objective
+from tl_circuitlasso.models.names import PROJECTED, Kind, act, as_projected
 from tl_circuitlasso.models.norms import Norm, scale_of
 from tl_circuitlasso.models.passes import ForwardPass, differentiable
 from tl_circuitlasso.models.patching import Projection, Streams, Written, mlp_norm
@@ -70,21 +70,10 @@ def trace(
     tape = _Tape(adapter, tokens, mask, heads or {}, mlps or {}, outputs)
     with differentiable(adapter):
         tape.made.run(tape.edits(start))
-        value = objective(tape.made["logits"])
-        _check_objective(value)
+        value = as_objective(objective(tape.made["logits"]))
         grads = tape.made.gradients_of(value, tape.differentiated())
     with torch.no_grad():
         return tape.finish(float(value.detach()), grads)
-
-
-def _check_objective(value: Any) -> None:
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise InputError(f"`metric` returned {got}: it must return one number, the sum over the batch's rows")
-    if not value.requires_grad:
-        raise InputError("`metric` doesn't depend on the logits: compute it from `logits` with torch operations")
-    if not bool(value.isfinite()):
-        raise InputError("`metric` returned NaN or infinity: check the prompts and the metric")
 
 
 class _Tape:
@@ -107,37 +96,38 @@ class _Tape:
         self.made = ForwardPass(adapter, tokens, mask, wanted, own_heads=True, gradients=True)
 
     def _keys(self, layer: int) -> Iterator[str]:
-        kinds = ["resid_pre", "z", *(f"projected.{port}" for port in PORTS)]
-        kinds += [] if self.adapter.shape.attn_only else ["mlp_out", "mlp_stream", "mlp_read"]
-        kinds += ["pattern"] if self.shared else []
-        kinds += ["scale.attn_out", "attn_out"] if self._behind_norm(layer) else []
-        return (f"{kind}.{layer}" for kind in kinds)
+        kinds: list[Kind] = ["resid_pre", "z", *PROJECTED]
+        kinds.extend([] if self.adapter.shape.attn_only else ["mlp_out", "mlp_stream", "mlp_read"])
+        kinds.extend(["pattern"] if self.shared else [])
+        kinds.extend(["scale.attn_out", "attn_out"] if self._behind_norm(layer) else [])
+        return (act(kind, layer) for kind in kinds)
 
     def _behind_norm(self, layer: int) -> bool:
         return self.adapter.layouts[layer].attn_post is not None
 
     def edits(self, start: Tensor | None) -> Iterator[tuple[str, Observer]]:
         """Where derivatives end: nothing in front of the first layer, or of what is set, needs a graph."""
-        yield "resid_pre.0", lambda activation: _constant(activation if start is None else start, activation)
+        yield act("resid_pre", 0), lambda activation: _constant(activation if start is None else start, activation)
         for layer, value in self.mlps.items():
-            yield f"mlp_out.{layer}", partial(_constant, value)
+            yield act("mlp_out", layer), partial(_constant, value)
         for layer, heads in self.heads.items():
             if self._behind_norm(layer):
                 # Their output can't be set through z: the norm would rescale it. Such models have no b_O.
                 written = torch.einsum("bphe,hed->bpd", heads, self.adapter.writer(layer)[0])
-                yield f"attn_out.{layer}", partial(_constant, written)
+                yield act("attn_out", layer), partial(_constant, written)
             else:
-                yield f"z.{layer}", partial(_constant, heads)
+                yield act("z", layer), partial(_constant, heads)
 
     def differentiated(self) -> list[str]:
         """The activations whose derivatives are asked for."""
-        kinds = [f"projected.{port}" for port in PORTS] + ["z"] * (self.outputs or self.shared)
-        keys = [self.adapter.final, *(f"{kind}.{layer}" for kind in kinds for layer in self.layers)]
-        keys += [f"mlp_read.{layer}" for layer in self.with_mlps]
+        kinds: list[Kind] = [*PROJECTED]
+        kinds.extend(["z"] if self.outputs or self.shared else [])
+        keys = [self.adapter.final, *(act(kind, layer) for kind in kinds for layer in self.layers)]
+        keys += [act("mlp_read", layer) for layer in self.with_mlps]
         if self.outputs:
             behind = [layer for layer in self.layers if self._behind_norm(layer)]
-            keys += ["resid_pre.0", *(f"mlp_out.{layer}" for layer in self.with_mlps)]
-            keys += [f"attn_out.{layer}" for layer in behind]
+            keys += [act("resid_pre", 0), *(act("mlp_out", layer) for layer in self.with_mlps)]
+            keys += [act("attn_out", layer) for layer in behind]
         return keys
 
     def heard(self, key: str) -> Tensor:
@@ -145,22 +135,24 @@ class _Tape:
 
     def finish(self, value: float, grads: Mapping[str, Tensor]) -> Trace:
         adapter, layers = self.adapter, self.layers
-        mlp_streams = tuple(self.heard(f"mlp_stream.{layer}") for layer in self.with_mlps)
+        mlp_streams = tuple(self.heard(act("mlp_stream", layer)) for layer in self.with_mlps)
         values = Written(
-            self.heard("resid_pre.0"),
+            self.heard(act("resid_pre", 0)),
             tuple(self._unscaled(layer) for layer in layers),
-            tuple(self.heard(f"mlp_out.{layer}") for layer in self.with_mlps),
+            tuple(self.heard(act("mlp_out", layer)) for layer in self.with_mlps),
         )
         return Trace(
             value=value,
             logits=self.heard("logits"),
             values=values,
             streams=Streams(
-                tuple(self.heard(f"resid_pre.{layer}") for layer in layers), mlp_streams, self.heard(self.adapter.final)
+                tuple(self.heard(act("resid_pre", layer)) for layer in layers),
+                mlp_streams,
+                self.heard(self.adapter.final),
             ),
             ports=tuple(self._ports(grads, layer) for layer in layers),
             mlps=tuple(
-                norm_gradient(mlp_norm(adapter, layer), stream, grads[f"mlp_read.{layer}"])
+                norm_gradient(mlp_norm(adapter, layer), stream, grads[act("mlp_read", layer)])
                 for layer, stream in zip(self.with_mlps, mlp_streams)
             ),
             unembed=grads[self.adapter.final],
@@ -169,28 +161,28 @@ class _Tape:
 
     def _ports(self, grads: Mapping[str, Tensor], layer: int) -> dict[Port, Tensor]:
         if layer in self.heads:  # what reads into replaced heads is read by nobody
-            return dict.fromkeys(PORTS, torch.zeros_like(self.heard(f"z.{layer}")))
+            return dict.fromkeys(PORTS, torch.zeros_like(self.heard(act("z", layer))))
         if not self.shared:
-            return {port: grads[f"projected.{port}.{layer}"] for port in PORTS}
-        projected: dict[Port, Tensor] = {port: self.heard(f"projected.{port}.{layer}") for port in PORTS}
-        pattern, positions = self.heard(f"pattern.{layer}"), self.made.positions
-        return Attending(self.adapter, layer, projected, pattern, positions).own_gradients(grads[f"z.{layer}"])
+            return {port: grads[as_projected(port, layer)] for port in PORTS}
+        projected: dict[Port, Tensor] = {port: self.heard(as_projected(port, layer)) for port in PORTS}
+        pattern, positions = self.heard(act("pattern", layer)), self.made.positions
+        return Attending(self.adapter, layer, projected, pattern, positions).own_gradients(grads[act("z", layer)])
 
     def _outputs(self, grads: Mapping[str, Tensor]) -> Written:
         return Written(
-            grads["resid_pre.0"],
+            grads[act("resid_pre", 0)],
             tuple(self._at_heads(grads, layer) for layer in self.layers),
-            tuple(grads[f"mlp_out.{layer}"] for layer in self.with_mlps),
+            tuple(grads[act("mlp_out", layer)] for layer in self.with_mlps),
         )
 
     def _at_heads(self, grads: Mapping[str, Tensor], layer: int) -> Tensor:
         if not self._behind_norm(layer):
-            return grads[f"z.{layer}"]
-        return torch.einsum("bpd,hed->bphe", grads[f"attn_out.{layer}"], self.adapter.writer(layer)[0])
+            return grads[act("z", layer)]
+        return torch.einsum("bpd,hed->bphe", grads[act("attn_out", layer)], self.adapter.writer(layer)[0])
 
     def _unscaled(self, layer: int) -> Tensor:
-        z = self.heard(f"z.{layer}")
-        return z / self.heard(f"scale.attn_out.{layer}")[..., None] if self._behind_norm(layer) else z
+        z = self.heard(act("z", layer))
+        return z / self.heard(act("scale.attn_out", layer))[..., None] if self._behind_norm(layer) else z
 
 
 def _constant(value: Tensor, activation: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_circuitlasso.models.adapter import Adapter
+from tl_circuitlasso.models.names import act
 from tl_circuitlasso.models.norms import scale_of
 from tl_circuitlasso.models.weights import repeat_heads
 
@@ -167,23 +168,23 @@ class View:
         last = self.adapter.shape.n_layers - 1
         kind, layer = (key.split(".")[1], last) if key == "scale.final" else (key.split(".")[1], int(key.split(".")[2]))
         if kind == "attn" or (kind == "mlp" and self.adapter.shape.parallel):
-            return self.ends(f"resid_pre.{layer}")
-        behind = self.ends(f"resid_post.{last}" if layer == last else f"resid_pre.{layer + 1}")
+            return self.ends(act("resid_pre", layer))
+        behind = self.ends(act("resid_post", last) if layer == last else act("resid_pre", layer + 1))
         if kind == "final":
             return behind
-        wrote = self.ends(f"mlp_out.{layer}")
+        wrote = self.ends(act("mlp_out", layer))
         return behind[0] - wrote[0], behind[1] - wrote[1]
 
     def own_pattern(self, layer: int, head: int) -> Float[Tensor, "pair query key"]:
         """The prompt's own attention pattern of one head; queries of the window, all keys."""
-        return self.acts[f"pattern.{layer}"][self.pairs.own, head, self.first : self.width, : self.width]
+        return self.acts[act("pattern", layer)][self.pairs.own, head, self.first : self.width, : self.width]
 
     def patterns(self, layer: int, heads: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """The prompt's attention patterns and those reached along the line of scores: (pair, head, query, key).
 
         log P_t = (1 - t) log P + t log P' + const; queries of the window, all keys.
         """
-        pattern, width = self.acts[f"pattern.{layer}"], self.width
+        pattern, width = self.acts[act("pattern", layer)], self.width
         own, partner = (
             pattern[rows, heads, self.first : width, :width] for rows in (self.pairs.own, self.pairs.partner)
         )

@@ -22,6 +22,7 @@ from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models import readout
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.bases import Neuron
+from tl_circuitlasso.models.names import act
 from tl_circuitlasso.models.neuron_scores import BySweep, Scoring, multiplied
 from tl_circuitlasso.models.neuron_sweep import SECANT
 from tl_circuitlasso.neurons.behaviour import Behaviour
@@ -99,7 +100,7 @@ def _about(adapter: Adapter, behaviour: Behaviour, graph: AttributionGraph, tall
         if not own:
             continue
         favoured = _favoured(adapter, block.site.layer, own)
-        places = tally.places(f"mlp_post.{block.site.layer}", own, behaviour, text)
+        places = tally.places(act("mlp_post", block.site.layer), own, behaviour, text)
         for number, neuron in enumerate(own):
             facts = info[f"{block.site}#{neuron}"]
             facts |= places[number]

@@ -20,6 +20,7 @@ from tl_circuitlasso.data.sites import Site
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.graph.nodes import Block, NodeIndex
 from tl_circuitlasso.models.adapter import Adapter
+from tl_circuitlasso.models.names import act
 from tl_circuitlasso.models.neuron_edges import direct_effects, memory
 from tl_circuitlasso.models.neuron_scores import Batch, read_logits
 from tl_circuitlasso.models.neuron_sweep import SECANT, Ends, unembedded, wanted
@@ -102,7 +103,7 @@ def _effects(
     adapter: Adapter, behaviour: Behaviour, batch: Batch, chosen: dict[int, list[int]]
 ) -> Float[Tensor, "prompt source target"]:
     assert batch.corrupted is not None
-    keys = {"logits", "resid_pre.0", *wanted(adapter)}
+    keys = {"logits", act("resid_pre", 0), *wanted(adapter)}
     own, other = (adapter.run(tokens, batch.mask, keys) for tokens in (batch.clean, batch.corrupted))
     ends = Ends(adapter, own, other, batch.mask, position_ids(batch.mask))
     at_logits, _ = read_logits(behaviour.reading, own["logits"], other["logits"], batch)
