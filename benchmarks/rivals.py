@@ -2,6 +2,7 @@
 
     python -m benchmarks.rivals cases FOLDER                          models with a known truth, as in `bench`
     python -m benchmarks.rivals cases FOLDER --only 13 11 --prompts 100 --resamples 5
+    python -m benchmarks.rivals demo --prompts 48 --resamples 100 --wordings 3      the bundled model, three templates
     python -m benchmarks.rivals smollm2 MODEL --prompts 16            indirect objects in SmolLM2-135M (a folder)
     python -m benchmarks.rivals smollm2 MODEL --methods EAP RelP --json FILE --wordings 1
 
@@ -36,6 +37,7 @@ from tl_circuitlasso.bench.measure import measured
 from tl_circuitlasso.bench.methods import objective
 from tl_circuitlasso.data.storage import write_text
 from tl_circuitlasso.data.targets import LogitDiff
+from tl_circuitlasso.demo import load_demo
 from tl_circuitlasso.discover.run import circuit_lasso
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
@@ -137,6 +139,26 @@ def case_setting(case: Case, prompts: int | None, bootstrap: int) -> Setting:
         size=len(case.truth),
         truth=case.truth if case.certified else None,
         candidates=case.candidates,
+    )
+
+
+def demo_setting(prompts: int, bootstrap: int) -> Setting:
+    """The bundled model, whose sentences come in three wordings; judged on as many others."""
+    demo = load_demo(2 * prompts)
+    found, fresh = slice(prompts), slice(prompts, None)
+    target = LogitDiff(demo.correct[found], demo.incorrect[found])
+    return Setting(
+        name="demo",
+        model=demo.model,
+        found=(demo.tokens[found], demo.corrupted[found]),
+        fresh=(demo.tokens[fresh], demo.corrupted[fresh]),
+        methods=every_method(256, "last", bootstrap),
+        metrics=lambda name: target,
+        judge=evaluate.logit_diff(demo.correct[fresh], demo.incorrect[fresh]),
+        size=len(demo.true_edges),
+        truth=demo.true_edges,
+        candidates=demo.candidate_edges,
+        groups=_templates(demo.tokens[found]),
     )
 
 
@@ -250,6 +272,11 @@ class Record:
 
 def settings(options: argparse.Namespace) -> Iterator[Setting]:
     """What is asked for, one at a time."""
+    if options.what == "demo":
+        yield demo_setting(options.prompts, options.bootstrap)
+        return
+    if options.folder is None:
+        raise InputError(f"`folder` is missing: name the folder of the {options.what}")
     if options.what == "smollm2":
         yield smollm2_setting(str(options.folder), options.prompts, options.bootstrap)
         return
@@ -278,8 +305,8 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("cases", "smollm2"))
-    parser.add_argument("folder", type=Path, help="the cases, or the model")
+    parser.add_argument("what", choices=("cases", "demo", "smollm2"))
+    parser.add_argument("folder", type=Path, nargs="?", help="the cases, or the model")
     parser.add_argument("--only", nargs="+", help="some of the cases, by number")
     parser.add_argument("--methods", nargs="+", help="some of the methods, by name")
     parser.add_argument("--prompts", type=int, default=100, help="of each case, or to find circuits on (%(default)s)")

@@ -69,6 +69,32 @@ def test_chance_is_drawn_anew_for_other_prompts_and_the_same_for_the_same():
     assert not torch.equal(first, rivals._random(demo.model, demo.tokens[:3], demo.corrupted[:3], None).score)
 
 
+def test_the_bundled_model_is_compared_in_its_wordings(monkeypatch, capsys):
+    words = [
+        "rivals",
+        "demo",
+        "--prompts",
+        "12",
+        "--resamples",
+        "3",
+        "--wordings",
+        "1",
+        "--methods",
+        "EAP-IG",
+        "--threads",
+        "1",
+    ]
+    monkeypatch.setattr(sys, "argv", words)
+    rivals.main()
+    head, row = capsys.readouterr().out.splitlines()[:2]
+    shown = dict(zip(head.replace("other words", "other").replace("same words", "same").split(), row.split()))
+    assert shown["case"] == "demo" and int(shown["edges"]) == 6 and float(shown["SHD"]) <= 2
+    assert all(0 < float(shown[name]) <= 1 for name in ("stability", "other", "same"))
+    monkeypatch.setattr(sys, "argv", ["rivals", "cases"])
+    with pytest.raises(InputError, match="`folder` is missing"):
+        rivals.main()
+
+
 def test_prompts_are_grouped_by_the_first_word_that_tells_them_apart():
     assert rivals._templates(torch.tensor([[0, 7, 1], [0, 8, 1], [0, 7, 2]])) == [7, 8, 7]
 

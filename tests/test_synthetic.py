@@ -132,6 +132,16 @@ def test_exactly_the_planted_edges_of_a_transformer_do_something(options: dict[s
     assert max(effects[edge] for edge in made.candidates - made.circuit) < 1e-3 * weakest
 
 
+def test_what_leaks_into_a_planted_transformer_is_weaker_than_what_is_planted() -> None:
+    pytest.importorskip("transformer_lens").HookedTransformer  # noqa: B018
+    made = planted_transformer(layers=1, width=3, leak=0.1, weakest=0.8, seed=5)
+    read = made.model.unembed.W_U.data[: 3 * 5].unflatten(0, (5, 3)).norm(dim=(1, 2))
+    size = dict(zip(made.index.names, read.tolist()))
+    planted = {source for source, target in made.circuit if target == "logits"}
+    assert min(size[name] for name in planted) > 4 * max(size[name] for name in size if name not in planted) > 0
+    assert made.circuit == planted_transformer(layers=1, width=3, weakest=0.8, seed=5).circuit
+
+
 def test_a_planted_transformer_is_the_same_by_its_seed_and_writes_with_unit_spread() -> None:
     pytest.importorskip("transformer_lens").HookedTransformer  # noqa: B018
     one, again, other = (planted_transformer(seed=seed) for seed in (3, 3, 4))

@@ -2,9 +2,9 @@
 
 Each component has `width` dimensions of the residual stream to itself. A head moves what its parents wrote, turned,
 along a pattern of positions or of contents; an MLP mixes it nonlinearly; the unembedding reads a few of them. What
-isn't planted has a weight of exactly 0:
+isn't planted has a weight of exactly 0, or a small one (`leak`):
 
-    x_v = W_v f_v(sum over parents u of s_uv R_uv x_u),    s_uv drawn from [weakest, 1], R_uv orthogonal
+    x_v = W_v f_v(sum over u of s_uv R_uv x_u),    R_uv orthogonal, s_uv drawn from [weakest, 1] for parents, else leak
 
 Beside the circuit stand components that read what it reads, and do nothing: by their activity alone they look like it.
 
@@ -71,6 +71,7 @@ def planted_transformer(
     tokens: int = 12,
     classes: int = 4,
     weakest: int | float = 0.4,
+    leak: int | float = 0.0,
     content: int | float = 0.3,
     seed: int = 0,
 ) -> PlantedTransformer:
@@ -81,7 +82,8 @@ def planted_transformer(
     width: dimensions of the residual stream per component. parents: of every component, where so many come before it.
     positions, tokens: length of the prompts with BOS, and vocabulary with BOS. classes: what the model tells apart at
         every position.
-    weakest: the least strength of an edge, from 0 to 1, beside others of up to 1.
+    weakest: the least strength of an edge, from 0 to 1, beside others of up to 1. leak: the strength of all that isn't
+        planted: well below `weakest`, every edge then has an effect, and only its size tells the planted ones.
     content: share of the heads that attend by what their parents say; the others attend by position.
 
     Raises
@@ -100,7 +102,7 @@ def planted_transformer(
     family |= _idle(index, family, parents, generator)
     model = _blank(index, width, positions, tokens, classes)
     clean, corrupted = (_prompts(prompts, positions, tokens, generator) for _ in range(2))
-    planting = _Planting(model, index, width, float(weakest), generator)
+    planting = _Planting(model, index, width, float(weakest), float(leak), generator)
     planting.input(clean)
     for name in index.names[1:-1]:
         by_content = name.startswith("a") and float(torch.rand((), generator=generator)) < content
@@ -115,7 +117,7 @@ def _check(given: Mapping[str, Any]) -> None:
     for name, lowest in least.items():
         if given[name] < lowest:
             raise InputError(f"`{name}` is {given[name]!r}: give a number of {lowest} or more")
-    for name in ("weakest", "content"):
+    for name in ("weakest", "leak", "content"):
         if not 0 <= given[name] <= 1:
             raise InputError(f"`{name}` is {given[name]!r}: give a share from 0 to 1")
 
@@ -167,8 +169,11 @@ def _blank(index: NodeIndex, width: int, positions: int, tokens: int, classes: i
 class _Planting:
     """Sets weights component by component, each scaled so that what it writes has unit variance on the prompts."""
 
-    def __init__(self, model: Any, index: NodeIndex, width: int, weakest: float, generator: torch.Generator) -> None:
-        self.model, self.index, self.width, self.weakest, self.generator = model, index, width, weakest, generator
+    def __init__(
+        self, model: Any, index: NodeIndex, width: int, weakest: float, leak: float, generator: torch.Generator
+    ) -> None:
+        self.model, self.index, self.width, self.generator = model, index, width, generator
+        self.weakest, self.leak = weakest, leak
         self.wrote: dict[str, Stream] = {}
 
     def _rows(self, name: str) -> slice:
@@ -179,16 +184,17 @@ class _Planting:
     def _normal(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self.generator)
 
-    def _map(self) -> Float[Tensor, "width width"]:
-        """An orthogonal map of a drawn strength."""
-        strength = self.weakest + (1 - self.weakest) * float(torch.rand((), generator=self.generator))
-        return strength * orthogonal(self.width, self.generator).float()
+    def _strength(self, planted: bool) -> float:
+        drawn = float(torch.rand((), generator=self.generator)) if planted else 0.0
+        return self.weakest + (1 - self.weakest) * drawn if planted else self.leak
 
-    def _read(self, weight: Float[Tensor, "d_model width"], parents: list[str]) -> Stream:
-        """Reads parents by maps that go into `weight`; what is read."""
-        for parent in parents:
-            weight[self._rows(parent)] = self._map()
-        return torch.stack([self.wrote[parent] @ weight[self._rows(parent)] for parent in parents]).sum(0)
+    def _read(self, name: str, weight: Float[Tensor, "d_model width"], parents: list[str]) -> Stream:
+        """Reads what comes before a node by maps that go into `weight`; what is read."""
+        before = [other for other in self.wrote if self.index.may_feed(other, name)]
+        for other in before:
+            if strength := self._strength(other in parents):
+                weight[self._rows(other)] = strength * orthogonal(self.width, self.generator).float()
+        return torch.stack([self.wrote[other] @ weight[self._rows(other)] for other in before]).sum(0)
 
     def input(self, clean: Int[Tensor, "batch pos"]) -> None:
         """Random embeddings, none for BOS, and a dimension for each position."""
@@ -202,11 +208,11 @@ class _Planting:
         layer, number = (int(part) for part in name[1:].split(".h"))
         attention, width = self.model.blocks[layer].attn, self.width
         q, k, v, o = (getattr(attention, f"W_{port}").data[number] for port in "QKVO")
-        scores = self._scores_of_content(q, k, parents) if by_content else self._scores_of_positions(q, k)
+        scores = self._scores_of_content(name, q, k, parents) if by_content else self._scores_of_positions(q, k)
         count = scores.shape[-1]
         hidden = torch.ones(count, count, dtype=torch.bool).triu(1)
         pattern = (scores / math.sqrt(q.shape[1])).masked_fill(hidden, -torch.inf).softmax(-1)
-        moved = pattern @ self._read(v[:, :width], parents)
+        moved = pattern @ self._read(name, v[:, :width], parents)
         scale = moved[:, 1:].std().reciprocal()
         o[:width, self._rows(name)] = scale * torch.eye(width)
         self.wrote[name] = scale * moved
@@ -223,11 +229,11 @@ class _Planting:
         return q[-count:, -count:]
 
     def _scores_of_content(
-        self, q: Float[Tensor, "d_model d_head"], k: Float[Tensor, "d_model d_head"], parents: list[str]
+        self, name: str, q: Float[Tensor, "d_model d_head"], k: Float[Tensor, "d_model d_head"], parents: list[str]
     ) -> Float[Tensor, "batch query key"]:
         """By the product of what parents wrote here and there."""
         part = slice(self.width, 2 * self.width)
-        asked, given = self._read(q[:, part], parents), self._read(k[:, part], parents)
+        asked, given = (self._read(name, port[:, part], parents) for port in (q, k))
         raw = asked @ given.mT
         scale = SHARPNESS * math.sqrt(q.shape[1]) / raw[:, 1:, 1:].std()
         q[:, part] *= scale
@@ -237,7 +243,7 @@ class _Planting:
         """An MLP that mixes the sum of what its parents wrote."""
         mlp, width = self.model.blocks[int(name[1:])].mlp, self.width
         turned = torch.zeros(mlp.W_in.shape[0], width)
-        read = self._read(turned, parents)
+        read = self._read(name, turned, parents)
         spread = self._normal(width, mlp.W_in.shape[1]) / math.sqrt(width)
         mlp.W_in.data[:] = turned @ spread
         mlp.b_in.data[:] = 0.5 * self._normal(mlp.W_in.shape[1])
@@ -252,6 +258,6 @@ class _Planting:
     def logits(self, parents: list[str]) -> None:
         """Classes by what the last components wrote."""
         weight = torch.zeros(self.model.unembed.W_U.shape[0], self.width)
-        read = self._read(weight, parents)
+        read = self._read("logits", weight, parents)
         out = self._normal(self.width, self.model.unembed.W_U.shape[1])
         self.model.unembed.W_U.data[:] = weight @ out * SPREAD / (read @ out)[:, 1:].std()
