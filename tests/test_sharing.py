@@ -18,6 +18,7 @@ from tl_circuitlasso.data.sharing import ALONE, as_ranks, under_torchrun
 from tl_circuitlasso.data.statistics import Moments, Statistics
 from tl_circuitlasso.discover.run import collect_statistics
 from tl_circuitlasso.models import collect as collection
+from tl_circuitlasso.models.designs import Activation, Sample
 
 PROMPTS, BATCH = 40, 6  # seven batches, the last one smaller, so that the two processes get unequal parts
 CASES = {
@@ -67,17 +68,17 @@ def interrupted_and_resumed(folder: Path, rank: int) -> None:
     model, tokens = architectures.small(), architectures.prompts(batch=PROMPTS)
     options = {"design": "activation", "batch_size": BATCH, "progress": False, "process_group": "world"}
     options["checkpoint"] = folder / "part.safetensors"
-    collection.CHECKPOINT_SECONDS, ordinary = -1.0, collection._add
+    collection.CHECKPOINT_SECONDS, ordinary = -1.0, Activation.add
 
-    def killed(*arguments: Any) -> Statistics:
-        if arguments[-1] == 4:
+    def killed(self: Activation, statistics: Statistics, adapter: Any, sample: Sample) -> Statistics:
+        if int(sample.prompts[0]) == 4 * BATCH:
             raise tcl.ModelError("killed")
-        return ordinary(*arguments)
+        return ordinary(self, statistics, adapter, sample)
 
-    collection._add = killed
+    Activation.add = killed
     with message_of(folder, "killed", rank):
         collect_statistics(model, tokens, **options)
-    collection._add = ordinary
+    Activation.add = ordinary
     whole = collect_statistics(model, tokens, **options)
     whole.save(folder / f"resumed-{rank}.safetensors")
 

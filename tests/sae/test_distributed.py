@@ -18,7 +18,6 @@ from tl_circuitlasso.data.sharing import ALONE, Ranks
 from tl_circuitlasso.demo import Demo, load_demo
 from tl_circuitlasso.features import learning
 from tl_circuitlasso.features.regression import needed_bytes
-from tl_circuitlasso.features.shared import share_of
 from tl_circuitlasso.models import feature_replay
 
 PARTS = ("W_enc", "W_dec", "bias")
@@ -189,9 +188,9 @@ def test_what_is_wrong_in_one_process_is_raised_in_both(folder: Path) -> None:
 
 def test_every_child_is_one_processes_own() -> None:
     for targets in (0, 1, 2, 7):
-        shares = [share_of(targets, Ranks(rank, 3)) for rank in range(3)]
+        shares = [Ranks(rank, 3).dealt(targets) for rank in range(3)]
         assert sorted(torch.cat(shares).tolist()) == list(range(targets))
-    assert share_of(4, ALONE).tolist() == [0, 1, 2, 3]
+    assert ALONE.dealt(4).tolist() == [0, 1, 2, 3]
 
 
 def test_processes_need_less_memory_each() -> None:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import safetensors.torch
 import torch
 import torch.distributed as dist
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from tl_circuitlasso.errors import CircuitLassoError, InputError
@@ -39,6 +39,14 @@ class Ranks:
     def mine(self, number: int) -> bool:
         """Whether the part of this number falls to this process."""
         return number % self.size == self.rank
+
+    def dealt(self, count: int) -> Int[Tensor, " mine"]:
+        """Which of `count` parts fall to this process; none where processes are more than parts.
+
+        >>> Ranks(1, 3).dealt(7).tolist(), Ranks(2, 3).dealt(2).tolist()
+        ([1, 4], [])
+        """
+        return torch.arange(self.rank, max(count, self.rank), self.size)
 
     def map(
         self,
@@ -79,6 +87,10 @@ class Ranks:
         total = tensor.detach().to(self._device).clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=self.group)
         return total.to(tensor.device)
+
+    def count(self, own: int) -> int:
+        """The sum of a whole number over all processes."""
+        return int(self.sum(torch.tensor(own)))
 
     def add_up(self, tensor: Tensor) -> None:
         """`sum`, in place and strip by strip: for matrices of which a second copy has no room."""

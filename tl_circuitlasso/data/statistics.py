@@ -92,7 +92,7 @@ class Moments:
 
     def shared(self, ranks: Ranks) -> "Moments":
         """The moments of the samples of all processes, on each: one all-reduce of sums about a common pilot mean."""
-        count = int(ranks.sum(torch.tensor(self.count)))
+        count = ranks.count(self.count)
         pilot = ranks.sum(self.shift * self.count) / max(count, 1)
         own = self.about(pilot) if self.count else replace(self, shift=pilot)
         return Moments(count, pilot, ranks.sum(own.total), ranks.sum(own.scatter))

@@ -1,41 +1,8 @@
-"""The record of what `circuit_lasso` makes: what its collections cost, for each prompt given."""
+"""What collections cost, for each prompt given: as the record of a graph counts."""
 
 from collections.abc import Mapping
 from math import ceil
 from typing import Any
-
-from tl_circuitlasso.graph.provenance import question, record
-from tl_circuitlasso.models.adapter import Adapter
-from tl_circuitlasso.models.tokens import Prompts
-
-
-def provenance(
-    adapter: Adapter,
-    prompts: Prompts,
-    arguments: Mapping[str, Any],
-    *,
-    target: Any,
-    positions: Any,
-    looked_at: int,
-    unit: str,
-    forward: float,
-    seconds: Mapping[str, float],
-    **own: Any,
-) -> dict[str, Any]:
-    """The record of a graph; `looked_at` of the prompts decided, `positions` is where the target was really read."""
-    return record(
-        "CircuitLasso",
-        adapter.facts(),
-        question=question(target, positions),
-        prompts=looked_at,
-        unit=unit,
-        forward=forward,
-        backward=0,
-        seconds=seconds,
-        arguments=dict(arguments),
-        data_hash=prompts.data_hash(),
-        **own,
-    )
 
 
 def per_prompt(calls: int | float, prompts: int, batch_size: int) -> float:

@@ -102,7 +102,7 @@ def _costs(
             reread(adapter, batch, asked, plan.target, seed=plan.seed + number, tell=bar.update, **options)
             for number, batch in mine.items()
         ]
-    pairs = max(int(ranks.sum(torch.tensor(sum(one.pairs for one in found)))), 1)
+    pairs = max(ranks.count(sum(one.pairs for one in found)), 1)
 
     def mean(costs: str, names: Sequence[Any]) -> dict:
         total = [sum(getattr(one, costs)[name] * one.pairs for one in found) for name in names]

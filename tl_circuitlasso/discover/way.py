@@ -13,9 +13,9 @@ from typing import Any, Generic, TypeVar
 from tl_circuitlasso.data.sharing import Ranks
 from tl_circuitlasso.data.targets import Target
 from tl_circuitlasso.discover.confirming import Confirmation
-from tl_circuitlasso.discover.provenance import provenance
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.graph.provenance import question, record
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.pairs import Pairs
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
@@ -153,10 +153,31 @@ class Job(Generic[What]):
         pairs = None if self.pairs is None else self.pairs.batched(size)
         return replace(self, prompts=self.prompts.batched(size), pairs=pairs, causal=causal)
 
-    def record(self, prompts: Prompts, arguments: Mapping[str, Any], **facts: Any) -> dict[str, Any]:
-        """The provenance of what was made of `prompts`, with the target read where it really was."""
+    def record(
+        self,
+        prompts: Prompts,
+        arguments: Mapping[str, Any],
+        *,
+        looked_at: int,
+        unit: str,
+        forward: float,
+        seconds: Mapping[str, float],
+    ) -> dict[str, Any]:
+        """The provenance of what was made of `prompts`, `looked_at` of which decided, with the target read where it
+        really was."""
         where = "last" if self.last else self.prompts.positions
-        return provenance(self.adapter, prompts, arguments, target=self.target, positions=where, **facts)
+        return record(
+            "CircuitLasso",
+            self.adapter.facts(),
+            question=question(self.target, where),
+            prompts=looked_at,
+            unit=unit,
+            forward=forward,
+            backward=0,
+            seconds=seconds,
+            arguments=dict(arguments),
+            data_hash=prompts.data_hash(),
+        )
 
 
 class Way(ABC, Generic[What]):

@@ -24,7 +24,7 @@ from tl_circuitlasso.features.fit import (
 )
 from tl_circuitlasso.features.regression import FIXED_WEIGHTED, Rule, default_strength, sound
 from tl_circuitlasso.features.samples import PairData
-from tl_circuitlasso.features.shared import everyones, gathered, share_of
+from tl_circuitlasso.features.shared import everyones, gathered
 from tl_circuitlasso.models.memory import free_bytes, in_words
 
 BLOCK = 512  # children regressed at once
@@ -41,7 +41,7 @@ def regress_samples(pair: PairData, rule: Rule, *, memory: int | None = None, ra
     """
     clock = time.perf_counter()
     pair = gathered(pair, ranks)
-    mine = share_of(len(pair.child_features), ranks)
+    mine = ranks.dealt(len(pair.child_features))
     with ranks.together():
         if rule.folds or rule.chosen is not None:
             raise InputError(

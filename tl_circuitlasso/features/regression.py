@@ -27,7 +27,7 @@ from tl_circuitlasso.features.effects import with_effects
 from tl_circuitlasso.features.fit import Entries, Regressed, Units, deviation, nonzeros, regressed, with_held_out
 from tl_circuitlasso.features.read import Read, keeping_signs, read_lasso
 from tl_circuitlasso.features.samples import FOLDS, PairData, to_torch
-from tl_circuitlasso.features.shared import everyones, joined, share_of
+from tl_circuitlasso.features.shared import everyones, joined
 from tl_circuitlasso.models.memory import free_bytes, in_words
 
 FIXED = 0.2  # of lambda_max
@@ -84,7 +84,7 @@ def regress_pair(
         sums = _sums(pair, rule, device)
     for number in range(len(sums)):
         sums[number] = solve.all_reduce_sums(sums[number], ranks)
-    mine = share_of(len(pair.child_features), ranks)
+    mine = ranks.dealt(len(pair.child_features))
     with ranks.together():
         data, parts, units = _moments(sums, mine)
         del sums

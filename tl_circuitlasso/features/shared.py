@@ -19,16 +19,11 @@ from tl_circuitlasso.features.fit import PER_EDGE, PER_TARGET, Regressed
 from tl_circuitlasso.features.samples import PairData, Part
 
 
-def share_of(targets: int, ranks: Ranks) -> Int[Tensor, " mine"]:
-    """The children that this process solves: every so many-th; none where processes are more than children."""
-    return torch.arange(ranks.rank, max(targets, ranks.rank), ranks.size)
-
-
 def count_of_all(pair: PairData, ranks: Ranks, *, held: bool) -> int:
     """How many samples all processes have."""
     with ranks.together():
         own = pair.count(held)
-    return int(ranks.sum(torch.tensor(own)))
+    return ranks.count(own)
 
 
 def everyones(own: Regressed, mine: Int[Tensor, " mine"], ranks: Ranks) -> Regressed:

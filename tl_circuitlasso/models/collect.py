@@ -98,65 +98,88 @@ def collect(
     began = time.perf_counter()
     file = None if checkpoint is None else _own_file(Path(checkpoint), ranks)
     with ranks.together():
-        own = _collect_own(adapter, prompts, twins, plan, progress and ranks.rank == 0, file, start, ranks)
-    statistics, passes = own.statistics.shared(ranks), int(ranks.sum(torch.tensor(own.forward_passes)))
+        own = _Own(adapter, prompts, twins, plan, file, start, ranks).collected(progress and ranks.rank == 0)
+    statistics, passes = own.statistics.shared(ranks), ranks.count(own.forward_passes)
     return replace(own, statistics=statistics, forward_passes=passes, seconds=time.perf_counter() - began)
 
 
-def _collect_own(
-    adapter: Adapter,
-    prompts: Prompts,
-    twins: Prompts | None,
-    plan: Plan,
-    progress: bool,
-    file: Path | None,
-    start: Statistics | None,
-    ranks: Ranks,
-) -> Collected:
-    """The statistics of this process's batches."""
-    began = saved = time.perf_counter()
-    statistics = (None if file is None else _resume(file, _identity(adapter, plan))) or start
-    statistics = None if statistics is None else statistics.to(adapter.device)
-    done, passes, seen, closure, forward = statistics.done if statistics else 0, 0, 0, 0.0, 0.0
-    sample: list[Batch] = []
-    number = -1
-    if plan.target is not None and prompts.n_prompts is not None:
-        check_length(plan.target, prompts.n_prompts)
-    with counting(total=prompts.n_prompts, desc="collect", unit="prompt", progress=progress) as bar:
-        for number, batch in enumerate(_batches(prompts, twins)):
-            bar.update(seen - bar.n)  # those of the batches that are done
-            batch = left_aligned(batch)
-            if seen < SAMPLE:
-                sample.append(batch)
-            seen += len(batch.tokens)
-            if number == 0:  # of a resumed collection too: its second look runs this very model
-                closure = closure_check(adapter, batch.tokens[:CHECKED], batch.mask[:CHECKED], ports=plan.design.paired)
-                statistics, tried = _agreed_start(statistics, adapter, plan, batch, ranks)
-                passes += tried
-            if number < done:
-                if number == done - 1:
-                    _check_origin(statistics, _origin(prompts, twins, plan))
-                continue
-            if not ranks.mine(number):
-                continue
-            before = adapter.model_seconds
-            new = sample_of(adapter, plan, batch, number)
-            forward += adapter.model_seconds - before
-            statistics = _add(statistics, adapter, plan, new, number)
-            del new  # its activations, before the next batch makes its own
-            passes += 1
-            if file and time.perf_counter() - saved > CHECKPOINT_SECONDS:
-                replace(statistics, origin=_origin(prompts, twins, plan)).save(file)
-                saved = time.perf_counter()
-        bar.update(seen - bar.n)
-    check_length(plan.target, seen)
-    assert statistics is not None  # Prompts never yields nothing
-    if number + 1 < done:
-        _check_origin(statistics, _origin(prompts, twins, plan))
-    statistics = replace(statistics, done=number + 1, origin=_origin(prompts, twins, plan))
-    if file and passes:
-        statistics.save(file)
-    return Collected(statistics, tuple(sample), seen, passes, time.perf_counter() - began, closure, forward)
+class _Own:
+    """This process's part of a collection, as far as it has come."""
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        prompts: Prompts,
+        twins: Prompts | None,
+        plan: Plan,
+        file: Path | None,
+        start: Statistics | None,
+        ranks: Ranks,
+    ) -> None:
+        self.adapter, self.prompts, self.twins, self.plan = adapter, prompts, twins, plan
+        self.file, self.ranks = file, ranks
+        self.began = self.saved = time.perf_counter()
+        statistics = (None if file is None else _resume(file, _identity(adapter, plan))) or start
+        self.statistics = None if statistics is None else statistics.to(adapter.device)
+        self.done = 0 if statistics is None else statistics.done  # batches that are behind a resumed collection
+        self.sample: list[Batch] = []
+        self.seen = self.passes = 0
+        self.closure = self.forward = 0.0
+
+    def collected(self, progress: bool) -> Collected:
+        """Every batch run, encoded, added and freed."""
+        number = -1
+        if self.plan.target is not None and self.prompts.n_prompts is not None:
+            check_length(self.plan.target, self.prompts.n_prompts)
+        with counting(total=self.prompts.n_prompts, desc="collect", unit="prompt", progress=progress) as bar:
+            for number, batch in enumerate(_batches(self.prompts, self.twins)):
+                bar.update(self.seen - bar.n)  # those of the batches that are done
+                self._take(number, left_aligned(batch))
+            bar.update(self.seen - bar.n)
+        check_length(self.plan.target, self.seen)
+        assert self.statistics is not None  # Prompts never yields nothing
+        if number + 1 < self.done:
+            _check_origin(self.statistics, self._origin)
+        self.statistics = replace(self.statistics, done=number + 1, origin=self._origin)
+        if self.file and self.passes:
+            self.statistics.save(self.file)
+        seconds = time.perf_counter() - self.began
+        return Collected(
+            self.statistics, tuple(self.sample), self.seen, self.passes, seconds, self.closure, self.forward
+        )
+
+    @property
+    def _origin(self) -> str:
+        return _origin(self.prompts, self.twins, self.plan)
+
+    def _take(self, number: int, batch: Batch) -> None:
+        """A batch, run where it's this process's and not behind it yet."""
+        if self.seen < SAMPLE:
+            self.sample.append(batch)
+        self.seen += len(batch.tokens)
+        if number == 0:
+            self._look(batch)
+        if number == self.done - 1:
+            _check_origin(self.statistics, self._origin)
+        if number >= self.done and self.ranks.mine(number):
+            self._add(number, batch)
+
+    def _look(self, pilot: Batch) -> None:
+        """At the first batch, also of a resumed collection: its second look runs this very model."""
+        few = pilot.tokens[:CHECKED], pilot.mask[:CHECKED]
+        self.closure = closure_check(self.adapter, *few, ports=self.plan.design.paired)
+        self.statistics, tried = _agreed_start(self.statistics, self.adapter, self.plan, pilot, self.ranks)
+        self.passes += tried
+
+    def _add(self, number: int, batch: Batch) -> None:
+        before = self.adapter.model_seconds
+        new = sample_of(self.adapter, self.plan, batch, number)
+        self.forward += self.adapter.model_seconds - before
+        self.statistics = _add(self.statistics, self.adapter, self.plan, new, number)
+        self.passes += 1
+        if self.file and time.perf_counter() - self.saved > CHECKPOINT_SECONDS:
+            replace(self.statistics, origin=self._origin).save(self.file)
+            self.saved = time.perf_counter()
 
 
 def _own_file(checkpoint: Path, ranks: Ranks) -> Path:

@@ -50,7 +50,7 @@ class Firing:
     def shared(self, ranks: Ranks) -> "Firing":
         """The firing in the samples of all processes, on each."""
         count, total, squares = ranks.sum(torch.stack([self.count, self.total, self.squares]))
-        samples = int(ranks.sum(torch.tensor(self.samples)))
+        samples = ranks.count(self.samples)
         return Firing(samples, count, total, squares, ranks.largest(self.largest))
 
     @property

@@ -55,7 +55,7 @@ def all_reduce_sums(sums: PairSums, ranks: Ranks) -> PairSums:
         total = block.contiguous()
         ranks.add_up(total)
         block.copy_(total)
-    return replace(sums, count=int(ranks.sum(torch.tensor(sums.count))))
+    return replace(sums, count=ranks.count(sums.count))
 
 
 def lasso_sharded(
