@@ -88,10 +88,7 @@ def strength_path(
     if len(strengths) <= 9:
         axes[-1].set_xticks(strengths, [f"{strength:.2g}" for strength in strengths])
     axes[-1].xaxis.set_minor_formatter(NullFormatter())
-    if title:
-        axes[0].set_title(title, loc="left", size=11.5, weight="bold", color=style.INK, pad=10)
-    panels.set_layout_engine("tight")
-    return style.save(panels, path)
+    return style.finished(panels, axes[0], title, path, alone=True)
 
 
 def _column(graph: AttributionGraph, name: str) -> dict[Pair, float]:
@@ -197,11 +194,7 @@ def scatter(
     _say_correlation(axes, *np.abs(common.score))
     look: Any = {"frameon": False, "fontsize": 8.5, "labelcolor": style.INK, "handletextpad": 0.3}
     axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=4, columnspacing=1.0, **look)  # over no point
-    if title:
-        axes.set_title(title, loc="left", size=11.5, weight="bold", color=style.INK, pad=26)
-    if ax is None:
-        figure.set_layout_engine("tight")
-    return style.save(figure, path)
+    return style.finished(figure, axes, title, path, alone=ax is None, pad=26)
 
 
 def _shares(scores: np.ndarray) -> np.ndarray:
@@ -323,8 +316,4 @@ def curves(
         frameon=False, fontsize=8.8, labelcolor=style.INK, borderaxespad=0.0, handletextpad=0.5, loc="upper left",
         bbox_to_anchor=(0.0, 0.0), bbox_transform=under_label, ncols=columns, columnspacing=1.2,
     )  # fmt: skip
-    if title:
-        axes.set_title(title, loc="left", size=11.5, weight="bold", color=style.INK, pad=10)
-    if ax is None:
-        figure.set_layout_engine("tight")
-    return style.save(figure, path)
+    return style.finished(figure, axes, title, path, alone=ax is None)

@@ -72,11 +72,7 @@ def adjacency(
     bar.ax.set_yticklabels([f"{tick:.2g}" for tick in ticks])
     bar.outline.set_visible(False)  # type: ignore[operator]
     bar.ax.tick_params(colors=style.FAINT_INK, labelsize=8, length=0)
-    if title:
-        axes.set_title(title, loc="left", size=11.5, weight="bold", color=style.INK, pad=10)
-    if ax is None:
-        figure.set_layout_engine("tight")
-    return style.save(figure, path)
+    return style.finished(figure, axes, title, path, alone=ax is None)
 
 
 def _table(graph: AttributionGraph, by: str) -> _Table:

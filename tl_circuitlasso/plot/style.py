@@ -54,6 +54,17 @@ def plain(ax: Axes) -> Axes:
     return ax
 
 
+def finished(
+    figure: Figure, axes: Axes, title: str | None, path: str | Path | None, *, alone: bool, pad: int = 10
+) -> Figure:
+    """The figure with its title above `axes`, laid out where these stand `alone`, and saved as `save` does."""
+    if title:
+        axes.set_title(title, loc="left", size=11.5, weight="bold", color=INK, pad=pad)
+    if alone:
+        figure.set_layout_engine("tight")
+    return save(figure, path)
+
+
 def save(figure: Figure, path: str | Path | None) -> Figure:
     """Write `figure` to `path` in the format of its suffix, whole or not at all; None writes nothing.
 
