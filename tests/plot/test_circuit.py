@@ -127,7 +127,7 @@ def test_files_are_written_whole_or_not_at_all(tmp_path, suffix, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(Figure, "savefig", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(InputError, match="disk full"):
         plot.circuit(small_graph(), path)
     assert path.read_bytes() == before
     assert [p.name for p in path.parent.iterdir()] == [path.name]

@@ -1,6 +1,7 @@
 """A killed run loses one pair at most, and a checkpoint serves only the run that it belongs to."""
 
 import shutil
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -127,3 +128,18 @@ def test_a_checkpoint_that_is_no_folder_or_broken(demo: Demo, demo_saes: Any, tm
     (folder / "pair-0000.safetensors").write_bytes(b"not tensors")
     with pytest.raises(FormatError, match="pair-0000"):
         circuit(demo, demo_saes, folder)
+
+
+def test_a_full_disk_is_named(demo: Demo, demo_saes: dict[str, PlainSAE], tmp_path: Path) -> None:
+    """Here a file that may grow no further; what stands there already stays as it was."""
+    resource = pytest.importorskip("resource", reason="no limits on file sizes here")
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+        with pytest.raises(InputError, match=r"can't be written .*make room") as caught:
+            circuit(demo, demo_saes, tmp_path / "run", tokens=demo.tokens[:32], min_count=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert str(tmp_path) in str(caught.value) and not list(tmp_path.rglob("*.tmp"))

@@ -59,7 +59,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
     Raises
     ------
-    InputError: the folder of `path` can't be made or written to.
+    InputError: the folder of `path` can't be made or written to, or the disk is full.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,6 +78,9 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         os.replace(temporary, path)
     except IsADirectoryError as error:
         raise InputError(f"`path` {str(path)!r} is a folder: name a file in it") from error
+    except (OSError, SafetensorError) as error:  # a full disk, or a file that may grow no further
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"`path` {str(path)!r} can't be written ({why}): make room, or name another folder") from error
     finally:
         temporary.unlink(missing_ok=True)
 
