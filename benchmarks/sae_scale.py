@@ -38,8 +38,8 @@ from tl_circuitlasso.features.regression import Rule, needed_bytes, regress_pair
 from tl_circuitlasso.features.samples import Column, PairData  # noqa: E402
 from tl_circuitlasso.models.codes import Codes  # noqa: E402
 from tl_circuitlasso.models.feature_codes import Chunk  # noqa: E402
-from tl_circuitlasso.models.feature_replay import Effects  # noqa: E402
 from tl_circuitlasso.models.feature_store import CHUNK_SAMPLES, CodeStore  # noqa: E402
+from tl_circuitlasso.models.feature_sums import Effects  # noqa: E402
 from tl_circuitlasso.models.memory import free_bytes, in_words  # noqa: E402
 from tl_circuitlasso.solve.sparse import SCATTER_BELOW  # noqa: E402
 from tl_circuitlasso.synthetic.codes import PlantedCodes, planted_codes, sparse_codes  # noqa: E402

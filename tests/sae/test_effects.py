@@ -9,13 +9,13 @@ from torch import Tensor
 from tl_circuitlasso.data.sharing import ALONE
 from tl_circuitlasso.features.effects import LEAST, UNREAD, Q, adjusted, is_clear, q_values, with_effects
 from tl_circuitlasso.features.fit import PER_EDGE, PER_TARGET, Regressed, Units
-from tl_circuitlasso.models.feature_replay import Effects, Sums, _Tally
+from tl_circuitlasso.models.feature_sums import Effects, Sums, Tally
 
 
 def told(change: Tensor, mass: Tensor) -> Effects:
     """Effects from what happened on each prompt: (prompt, feature, child), and each feature's mass."""
     prompts, features, children = change.shape
-    tally = _Tally([Sums(children)], torch.zeros(3, features).double())
+    tally = Tally([Sums(children)], torch.zeros(3, features).double())
     for prompt in range(prompts):
         tally.copies[0].add(torch.arange(features), change[prompt], mass[prompt])
         tally.feature += torch.stack([torch.ones(features), mass[prompt], mass[prompt] ** 2]).double()
@@ -83,6 +83,26 @@ def test_effects_that_the_regression_left_out_come_in() -> None:
     assert found.score.tolist() == [0.5, -0.25] and bool((found.q < 1e-6).all())
     lengths = torch.ones(2).double()
     assert is_clear(found, lengths, lengths, unread=False).tolist() == [True, True]
+
+
+def test_where_effects_are_small_throughout_those_that_stand_out_are_edges() -> None:
+    """Of 400 pairs some of the largest, where no effect reaches the bar in standard deviations; the bar never rises."""
+    random = torch.Generator().manual_seed(0)
+    size = 1e-3 * torch.rand(20, 20, generator=random)
+    size[:2, :2] = torch.tensor([[0.02, -0.03], [0.012, 0.04]])
+    prompts = torch.ones(12, 20, 20) * size * (1 + 0.1 * torch.rand(12, 20, 20, generator=random))
+    effects = told(prompts, torch.ones(12, 20))
+    units = Units(*(torch.ones(20).double() for _ in range(4)))
+    nothing = {name: torch.zeros(0).double() for name in PER_EDGE} | {"target": torch.zeros(0).long()}
+    found = with_effects(regressed(**nothing | {"source": torch.zeros(0).long()}), effects, units, grow=True)
+    lengths = torch.ones(20).double()
+    kept = is_clear(found, lengths, lengths, unread=False)
+    pairs = set(zip(found.source[kept].tolist(), found.target[kept].tolist()))
+    assert {(0, 0), (0, 1), (1, 0), (1, 1)} <= pairs and len(pairs) <= 6  # 1.5 % of 400
+    assert found.bars is not None and found.bars[0][0] < LEAST
+    assert Regressed.of(found.tensors(), found.plain()).bars == found.bars
+    large = told(torch.ones(12, 20, 20) * (0.06 + 50 * size.abs()), torch.ones(12, 20))
+    assert with_effects(found, large, units, grow=True).bars[0][0] == LEAST  # never asks for more than that
 
 
 def test_edges_ask_for_size_surety_and_something_passed_on() -> None:

@@ -295,6 +295,25 @@ def test_head_mixing_names_the_head(demo: Demo, demo_saes: Any) -> None:
     assert not table.duplicated(["source", "target", "port"]).any()
 
 
+def test_parts_of_heads_add_up_to_the_edge(demo: Demo, demo_saes: Any) -> None:
+    """And the edge is the one that is seen through all heads together."""
+    pair = {FIRST: demo_saes[FIRST], SECOND: demo_saes[SECOND]}
+    options = {"pairs": [(FIRST, SECOND)], "tokens": demo.tokens[:64]}
+    table, mean = (circuit(demo, pair, mixing=mixing, **options).edge_table() for mixing in ("heads", "mean"))
+    ends = ["source", "target", "port"]
+    mean = mean[mean.kept & (mean.port == "v") & (mean.target != "logits")]  # of logits the size alone is told
+    whole = mean.set_index(ends)
+    assert (whole["q"] <= 0.05).all()
+    parts = table[table.port == "v"].set_index(ends)
+    names = [f"head.{number}" for number in range(4)]
+    assert (parts[names].sum(axis=1) - parts["weight"]).abs().max() <= 1e-5 * parts["weight"].abs().max()
+    assert set(parts[parts.kept].index) >= set(whole.index) and len(whole) > 3
+    both = whole.join(parts.add_suffix("_heads"))
+    assert both["weight_heads"].tolist() == pytest.approx(both["weight"].tolist(), rel=1e-5)
+    assert (parts[names].abs().to_numpy().argmax(axis=1) == parts["head"]).all()
+    assert (parts[names].abs().max(axis=1) < parts["weight"].abs() * 0.95).any()  # more than one head carries some
+
+
 def test_pooling_makes_a_sample_of_each_prompt(demo: Demo, demo_saes: Any, codes: dict[str, Tensor]) -> None:
     pooled = circuit(demo, demo_saes, mixing="pooled", error=False, held_out=0.0, penalty="l1")
     assert pooled.provenance["pairs"][0]["samples"] == len(demo.tokens)

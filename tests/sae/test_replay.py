@@ -17,7 +17,8 @@ from tl_circuitlasso.models.feature_effects import Segment, record, trials
 from tl_circuitlasso.models.feature_layers import Layers, Rows
 from tl_circuitlasso.models.feature_path import Path, known_paths
 from tl_circuitlasso.models.feature_places import Step, place_of, steps_between
-from tl_circuitlasso.models.feature_replay import Effects, replay
+from tl_circuitlasso.models.feature_replay import replay
+from tl_circuitlasso.models.feature_sums import Effects
 from tl_circuitlasso.models.hooks import resting
 from tl_circuitlasso.models.tokens import Prompts
 

@@ -3,8 +3,10 @@
 For every pair that anything happened to there is S_ij, what the child's code does per unit of the parent's, and its
 standard error over prompts. An edge asks for two things:
 
-- an effect that can be told from none: |S_ij| >= `LEAST` in standard deviations of both (the score), and |S_ij| |d_j|
-  >= `LEAST` |d_i|, d what a unit of each feature writes;
+- an effect of some size: |S_ij| >= `LEAST` in standard deviations of both (the score), and |S_ij| |d_j| >= `LEAST`
+  |d_i|, d what a unit of each feature writes. Between hooks where effects are small throughout, such as one attention's
+  output and the next one's, it is enough to stand out among all pairs of features of the two hooks: to be one of the
+  largest `OUT_SCORE` by score, and of the largest `OUT_EFFECT` by |S_ij|;
 - that it isn't chance: q_ij <= `Q`, the Benjamini-Hochberg adjusted p-value of a t-test of S_ij = 0 among all p q pairs
   of the two hooks (those that nothing happened to have p = 1).
 
@@ -12,6 +14,7 @@ The regression needn't have kept it. Where effects aren't known, an edge is a co
 standard deviations: few, and only those that stand out.
 """
 
+import math
 from dataclasses import replace
 
 import torch
@@ -20,9 +23,11 @@ from scipy.stats import t as student
 from torch import Tensor
 
 from tl_circuitlasso.features.fit import Regressed, Units
-from tl_circuitlasso.models.feature_replay import Effects
+from tl_circuitlasso.models.feature_sums import Effects
 
 LEAST = 0.05
+OUT_SCORE = 0.015
+OUT_EFFECT = 0.03
 Q = 0.05
 UNREAD = 0.2
 
@@ -33,19 +38,73 @@ def with_effects(found: Regressed, effects: Effects | None, units: Units, *, gro
     """
     if effects is None:
         return found
-    scores = _scores(effects.effect, effects.source, effects.target, effects, units)
-    grown = _united(found, effects, (scores.abs() >= LEAST) & grow)
+    judged = effects.together or effects
+    scores = _scores(judged.effect, judged.source, judged.target, effects, units)
+    bars = _bars(judged, scores)
+    clear = scores.abs() >= torch.tensor([least for least, _ in bars]).double()[_copy(judged.source, effects)]
+    grown = _united(found, effects, _wanted(effects, judged, found, clear & grow))
     known = grown.source < effects.sources
     row = torch.where(known, effects.rows(grown.source, grown.target), -1)
-    effect = torch.cat([effects.effect, torch.zeros(1).double()])[row]
-    q = torch.cat([q_values(effects), torch.ones(1).double()])[row]
-    score = _scores(effect, grown.source, grown.target, effects, units)
+    seen = torch.where(known, judged.rows(_seen(effects, grown.source), grown.target), -1)
+    nothing = torch.zeros(1, dtype=torch.float64)
+    effect, whole = torch.cat([effects.effect, nothing])[row], torch.cat([judged.effect, nothing])[seen]
+    q = torch.cat([q_values(judged), nothing + 1])[seen]
+    score = _scores(whole, grown.source, grown.target, effects, units)
     return replace(
         grown,
         effect=torch.where(known, effect, grown.effect),
         q=torch.where(known, q, grown.q),
         score=torch.where(known, score, grown.score),
+        bars=bars,
     )
+
+
+def _copy(source: Int[Tensor, " edge"], effects: Effects) -> Int[Tensor, " edge"]:
+    """0 at the child's own position, 1 through attention."""
+    return (source // len(effects.groups)).clamp(max=1)
+
+
+def _bars(judged: Effects, scores: Float[Tensor, " entry"]) -> tuple[tuple[float, float], ...]:
+    """By copy the least |score|, and the |effect| from which an effect stands out however little it writes."""
+    copy, most = _copy(judged.source, judged), len(judged.groups) * judged.children
+    found = []
+    for number in range(judged.copies):
+        mine = copy == number
+        score = _largest(scores[mine].abs(), OUT_SCORE * most)
+        found.append((min(LEAST, score), _largest(judged.effect[mine].abs(), OUT_EFFECT * most)))
+    return tuple(found)
+
+
+def _largest(size: Float[Tensor, " entry"], most: float) -> float:
+    """What so many are larger than: halfway to the next, so that rounding decides of none; pairs that aren't there are
+    0."""
+    count = max(1, round(most))
+    if count > len(size):
+        return 0.0
+    ordered = torch.cat([size, size.new_zeros(1)]).topk(count + 1).values
+    return float(ordered[-2:].mean())
+
+
+def _seen(effects: Effects, source: Int[Tensor, " edge"]) -> Int[Tensor, " edge"]:
+    """The column that is judged: where copies are of single heads, all of them are judged as one edge."""
+    if effects.together is None:
+        return source
+    features = len(effects.groups)
+    return source % features + features * _copy(source, effects)
+
+
+def _wanted(
+    effects: Effects, judged: Effects, found: Regressed, clear: Bool[Tensor, " judged"]
+) -> Bool[Tensor, " entry"]:
+    """The entries that are to be there: those of clear effect, of an edge through heads the parts of all heads, too."""
+    if effects.together is None:
+        return clear
+    rows = judged.rows(_seen(effects, effects.source), effects.target)
+    clear = torch.cat([clear, torch.zeros(1, dtype=torch.bool)])[rows]
+    through = (found.source >= len(effects.groups)) & (found.source < effects.sources)
+    there = _seen(effects, found.source[through]) * effects.children + found.target[through]
+    mine = _seen(effects, effects.source) * effects.children + effects.target
+    return clear | torch.isin(mine, there)
 
 
 def _scores(
@@ -111,5 +170,8 @@ def is_clear(
     known = found.effect.isfinite()
     source, target = found.source % len(written), found.target.clamp(max=len(child_written) - 1)
     passed_on = found.effect.abs() * child_written[target] / written[source].clamp(min=1e-30)
-    clear = (found.score.abs() >= LEAST) & (passed_on >= LEAST) & (found.q <= Q)
+    bars = torch.tensor(found.bars or [(LEAST, math.inf)], dtype=torch.float64)
+    least, stands_out = bars[(found.source // len(written)).clamp(max=len(bars) - 1)].unbind(1)
+    large = (found.score.abs() >= least) & ((passed_on >= LEAST) | (found.effect.abs() >= stands_out))
+    clear = large & (found.q <= Q)
     return torch.where(known, clear, (found.score.abs() >= UNREAD) if unread else torch.ones_like(clear))

@@ -33,6 +33,8 @@ class Regressed:
         NaN where it isn't known; score: the effect (else the weight) in standard deviations of both; stability: the
         share of half-samples with the coefficient, NaN where nobody asked.
     strength, gap, iterations, converged: by child; strength as a fraction of lambda_max.
+    bars: by copy (own position, through attention) the least |score| and the least |effect| of an edge; None where
+    effects aren't known (`features.effects`).
     spread: each child's standard deviation. r2: by child, on held-out prompts, NaN where none are held out or the child
         doesn't vary there; overall: over the held-out variance of all children together.
     """
@@ -54,6 +56,7 @@ class Regressed:
     overall: float
     samples: int
     seconds: Mapping[str, float]
+    bars: tuple[tuple[float, float], ...] | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """What is of edges and of children."""
@@ -62,13 +65,15 @@ class Regressed:
     def plain(self) -> dict[str, Any]:
         """The rest, as plain data."""
         overall = None if math.isnan(self.overall) else self.overall
-        return {"overall": overall, "samples": self.samples, "seconds": dict(self.seconds)}
+        bars = None if self.bars is None else [list(bar) for bar in self.bars]
+        return {"overall": overall, "samples": self.samples, "seconds": dict(self.seconds), "bars": bars}
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> "Regressed":
         """From `tensors()` and `plain()`."""
         overall = math.nan if plain["overall"] is None else plain["overall"]
-        return cls(**tensors, overall=overall, samples=plain["samples"], seconds=plain["seconds"])
+        bars = None if plain["bars"] is None else tuple((bar[0], bar[1]) for bar in plain["bars"])
+        return cls(**tensors, overall=overall, samples=plain["samples"], seconds=plain["seconds"], bars=bars)
 
     def matrix(self, units: "Units") -> scipy.sparse.csr_matrix:
         """The weights (source, target)."""

@@ -41,6 +41,7 @@ class _Edges:
     port: Int[Tensor, " edge"]
     head: Float[Tensor, " edge"]
     columns: dict[str, Float[Tensor, " edge"]]  # weight, regression, q, lasso, score, stability; clear: 1 or 0
+    parts: Float[Tensor, "edge head"]  # what of the weight each head brings; no heads where none is told
 
 
 def feature_graph(
@@ -75,6 +76,8 @@ def feature_graph(
         extras["stability"] = columns["stability"].nan_to_num(0.0)
     if basis.mixing == "heads":
         extras["head"] = head
+        parts_of = torch.cat([part.parts for part in parts])
+        extras |= {f"head.{number}": parts_of[:, number] for number in range(adapter.shape.n_heads)}
     return AttributionGraph(
         index=index,
         source=source,
@@ -150,7 +153,9 @@ def _edges(
         "clear": _clear_edges(one, pair, collected, alive, unread).double(),
     }
     summed = is_error | (single & (len(one.gap) > 1))
-    return _merged(_Edges(source, target, port, head, columns), summed, len(index))
+    heads = adapter.shape.n_heads if basis.mixing == "heads" else 0
+    parts = _by_head(head, columns["weight"], heads)
+    return _merged(_Edges(source, target, port, head, columns, parts), summed, len(index))
 
 
 def _clear_edges(
@@ -160,7 +165,16 @@ def _clear_edges(
     if pair[1] == TARGET:
         return torch.ones_like(one.source, dtype=torch.bool)
     lengths = [collected.encoders[hook].written.norm(dim=1).double().cpu()[alive[hook].features] for hook in pair]
-    return is_clear(one, lengths[0], lengths[1], unread=unread)
+    return is_clear(replace(one, effect=_whole(one, len(lengths[0]))), lengths[0], lengths[1], unread=unread)
+
+
+def _whole(one: Regressed, features: int) -> Float[Tensor, " edge"]:
+    """Effects, of an edge through several heads that of all of them."""
+    through = (one.source >= features) & one.effect.isfinite()  # an error's directions stand behind the copies
+    key = torch.stack([one.source % features, one.target, through.long()])
+    _, place = torch.unique(key, dim=1, return_inverse=True)
+    sums = torch.zeros(len(one.source), dtype=torch.float64).index_add(0, place, one.effect)
+    return torch.where(through, sums[place], one.effect)
 
 
 def _share(spread: Float[Tensor, " target"]) -> Float[Tensor, " target"]:
@@ -169,16 +183,16 @@ def _share(spread: Float[Tensor, " target"]) -> Float[Tensor, " target"]:
 
 
 def _merged(edges: _Edges, summed: Tensor, nodes: int) -> _Edges:
-    """One row per (source, target, port): error directions and several target columns by their norm, heads by the
-    strongest of them (whose effect, where it is known, is that of all)."""
+    """One row per (source, target, port): error directions and several target columns by their norm, heads by their sum
+    where effects are known, else by the strongest of them."""
     edges = replace(edges, columns={name: torch.where(summed, x.abs(), x) for name, x in edges.columns.items()})
     key = (edges.source * nodes + edges.target) * len(PORTS) + edges.port
     unique, place = torch.unique(key, return_inverse=True)
     count = torch.bincount(place, minlength=len(unique))
     if not len(unique) or int(count.max()) == 1:
         return edges
-    sizes = (edges.columns[name].abs().numpy() for name in ("regression", "score"))
-    order = torch.from_numpy(np.lexsort((*sizes, place.numpy())))  # by place, then score, then coefficient
+    sizes = (edges.columns[name].abs().numpy() for name in ("regression", "weight", "score"))
+    order = torch.from_numpy(np.lexsort((*sizes, place.numpy())))  # by place, then score, weight and coefficient
     row = order[count.cumsum(0) - 1]
     columns = {}
     for name, values in edges.columns.items():
@@ -187,7 +201,17 @@ def _merged(edges: _Edges, summed: Tensor, nodes: int) -> _Edges:
         shared = summed[row] & (count > 1) & (name not in ("stability", "clear", "q"))
         columns[name] = torch.where(shared, norm, strongest)
     source, target, port, head = (getattr(edges, name)[row] for name in ("source", "target", "port", "head"))
-    return _Edges(source, target, port, head, columns)
+    whole = (head >= 0) & edges.columns["q"][row].isfinite()  # effects are known: heads' parts add up to the edge
+    heads = edges.parts.shape[1]
+    sums = torch.zeros(len(unique), heads, dtype=torch.float64).index_add(0, place, edges.parts)
+    parts = torch.where(whole[:, None], sums, _by_head(head, columns["weight"], heads))
+    columns["weight"] = torch.where(whole, parts.sum(1), columns["weight"])
+    return _Edges(source, target, port, head, columns, parts)
+
+
+def _by_head(head: Float[Tensor, " edge"], weight: Float[Tensor, " edge"], heads: int) -> Float[Tensor, "edge head"]:
+    """Each edge's weight in the column of its head."""
+    return torch.where(head[:, None] == torch.arange(heads), weight[:, None], 0.0)
 
 
 def _start(index: NodeIndex, hook: str) -> int:

@@ -40,8 +40,9 @@ from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.feature_collect import CollectedCodes, collect_codes
 from tl_circuitlasso.models.feature_path import known_paths
-from tl_circuitlasso.models.feature_replay import Effects, replay
+from tl_circuitlasso.models.feature_replay import replay
 from tl_circuitlasso.models.feature_setup import TARGET
+from tl_circuitlasso.models.feature_sums import Effects
 from tl_circuitlasso.models.feature_survey import Alive, Firing, choose_alive, strongest, survey
 from tl_circuitlasso.models.sae import SAEFeatures
 from tl_circuitlasso.models.tokens import Prompts
@@ -249,7 +250,7 @@ def _stored(path: Path, identity: Mapping[str, Any], ranks: Ranks) -> Regressed 
 
 
 def _kept(path: Path, identity: Mapping[str, Any]) -> Checkpoint:
-    return Checkpoint(path.parent, "feature pair", "regression", identity, version=3)
+    return Checkpoint(path.parent, "feature pair", "regression", identity, version=4)
 
 
 # ---- what happened --------------------------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from tl_circuitlasso.models.codes import Codes
 from tl_circuitlasso.models.feature_codes import Chunk, route_key
-from tl_circuitlasso.models.feature_replay import Effects
 from tl_circuitlasso.models.feature_store import CodeStore
+from tl_circuitlasso.models.feature_sums import Effects
 
 FOLDS = 10
 _HELD, _FOLD, _SPAN = 2654435761, 2246822519, 1 << 32  # odd multipliers spread neighbouring numbers evenly

@@ -27,6 +27,7 @@ from tl_circuitlasso.models.feature_codes import Chunk
 from tl_circuitlasso.models.feature_effects import ENCODE_CHUNK, contribution
 from tl_circuitlasso.models.feature_layers import Layers, Rows
 from tl_circuitlasso.models.feature_path import Path
+from tl_circuitlasso.models.feature_sums import Effects, Sums, Tally
 from tl_circuitlasso.models.feature_survey import positions_of
 from tl_circuitlasso.models.tokens import Batch, find_bos
 from tl_circuitlasso.progress import bar as counting
@@ -35,7 +36,6 @@ GROUPS = 24  # prompts that tell of one feature
 ELSEWHERE = 8  # positions of a prompt at which what attention brings is read
 ROWS = 1 << 12  # positions at once
 ROOM = 1 << 25  # codes that are dense at any one time
-COMPACT = 1 << 22  # entries of sums before they are added up
 PROMPTS = 32  # prompts that are run on together
 ALIKE = 1e-4  # relative: as exactly is what a feature writes its code times its decoder row
 _ORDER, _SPAN = 2654435761, 1 << 32
@@ -120,107 +120,6 @@ def _batch(adapter: Adapter, chunk: Chunk, starts: Tensor, some: Tensor) -> Batc
 # ---- what they do ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(eq=False)
-class Sums:
-    """Sums over groups, for each (feature, child's feature) that anything happened to: of c, c^2 and c m."""
-
-    children: int
-    key: Int[np.ndarray, " entry"] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-    values: Float[np.ndarray, "3 entry"] = field(default_factory=lambda: np.zeros((3, 0)))
-    _pending: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
-
-    def add(
-        self, feature: Int[Tensor, " group"], change: Float[Tensor, "group child"], mass: Float[Tensor, " group"]
-    ) -> None:
-        """Take in some groups."""
-        group, child = change.nonzero(as_tuple=True)
-        c, m = change[group, child].double(), mass[group].double()
-        key = feature[group] * self.children + child
-        self._pending.append((key.cpu().numpy(), torch.stack([c, c * c, c * m]).cpu().numpy()))
-        if sum(len(key) for key, _ in self._pending) > COMPACT:
-            self.compact()
-
-    def compact(self) -> None:
-        """Add up what belongs together."""
-        keys = np.concatenate([self.key, *(key for key, _ in self._pending)])
-        values = np.concatenate([self.values, *(values for _, values in self._pending)], 1)
-        self.key, place = np.unique(keys, return_inverse=True)
-        self.values = np.stack([np.bincount(place, one, len(self.key)) for one in values])
-        self._pending = []
-
-
-@dataclass(frozen=True, eq=False)
-class Effects:
-    """What a parent's features do to a child's, where it is anything: S_ij and its standard error.
-
-    source: the column of [copies x feature] as in a regression; target: the child's kept feature, ordered by source;
-    error is infinite where one prompt alone tells. groups: how many prompts tell of each feature. copies, children:
-    the numbers of copies, and of the child's features.
-    """
-
-    source: Int[Tensor, " entry"]
-    target: Int[Tensor, " entry"]
-    effect: Float[Tensor, " entry"]
-    error: Float[Tensor, " entry"]
-    groups: Int[Tensor, " feature"]
-    copies: int
-    children: int
-
-    @property
-    def sources(self) -> int:
-        """The number of columns that they are about."""
-        return self.copies * len(self.groups)
-
-    def dense(self, targets: Int[Tensor, " some"]) -> Float[Tensor, "source some"]:
-        """S_ij of some of the child's features, 0 where nothing happened."""
-        place = positions_of(targets, self.children)[self.target]
-        rows = place >= 0
-        found = torch.zeros(self.sources, len(targets), dtype=torch.float64)
-        found[self.source[rows], place[rows]] = self.effect[rows]
-        return found
-
-    def rows(self, source: Int[Tensor, " edge"], target: Int[Tensor, " edge"]) -> Int[Tensor, " edge"]:
-        """Where some pairs are among the entries, -1 where nothing happened."""
-        known, asked = self.source * self.children + self.target, source * self.children + target
-        if not len(known):
-            return torch.full_like(asked, -1)
-        place = torch.searchsorted(known, asked).clamp(max=len(known) - 1)
-        return torch.where(known[place] == asked, place, -1)
-
-
-@dataclass(eq=False)
-class _Tally:
-    """What is summed of one pair: a `Sums` for each copy, and of each feature the groups, m and m^2."""
-
-    copies: list[Sums]
-    feature: Float[Tensor, "3 feature"]
-
-    def effects(self, features: int, ranks: Ranks) -> Effects:
-        count, mass, square = ranks.sum(self.feature)
-        sums = (count, mass, square)
-        parts = [self._of(copy, number * features, sums, ranks) for number, copy in enumerate(self.copies)]
-        source, target, effect, error = (torch.cat(part) for part in zip(*parts))
-        return Effects(source, target, effect, error, count.long(), len(parts), self.copies[0].children)
-
-    def _of(
-        self, sums: Sums, first: int, of_features: tuple[Tensor, Tensor, Tensor], ranks: Ranks
-    ) -> tuple[Tensor, ...]:
-        sums.compact()
-        if ranks.size > 1:
-            parts = ranks.gather({"key": torch.from_numpy(sums.key), "values": torch.from_numpy(sums.values)})
-            sums = Sums(sums.children)
-            sums._pending = [(part["key"].numpy(), part["values"].numpy()) for part in parts]
-            sums.compact()
-        key, (c, cc, cm) = torch.from_numpy(sums.key), torch.from_numpy(sums.values)
-        source, target = key // sums.children, key % sums.children
-        n, m, mm = (one[source] for one in of_features)
-        m = m.clamp(min=1e-300)
-        effect = c / m
-        spread = (cc - 2 * effect * cm + effect.square() * mm).clamp(min=0)
-        error = torch.where(n > 1, (spread * n / (n - 1).clamp(min=1)).sqrt() / m, torch.inf)
-        return source + first, target, effect, error
-
-
 def replay(
     adapter: Adapter,
     chunks: Iterable[Chunk],
@@ -248,7 +147,7 @@ def replay(
 def _tallied(
     adapter: Adapter, chunks: Iterable[Chunk], paths: Mapping[Pair, Path], chosen: Mapping[str, Groups],
     kept: Mapping[str, Tensor], copies: Mapping[Pair, int], *, progress: bool,
-) -> dict[Pair, _Tally]:  # fmt: skip
+) -> dict[Pair, Tally]:  # fmt: skip
     """What this process's prompts tell."""
     tallies = {pair: _empty(kept[pair[0]], kept[pair[1]], copies[pair]) for pair in paths}
     prompts = torch.cat([prompt for _, prompt in chosen.values()]).unique()
@@ -265,9 +164,10 @@ def _tallied(
     return tallies
 
 
-def _empty(features: Tensor, children: Tensor, copies: int) -> _Tally:
+def _empty(features: Tensor, children: Tensor, copies: int) -> Tally:
     none = [Sums(len(children)) for _ in range(copies)]
-    return _Tally(none, torch.zeros(3, len(features), dtype=torch.float64))
+    together = Sums(len(children)) if copies > 2 else None
+    return Tally(none, torch.zeros(3, len(features), dtype=torch.float64), together)
 
 
 @dataclass(eq=False)
@@ -290,7 +190,7 @@ class _Replay:
             self._codes[encoder.hook] = found
         return self._codes[encoder.hook]
 
-    def add(self, paths: Mapping[Pair, Path], chosen: tuple[Tensor, Tensor], tallies: Mapping[Pair, _Tally]) -> None:
+    def add(self, paths: Mapping[Pair, Path], chosen: tuple[Tensor, Tensor], tallies: Mapping[Pair, Tally]) -> None:
         """Take in the groups of one parent."""
         parent = next(iter(paths.values())).parent
         mine = torch.isin(chosen[1], self.numbers)
@@ -319,7 +219,7 @@ class _Replay:
 
     def _add_some(
         self, paths: Mapping[Pair, Path], parent: Encoder, feature: Tensor, prompt: Tensor, codes: Tensor,
-        tallies: Mapping[Pair, _Tally], mixed: bool,
+        tallies: Mapping[Pair, Tally], mixed: bool,
     ) -> None:  # fmt: skip
         fires, keep = codes > 0, self.batch.keep[prompt]
         others, weight = _elsewhere(fires, keep) if mixed else (torch.zeros_like(fires), codes.new_ones(len(codes)))
@@ -334,10 +234,13 @@ class _Replay:
             own = self._moved(path, rows, taken, None)
             tally.copies[0].add(feature, torch.where((reads & (code > 0))[..., None], own, 0.0).sum(1), mass)
             copies = len(tally.copies) - 1
+            elsewhere = (reads & (code == 0))[..., None]
             for number, head in enumerate([None] if copies == 1 else range(copies), 1):
                 brought = own if head is None else self._moved(path, rows, taken, head)
-                brought = torch.where((reads & (code == 0))[..., None], brought, 0.0).sum(1)
+                brought = torch.where(elsewhere, brought, 0.0).sum(1)
                 tally.copies[number].add(feature, brought * weight[:, None], mass)
+            if tally.together is not None:
+                tally.together.add(feature, torch.where(elsewhere, own, 0.0).sum(1) * weight[:, None], mass)
 
     def _taken(
         self, parent: Encoder, rows: Rows, code: Float[Tensor, "group row"], feature: Int[Tensor, " group"]
