@@ -10,6 +10,7 @@ from tl_circuitlasso.apps.influence import Influence as Influence
 from tl_circuitlasso.apps.influence import influence as influence
 from tl_circuitlasso.apps.labels import neuronpedia_labels as neuronpedia_labels
 from tl_circuitlasso.apps.labels import with_labels as with_labels
+from tl_circuitlasso.apps.prompt_graph import prompt_graph as prompt_graph
 from tl_circuitlasso.naming import directory as _directory
 
 __dir__ = _directory(__name__)

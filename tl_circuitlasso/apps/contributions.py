@@ -103,7 +103,7 @@ def contributions(
     adapter = model if isinstance(model, Adapter) else adapt(model)
     encoders = (basis if isinstance(basis, SAEFeatures) else SAEFeatures(basis)).encoders()
     rows = _rows(graph, set(encoders))
-    (batch,) = Prompts(adapter, _one(prompt), positions=positions)
+    (batch,) = Prompts(adapter, one_prompt(prompt), positions=positions)
     routes = _routes(graph, rows, adapter.shape.n_layers)
     hooks = {hook for encoder in encoders.values() for hook in (encoder.hook, encoder.hook_out)}
     acts = adapter.run(batch.tokens, batch.mask, [*hooks, *(act("pattern", layer) for layer in _layers(routes))])
@@ -122,7 +122,13 @@ def contributions(
     return Contributions(tuple(_texts(adapter, batch)), table, active)
 
 
-def _one(prompt: Any) -> Any:
+def one_prompt(prompt: Any) -> Any:
+    """A prompt as `Prompts` takes it.
+
+    Raises
+    ------
+    InputError: more than one prompt.
+    """
     if isinstance(prompt, str):
         return [prompt]
     tokens = torch.as_tensor(prompt)

@@ -5,13 +5,15 @@
     tcl.formats.to_circuit_tracer(small, "prompt.json", prompt=prompt)
 
     W_ij = |score_ij| / sum over i of |score_ij|         the kept edges into a node add up to 1
-    I_i  = sum over paths from i to the target of the product of W along it
-    edge i -> j: W_ij (I_j + [j is the target])
+    I_i  = sum over paths from i to the targets of the product of W along it, each target by its weight
+    edge i -> j: W_ij (I_j + the weight of j)
 
     replacement    of the influence of roots (nodes that nothing feeds) the share of those that aren't an SAE's error
     completeness   1 - the share of errors in what feeds a node, averaged over nodes by their influence
 
-Both are 1 in a graph without errors, be they away or never looked for.
+Targets are the nodes of the last rank: one, of weight 1, or the logits of `apps.prompt_graph`, weighted by their
+probability. What isn't explained of a feature there counts as an error. Both figures are 1 in a graph without errors,
+be they away or never looked for.
 """
 
 from dataclasses import dataclass
@@ -22,9 +24,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_circuitlasso.data.sites import is_missed
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
-from tl_circuitlasso.models.sae import ERROR
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,8 +35,8 @@ class Influence:
 
     Attributes
     ----------
-    graph: the graph that was asked about. node, edge: influence of each node (the target's own is 0) and edge (0 where
-        it isn't kept). replacement, completeness: as above, from 0 to 1; NaN without a kept path to the target.
+    graph: the graph that was asked about. node, edge: influence of each node (a target's own is 0) and edge (0 where it
+        isn't kept). replacement, completeness: as above, from 0 to 1; NaN without a kept path to the target.
     """
 
     graph: AttributionGraph
@@ -62,14 +64,14 @@ class Influence:
                 raise InputError(f"`{name}` is {share}: give a share above 0 and at most 1")
         graph = self.graph
         stays = (self.node > 0) & (self.node >= _bar(self.node, nodes))
-        stays[_end(graph)] = True
+        stays |= _ends(graph) > 0
         among = graph.keep(graph.kept & stays[graph.source] & stays[graph.target])
         again = influence(among).edge
         return among.keep(among.kept & (again > 0) & (again >= _bar(again, edges))).prune()
 
 
 def influence(graph: AttributionGraph) -> Influence:
-    """The influence of a graph's kept edges on its last node. No model is needed.
+    """The influence of a graph's kept edges on its target, or its targets. No model is needed.
 
     >>> from tl_circuitlasso.graph.nodes import component_index
     >>> index = component_index(n_layers=1, n_heads=1)
@@ -78,20 +80,25 @@ def influence(graph: AttributionGraph) -> Influence:
     {'node': ['input', 'a0.h0'], 'influence': [1.0, 0.75]}
     """
     weight = _shares(graph)
-    out = torch.zeros(len(graph.index), dtype=torch.float64)
-    out[_end(graph)] = 1.0
+    ends = _ends(graph)
+    out = ends.clone()
     ranks = graph.index.ranks[graph.target]
     for rank in ranks[weight > 0].unique().flip(0).tolist():  # from the target up: an edge's source has a lower rank
         some = (ranks == rank) & (weight > 0)
         out.index_add_(0, graph.source[some], weight[some] * out[graph.target[some]])
     edge = weight * out[graph.target]
-    node = out.clone()
-    node[_end(graph)] = 0.0
+    node = torch.where(ends > 0, 0.0, out)
     return Influence(graph, node, edge, *_scores(graph, node, out, weight))
 
 
-def _end(graph: AttributionGraph) -> int:
-    return len(graph.index) - 1
+def _ends(graph: AttributionGraph) -> Float[Tensor, " node"]:
+    """The weights of the targets, 0 for other nodes; they add up to 1."""
+    ranks, names = graph.index.ranks, graph.index.names
+    last = [place for place, rank in enumerate(ranks.tolist()) if rank == int(ranks.max())]
+    found = torch.zeros(len(ranks), dtype=torch.float64)
+    for place in last:
+        found[place] = float(graph.node_info.get(names[place], {}).get("probability", 1.0))
+    return found / found.sum().clamp(min=1e-300)
 
 
 def _shares(graph: AttributionGraph) -> Float[Tensor, " edge"]:
@@ -103,7 +110,7 @@ def _shares(graph: AttributionGraph) -> Float[Tensor, " edge"]:
 def _scores(
     graph: AttributionGraph, node: Float[Tensor, " node"], out: Float[Tensor, " node"], weight: Float[Tensor, " edge"]
 ) -> tuple[float, float]:
-    error = torch.tensor([name.endswith(f".{ERROR}") for name in graph.index.names])
+    error = torch.tensor([is_missed(name) for name in graph.index.names])
     fed = torch.zeros_like(node).index_add(0, graph.target, weight)
     by_error = torch.zeros_like(node).index_add(0, graph.target, weight * error[graph.source])
     roots = fed == 0

@@ -19,10 +19,13 @@ from tl_circuitlasso.errors import InputError
 Kind = Literal["input", "head", "mlp", "resid", "hook", "target", "logits"]
 PORTS = ("", "q", "k", "v")  # "" is an edge whose ports are merged, or a child with one input
 
+UNEXPLAINED = "hook_unexplained"  # what the edges of a prompt's graph leave over of a feature
+
 _HEAD = re.compile(r"a(\d+)\.h(\d+)\Z")
 _MLP = re.compile(r"m(\d+)\Z")
 _RESID = re.compile(r"resid\.(\d+)\Z")
 _HOOK_LAYER = re.compile(r"\bblocks\.(\d+)\.")
+_MISSED = re.compile(rf"\b(hook_(sae_)?error|{UNEXPLAINED})\b")
 
 
 @dataclass(frozen=True, order=True)
@@ -73,3 +76,12 @@ def parse_site(text: str) -> Site:
         f"`site` {text!r} is not a site: write input, a5.h3, m7, resid.4, logits, target or a hook name "
         "such as blocks.4.hook_resid_post"
     )
+
+
+def is_missed(name: str) -> bool:
+    """Whether a site or node is what features don't say: an SAE's or a transcoder's error, or what edges leave over.
+
+    >>> is_missed("blocks.2.hook_resid_post.hook_sae_error"), is_missed("blocks.2.hook_resid_post#3")
+    (True, False)
+    """
+    return _MISSED.search(name) is not None

@@ -4,7 +4,7 @@ Out: kept edges only, ports merged. A node's id is `{layer}_{feature}_{ctx}`; `f
 and feature, as both pages expect. These pages draw one column per token of one prompt; a graph over a data set has no
 such tokens, so each kind of site (`input`, `attn`, `mlp`, `resid`, a hook) becomes a pseudo token and a column. The
 list of tokens is padded to twice their number, as the page deletes features that occur at more than two thirds of the
-tokens.
+tokens. Where nodes carry positions, as those of `apps.prompt_graph` do, the columns are the prompt's tokens.
 
 In: a node of a stranger's file becomes `blocks.4.hook_features.pos3#17` (feature 17 of layer 4 at token 3), an error
 node `blocks.4.hook_error.pos3`, a token `hook_embed.pos3#464`, a logit `hook_unembed.pos9#11`. Its entry is kept in
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from tl_circuitlasso.data import storage
-from tl_circuitlasso.data.sites import Site, parse_site
+from tl_circuitlasso.data.sites import UNEXPLAINED, Site, is_missed, parse_site
 from tl_circuitlasso.errors import FormatError, InputError
 from tl_circuitlasso.formats import _read
 from tl_circuitlasso.formats._shared_ids import told_apart
@@ -42,6 +42,9 @@ _REQUIRED = {
     "link": {"source": str, "target": str, "weight": (int, float)},
 }
 _TYPES = {"input": "embedding", "head": "attention head", "mlp": "mlp", "resid": "residual", "logits": "logit"}
+
+_SAID = {"hook_embed": "input", "hook_unembed": "logits"}  # where nodes carry positions
+_AT = re.compile(r"\.pos(\d+)\Z")
 
 Supernodes = Mapping[str, Iterable[str]]
 
@@ -75,7 +78,7 @@ def page(
     """Metadata, view, nodes and links, as plain data."""
     nodes = _nodes(graph)
     ids = {name: node["node_id"] for name, node in nodes.items()}
-    tokens, said = _tokens(nodes), graph.provenance.get("page")
+    tokens, said = _tokens(graph, nodes), graph.provenance.get("page")
     said = said if isinstance(said, Mapping) else {}
     metadata = {"slug": slug, "scan": scan, "prompt_tokens": tokens, "prompt": prompt} | dict(said.get("metadata", {}))
     view: dict[str, Any] = {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""}
@@ -95,7 +98,7 @@ def _nodes(graph: AttributionGraph) -> dict[str, dict[str, Any]]:
     """Each shown node's entry by its name: the ends of kept edges, and nodes that came from such a page."""
     shown = torch.zeros(len(graph.index), dtype=torch.bool)
     shown[graph.source[graph.kept]] = shown[graph.target[graph.kept]] = True
-    last = 1 + max((block.site.layer for block in graph.index.blocks), default=0)
+    levels = _levels(graph)
     columns: dict[str, int] = {"input": 0}
     nodes: dict[str, dict[str, Any]] = {}
     came_with = {name: info["page"] for name, info in graph.node_info.items() if isinstance(info.get("page"), Mapping)}
@@ -107,18 +110,51 @@ def _nodes(graph: AttributionGraph) -> dict[str, dict[str, Any]]:
             name = graph.index.names[where.start + offset]
             if name not in nodes:
                 feature = None if block.features is None else block.features[offset]
-                nodes[name] = _entry(name, block.site, feature, columns, last, graph.node_info.get(name, {}))
+                nodes[name] = _entry(name, block.site, feature, columns, levels, graph.node_info.get(name, {}))
     _check_ids(nodes)
     return nodes
 
 
+def _levels(graph: AttributionGraph) -> dict[str, str]:
+    """By site the page's row: its layer, E and the last one for what the model is given and what it says. Where nodes
+    carry positions and a layer has several hooks, hooks are counted instead."""
+    sites = [block.site for block in graph.index.blocks]
+    last = str(2 + max((site.layer for site in sites), default=0))
+    hooks = {}
+    for site in sites:
+        if _position(site) is not None and site.layer >= 0:
+            hooks.setdefault(_bare(site), site.layer)
+    numbers = list(hooks.values())
+    if len(set(numbers)) < len(numbers):
+        hooks = {hook: number for number, hook in enumerate(hooks)}
+        last = str(1 + len(hooks))
+    known = {"input": "E", "logits": last, "target": last}
+    named = {"hook_embed": "E", "hook_unembed": last}
+    return {
+        str(site): named.get(_bare(site), known.get(site.kind, str(hooks.get(_bare(site), max(site.layer, 0)))))
+        for site in sites
+    }
+
+
+def _position(site: Site) -> int | None:
+    """The token at which a node of one prompt stands."""
+    found = _AT.search(site.hook)
+    return None if found is None else int(found[1])
+
+
+def _bare(site: Site) -> str:
+    """The hook without position, and without the name of what its SAE misses."""
+    return re.sub(r"\.hook_(sae_error|unexplained)\Z", "", _AT.sub("", site.hook))
+
+
 def _entry(
-    name: str, site: Site, feature: int | None, columns: dict[str, int], last: int, info: Mapping[str, Any]
-) -> dict[str, Any]:
-    column = columns.setdefault(_column_name(site, feature), len(columns))
-    if is_error(site):
-        return _error_entry(name, site, column, info)
-    layer = {"input": "E", "logits": str(last + 1), "target": str(last + 1)}.get(site.kind, str(max(site.layer, 0)))
+    name: str, site: Site, feature: int | None, columns: dict[str, int], levels: Mapping[str, str],
+    info: Mapping[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    at, layer = _position(site), levels[str(site)]
+    column = columns.setdefault(_column_name(site, feature), len(columns)) if at is None else at
+    if is_missed(site.hook):
+        return _error_entry(name, site, layer, column, info)
     number = feature if feature is not None else max(site.head, 0)
     paired = number if not layer.isdigit() else cantor_pair(int(layer), number)
     entry = {
@@ -126,32 +162,28 @@ def _entry(
         "feature": paired,
         "layer": layer,
         "ctx_idx": column,
-        "feature_type": _TYPES.get(site.kind, "target" if site.kind == "target" else "feature"),
+        "feature_type": _TYPES.get(_SAID.get(_bare(site), site.kind), "target" if site.kind == "target" else "feature"),
         "jsNodeId": f"{layer}_{number}-{column}",
         "clerp": str(info.get("label", name)),
         "tl_name": name,
     }
-    if site.kind == "logits":  # the page takes a probability from a logit's label, and stops without one
+    if entry["feature_type"] == "logit":  # the page takes a probability from a logit's label, and stops without one
         label = "logits" if feature is None else str(info.get("label", feature))
-        entry |= {"clerp": f'Output "{label}" (p=1.000)', "is_target_logit": True, "token_prob": 1.0}
-    return entry
+        chance = float(info.get("probability", 1.0))
+        entry |= {"clerp": f'Output "{label}" (p={chance:.3f})', "is_target_logit": True, "token_prob": chance}
+    return entry | ({"activation": float(info["activation"])} if "activation" in info else {})
 
 
-def is_error(site: Site) -> bool:
-    """Whether a site is what an SAE or a transcoder misses of an activation."""
-    return re.search(r"\bhook_(sae_)?error\b", site.hook) is not None
-
-
-def _error_entry(name: str, site: Site, column: int, info: Mapping[str, Any]) -> dict[str, Any]:
+def _error_entry(name: str, site: Site, layer: str, column: int, info: Mapping[str, Any]) -> dict[str, Any]:
     """An error node has no feature, and no number that a feature could have."""
-    layer = str(max(site.layer, 0))
+    number = -2 if UNEXPLAINED in site.hook else -1
     return {
-        "node_id": f"{layer}_-1_{column}",
-        "feature": -1,
+        "node_id": f"{layer}_{number}_{column}",
+        "feature": number,
         "layer": layer,
         "ctx_idx": column,
         "feature_type": "reconstruction error",
-        "jsNodeId": f"{layer}_-1-{column}",
+        "jsNodeId": f"{layer}_{number}-{column}",
         "clerp": str(info.get("label", name)),
         "tl_name": name,
     }
@@ -175,7 +207,10 @@ def _check_ids(nodes: Mapping[str, Mapping[str, Any]]) -> None:
             raise InputError(f"`graph` has {other} and {name}, which share the id {node['node_id']}: leave one out")
 
 
-def _tokens(nodes: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _tokens(graph: AttributionGraph, nodes: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    prompt = graph.provenance.get("prompt_tokens")
+    if isinstance(prompt, list) and any(_position(block.site) is not None for block in graph.index.blocks):
+        return [str(token) for token in prompt]
     columns: dict[int, str] = {0: "input"}
     for name, node in nodes.items():
         site, _, feature = name.partition("#")
