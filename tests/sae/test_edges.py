@@ -12,7 +12,7 @@ import tl_circuitlasso as tcl
 from tl_circuitlasso.baselines import feature_correlation, feature_gradient
 from tl_circuitlasso.data.sites import parse_site
 from tl_circuitlasso.errors import InputError
-from tl_circuitlasso.evaluate import edges
+from tl_circuitlasso.evaluate import edge_recall, edges
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.graph.nodes import Block, NodeIndex, component_index
 from tl_circuitlasso.models import adapt
@@ -271,3 +271,17 @@ def test_recall_and_signs_tell_inhibition_apart(few, plain, graph) -> None:
     assert (found.recall.loc[("always +", "-"), "kept"].dropna() == 1).all()
     assert found.signs.loc[("true", "-"), "sign_agreement"] == found.signs.loc[("true", "+"), "sign_agreement"] == 1
     assert found.signs.loc[("always +", "-"), "sign_agreement"] == 0
+
+
+def test_effects_that_chance_makes_are_not_asked_for() -> None:
+    """Of 4,000 pairs, half of one source with an effect: those, and hardly any of the dozens beyond three errors."""
+    random = torch.Generator().manual_seed(0)
+    change = torch.randn(32, 40, 100, generator=random).double()
+    change[:, 0, :50] += 2.0
+    sums = torch.stack([change.sum(0), change.square().sum(0), change.sum(0)])
+    mass = torch.full((3, 40), 32.0).double()
+    numbers, ones = [torch.arange(40), torch.arange(100)], [torch.ones(40).double(), torch.ones(100).double()]
+    found = edge_recall._truth(*numbers, sums, mass, *ones)
+    assert bool(found.sure[0, :50].all()) and int(found.sure.sum()) <= 55
+    error = change.std(0) / 32**0.5
+    assert int((change.mean(0)[1:].abs() > 3 * error[1:]).sum()) > 10

@@ -1,8 +1,10 @@
 """How much of what features do to each other do graphs hold? Every effect of some sources, kept or not.
 
-Of sources drawn at random the effects on all features of the child's hook are measured, and those that are sure (three
-standard errors over prompts) and of some size are looked up in each graph: found are those that it keeps with the right
-sign. Inhibition is counted apart, so a rule that always says "+" finds half of the signs at best.
+Of sources drawn at random the effects on all features of the child's hook are measured, and those that are sure (a
+t-test over prompts, at a false-discovery rate of `SURE` among all pairs that were measured) and of some size are looked
+up in each graph: found are those that it keeps with the right sign. Of tens of thousands of pairs hundreds are three
+standard errors from zero by chance alone, which no graph should hold. Inhibition is counted apart, so a rule that
+always says "+" finds half of the signs at best.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,17 +15,19 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
+from scipy.stats import t as student
 from torch import Tensor
 
 from tl_circuitlasso.baselines.features import features_of, hook_pairs
 from tl_circuitlasso.data.sites import PORTS
+from tl_circuitlasso.features.effects import adjusted
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.encoder import Encoder
 from tl_circuitlasso.models.feature_effects import Recording, trials
 
 BOUNDS = (0.05, 0.1, 0.2)  # standard deviations of the child per one of the parent
-SURE = 3.0  # standard errors
+SURE = 0.05  # false-discovery rate
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +81,9 @@ def _truth(
     spread = (sums[1] - 2 * effect * sums[2] + effect.square() * mm).clamp(min=0)
     error = (spread * n / (n - 1).clamp(min=1)).sqrt() / m.clamp(min=1e-300)
     score = effect * source[:, None] / target.clamp(min=1e-300)
-    return Truth(sources, targets, effect, score, (n > 2) & (effect.abs() > SURE * error))
+    p = 2 * student.sf((effect.abs() / error.clamp(min=1e-300)).numpy(), (n - 1).clamp(min=1).numpy())
+    tested = torch.where((n > 2) & (effect != 0), torch.from_numpy(p), 1.0)
+    return Truth(sources, targets, effect, score, adjusted(tested.flatten(), tested.numel()).view_as(tested) <= SURE)
 
 
 def _spreads(graph: AttributionGraph, hook: str, features: Int[Tensor, " some"]) -> Float[Tensor, " some"]:
