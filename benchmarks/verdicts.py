@@ -6,12 +6,12 @@
 Each method's circuits are found on resampled prompts; `evaluate.calibrate` learns from all models but one which share
 of resamples calls an edge in or out, and the edges of that one are judged. Methods that only rank are cut to as many
 edges as the truth has. Planted transformers are made fresh, with 2 or 3 layers of 2 to 4 heads; their planted edges
-have a strength of .2 to 1, all others of .1. What FILE holds isn't run again.
+have a strength of .2 to 1, all others of .03. What FILE holds isn't run again.
 """
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ class Known:
 def planted_case(seed: int, prompts: int) -> Case:
     """A planted transformer as a case."""
     made = planted_transformer(
-        layers=2 + seed % 2, heads=2 + seed % 3, prompts=prompts, weakest=0.2, leak=0.1, seed=seed
+        layers=2 + seed % 2, heads=2 + seed % 3, prompts=prompts, weakest=0.2, leak=0.03, seed=seed
     )
     return Case(
         name=f"planted_{seed}",
@@ -104,8 +104,21 @@ def table(lines: Sequence[dict[str, Any]], confidence: float) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def by_share(lines: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """How many edges were kept in which share of the resamples, and how many of them are true."""
+    edges = pd.DataFrame(
+        [(line["method"], line["kind"], share, true) for line in lines for *_, share, true in line["shares"]],
+        columns=["method", "models", "share", "true"],
+    )
+    counted = edges.groupby(["method", "models", "share"], sort=False)["true"].agg(["sum", "count"])
+    cells = counted["sum"].astype(str) + " of " + counted["count"].astype(str)
+    return cells.unstack("share", fill_value="").sort_index(axis=1)
+
+
 def _figures(counts: Sequence[pd.DataFrame]) -> dict[str, Any]:
+    """Counts and shares over all edges, and per model the two errors that `calibrate` bounds."""
     total = sum(counts[1:], start=counts[0])
+    each = [(count, count.sum(axis=1)) for count in counts]
     called = total.sum(axis=1)
     return {
         "in": called["in"],
@@ -113,8 +126,17 @@ def _figures(counts: Sequence[pd.DataFrame]) -> dict[str, Any]:
         "out": called["out"],
         "absent": total.loc["out", "false"] / called["out"] if called["out"] else None,
         "true edges lost": total.loc["out", "true"] / total["true"].sum(),
+        "false in, per model": _mean(count.loc["in", "false"] / max(1, called["in"]) for count, called in each),
+        "true out, per model": _mean(
+            count.loc["out", "true"] / max(1, min(called["out"], count["true"].sum())) for count, called in each
+        ),
         "abstained": called["abstain"] / called.sum(),
     }
+
+
+def _mean(shares: Iterable[float]) -> float:
+    some = list(shares)
+    return sum(some) / len(some)
 
 
 def main() -> None:
@@ -136,6 +158,8 @@ def main() -> None:
     mine = [line for line in lines if (line["prompts"], line["resamples"]) == (options.prompts, options.resamples)]
     print(f"\n{len({line['case'] for line in mine})} models, confidence {options.confidence}, each by the others:")
     print(table(mine, options.confidence).to_string(index=False, float_format="{:.3f}".format))
+    print("\nTrue edges of those that this share of the resamples keeps:")
+    print(by_share(mine).to_string())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -143,9 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("folder", type=Path, help="of cases")
     parser.add_argument("--planted", type=int, default=20, help="transformers made fresh; default %(default)s")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), help="by their names in benchmarks.rivals")
-    parser.add_argument(
-        "--prompts", type=int, default=100, help="of each model, half of them used; default %(default)s"
-    )
+    parser.add_argument("--prompts", type=int, default=32, help="of each model, half of them used; default %(default)s")
     parser.add_argument("--resamples", type=int, default=5, help="default %(default)s")
     parser.add_argument("--confidence", type=float, default=0.9, help="default %(default)s")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

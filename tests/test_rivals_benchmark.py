@@ -37,6 +37,12 @@ def test_a_model_is_judged_by_thresholds_from_the_others():
     )
 
 
+def test_shares_are_counted_with_the_truth():
+    found = verdicts.by_share(lines((0, 10, 0)))
+    assert found.loc[("EAP", "trained")].tolist() == ["0 of 70", "80 of 90"]
+    assert found.loc[("EAP", "planted")].tolist() == ["0 of 40", "40 of 40"]
+
+
 @pytest.mark.slow
 def test_planted_models_are_judged_and_not_run_again(tmp_path, monkeypatch, capsys):
     (tmp_path / "cases").mkdir()
@@ -48,8 +54,8 @@ def test_planted_models_are_judged_and_not_run_again(tmp_path, monkeypatch, caps
         verdicts.main()
     shown = capsys.readouterr().out
     assert shown.count("case_13 EAP 16 2") == 1 and shown.count("9 models, confidence 0.9") == 2
-    last = shown.splitlines()[-1].split()
-    assert last[:2] == ["EAP", "all"] and float(last[3]) >= 0.9 and float(last[5]) >= 0.9
+    last = next(line.split() for line in reversed(shown.splitlines()) if line.split()[:2] == ["EAP", "all"])
+    assert float(last[3]) >= 0.8 and float(last[5]) >= 0.9
 
 
 def test_a_table_goes_on_where_its_file_ends(tmp_path):
@@ -70,20 +76,7 @@ def test_chance_is_drawn_anew_for_other_prompts_and_the_same_for_the_same():
 
 
 def test_the_bundled_model_is_compared_in_its_wordings(monkeypatch, capsys):
-    words = [
-        "rivals",
-        "demo",
-        "--prompts",
-        "12",
-        "--resamples",
-        "3",
-        "--wordings",
-        "1",
-        "--methods",
-        "EAP-IG",
-        "--threads",
-        "1",
-    ]
+    words = "rivals demo --prompts 24 --resamples 2 --wordings 1 --methods EAP-IG --threads 1".split()
     monkeypatch.setattr(sys, "argv", words)
     rivals.main()
     head, row = capsys.readouterr().out.splitlines()[:2]
