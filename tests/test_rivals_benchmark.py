@@ -76,8 +76,8 @@ def test_chance_is_drawn_anew_for_other_prompts_and_the_same_for_the_same():
 
 
 def test_the_bundled_model_is_compared_in_its_wordings(monkeypatch, capsys):
-    words = "rivals demo --prompts 24 --resamples 2 --wordings 1 --methods EAP-IG --threads 1".split()
-    monkeypatch.setattr(sys, "argv", words)
+    words = ["demo", "--prompts", "24", "--resamples", "2", "--wordings", "1", "--methods", "EAP-IG", "--threads", "1"]
+    monkeypatch.setattr(sys, "argv", ["rivals", *words])
     rivals.main()
     head, row = capsys.readouterr().out.splitlines()[:2]
     shown = dict(zip(head.replace("other words", "other").replace("same words", "same").split(), row.split()))
