@@ -1,5 +1,6 @@
 """Strict test mode: one thread, fixed seed, shape annotations checked by beartype, no network."""
 
+import gc
 import os
 
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
@@ -25,6 +26,12 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("suite")
+
+
+def pytest_collection_finish() -> None:
+    """Modules and tests stay till the end: the collector needn't walk them again and again (half of some tests)."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -158,10 +158,10 @@ def test_a_direction_of_all_other_tokens_sees_what_two_tokens_miss() -> None:
 @pytest.mark.parametrize("target", ["own", "difference"])
 def test_kept_scores_are_what_patching_finds(target: str) -> None:
     """Within a factor of two, and in proportion, for nats and for logits."""
-    demo = tcl.load_demo(prompts=64)
+    demo = tcl.load_demo(prompts=32)
     with torch.no_grad():
         last = demo.model(demo.tokens)[:, -1]
-    rows = torch.arange(64)
+    rows = torch.arange(32)
     before = last[rows, demo.correct] - last[rows, demo.incorrect]
 
     def change(logits: Tensor, some: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
+
+from tests.apart import apart
 
 REAL = "6_real_model"  # SmolLM2-135M-Instruct: minutes, and a model that isn't bundled
 TUTORIALS = sorted((Path(__file__).parents[1] / "tutorials").glob("*.ipynb"))
@@ -32,9 +33,24 @@ def test_the_tutorial_on_a_real_model_runs_where_the_model_is(tmp_path: Path) ->
 
 def _run(path: Path, folder: Path) -> None:
     """Run it in an empty folder: what a tutorial needs comes with the package."""
-    notebook = nbformat.read(path, as_version=4)
-    resources = {"metadata": {"path": str(folder)}}
-    NotebookClient(notebook, timeout=600, kernel_name="python3", resources=resources).execute()
+    apart(
+        run_cells, [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"], folder
+    )
+
+
+def run_cells(cells: list[str], folder: Path) -> None:
+    """Run cells one after the other in a notebook's kernel, here in this process, where the libraries stand ready."""
+    from ipykernel.inprocess.manager import InProcessKernelManager
+
+    os.chdir(folder)
+    manager = InProcessKernelManager()
+    manager.start_kernel()
+    client = manager.client()
+    client.start_channels()
+    for cell in cells:
+        client.execute(cell)
+        reply = client.get_shell_msg(timeout=600)["content"]
+        assert reply["status"] == "ok", "\n".join(reply["traceback"])
 
 
 @pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)

@@ -416,8 +416,8 @@ def test_adaptive_weights_keep_fewer_edges(demo: Demo, demo_saes: Any) -> None:
 
 
 def test_a_larger_strength_keeps_fewer_edges(demo: Demo, demo_saes: Any) -> None:
-    counts = [circuit(demo, demo_saes, strength=strength).n_kept for strength in (0.02, 0.2, 0.6, 1.0)]
-    assert counts == sorted(counts, reverse=True) and counts[-1] == 0
+    counts = [circuit(demo, demo_saes, strength=strength).n_kept for strength in (0.1, 0.4, 1.0)]
+    assert counts[0] > counts[1] > counts[2] == 0
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------------
