@@ -37,11 +37,11 @@ def fraction(name: str, given: Any, of: str = "", *, whole: bool = True) -> floa
     ------
     InputError: something else.
     """
-    number = isinstance(given, Real) and not isinstance(given, bool)
-    if not number or not 0 < given <= 1 or (given == 1 and not whole):
+    share = float(given) if isinstance(given, Real) and not isinstance(given, bool) else -1.0
+    if not 0 < share <= 1 or (share == 1 and not whole):
         bounds = "above 0 and at most 1" if whole else "above 0 and below 1"
         raise InputError(f"`{name}` is {shortened(given)}: give a share{of and ' ' + of}, {bounds}")
-    return float(given)
+    return share
 
 
 def truth(name: str, given: Any) -> bool:

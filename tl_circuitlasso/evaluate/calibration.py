@@ -129,7 +129,7 @@ Called = tuple[Float[np.ndarray, " step"], Bool[np.ndarray, " step"]]  # the err
 def _called_in(share: Shares, true: Truth, steps: Float[np.ndarray, " step"]) -> Called:
     """At each step, from the highest, the share of false edges among those at or above it."""
     called = share >= steps[:, None]
-    return (called & ~true).sum(1) / called.sum(1).clip(1), called.any(1)
+    return (called & ~true).sum(1) / called.sum(1).clip(1), called.sum(1) > 0
 
 
 def _called_out(share: Shares, true: Truth, steps: Float[np.ndarray, " step"]) -> Called:
@@ -137,7 +137,7 @@ def _called_out(share: Shares, true: Truth, steps: Float[np.ndarray, " step"]) -
     among the true edges."""
     called = share <= steps[:, None]
     lost = (called & true).sum(1)
-    return np.maximum(lost / called.sum(1).clip(1), lost / max(1, true.sum())), called.any(1)
+    return np.maximum(lost / called.sum(1).clip(1), lost / max(1, true.sum())), called.sum(1) > 0
 
 
 def _furthest(steps: Float[np.ndarray, " step"], called: Sequence[Called], may: float) -> float | None:
