@@ -24,8 +24,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_circuitlasso._checks import fraction
 from tl_circuitlasso.data.sites import is_missed
-from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
 
 
@@ -60,8 +60,7 @@ class Influence:
         InputError: a share that isn't above 0 and at most 1.
         """
         for name, share in (("nodes", nodes), ("edges", edges)):
-            if not 0 < share <= 1:
-                raise InputError(f"`{name}` is {share}: give a share above 0 and at most 1")
+            fraction(name, share, "of all influence")
         graph = self.graph
         stays = (self.node > 0) & (self.node >= _bar(self.node, nodes))
         stays |= _ends(graph) > 0

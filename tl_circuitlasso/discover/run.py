@@ -5,7 +5,7 @@ prompts      Prompts      batches of tokens, masks and the positions that are sa
 activations  dict         batch pos ... by site, freed after each batch
   | design.add            what each child could have read from each possible parent          models/designs.py, read.py
 statistics   Statistics   float64 second moments: all that the regressions see               data/statistics.py
-  | learn                 a certified sparse regression per child, relevance from the target learning.py
+  | learn                 a certified sparse regression per child, relevance from the target discover/designs/
 graph        AttributionGraph
 """
 

@@ -26,6 +26,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float
 
+from tl_circuitlasso._checks import fraction
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.stability import Edge, Stability
 
@@ -104,8 +105,7 @@ def calibrate(known: Iterable[Known], *, confidence: int | float = 0.9) -> Calib
     >>> calibrate([(found, edges[:3])] * 9)
     Calibration(keep=1.0, drop=0.0, confidence=0.9, circuits=9, true_edges=27, false_edges=27)
     """
-    if not 0 < confidence < 1:
-        raise InputError(f"`confidence` is {confidence!r}: give a share between 0 and 1")
+    fraction("confidence", confidence, whole=False)
     shares = [(np.array(list(found.shares.values())), _members(found, truth)) for found, truth in known]
     may = 1 - confidence
     if len(shares) < (least := math.ceil(1 / may - 1e-9) - 1):
