@@ -1,6 +1,7 @@
 """The contract of a design: whatever is asked of one stands in one class, so that a new one needs no other file."""
 
 import ast
+import re
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -15,6 +16,7 @@ from torch import Tensor
 import tl_circuitlasso as tcl
 from tests import architectures
 from tests.sae.training import plain_sae
+from tl_circuitlasso.__main__ import main
 from tl_circuitlasso.discover.designs import DESIGNS, way_for
 from tl_circuitlasso.discover.designs.moments import ACTIVATION
 from tl_circuitlasso.discover.opening import opened
@@ -55,6 +57,14 @@ def test_a_design_goes_by_one_name() -> None:
         design = way.of_basis("component")
         assert isinstance(design, Design) and way.name == design.name == name
         assert way.unit(None) and way_for(name, "component") is way
+
+
+def test_the_command_line_offers_every_design(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its list is its own, for a parser that waits for torch is slow to say what it takes."""
+    with pytest.raises(SystemExit):
+        main(["discover", "--help"])
+    (offered,) = re.findall(r"--design \{([\w,]+)\}", capsys.readouterr().out)[:1]
+    assert sorted(offered.split(",")) == sorted(DESIGNS)
 
 
 @pytest.mark.parametrize("kind", [*DESIGNS, "neuron", "features"])
