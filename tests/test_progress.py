@@ -11,6 +11,7 @@ import torch
 
 import tl_circuitlasso as tcl
 from tl_circuitlasso import progress
+from tl_circuitlasso.discover import pace
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.graph.nodes import component_index
 
@@ -56,6 +57,22 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     sized = {"progress": True, "desc": "read", "total": 3}
     assert list(progress.counted(["ab", "c"], len, **sized)) == ["ab", "c"]
     assert "3/3 prompts" in capsys.readouterr().err
+
+
+def test_a_bar_on_a_terminal_goes_on_while_one_item_takes_long(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(progress, "SHORT", 0.05)
+    for _ in progress.bar(range(1), progress=True, desc="solve", unit="block"):
+        time.sleep(0.5)
+    told = capsys.readouterr().err
+    assert told.count("0/1 blocks") > 2 and "1/1 blocks" in told.splitlines()[-1] and told.endswith("\n")
+    time.sleep(0.2)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(progress, "SHORT", 10.0)
+    assert list(progress.bar(range(2), progress=True, desc="solve", unit="block")) == [0, 1]
+    assert capsys.readouterr().err == ""
 
 
 # ---- who speaks -----------------------------------------------------------------------------------------------------
@@ -136,9 +153,21 @@ def test_a_discovery_counts_what_is_done_and_what_it_solves(
     lines = [line for line in capsys.readouterr().err.splitlines() if " gone" in line]
     assert lines[0].startswith("collect: 0 of 3 prompts")  # the first batch isn't done before it is
     assert any(line.startswith("collect: 3 of 3 prompts") for line in lines)
-    assert re.match(r"solve: (\d+) of \1 regressions", lines[-1])
+    assert re.match(r"solve: (\d+) of \1 batches", lines[-1])
     tcl.circuit_lasso(given[0], given[2], positions="last", batch_size=2, refined=False, progress=False)
     assert " gone" not in capsys.readouterr().err
+
+
+def test_what_is_run_to_say_how_long_it_takes_is_heard_itself(
+    given: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    monkeypatch.setattr(pace, "_may_be_long", lambda job: True)
+    capsys.readouterr()
+    tcl.circuit_lasso(given[0], given[2], positions="last", refined=False)
+    assert "time the first prompts: 1 of 1 batches" in capsys.readouterr().err
+    tcl.circuit_lasso(given[0], given[2], positions="last", refined=False, progress=False)
+    assert capsys.readouterr().err == ""
 
 
 def test_texts_and_splits_are_counted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

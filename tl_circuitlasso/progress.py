@@ -32,7 +32,7 @@ def bar(
     if not progress or sys.stderr.isatty():
         form = None if total is None else FORM
         options: Any = {"disable": not progress, "delay": SHORT, "leave": None, "bar_format": form}
-        return tqdm(items, desc=desc, unit=unit, total=total, **options)
+        return _Bar(items, desc=desc, unit=unit, total=total, **options)
     return _Lines(items, desc, unit, total)
 
 
@@ -50,6 +50,30 @@ def counted(
             counting.update(size(item))
 
 
+class _Bar(tqdm):
+    """A bar whose clock goes on while a single item takes long."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        self._turn, self._done, self._told = threading.Lock(), threading.Event(), False
+        super().__init__(*arguments, **options)
+        if not self.disable:
+            threading.Thread(target=_watch, args=(weakref.ref(self), self._done, SHORT), daemon=True).start()
+
+    def tell(self) -> None:
+        """Drawn anew."""
+        with self._turn:
+            if not self._done.is_set():
+                self._told = True
+                self.refresh()
+
+    def close(self) -> None:
+        with self._turn:
+            self._done.set()
+        if self._told:  # tqdm takes a bar that it hasn't drawn by itself for one that was never seen
+            self.last_print_t = max(self.last_print_t, self.start_t + self.delay)
+        super().close()
+
+
 class _Lines:
     """One line after the other on standard error, also while a single item takes long."""
 
@@ -58,7 +82,7 @@ class _Lines:
         self.n: int | float = 0
         self._began = self._told = time.monotonic()
         self._lock, self._done = threading.Lock(), threading.Event()
-        threading.Thread(target=_watch, args=(weakref.ref(self), self._done), daemon=True).start()
+        threading.Thread(target=_watch, args=(weakref.ref(self), self._done, EVERY), daemon=True).start()
 
     def __iter__(self) -> Iterator[Any]:
         with self:
@@ -117,9 +141,10 @@ def clock(seconds: int | float) -> str:
     return str(timedelta(seconds=round(max(seconds, 0.0))))
 
 
-def _watch(lines: "weakref.ref[_Lines]", done: threading.Event) -> None:
-    """Lets the lines speak until they are done or forgotten."""
-    while not done.wait(max(EVERY, 0.05)):
-        if (found := lines()) is None:
+def _watch(teller: "weakref.ref[_Bar | _Lines]", done: threading.Event, every: int | float) -> None:
+    """Lets a bar or lines speak until they are done or forgotten."""
+    while not done.wait(max(every, 0.05)):
+        if (found := teller()) is None:
             return
         found.tell()
+        del found  # so that it can be forgotten

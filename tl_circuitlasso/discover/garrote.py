@@ -106,7 +106,7 @@ def _columns(statistics: Statistics, keys: list[str], number: int) -> Float[Tens
 
 def garrotes(found: Sequence[Child], asked: Asked, ranks: Ranks = ALONE, *, progress: bool = False) -> list[Solution]:
     """Every child's regression, in their order; `ranks` share them, small ones side by side."""
-    work = counting(_together(found, asked), progress=progress, desc="solve", unit="group of regressions")
+    work = counting(_together(found, asked), progress=progress, desc="solve", unit="batch")
     return [one for part in ranks.map(work, lambda some: _packed(_solved(some, asked)), _unpacked) for one in part]
 
 

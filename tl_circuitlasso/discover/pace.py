@@ -14,7 +14,7 @@ from tl_circuitlasso.discover.way import Job, Pace
 from tl_circuitlasso.models import read
 from tl_circuitlasso.models.collect import left_aligned
 from tl_circuitlasso.models.tokens import Batch, first_prompts
-from tl_circuitlasso.progress import EVERY, say
+from tl_circuitlasso.progress import EVERY, bar, say
 
 FEW = 2  # prompts that are run to be warm
 TOLD = 4  # prompts that are run where all that is wanted is a line ahead of a long run
@@ -27,7 +27,9 @@ def tell_ahead(asked: Job[Any], job: Job[Any]) -> None:
     """Say what a long run will take, before it starts, where progress is wanted and it can be known."""
     with job.ranks.together():
         if job.progress and job.ranks.rank == 0 and unplanned(job) is None and _may_be_long(job):
-            ahead = with_times(RunPlan.of(asked, job, (), None), job, TOLD)
+            with bar(total=1, progress=True, desc="time the first prompts", unit="batch") as timing:
+                ahead = with_times(RunPlan.of(asked, job, (), None), job, TOLD)
+                timing.update()
             if ahead.seconds >= EVERY:
                 say(f"circuit_lasso: {ahead.brief()}")
 
