@@ -54,11 +54,16 @@ class Part:
             yield
 
 
-def one_percent(scores: Tensor, *, largest: float | None = None) -> float:
-    """The threshold at exactly one percent of the largest score."""
-    if not scores.numel():
-        return float("inf")
-    return CENTRE * (float(scores.max()) if largest is None else largest)
+def one_percent(scores: Tensor, *, largest: Tensor | None = None) -> Tensor:
+    """The threshold at exactly one percent of the largest score; infinite where there is none."""
+    if not scores.shape[-1]:
+        return torch.full(scores.shape[:-1], torch.inf, dtype=torch.float64)
+    return CENTRE * (scores.amax(-1) if largest is None else largest).double()
+
+
+def no_way_is_narrow(edges: Edges, cost: Tensor) -> Tensor:
+    """As if the best path had no cheapest edge."""
+    return torch.full(cost.shape[:-1], torch.inf, dtype=torch.float64)
 
 
 def energy(outcome: Outcome, change: Tensor) -> Tensor:
@@ -101,10 +106,13 @@ PARTS = {
     "nats": Part("squared changes of the logits", [(Outcome, "cost", energy)]),
     "gap": Part(
         "a threshold at exactly 1 %",
-        [(choice, "widest_gap", one_percent), (refining, "widest_gap", one_percent)],
+        [(choice, "widest_gaps", one_percent), (refining, "widest_gap", one_percent)],
     ),
     "node rule": Part("all nodes count", [(Edges, "choose", all_nodes(Edges.choose))]),
-    "path bar": Part("a threshold that may cut every path", [(Edges, "_narrowest", lambda *_: float("inf"))]),
+    "path bar": Part(
+        "a threshold that may cut every path",
+        [(Edges, "_narrowest", lambda _, cost: torch.full(cost.shape[:-1], torch.inf))],
+    ),
     "bound": Part("costs as they are, however large", [(choice, "RUNAWAY", float("inf"))]),
     "second look": Part("the first look alone", options={"refined": False}),
     "free garrote": Part("edges must have a weight, too: strength .01", options={"strength": 0.01}),

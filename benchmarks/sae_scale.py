@@ -185,10 +185,11 @@ def _codes(matrix: scipy.sparse.csr_matrix) -> Codes:
 
 
 def small_part(pair: PairData) -> PairData:
-    """A few features of a pair: a regression that compiles what larger ones need."""
-    some: dict[str, Any] = {"features": pair.features[:8], "child_features": pair.child_features[:8]}
+    """Some features of a pair: a regression just large enough to compile what larger ones need."""
+    few = min(128, len(pair.features), len(pair.child_features))
+    some: dict[str, Any] = {"features": pair.features[:few], "child_features": pair.child_features[:few]}
     if pair.effects is not None:
-        dense = pair.effects.dense(torch.arange(8))[:8]
+        dense = pair.effects.dense(torch.arange(few))[:few]
         some |= {"effects": effects_of(dense)}
     return replace(pair, **some)
 

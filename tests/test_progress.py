@@ -153,7 +153,7 @@ def test_a_discovery_counts_what_is_done_and_what_it_solves(
     lines = [line for line in capsys.readouterr().err.splitlines() if " gone" in line]
     assert lines[0].startswith("collect: 0 of 3 prompts")  # the first batch isn't done before it is
     assert any(line.startswith("collect: 3 of 3 prompts") for line in lines)
-    assert re.match(r"solve: (\d+) of \1 batches", lines[-1])
+    assert re.match(r"solve: (\d+) of \1 regressions", lines[-1])
     tcl.circuit_lasso(given[0], given[2], positions="last", batch_size=2, refined=False, progress=False)
     assert " gone" not in capsys.readouterr().err
 

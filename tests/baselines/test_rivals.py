@@ -108,7 +108,7 @@ def test_acdc_refuses_a_negative_threshold():
     clean, corrupted = pair()
     with pytest.raises(InputError, match="`threshold`"):
         baselines.acdc(model, clean, corrupted, last_difference, threshold=-1)
-    with pytest.raises(InputError, match="one finite number"):
+    with pytest.raises(InputError, match="must return one number"):
         baselines.acdc(model, clean, corrupted, lambda logits, rows: logits)
 
 

@@ -100,7 +100,8 @@ def test_ctrl_c_returns_control_at_once_and_leaves_the_matrices_alone() -> None:
     problem = planted(samples=400, sources=300, targets=300, correlation=0.99)
     matrices = problem.matrices
     before = {name: matrix.clone() for name, matrix in matrices.items()}
-    lasso(problem.gram[:5, :5], problem.cross[:5], target_sq_norm=problem.square, strength=0.5)  # compiled beforehand
+    few = {"target_sq_norm": problem.square, "strength": 0.5, "solver": "working_set"}
+    lasso(problem.gram[:5, :5], problem.cross[:5], **few)  # compiled beforehand
     timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
     clock = time.perf_counter()

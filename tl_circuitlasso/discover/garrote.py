@@ -14,7 +14,7 @@ from tl_circuitlasso.data.sharing import ALONE, Ranks
 from tl_circuitlasso.data.sites import PORTS
 from tl_circuitlasso.data.statistics import Statistics
 from tl_circuitlasso.graph.nodes import NodeIndex
-from tl_circuitlasso.progress import bar as counting
+from tl_circuitlasso.progress import counted
 from tl_circuitlasso.solve import Solution
 from tl_circuitlasso.solve.distributed import packed, unpacked
 
@@ -106,7 +106,8 @@ def _columns(statistics: Statistics, keys: list[str], number: int) -> Float[Tens
 
 def garrotes(found: Sequence[Child], asked: Asked, ranks: Ranks = ALONE, *, progress: bool = False) -> list[Solution]:
     """Every child's regression, in their order; `ranks` share them, small ones side by side."""
-    work = counting(_together(found, asked), progress=progress, desc="solve", unit="batch")
+    groups = _together(found, asked)
+    work = counted(groups, len, progress=progress, desc="solve", unit="regression", total=len(found))
     return [one for part in ranks.map(work, lambda some: _packed(_solved(some, asked)), _unpacked) for one in part]
 
 
