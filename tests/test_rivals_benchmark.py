@@ -47,15 +47,15 @@ def test_shares_are_counted_with_the_truth():
 def test_planted_models_are_judged_and_not_run_again(tmp_path, monkeypatch, capsys):
     (tmp_path / "cases").mkdir()
     (tmp_path / "cases" / "case_13").symlink_to(CASES / "case_13")
-    words = ["verdicts", str(tmp_path / "cases"), "--planted", "8", "--prompts", "16", "--resamples", "2"]
-    words += ["--methods", "EAP", "--json", str(tmp_path / "shares.json"), "--threads", "1"]
+    words = ["verdicts", str(tmp_path / "cases"), "--planted", "8", "--prompts", "32", "--resamples", "2"]
+    words += ["--methods", "EAP", "--json", str(tmp_path / "shares.json"), "--threads", "1", "--confidence", "0.8"]
     for _ in range(2):
         monkeypatch.setattr(sys, "argv", words)
         verdicts.main()
     shown = capsys.readouterr().out
-    assert shown.count("case_13 EAP 16 2") == 1 and shown.count("9 models, confidence 0.9") == 2
+    assert shown.count("case_13 EAP 32 2") == 1 and shown.count("9 models, confidence 0.8") == 2
     last = next(line.split() for line in reversed(shown.splitlines()) if line.split()[:2] == ["EAP", "all"])
-    assert float(last[3]) >= 0.8 and float(last[5]) >= 0.9
+    assert float(last[3]) >= 0.7 and float(last[5]) >= 0.9
 
 
 def test_a_table_goes_on_where_its_file_ends(tmp_path):
