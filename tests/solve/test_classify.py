@@ -111,14 +111,6 @@ def test_garrote_strength_one_is_empty_and_a_path_warms_up() -> None:
     assert all(solution.status is Status.SOLVED for solution in warm)
 
 
-def test_without_numba_the_newton_steps_are_the_same(monkeypatch) -> None:
-    parts, prediction = contributions()
-    compiled = cross_entropy_garrote(parts, prediction, strength=0.1, tol=1e-7)
-    monkeypatch.setattr("tl_circuitlasso.solve.newton.numba_available", lambda: False)
-    plain = cross_entropy_garrote(parts, prediction, strength=0.1, tol=1e-7)
-    torch.testing.assert_close(plain.value, compiled.value, atol=1e-3, rtol=0)
-
-
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
 def test_hessians_in_single_precision_lead_to_the_same_place(monkeypatch, scale: float) -> None:
     problem = planted(samples=60, sources=90, targets=1)

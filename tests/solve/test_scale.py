@@ -112,10 +112,7 @@ def test_ctrl_c_returns_control_at_once_and_leaves_the_matrices_alone() -> None:
     assert all(torch.equal(before[name], matrices[name]) for name in before)
 
 
-@pytest.mark.parametrize("compiled", [True, False])
-def test_gram_of_sparse_codes_equals_the_dense_one(compiled: bool, monkeypatch) -> None:
-    if not compiled:
-        monkeypatch.setattr("tl_circuitlasso.solve.sparse.numba_available", lambda: False)
+def test_gram_of_sparse_codes_equals_the_dense_one() -> None:
     generator = torch.Generator().manual_seed(0)
     codes = torch.rand(200, 40, generator=generator).double() * (torch.rand(200, 40, generator=generator) < 0.1)
     codes[:, 7] = 0

@@ -23,7 +23,7 @@ from tl_circuitlasso.solve.row_set import RowSet
 from tl_circuitlasso.solve.sweeps import Sweeps
 from tl_circuitlasso.solve.torch_set import TorchSet
 from tl_circuitlasso.solve.unpenalised import solve_unpenalised
-from tl_circuitlasso.solve.working_set import WorkingSet, numba_available
+from tl_circuitlasso.solve.working_set import WorkingSet
 
 log = logging.getLogger(__name__)
 
@@ -233,12 +233,12 @@ def choose_solver(
         raise InputError(f"`solver` must be 'auto', 'working_set', 'fista' or 'torch', got {solver!r}")
     if isinstance(penalty, Group):
         # blocks of few columns are too small for a loop over them: all at once, the last ones compacted
-        compiled = solver == "working_set" and device.type == "cpu" and numba_available()
+        compiled = solver == "working_set" and device.type == "cpu"
         if compiled and not penalty.non_negative and shape[0] * shape[1] >= GROUP_SET_FROM:
             return GroupSet(**limit)
         wide = shape[0] >= ROW_SET_FROM and shape[1] >= 8 * (int(penalty.target_groups.max()) + 1)
         return RowSet(Fista(**limit)) if wide else Fista(**limit)
-    if solver == "working_set" and device.type == "cpu" and numba_available():
+    if solver == "working_set" and device.type == "cpu":
         whole = WorkingSet(**limit, single=dtype == torch.float32)
         return Sweeps(whole) if small and not whole.single else whole
     return TorchSet(**limit)

@@ -19,7 +19,7 @@ from tl_circuitlasso.solve.certificate import duality_gap, fair_start
 from tl_circuitlasso.solve.likelihoods import AbstractLikelihood
 from tl_circuitlasso.solve.penalties import L1, entries_like
 from tl_circuitlasso.solve.torch_set import sweep_torch
-from tl_circuitlasso.solve.working_set import compiled, numba_available
+from tl_circuitlasso.solve.working_set import compiled
 
 SWEEPS = 1000
 NOTHING = 1e-12  # nats: labels that are all alike leave nothing to explain
@@ -127,8 +127,8 @@ def _descend(
     non_negative: bool,
     goal: float,
 ) -> Float[Tensor, "kept 1"]:
-    """Coordinate descent on one small unit-diagonal problem, compiled where numba is at hand."""
-    if not numba_available() or gram.device.type != "cpu":
+    """Coordinate descent on one small unit-diagonal problem, compiled on a CPU."""
+    if gram.device.type != "cpu":
         cut = torch.where(torch.isinf(weight), torch.inf, strength * weight)
         coef, pull, cut, ridge, upper = (entry.T.contiguous() for entry in (coef, pull, cut, ridge, upper))
         return sweep_torch(gram[None], coef, pull, cut, ridge, upper, non_negative, SWEEPS).T

@@ -18,7 +18,6 @@ from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.solve.path import Moments
 from tl_circuitlasso.solve.sparse import Rows, add_product, csr_matrix, is_sparse, scatter_product
 from tl_circuitlasso.solve.strength import RIDGE, refit_support
-from tl_circuitlasso.solve.working_set import numba_available
 
 STRIP = 64  # sources that one thread takes at a time
 MIRROR = 1024  # rows of the Gram mirrored at once
@@ -134,7 +133,7 @@ def refit_entries(
     >>> refit_entries(data, torch.tensor([1]), torch.tensor([0])).round(decimals=6).tolist()
     [3.0]
     """
-    if data.gram.device.type != "cpu" or not numba_available():
+    if data.gram.device.type != "cpu":
         support = torch.zeros_like(data.cross, dtype=torch.float64)
         support[source, target] = 1.0
         return refit_support(data, support)[source, target]
@@ -176,11 +175,6 @@ def _products(
     x: scipy.sparse.csr_matrix, y: scipy.sparse.csr_matrix, sources: int, cross: np.ndarray, upper: np.ndarray | None
 ) -> None:
     """cross += X'Y and the upper triangle of upper += X'X, for the sparse sources."""
-    if not numba_available():
-        cross[:sources] += (x.T @ y).toarray()
-        if upper is not None:
-            upper[:sources, :sources] += (x.T @ x).toarray()
-        return
     from tl_circuitlasso.solve.pair_kernels import gather_cross, gather_upper
 
     samples = len(x.indptr) - 1

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.solve.path import Moments
-from tl_circuitlasso.solve.working_set import numba_available
 
 SCATTER_BELOW = 1 / 256  # density up to which an accelerator scatters pairs instead of multiplying dense batches
 
@@ -97,8 +96,6 @@ def _sums_cpu(codes: Tensor, targets: Float[Tensor, "sample target"]) -> tuple[T
 
 def gram_of_codes(matrix: scipy.sparse.csr_matrix) -> Float[Tensor, "source source"]:
     """X'X in float64."""
-    if not numba_available():
-        return torch.from_numpy((matrix.T @ matrix).toarray())
     from tl_circuitlasso.solve.sparse_kernels import gather_gram
 
     columns = matrix.tocsc()

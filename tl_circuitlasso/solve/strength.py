@@ -29,7 +29,6 @@ from tl_circuitlasso.solve.groups import Group
 from tl_circuitlasso.solve.lasso import ONCE, TOLERANCE, Prepared, lasso, prepare, report
 from tl_circuitlasso.solve.path import Moments, geometric_strengths, path, total
 from tl_circuitlasso.solve.penalties import L1, adaptive_weights
-from tl_circuitlasso.solve.working_set import numba_available
 
 WORKSPACE = 1 << 25  # entries of the small Grams refitted at once
 FIXED = 0.2
@@ -132,8 +131,7 @@ def cross_validate(
     """
     if len(folds) < 2:
         raise InputError(f"`folds` must hold at least 2 parts, got {len(folds)}")
-    compiled = numba_available() and folds[0].gram.device.type == "cpu"
-    if isinstance(penalty, Group) and not penalty.non_negative and compiled:
+    if isinstance(penalty, Group) and not penalty.non_negative and folds[0].gram.device.type == "cpu":
         options.setdefault("solver", GroupSet())  # hundreds of solves, however small, pay for its compilation
     levels = list(strengths) if strengths is not None else geometric_strengths()
     whole, errors = total(folds), []

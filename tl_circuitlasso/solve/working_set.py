@@ -145,15 +145,6 @@ def compiled() -> ModuleType:
     return kernels
 
 
-def numba_available() -> bool:
-    """Whether the compiled kernels can be used; without numba the `torch_set` solver takes over."""
-    try:
-        compiled()
-    except ImportError:
-        return False
-    return True
-
-
 def _chunk(
     loss: QuadraticGram, penalty: L1, strength: Float[Tensor, " target"], part: slice, room: list[np.ndarray]
 ) -> dict[str, Any]:
