@@ -13,7 +13,7 @@ from tl_circuitlasso.models import Prompts, adapt
 from tl_circuitlasso.models.bases import Component
 from tl_circuitlasso.models.collect import Plan
 from tl_circuitlasso.models.read import ReadDesign
-from tl_circuitlasso.models.reread import Asked, reread
+from tl_circuitlasso.models.reread import Reading, reread
 
 IDLE = {("input", "m1"), ("m1", "logits"), ("input", "a0.h3"), ("a0.h3", "logits")}  # no part of what was planted
 
@@ -57,7 +57,7 @@ def test_what_stays_has_the_cost_that_was_measured(demo: Demo, first: tcl.Attrib
     batches = list(Prompts(adapter, demo.tokens, positions="last"))
     options = {"last": True, "probe": None, "draws": 1}
     costs = [
-        reread(adapter, batch, Asked.all(demo.true_edges), demo.target, seed=number, **options)
+        reread(adapter, batch, Reading.all(demo.true_edges), demo.target, seed=number, **options)
         for number, batch in enumerate(batches)
     ]
     pairs = sum(one.pairs for one in costs)
@@ -93,10 +93,10 @@ def test_the_default_looks_again(demo: Demo, first: tcl.AttributionGraph) -> Non
 def test_a_later_round_measures_again_what_led_to_an_edge_that_is_gone() -> None:
     """And nothing else: what an edge costs depends on what it feeds alone."""
     kept = {("input", "m0"), ("m0", "a1.h0"), ("a1.h0", "logits"), ("input", "a1.h1"), ("a1.h1", "logits")}
-    after = Asked.all(kept).after(kept - {("a1.h0", "logits")})
+    after = Reading.all(kept).after(kept - {("a1.h0", "logits")})
     assert after.edges == (("input", "m0"), ("m0", "a1.h0"))  # they fed it; a1.h0 itself feeds nothing any more
     assert after.nodes == ("m0",) and set(after.kept) == kept - {("a1.h0", "logits")}
-    assert Asked.all(kept).after(kept).edges == ()
+    assert Reading.all(kept).after(kept).edges == ()
 
 
 def test_rounds_that_measure_less_find_what_measuring_everything_does(
@@ -104,7 +104,7 @@ def test_rounds_that_measure_less_find_what_measuring_everything_does(
 ) -> None:
     dense = keeping(first, demo.true_edges | IDLE)
     short, _ = looked(demo, dense)
-    monkeypatch.setattr(Asked, "after", lambda self, kept: Asked.all(kept))
+    monkeypatch.setattr(Reading, "after", lambda self, kept: Reading.all(kept))
     whole, _ = looked(demo, dense)
     torch.testing.assert_close(short.score, whole.score, rtol=1e-5, atol=1e-9)
     assert torch.equal(short.kept, whole.kept)

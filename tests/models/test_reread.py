@@ -15,7 +15,7 @@ from tl_circuitlasso.models.ablation import from_values
 from tl_circuitlasso.models.adapter import Adapter, adapt
 from tl_circuitlasso.models.patch import run_circuits
 from tl_circuitlasso.models.patching import Written, record
-from tl_circuitlasso.models.reread import Asked, Costs, Edge, reread
+from tl_circuitlasso.models.reread import Costs, Edge, Reading, reread
 from tl_circuitlasso.models.tokens import Batch
 
 # Norms of queries, keys and outputs keep their scale in a second look; these families have none.
@@ -37,7 +37,9 @@ def circuit_of(adapter: Adapter) -> list[Edge]:
 def looked_at(adapter: Adapter, edges: Collection[Edge], **changes: Any) -> Costs:
     real = torch.ones_like(CLEAN, dtype=torch.bool)
     batch = replace(Batch(CLEAN, real, real, 0, partners=CORRUPTED), **changes)
-    return reread(adapter, batch, Asked.all(edges), tcl.LogitDiff(RIGHT, WRONG), last=True, probe=None, draws=2, seed=0)
+    return reread(
+        adapter, batch, Reading.all(edges), tcl.LogitDiff(RIGHT, WRONG), last=True, probe=None, draws=2, seed=0
+    )
 
 
 def instead(clean: Written, other: Written, name: str) -> Written:

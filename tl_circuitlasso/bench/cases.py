@@ -158,10 +158,7 @@ def _number_then_name(path: Path) -> tuple[int, str]:
 
 def all_candidates(n_layers: int, n_heads: int) -> frozenset[Pair]:
     """Every edge of a model with attention and MLPs, input -> logits apart (no method is asked for it)."""
-    index = component_index(n_layers=n_layers, n_heads=n_heads)
-    source, target = index.allowed().nonzero(as_tuple=True)
-    pairs = {(index.names[s], index.names[t]) for s, t in zip(source.tolist(), target.tolist())}
-    return frozenset(pairs - {("input", "logits")})
+    return component_index(n_layers=n_layers, n_heads=n_heads).allowed_pairs() - {("input", "logits")}
 
 
 def uniform_prompts(vocabulary: int, special: set[int], bos: int, length: int, n: int, seed: int) -> Tensor:

@@ -25,7 +25,8 @@ RESAMPLES = 50  # bootstrap resamples behind an edge's stability
 RULES = ("cv", "ebic", "mcp")  # strengths that choose themselves
 # A weight is the share that an edge keeps of what it really contributes. Without the bound at 1 the strongest of
 # several parents that work alike would stand for all of them, and which one that is changes with the prompts.
-BOX = solve.L1(non_negative=True, upper=1.0)
+WHOLE = 1.0
+BOX = solve.L1(non_negative=True, upper=WHOLE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +143,7 @@ def _solved(some: Sequence[Child], asked: Asked) -> list[Solution]:
         data, least = [one.data for one in problems], torch.tensor([one.least for one in problems]).double()
         least = least.clamp_min(torch.finfo(torch.float64).tiny)  # a child that nothing pulls at
         tol = min(one.tol for one in problems)
-        solutions = solve.lassos(data, strength=least, upper=1.0, tol=tol, init=asked.start)
+        solutions = solve.lassos(data, strength=least, upper=WHOLE, tol=tol, init=asked.start)
     else:
         solutions = [_alone(one, asked) for one in problems]
     return [one.spread(solution) for one, solution in zip(problems, solutions)]

@@ -78,7 +78,8 @@ def _whole(given: Any, name: str, what: str, least: int = 1) -> int | None:
 
 
 def _with_counterparts(request: Request, job: Job[Any]) -> Job[Any]:
-    """The job with the prompts' counterparts, where it reads them, and with what its confirmation needs."""
+    """The job with the prompts' counterparts, where it reads them, in batches that suit the model, and with what its
+    confirmation needs."""
     causal = None
     if request.method == "lasso+confirm":
         options = {"count": job.max_prompts, "seed": job.seed, "budget": request.budget, "size": request.size}

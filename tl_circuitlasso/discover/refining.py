@@ -14,7 +14,7 @@ from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.collect import Plan
 from tl_circuitlasso.models.read import ReadDesign, operations
-from tl_circuitlasso.models.reread import Asked, Costs, Edge, order, reread
+from tl_circuitlasso.models.reread import Costs, Edge, Reading, order, reread
 from tl_circuitlasso.models.tokens import Batch, first_prompts
 from tl_circuitlasso.progress import bar as counting
 
@@ -49,7 +49,7 @@ def refine(
     passes, came_of_it = 0, "no edge dropped"
     before = len(graph.kept_edges())
     shown = progress and ranks.rank == 0
-    wanted, asked, costs = 0, None, None
+    wanted, reading, costs = 0, None, None
     for _ in range(ROUNDS):
         edges = graph.kept_edges()
         if not 0 < len(edges) <= MANY_EDGES:
@@ -59,9 +59,9 @@ def refine(
         if wanted < FEWEST:
             came_of_it = "left out: beside so few prompts it would take too long"
             break
-        asked = Asked.all(edges) if asked is None else asked.after(edges)
-        if costs is None or asked.edges or asked.nodes:
-            found = _costs(adapter, sample, plan, asked, wanted, ranks, shown)
+        reading = Reading.all(edges) if reading is None else reading.after(edges)
+        if costs is None or reading.edges or reading.nodes:
+            found = _costs(adapter, sample, plan, reading, wanted, ranks, shown)
             passes, costs = passes + found.passes, found if costs is None else costs.updated(found)
         costs = costs.among(edges)
         if not _sees_behaviour(graph, costs):
@@ -84,7 +84,7 @@ def _costs(
     adapter: Adapter,
     sample: Sequence[Batch],
     plan: Plan[ReadDesign],
-    asked: Asked,
+    reading: Reading,
     wanted: int,
     ranks: Ranks,
     progress: bool,
@@ -99,7 +99,7 @@ def _costs(
     mine = {number: batch for number, batch in enumerate(chosen) if ranks.mine(number)}
     with ranks.together(), counting(total=len(mine), progress=progress, desc="second look", unit="batch") as bar:
         found = [
-            reread(adapter, batch, asked, plan.target, seed=plan.seed + number, tell=bar.update, **options)
+            reread(adapter, batch, reading, plan.target, seed=plan.seed + number, tell=bar.update, **options)
             for number, batch in mine.items()
         ]
     pairs = max(ranks.count(sum(one.pairs for one in found)), 1)
@@ -109,10 +109,10 @@ def _costs(
         return dict(zip(names, (ranks.sum(torch.tensor(total, dtype=torch.float64)) / pairs).tolist()))
 
     return Costs(
-        mean("edges", asked.edges),
-        mean("judged", asked.edges),
-        mean("nodes", asked.nodes),
-        mean("effects", asked.edges),
+        mean("edges", reading.edges),
+        mean("judged", reading.edges),
+        mean("nodes", reading.nodes),
+        mean("effects", reading.edges),
         pairs,
         len(chosen),
     )

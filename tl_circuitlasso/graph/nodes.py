@@ -133,6 +133,15 @@ class NodeIndex:
         """The block upper-triangular mask of possible edges: True where rank[source] < rank[target]."""
         return self.ranks[:, None] < self.ranks[None, :]
 
+    def allowed_pairs(self) -> frozenset[tuple[str, str]]:
+        """The same by the names of both ends.
+
+        >>> sorted(component_index(n_layers=1, n_heads=1, attn_only=True).allowed_pairs())
+        [('a0.h0', 'logits'), ('input', 'a0.h0'), ('input', 'logits')]
+        """
+        names = self.names
+        return frozenset((names[s], names[t]) for s, t in self.allowed().nonzero().tolist())
+
     def to_json(self) -> list[dict]:
         """Plain data that `from_json` reads back."""
         return [

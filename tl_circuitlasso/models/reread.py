@@ -38,10 +38,10 @@ Edge = tuple[str, str]
 
 
 @dataclass(frozen=True)
-class Asked:
+class Reading:
     """Which edges to measure, and which nodes, in a graph of `kept` edges.
 
-    >>> Asked.all([("input", "m0"), ("m0", "logits")]).nodes
+    >>> Reading.all([("input", "m0"), ("m0", "logits")]).nodes
     ('m0',)
     """
 
@@ -50,20 +50,20 @@ class Asked:
     nodes: tuple[str, ...]
 
     @classmethod
-    def all(cls, kept: Collection[Edge]) -> "Asked":
+    def all(cls, kept: Collection[Edge]) -> "Reading":
         """Every edge, and every component that feeds one: nobody asks whether the input matters."""
         every = tuple(sorted(kept))
         return cls(every, every, tuple(sorted({source for source, _ in every if source != "input"})))
 
-    def after(self, kept: Collection[Edge]) -> "Asked":
+    def after(self, kept: Collection[Edge]) -> "Reading":
         """What has to be measured again in a graph of fewer edges: what fed, near or far, one that is gone."""
         reached = {source for source, target in self.kept if (source, target) not in kept}
         for source, target in sorted(self.kept, key=lambda edge: order(edge[0]), reverse=True):
             if target in reached:
                 reached.add(source)
-        every = Asked.all(kept)
+        every = Reading.all(kept)
         edges = tuple(edge for edge in every.edges if edge[1] in reached)
-        return Asked(every.kept, edges, tuple(node for node in every.nodes if node in reached))
+        return Reading(every.kept, edges, tuple(node for node in every.nodes if node in reached))
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Costs:
     def among(self, edges: Collection[Edge]) -> "Costs":
         """The costs of some edges and of the nodes that feed them."""
         some = [{edge: costs[edge] for edge in edges} for costs in (self.edges, self.judged, self.effects)]
-        nodes = {node: self.nodes[node] for node in Asked.all(edges).nodes}
+        nodes = {node: self.nodes[node] for node in Reading.all(edges).nodes}
         return Costs(some[0], some[1], nodes, some[2], self.pairs, self.passes)
 
     def updated(self, later: "Costs") -> "Costs":
@@ -104,7 +104,7 @@ def wanted(adapter: Adapter, target: Target) -> tuple[str, ...]:
 def reread(
     adapter: Adapter,
     batch: Batch,
-    asked: Asked,
+    reading: Reading,
     target: Target,
     *,
     last: bool,
@@ -125,13 +125,13 @@ def reread(
     else:
         pairs = twins(batch.mask, keep, acts[act("resid_pre", 0)], causal=adapter.shape.causal)
     prompts = torch.arange(batch.start, batch.start + len(batch.tokens))
-    edge_cost: dict[Edge, float] = dict.fromkeys(asked.edges, 0.0)
+    edge_cost: dict[Edge, float] = dict.fromkeys(reading.edges, 0.0)
     effects, judged = dict(edge_cost), dict(edge_cost)
-    node_cost: dict[str, float] = dict.fromkeys(asked.nodes, 0.0)
+    node_cost: dict[str, float] = dict.fromkeys(reading.nodes, 0.0)
     for part in in_parts(adapter, pairs, outcome.count(adapter, target, probe), memory=memory):
         goal = outcome.outcome(adapter, acts, part, target, prompts, probe, few=sys.maxsize)
         weight = goal.directions.new_ones(len(part)) if part.weight is None else part.weight.to(goal.directions)
-        by_edge, by_node = _contributions(View(adapter, acts, part), goal, asked, tell, len(part) / len(pairs))
+        by_edge, by_node = _contributions(View(adapter, acts, part), goal, reading, tell, len(part) / len(pairs))
         for edge, contribution in by_edge.items():
             edge_cost[edge] += float((goal.cost(contribution) * weight).sum())
             judged[edge] += float((goal.judged(contribution) * weight).sum())
@@ -184,19 +184,19 @@ class Kept:
 
 
 def _contributions(
-    view: View, goal: Outcome, asked: Asked, tell: Callable[[float], object], share: float
+    view: View, goal: Outcome, reading: Reading, tell: Callable[[float], object], share: float
 ) -> tuple[dict[Edge, Float[Tensor, "pair direction"]], dict[str, Float[Tensor, "pair direction"]]]:
-    kept = Kept.of(view, goal, asked.kept)
-    sources = {source for source, _ in asked.edges} | set(asked.nodes)
+    kept = Kept.of(view, goal, reading.kept)
+    sources = {source for source, _ in reading.edges} | set(reading.nodes)
     written = {name: _difference(view, parse_site(name)) for name in sources}
 
     def walked(inbox: dict[str, Float[Tensor, "pair pos d_model"]]) -> Float[Tensor, "pair direction"]:
         change = kept.walk(inbox)
-        tell(share / (len(asked.edges) + len(asked.nodes)))
+        tell(share / (len(reading.edges) + len(reading.nodes)))
         return change
 
-    by_edge = {(source, target): walked({target: written[source]}) for source, target in asked.edges}
-    by_node = {name: walked(dict.fromkeys(kept.children[name], written[name])) for name in asked.nodes}
+    by_edge = {(source, target): walked({target: written[source]}) for source, target in reading.edges}
+    by_node = {name: walked(dict.fromkeys(kept.children[name], written[name])) for name in reading.nodes}
     return by_edge, by_node
 
 

@@ -15,8 +15,47 @@ SMALL = 128  # sources up to which eigenvalues cost less than the steps of a pow
 ROUNDING = 1e-5  # of an eigenvalue in single precision
 
 
+class Quadratic(AbstractLoss):
+    """Squared error by its moments, f(a) = 1/2 a'Ga - c'a + yy/2, wherever the Gram comes from."""
+
+    cross: Float[Tensor, "source target"]
+    target_sq_norm: Float[Tensor, " target"]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return int(self.cross.shape[0]), int(self.cross.shape[1])
+
+    def objective(
+        self, value: Float[Tensor, "source target"], negative_gradient: Float[Tensor, "source target"]
+    ) -> Float[Tensor, " target"]:
+        return 0.5 * self._residual(value, negative_gradient)
+
+    def fenchel(
+        self,
+        value: Float[Tensor, "source target"],
+        negative_gradient: Float[Tensor, "source target"],
+        scale: Float[Tensor, " target"],
+    ) -> Float[Tensor, " target"]:
+        residual = self._residual(value, negative_gradient)
+        return quadratic_share(residual, (value * negative_gradient).sum(0), scale)
+
+    def natural_scale(
+        self, value: Float[Tensor, "source target"], negative_gradient: Float[Tensor, "source target"]
+    ) -> Float[Tensor, " target"]:
+        return quadratic_scale(self._residual(value, negative_gradient), (value * negative_gradient).sum(0))
+
+    def null_objective(self) -> Float[Tensor, " target"]:
+        return 0.5 * self.target_sq_norm
+
+    def _residual(
+        self, value: Float[Tensor, "source target"], negative_gradient: Float[Tensor, "source target"]
+    ) -> Float[Tensor, " target"]:
+        """||y - Xa||^2 / M."""
+        return (self.target_sq_norm - (value * (self.cross + negative_gradient)).sum(0)).clamp(min=0)
+
+
 @dataclass(frozen=True, eq=False)
-class QuadraticGram(AbstractLoss):
+class QuadraticGram(Quadratic):
     """f(a) = 1/2 a'Ga - c'a + yy/2 with G = X'X/M, c = X'y/M, yy = y'y/M: the data are no longer needed.
 
     >>> loss = QuadraticGram(torch.eye(2), torch.tensor([[1.0], [0.0]]), torch.tensor([1.0]))
@@ -39,37 +78,11 @@ class QuadraticGram(AbstractLoss):
             self._tiles[dtype] = Tiled(self.gram.contiguous().numpy().astype(dtype, copy=False))
         return self._tiles[dtype]
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return int(self.cross.shape[0]), int(self.cross.shape[1])
-
     def negative_gradient(self, value: Float[Tensor, "source target"]) -> Float[Tensor, "source target"]:
         return self.cross - self.gram @ value
 
-    def objective(
-        self, value: Float[Tensor, "source target"], negative_gradient: Float[Tensor, "source target"]
-    ) -> Float[Tensor, " target"]:
-        return 0.5 * self._residual(value, negative_gradient)
-
-    def fenchel(
-        self,
-        value: Float[Tensor, "source target"],
-        negative_gradient: Float[Tensor, "source target"],
-        scale: Float[Tensor, " target"],
-    ) -> Float[Tensor, " target"]:
-        residual = self._residual(value, negative_gradient)
-        return quadratic_share(residual, (value * negative_gradient).sum(0), scale)
-
-    def natural_scale(
-        self, value: Float[Tensor, "source target"], negative_gradient: Float[Tensor, "source target"]
-    ) -> Float[Tensor, " target"]:
-        return quadratic_scale(self._residual(value, negative_gradient), (value * negative_gradient).sum(0))
-
     def curvature(self) -> float:
         return largest_eigenvalue(self.gram)
-
-    def null_objective(self) -> Float[Tensor, " target"]:
-        return 0.5 * self.target_sq_norm
 
     def restrict(
         self, sources: Int[Tensor, " kept_source"] | None, targets: Int[Tensor, " kept_target"] | None
@@ -83,12 +96,6 @@ class QuadraticGram(AbstractLoss):
         if sources is None:
             vars(fewer)["_tiles"] = self._tiles  # no field: what a problem's checkpoint is known by are its numbers
         return fewer
-
-    def _residual(
-        self, value: Float[Tensor, "source target"], negative_gradient: Float[Tensor, "source target"]
-    ) -> Float[Tensor, " target"]:
-        """||y - Xa||^2 / M."""
-        return (self.target_sq_norm - (value * (self.cross + negative_gradient)).sum(0)).clamp(min=0)
 
 
 def quadratic_share(

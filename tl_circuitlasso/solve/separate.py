@@ -13,19 +13,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_circuitlasso.errors import InputError
-from tl_circuitlasso.solve.base import Answer, Solution, Status
+from tl_circuitlasso.solve.base import Solution, Status
 from tl_circuitlasso.solve.fista import Fista
 from tl_circuitlasso.solve.lasso import TOLERANCE, report
-from tl_circuitlasso.solve.losses import QuadraticGram
+from tl_circuitlasso.solve.losses import ROUNDING, Quadratic
 from tl_circuitlasso.solve.path import Moments
 from tl_circuitlasso.solve.penalties import L1
-
-DEAD = 1e-15  # of the largest standard deviation, as in `problem`
-ROUNDING = 1e-9  # of an eigenvalue
+from tl_circuitlasso.solve.problem import DEAD
 
 
 @dataclass(frozen=True, eq=False)
-class Separate(QuadraticGram):
+class Separate(Quadratic):
     """f_j(a) = 1/2 a'G_j a - c_j'a + yy_j/2, a Gram per target, each with a largest eigenvalue of at most 1.
 
     >>> loss = Separate(torch.eye(2)[None] * 0.5, torch.tensor([[1.0], [0.0]]), torch.tensor([1.0]))
@@ -34,6 +32,8 @@ class Separate(QuadraticGram):
     """
 
     gram: Float[Tensor, "target _source _source"]
+    cross: Float[Tensor, "source target"]
+    target_sq_norm: Float[Tensor, " target"]
 
     def negative_gradient(self, value: Float[Tensor, "source target"]) -> Float[Tensor, "source target"]:
         return self.cross - torch.matmul(self.gram, value.T[:, :, None])[:, :, 0].T
@@ -81,9 +81,9 @@ def lassos(
         return []
     gram, cross, square = _side_by_side(problems)
     strength = strength.to(gram)
-    size = gram.diagonal(dim1=1, dim2=2).T.clamp_min(0).sqrt()
-    dead = size <= DEAD * size.amax(0)
-    size = torch.where(dead, 1.0, size)
+    variance = gram.diagonal(dim1=1, dim2=2).T
+    dead = variance <= DEAD * variance.amax(0)
+    size = torch.where(dead, 1.0, variance).sqrt()
     gram = gram / size.T[:, :, None] / size.T[:, None, :]
     largest = torch.linalg.eigvalsh(gram)[:, -1].clamp_min(torch.finfo(gram.dtype).tiny) * (1 + ROUNDING)
     loss = Separate(gram / largest[:, None, None], cross / size / largest, square / largest)
@@ -92,31 +92,23 @@ def lassos(
     start = torch.where(dead, 0.0, init * size)
     answer = Fista(max_iter).solve(loss, penalty, strength / largest, tol=tol, init=start)
     value = (answer.value / size).clamp(min=0, max=upper)
-    limit, seconds = cross.amax(0).clamp_min(0), (time.perf_counter() - clock) / len(problems)
-    solutions = [
-        _solution(value[: len(problem.gram), j : j + 1], answer, j, tol, strength, limit, seconds)
-        for j, problem in enumerate(problems)
-    ]
-    for solution in solutions:
-        report(solution, tol, strict=False)
-    return solutions
+    converged = answer.gap <= tol
+    limit = L1(non_negative=True).strength_max(cross)
+    stats = {"strength": strength, "strength_max": limit, "iterations": answer.iterations, "solver": "Fista"}
+    stats["seconds"] = (time.perf_counter() - clock) / len(problems)
+    status = Status.SOLVED if bool(converged.all()) else Status.MAX_ITERATIONS
+    whole = Solution(value, answer.gap, converged, status, stats)
+    report(whole, tol, strict=False)
+    return [_own(whole, j, len(problem.gram)) for j, problem in enumerate(problems)]
 
 
-def _solution(
-    value: Float[Tensor, "source 1"],
-    answer: Answer,
-    j: int,
-    tol: float,
-    strength: Float[Tensor, " problem"],
-    limit: Float[Tensor, " problem"],
-    seconds: float,
-) -> Solution:
+def _own(whole: Solution, j: int, sources: int) -> Solution:
+    """One problem's part of all solutions."""
     own = slice(j, j + 1)
-    gap = answer.gap[own]
-    converged = gap <= tol
-    status = Status.SOLVED if bool(converged) else Status.MAX_ITERATIONS
-    stats = {"strength": strength[own], "strength_max": limit[own], "iterations": answer.iterations[own]}
-    return Solution(value, gap, converged, status, {**stats, "solver": "Fista", "seconds": seconds})
+    converged = whole.converged[own]
+    status = Status.SOLVED if bool(converged) else whole.status
+    stats = {name: x[own] if isinstance(x, Tensor) else x for name, x in whole.stats.items()}
+    return Solution(whole.value[:sources, own], whole.gap[own], converged, status, stats)
 
 
 def _side_by_side(

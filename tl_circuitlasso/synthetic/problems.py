@@ -66,8 +66,7 @@ class Planted:
     @property
     def candidates(self) -> frozenset[Edge]:
         """Every edge that the order of computation allows."""
-        names = self.index.names
-        return frozenset((names[s], names[t]) for s, t in self.index.allowed().nonzero().tolist())
+        return self.index.allowed_pairs()
 
     def columns(self, node: str) -> slice:
         """The columns of `features` that belong to a node."""

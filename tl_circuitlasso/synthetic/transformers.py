@@ -56,8 +56,7 @@ class PlantedTransformer:
     @property
     def candidates(self) -> frozenset[Edge]:
         """Every edge that the order of computation allows."""
-        names = self.index.names
-        return frozenset((names[s], names[t]) for s, t in self.index.allowed().nonzero().tolist())
+        return self.index.allowed_pairs()
 
 
 def planted_transformer(

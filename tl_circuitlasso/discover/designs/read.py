@@ -29,7 +29,7 @@ from tl_circuitlasso.discover.way import Job, Stage, batch_sizes
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models import footprint, outcome, read, sweep
 from tl_circuitlasso.models.bases import Basis
-from tl_circuitlasso.models.collect import Collected, Plan
+from tl_circuitlasso.models.collect import CHECKED, Collected, Plan
 from tl_circuitlasso.models.outcome import Probe
 from tl_circuitlasso.models.pairs import PAIR, Pairs
 from tl_circuitlasso.models.read import ReadDesign, affordable_draws
@@ -215,7 +215,7 @@ def _statistics_stage(job: Job[ReadDesign]) -> Stage:
     adapter, keys = job.adapter, job.what.wanted(job.adapter, job.target)
     acts = footprint.held(adapter, keys, rows, positions)
     passing = footprint.passing(adapter, rows, positions, logits=job.target is None)
-    checked = CHECK_COPIES * footprint.held(adapter, keys, min(rows, PAIR * 2), positions)
+    checked = CHECK_COPIES * footprint.held(adapter, keys, min(rows, CHECKED), positions)
     base = footprint.folded(adapter) + ALLOCATOR + _sums(job) + ROW_COPIES * _rows(job)
     peak = base + max(acts + passing, acts + _swept(job), checked)
     passes = job.sides * batches(job)
