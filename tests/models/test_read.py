@@ -1,14 +1,10 @@
 """The design `read`: fair pairs, sums that add up however they were collected, and graphs whose truth is planted."""
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from torch import Tensor
 
 from tests import architectures
 from tl_circuitlasso.data import schema
@@ -20,76 +16,9 @@ from tl_circuitlasso.models import read
 from tl_circuitlasso.models.adapter import adapt
 from tl_circuitlasso.models.bases import Component
 from tl_circuitlasso.models.collect import Plan, collect
-from tl_circuitlasso.models.read import ReadDesign, make_pairs
+from tl_circuitlasso.models.pairing import make_pairs
+from tl_circuitlasso.models.read import ReadDesign
 from tl_circuitlasso.models.tokens import Prompts
-
-LENGTHS = st.lists(st.integers(1, 6), min_size=1, max_size=12)
-
-
-def masks(lengths: list[int], left: bool) -> Tensor:
-    rank = torch.arange(6).flip(0) if left else torch.arange(6)
-    return rank < torch.tensor(lengths)[:, None]
-
-
-@given(lengths=LENGTHS, left=st.booleans(), seed=st.integers(0, 1000), hidden=st.integers(0, 6))
-def test_pairs_are_fair(lengths: list[int], left: bool, seed: int, hidden: int) -> None:
-    """Nobody is their own partner, partners are at least as long, and the target is read at a kept position."""
-    mask = masks(lengths, left)
-    keep = mask & (torch.arange(6) >= hidden)
-    pairs = make_pairs(mask, keep, torch.Generator().manual_seed(seed))
-    length = mask.sum(1)
-    assert not bool((pairs.own == pairs.partner).any())
-    assert bool((length[pairs.partner] >= length[pairs.own]).all())
-    assert bool(keep[pairs.own, pairs.position].all())
-    assert torch.equal(pairs.valid, mask[pairs.own] & mask[pairs.partner])
-    assert len(pairs.own.unique()) == len(pairs.own)
-
-
-@given(lengths=LENGTHS, seed=st.integers(0, 1000))
-def test_only_a_longest_prompt_without_an_equal_is_left_out(lengths: list[int], seed: int) -> None:
-    mask = masks(lengths, left=False)
-    pairs = make_pairs(mask, mask, torch.Generator().manual_seed(seed))
-    alone = [row for row, length in enumerate(lengths) if length == max(lengths) and lengths.count(length) == 1]
-    assert pairs.own.tolist() == [row for row in range(len(lengths)) if row not in alone]
-
-
-@given(size=st.integers(2, 9), seed=st.integers(0, 1000))
-def test_prompts_of_one_length_are_each_others_partner_once(size: int, seed: int) -> None:
-    mask = torch.ones(size, 4, dtype=torch.bool)
-    pairs = make_pairs(mask, mask, torch.Generator().manual_seed(seed))
-    assert set(Counter(pairs.partner.tolist()).values()) == {1} and len(pairs.own) == size
-
-
-@given(lengths=LENGTHS, seed=st.integers(0, 1000), hidden=st.integers(0, 6), draws=st.integers(1, 3))
-def test_pairs_are_those_of_the_definition_one_by_one(lengths: list[int], seed: int, hidden: int, draws: int) -> None:
-    """A shuffle by length; each takes the next of its length, the last the first; without an equal, the next longer."""
-    mask = masks(lengths, left=False)
-    keep, generator = mask & (torch.arange(6) >= hidden), torch.Generator().manual_seed(seed)
-    expected = []
-    for _ in range(draws):
-        shuffled = torch.randperm(len(lengths), generator=generator).tolist()
-        order = sorted(shuffled, key=lambda row: lengths[row])
-        partner = {}
-        for place, row in enumerate(order):
-            same = [other for other in order if lengths[other] == lengths[row]]
-            following = same[(same.index(row) + 1) % len(same)] if len(same) > 1 else (order[place + 1 :] or [None])[0]
-            partner[row] = following
-        rows = [row for row in range(len(lengths)) if partner[row] is not None and bool(keep[row].any())]
-        if rows:
-            alike = keep[rows].double() / keep[rows].sum(1, keepdim=True)
-            drawn = torch.multinomial(alike, 1, generator=generator)[:, 0].tolist()
-            expected += [(row, partner[row], place) for row, place in zip(rows, drawn)]
-    pairs = make_pairs(mask, keep, torch.Generator().manual_seed(seed), draws=draws)
-    assert list(zip(pairs.own.tolist(), pairs.partner.tolist(), pairs.position.tolist())) == expected
-
-
-def test_another_seed_draws_other_pairs_and_positions() -> None:
-    mask = torch.ones(30, 8, dtype=torch.bool)
-    one, same, other = (make_pairs(mask, mask, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
-    assert torch.equal(one.partner, same.partner) and torch.equal(one.position, same.position)
-    assert not torch.equal(one.partner, other.partner) and not torch.equal(one.position, other.position)
-    assert len(one.position.unique()) > 4
-
 
 # ---- sums -----------------------------------------------------------------------------------------------------------
 

@@ -31,6 +31,7 @@ from tl_circuitlasso.models.metric import check_answers
 from tl_circuitlasso.models.views import Pairing
 
 FEW_LOGITS = 32  # up to so many logits are all followed; of a larger vocabulary, the two that the pair is about
+AT_ONCE = 64  # predictions over a large vocabulary that are compared together
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +151,7 @@ def outcome(
     else `generator` draws a direction of those that aren't."""
     if target is None:
         return _of_logits(adapter, acts, pairs, few, generator)
-    stream = _final(adapter, acts, pairs)
+    stream = _of_own(adapter, acts, pairs)
     if isinstance(target, LogitDiff):
         check_answers(target, adapter.shape.d_vocab_out)
         right, wrong = (_answer_column(adapter, ids[pairs.own.cpu()]) for ids in target.ids(prompts))
@@ -170,9 +171,15 @@ def _answer_column(adapter: Adapter, ids: Int[Tensor, "pair answer"]) -> Float[T
     return answers_mean(columns[places.to(columns.device)], ids.to(columns.device))
 
 
-def _final(adapter: Adapter, acts: Mapping[str, Tensor], pairs: Pairing) -> Float[Tensor, "pair d_model"]:
-    stream = acts[adapter.final] / acts["scale.final"]
-    return stream[pairs.own, pairs.position]
+def _of_own(adapter: Adapter, acts: Mapping[str, Tensor], pairs: Pairing) -> Float[Tensor, "pair d_model"]:
+    return _final(adapter, acts, pairs.own, pairs.position)
+
+
+def _final(
+    adapter: Adapter, acts: Mapping[str, Tensor], rows: Int[Tensor, " pair"], places: Int[Tensor, " pair"]
+) -> Float[Tensor, "pair d_model"]:
+    """The normalised final residual stream."""
+    return acts[adapter.final][rows, places] / acts["scale.final"][rows, places]
 
 
 def _of_logits(
@@ -181,7 +188,7 @@ def _of_logits(
     weight, bias = adapter.unembed()
     if weight.shape[1] == 1:
         return Outcome(weight.T.expand(len(pairs), -1, -1), None)
-    stream, cap = _final(adapter, acts, pairs), adapter.logit_soft_cap
+    stream, cap = _of_own(adapter, acts, pairs), adapter.logit_soft_cap
     if weight.shape[1] <= few:
         columns = weight if cap is not None else weight - weight.mean(1, keepdim=True)
         return Outcome(columns.T.expand(len(pairs), -1, -1), stream @ weight + bias, cap)
@@ -221,15 +228,36 @@ def _others(
     return (share @ weight.T).unsqueeze(1)
 
 
+def apart(
+    adapter: Adapter,
+    acts: Mapping[str, Tensor],
+    pairs: Pairing,
+    target: Target,
+    prompts: Int[Tensor, " batch"],
+    probe: Probe | None,
+) -> Float[Tensor, " pair"]:
+    """How far the target differs between the two prompts of each pair, in the unit of its cost."""
+    if target is None and adapter.shape.d_vocab_out > FEW_LOGITS:
+        found = []
+        for own, partner, place in zip(*(rows.split(AT_ONCE) for rows in (*pairs.sides, pairs.position))):
+            found.append(_kl(acts["logits"][own, place], acts["logits"][partner, place]))
+        return torch.cat(found)
+    goal = outcome(adapter, acts, pairs, target, prompts, probe)
+    return goal.cost(goal.reads(_final(adapter, acts, pairs.partner, pairs.position) - _of_own(adapter, acts, pairs)))
+
+
 def divergence(
     logits: Float[Tensor, "batch pos vocab"], own: Int[Tensor, " pair"], partner: Int[Tensor, " pair"]
 ) -> Float[Tensor, "pair pos"]:
     """KL(own || partner) of the predictions of two prompts at every position, in nats."""
-    found = []
-    for one, other in zip(own.tolist(), partner.tolist()):  # row by row: a batch's logits may fill the memory already
-        before, after = logits[one].log_softmax(-1), logits[other].log_softmax(-1)
-        found.append((before.exp() * (before - after)).sum(-1).clamp_min(0))
+    # row by row: a batch's logits may fill the memory already
+    found = [_kl(logits[one], logits[other]) for one, other in zip(own.tolist(), partner.tolist())]
     return torch.stack(found) if found else logits.new_zeros(0, logits.shape[1])
+
+
+def _kl(own: Float[Tensor, "place vocab"], partner: Float[Tensor, "place vocab"]) -> Float[Tensor, " place"]:
+    before, after = own.log_softmax(-1), partner.log_softmax(-1)
+    return (before.exp() * (before - after)).sum(-1).clamp_min(0)
 
 
 def contrast(

@@ -13,9 +13,10 @@ difference that runs through it. Two kinds of sums are kept, both additive, and 
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_circuitlasso.data import schema
@@ -28,7 +29,7 @@ from tl_circuitlasso.models.bases import Basis
 from tl_circuitlasso.models.designs import Sample
 from tl_circuitlasso.models.names import act
 from tl_circuitlasso.models.outcome import Probe
-from tl_circuitlasso.models.rotary import position_ids
+from tl_circuitlasso.models.pairing import compared, first_difference
 from tl_circuitlasso.models.sweep import Read
 from tl_circuitlasso.models.views import Pairing
 
@@ -37,8 +38,6 @@ CHEAP = 2e10  # operations: what forward passes may take that are worth so many 
 DRAWS = 4  # how often the same prompts are paired anew, at most
 MEMORY = 256 << 20  # bytes that the pairs swept at once may take
 ON_CPU = 64 << 20  # the same on a CPU, where small parts cost nothing: they are cut closer to what they read
-REACHES = (0.5, 1.0)  # how far towards a random partner secants go, in turn: some thresholds lie in the second half
-ALIKE = 0.1  # share of the draws that treat all positions alike
 ROWS = 4096  # contributions kept whole, a row for each pair and direction
 ROW_BYTES = 1 << 30  # at most so many bytes of them
 FEWEST_ROWS = 64
@@ -73,18 +72,13 @@ class ReadDesign:
 
     def add(self, statistics: Statistics, adapter: Adapter, sample: Sample) -> Statistics:
         """With one batch added. Consumes `statistics`: its sums are updated in place, as a stream needs."""
-        mask = _mask(sample)
-        if self.contrast:
-            pairs = twins(mask, sample.target_keep, sample.acts[act("resid_pre", 0)], causal=adapter.shape.causal)
-            mask = torch.cat([mask, mask])
-        else:
-            logits = sample.acts["logits"] if sample.target is None else None
-            pairs = make_pairs(mask, sample.target_keep, sample.generator, draws=self.draws, logits=logits)
+        acts, probe, generator = sample.acts, self.probe, sample.generator
+        options: Any = {"contrast": self.contrast, "draws": self.draws, "generator": generator}
+        asked = (_mask(sample), sample.target_keep, sample.target, sample.prompts, probe)
+        pairs = compared(adapter, acts, *asked, **options)
         if self.weight is not None:
             own, partner = (self.weight[sample.prompts[rows.cpu() % len(sample.prompts)]] for rows in pairs.sides)
-            stands_for = (own if self.contrast else own * partner).to(mask.device)
-            pairs = replace(pairs, weight=stands_for if pairs.weight is None else stands_for * pairs.weight)
-        acts = sample.acts
+            pairs = pairs.standing_for(own if self.contrast else own * partner)
         sums, rows = dict(statistics.sums), dict(statistics.rows)
         directions = outcome.count(adapter, sample.target, self.probe)
         for part in in_parts(adapter, pairs, directions, acts, memory=self.swept):
@@ -99,7 +93,8 @@ class ReadDesign:
         generator = sample.generator
         goal = outcome.outcome(adapter, acts, pairs, sample.target, sample.prompts, self.probe, generator=generator)
         fold = (sample.prompts.to(pairs.own.device)[pairs.own] % FOLDS).to(goal.directions.device)
-        weight = torch.ones_like(goal.directions[:, 0, 0]) if pairs.weight is None else pairs.weight.to(goal.directions)
+        ones = torch.ones_like(goal.directions[:, 0, 0])
+        weight, drawn_of = (ones if part is None else part.to(ones) for part in (pairs.weight, pairs.drawn_of))
         nodes = goal.directions.new_zeros(*goal.directions.shape[:2], sums[schema.NODE_COSTS].shape[1])
         rows: dict[str, Tensor] = {}
         chances: Tensor | None = None
@@ -122,8 +117,8 @@ class ReadDesign:
                 chances = goal.chances(merged.sum((2, 3)))
             rows[key] = goal.in_nats(torch.cat([read.value for read in reads], dim=-1), chances).flatten(2)
         add(schema.NODE_COSTS, goal.judged(nodes))
-        add(schema.PAIRS, torch.ones_like(weight))
-        sums[schema.COUNT].index_add_(0, fold, torch.ones_like(fold, dtype=torch.float64))
+        sums[schema.PAIRS].index_add_(0, fold, drawn_of.double())
+        sums[schema.COUNT].index_add_(0, fold, ones.double())
         return _as_rows(adapter, rows, weight, sample.generator)
 
 
@@ -236,7 +231,7 @@ def in_parts(
     order = pairs.position.argsort(stable=True)
     first = torch.zeros_like(pairs.position)
     if acts is not None and adapter.shape.causal:
-        first = _first_difference(acts[act("resid_pre", 0)], pairs)
+        first = first_difference(acts[act("resid_pre", 0)], pairs)
     while len(order):
         width = pairs.valid.shape[1]
         size = max(1, memory // sweep.memory(adapter, width - int(first[order].min()), directions))
@@ -244,90 +239,3 @@ def in_parts(
         if adapter.shape.causal:
             width = int(pairs.position[part].max()) + 1
         yield pairs.take(part, width, int(first[part].min()))
-
-
-def _first_difference(stream: Float[Tensor, "batch pos d_model"], pairs: Pairing) -> Int[Tensor, " pair"]:
-    """Where the two prompts of each pair first differ; where the target is read, if they don't before."""
-    first = torch.empty_like(pairs.position)
-    for rows in torch.arange(len(pairs), device=pairs.own.device).split(64):
-        differ = (stream[pairs.own[rows]] != stream[pairs.partner[rows]]).any(-1) & pairs.valid[rows]
-        places = torch.arange(differ.shape[1], device=differ.device)
-        first[rows] = torch.where(differ, places, differ.shape[1]).amin(1)
-    return torch.minimum(first, pairs.position)
-
-
-def twins(
-    mask: Bool[Tensor, "batch pos"],
-    keep: Bool[Tensor, "batch pos"],
-    stream: Float[Tensor, "both pos d_model"],
-    *,
-    causal: bool,
-) -> Pairing:
-    """Each prompt with its own counterpart, which stands as many rows behind it, at every kept position that can see a
-    difference between the two."""
-    own, position = keep.nonzero().unbind(1)
-    pairs = Pairing(own, own + len(mask), position, mask[own], position_ids(mask)[own])
-    if causal:
-        first = _first_difference(stream, pairs.take(torch.arange(len(own), device=own.device)))
-        differs = (stream[pairs.own, first] != stream[pairs.partner, first]).any(-1)
-        pairs = pairs.take(differs.nonzero().flatten())
-    return pairs
-
-
-def make_pairs(
-    mask: Bool[Tensor, "batch pos"],
-    keep: Bool[Tensor, "batch pos"],
-    generator: torch.Generator,
-    *,
-    draws: int = 1,
-    logits: Float[Tensor, "batch pos vocab"] | None = None,
-) -> Pairing:
-    """Each prompt with another of at least its length, drawn at random, and one of its kept positions; `draws` times.
-
-    Prompts of one length form a random cycle; the last of a length that has no equal takes the next longer one. A
-    prompt that is alone with the largest length, or has no kept position, is left out. Given the `logits`, positions
-    are drawn by how far the predictions of the two prompts lie apart, and weigh as if all were drawn alike.
-    """
-    lengths = mask.sum(1).cpu()
-    parts = []
-    for draw in range(draws):
-        partner = _partners(lengths, generator).to(mask.device)
-        own = ((partner >= 0) & keep.any(1)).nonzero().flatten()
-        chances = _chances(keep[own], None if logits is None else outcome.divergence(logits, own, partner[own]))
-        position = _draws(chances, generator)
-        chance = chances.gather(1, position[:, None])[:, 0]
-        weight = 1 / (keep[own].sum(1) * chance).clamp_min(1e-12)
-        reach = torch.tensor(REACHES, device=mask.device)[(own + draw) % len(REACHES)]
-        valid = mask[own] & mask[partner[own]]
-        parts.append(Pairing(own, partner[own], position, valid, position_ids(mask)[own], reach, weight))
-    return Pairing.joined(parts)
-
-
-def _chances(keep: Bool[Tensor, "pair pos"], apart: Float[Tensor, "pair pos"] | None) -> Float[Tensor, "pair pos"]:
-    """With which chance each kept position is drawn: all alike, or mostly by how far apart predictions are there."""
-    alike = keep.double() / keep.sum(1, keepdim=True).clamp_min(1)
-    if apart is None:
-        return alike
-    apart = torch.where(keep, apart.double(), 0.0)
-    total = apart.sum(1, keepdim=True)
-    by_interest = torch.where(total > 0, apart / total.clamp_min(1e-300), alike)
-    return ALIKE * alike + (1 - ALIKE) * by_interest
-
-
-def _partners(lengths: Int[Tensor, " prompt"], generator: torch.Generator) -> Int[Tensor, " prompt"]:
-    """The partner of every prompt, -1 for none: the next in a shuffle by length, back to the first of its length."""
-    order = torch.randperm(len(lengths), generator=generator)
-    order = order[lengths[order].argsort(stable=True)]
-    _, run, size = lengths[order].unique_consecutive(return_inverse=True, return_counts=True)
-    after = torch.cat([order[1:], order.new_tensor([-1])])
-    first = order[(size.cumsum(0) - size)[run]]
-    ends = torch.cat([run[1:] != run[:-1], run.new_tensor([True], dtype=torch.bool)])
-    following = torch.where(ends & (size[run] > 1), first, after)
-    return torch.empty_like(order).scatter_(0, order, following)
-
-
-def _draws(chances: Float[Tensor, "row place"], generator: torch.Generator) -> Int[Tensor, " row"]:
-    """One place of each row, drawn by its chances."""
-    if not len(chances):
-        return torch.zeros(0, dtype=torch.long, device=chances.device)
-    return torch.multinomial(chances.cpu(), 1, generator=generator)[:, 0].to(chances.device)

@@ -14,6 +14,7 @@ what patching the edge does, as far as it acts through kept edges.
 import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -27,7 +28,8 @@ from tl_circuitlasso.models.closure import soft_cap
 from tl_circuitlasso.models.names import act, head_scale
 from tl_circuitlasso.models.norms import Norm, scale_of
 from tl_circuitlasso.models.outcome import Outcome, Probe
-from tl_circuitlasso.models.read import in_parts, make_pairs, twins
+from tl_circuitlasso.models.pairing import compared
+from tl_circuitlasso.models.read import in_parts
 from tl_circuitlasso.models.readout import last_only
 from tl_circuitlasso.models.sweep import PORTS
 from tl_circuitlasso.models.tokens import Batch
@@ -119,12 +121,10 @@ def reread(
     `tell` hears of every share of the work that is done."""
     acts = adapter.run(*batch.run, set(wanted(adapter, target)))
     keep = last_only(batch.keep) if last else batch.keep
-    if batch.partners is None:
-        logits = acts["logits"] if target is None else None
-        pairs = make_pairs(batch.mask, keep, torch.Generator().manual_seed(seed), draws=draws, logits=logits)
-    else:
-        pairs = twins(batch.mask, keep, acts[act("resid_pre", 0)], causal=adapter.shape.causal)
     prompts = torch.arange(batch.start, batch.start + len(batch.tokens))
+    options: Any = {"contrast": batch.partners is not None, "draws": draws}
+    generator = torch.Generator().manual_seed(seed)
+    pairs = compared(adapter, acts, batch.mask, keep, target, prompts, probe, generator=generator, **options)
     edge_cost: dict[Edge, float] = dict.fromkeys(reading.edges, 0.0)
     effects, judged = dict(edge_cost), dict(edge_cost)
     node_cost: dict[str, float] = dict.fromkeys(reading.nodes, 0.0)
@@ -138,10 +138,10 @@ def reread(
             effects[edge] += float((contribution[:, 0] * weight).sum())
         for node, contribution in by_node.items():
             node_cost[node] += float((goal.judged(contribution) * weight).sum())
-    count = max(len(pairs), 1)
+    count = len(pairs) if pairs.drawn_of is None else float(pairs.drawn_of.sum())
 
     def means(totals: dict) -> dict:
-        return {name: total / count for name, total in totals.items()}
+        return {name: total / max(count, 1) for name, total in totals.items()}
 
     return Costs(means(edge_cost), means(judged), means(node_cost), means(effects), len(pairs))
 

@@ -12,7 +12,7 @@ between scores, beyond which single precision knows no probability), wherever be
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -34,8 +34,9 @@ class Pairing:
     own, partner: rows of the batch; position: where the target is read; valid: which positions are real tokens in both
     (elsewhere the partner counts as equal); places: each token's place in the own prompt, pads not counted. reach: how
     far towards the partner each pair's secants go; None: all the way, with every product taken at the mean of both
-    ends, so that contributions add up exactly. weight: how many pairs of the data each stands for. first: positions
-    before it are the same in both prompts of every pair.
+    ends, so that contributions add up exactly. weight: how many pairs of the data each stands for, by the chance with
+    which it was drawn; drawn_of: of how many of the data it was drawn, so that weights have the sum of `drawn_of` in
+    the mean (None: 1). first: positions before it are the same in both prompts of every pair.
     """
 
     own: Int[Tensor, " pair"]
@@ -45,6 +46,7 @@ class Pairing:
     places: Int[Tensor, "pair pos"]
     reach: Float[Tensor, " pair"] | None = None
     weight: Float[Tensor, " pair"] | None = None
+    drawn_of: Float[Tensor, " pair"] | None = None
     first: int = 0
 
     def __len__(self) -> int:
@@ -65,12 +67,19 @@ class Pairing:
         rows = (all_of(name) for name in ("own", "partner", "position", "valid", "places"))
         return cls(*rows, reach=all_of("reach"), weight=all_of("weight"))
 
+    def standing_for(self, prompts: Float[Tensor, " pair"]) -> "Pairing":
+        """The same pairs, each of a prompt that stands for so many of the data."""
+        by = prompts.to(self.own.device)
+        weight, drawn_of = (by if part is None else part * by for part in (self.weight, self.drawn_of))
+        return replace(self, weight=weight, drawn_of=drawn_of)
+
     def take(self, rows: Int[Tensor, " row"], width: int | None = None, first: int = 0) -> "Pairing":
         """Some of the pairs, cut behind position `width`, of which those before `first` are known to be equal."""
-        reach, weight = (None if part is None else part[rows] for part in (self.reach, self.weight))
+        each = (self.reach, self.weight, self.drawn_of)
+        reach, weight, drawn_of = (None if part is None else part[rows] for part in each)
         own, partner, position = self.own[rows], self.partner[rows], self.position[rows]
         valid, places = self.valid[rows, :width], self.places[rows, :width]
-        return Pairing(own, partner, position, valid, places, reach, weight, first)
+        return Pairing(own, partner, position, valid, places, reach, weight, drawn_of, first)
 
 
 @dataclass(frozen=True, eq=False)

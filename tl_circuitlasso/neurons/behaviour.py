@@ -16,8 +16,8 @@ from tl_circuitlasso.models import outcome, readout
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.collect import left_aligned
 from tl_circuitlasso.models.neuron_scores import Batch, Reading
+from tl_circuitlasso.models.pairing import make_pairs
 from tl_circuitlasso.models.pairs import PairBatch, Pairs
-from tl_circuitlasso.models.read import make_pairs
 from tl_circuitlasso.models.tokens import Batch as PromptBatch
 from tl_circuitlasso.models.tokens import Prompts
 

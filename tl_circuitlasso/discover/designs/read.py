@@ -159,8 +159,8 @@ class Read(Collecting[ReadDesign]):
 
 
 def draws(job: Job[ReadDesign]) -> int:
-    """How often every batch is paired anew."""
-    return 1 if job.pairs is not None else affordable_draws(job.adapter, job.used, job.prompts.width)
+    """How often every batch is paired anew; at how many positions a prompt and its counterpart are compared."""
+    return affordable_draws(job.adapter, job.used, job.prompts.width)
 
 
 def directions(job: Job[ReadDesign]) -> int:
@@ -251,9 +251,8 @@ def _swept(job: Job[ReadDesign]) -> int:
 
 def _pairs_of_batch(job: Job[ReadDesign]) -> int:
     size = min(job.batch_size, job.used)
-    if not job.what.contrast:
-        return size * draws(job)
-    return size * (1 if job.last or job.prompts.positions == "last" else job.prompts.width)
+    once = job.what.contrast and (job.last or job.prompts.positions == "last")
+    return size * (1 if once else draws(job))
 
 
 def _sums(job: Job[ReadDesign]) -> int:
