@@ -143,6 +143,11 @@ class _Change:
     value: Float[Tensor, "prompt pos head d_head"]
 
 
+def _by_copy(made: ForwardPass, sizes: tuple[int, int, int], key: str) -> Float[Tensor, "circuit batch pos ..."]:
+    """An activation of a pass over copies of the prompts."""
+    return made[key].unflatten(0, sizes[:2])
+
+
 class _Readers:
     """One forward pass over copies of the prompts, and what its readers are made to see."""
 
@@ -158,7 +163,6 @@ class _Readers:
     ) -> None:
         self.adapter, self.ablated, self.plans = adapter, ablated, plans
         self.sizes = (copies, tokens.shape[0], tokens.shape[1])
-        self.sources = Sources(adapter, self.sizes, _wanted(self.plans), self.value, ablated.written)
         self.changes: dict[int, dict[Port, list[_Change]]] = {}
         self.shared = keeps_heads_shared(adapter)
         self.patterns: dict[str, Tensor] | None = None
@@ -168,6 +172,9 @@ class _Readers:
             self.patterns = {name: pattern.repeat(self.sizes[0], 1, 1, 1) for name, pattern in made.items()}
         many, real = tokens.repeat(self.sizes[0], 1), mask.repeat(self.sizes[0], 1)
         self.made = ForwardPass(adapter, many, real, self._keys(), own_heads=True, gradients=gradients)
+        # Not `self.value`: in a circle of references, all activations would wait for the garbage collector.
+        self.value = partial(_by_copy, self.made, self.sizes)
+        self.sources = Sources(adapter, self.sizes, _wanted(self.plans), self.value, ablated.written)
 
     def _keys(self) -> list[str]:
         kinds: list[Kind] = ["resid_pre", "z", "scale.attn_out"]
@@ -186,10 +193,6 @@ class _Readers:
             if not shape.attn_only:
                 yield act("mlp_read", layer), partial(self._swap_mlp, layer)
         yield self.adapter.final, self._swap_end
-
-    def value(self, key: str) -> Float[Tensor, "circuit batch pos ..."]:
-        """An activation of this pass."""
-        return self.made[key].unflatten(0, self.sizes[:2])
 
     # -- what readers see ---------------------------------------------------------------------------------------------
 
