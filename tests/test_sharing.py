@@ -95,8 +95,34 @@ def mapped(folder: Path, rank: int) -> None:
 
     made = as_ranks("world").map(range(5), work, lambda made: {name: x.tolist() for name, x in made.items()})
     (folder / f"mapped-{rank}.json").write_text(json.dumps([made, worked]))
-    with message_of(folder, "bad-item", rank):
+    with message_of(folder, "bad-item", rank), as_ranks("world").together():
         as_ranks("world").map(range(5), partial(work, bad=2), dict)
+
+
+OPERATIONS = {
+    "sum": lambda ranks: ranks.sum(torch.ones(2)),
+    "count": lambda ranks: ranks.count(3),
+    "add_up": lambda ranks: ranks.add_up(torch.ones(2, 3)),
+    "largest": lambda ranks: ranks.largest(torch.ones(2)),
+    "first": lambda ranks: ranks.first(torch.ones(2)),
+    "gather": lambda ranks: ranks.gather({"one": torch.ones(2)}),
+    "gather_data": lambda ranks: ranks.gather_data([1, "two"]),
+    "agree": lambda ranks: ranks.agree({"fact": 1}),
+    "map": lambda ranks: ranks.map([1], lambda one: {"one": torch.tensor(one)}, dict),
+    "the end": lambda ranks: None,
+}
+
+
+def failing(folder: Path, rank: int) -> None:
+    """Process 1 fails in a job within a job while process 0 is on its way to each operation; then none fails."""
+    ranks = as_ranks("world")
+    for name, operation in OPERATIONS.items():
+        with message_of(folder, f"before {name}", rank), ranks.together(), ranks.together():
+            if rank == 1:
+                raise tcl.ModelError("gone")
+            operation(ranks)
+        with ranks.together():
+            operation(ranks)
 
 
 def worker(rank: int, folder: Path) -> None:
@@ -108,6 +134,7 @@ def worker(rank: int, folder: Path) -> None:
     of_demo(dist.group.WORLD).save(folder / f"demo-{rank}.safetensors")
     interrupted_and_resumed(folder, rank)
     mapped(folder, rank)
+    failing(folder, rank)
     model = architectures.small()
     if rank == 1:
         model.blocks[0].mlp.W_out.data[:] = torch.nan
@@ -185,6 +212,12 @@ def test_items_are_dealt_out_and_all_have_what_is_made_of_each(folder: Path) -> 
     assert [worked for _, worked in found] == [[0, 2, 4], [1, 3]]
     messages = [(folder / f"bad-item-{rank}.txt").read_text() for rank in range(2)]
     assert messages[0].startswith("ModelError") and "rank 0 of 2 failed: ModelError: bad item" in messages[1]
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_who_needs_another_process_learns_that_it_failed(folder: Path, name: str) -> None:
+    messages = [(folder / f"before {name}-{rank}.txt").read_text() for rank in range(2)]
+    assert messages == ["CircuitLassoError: rank 1 of 2 failed: ModelError: gone", "ModelError: gone"]
 
 
 def test_an_error_in_one_process_is_raised_in_all(folder: Path) -> None:

@@ -3,6 +3,11 @@
 A `Ranks` is handed down to whoever can share work; `ALONE`, the default everywhere, is one process that shares with
 nobody, so the code reads the same either way. Batches and regressions are dealt out in turn, sums are all-reduced,
 and what doesn't add up is gathered as safetensors bytes (nothing is ever unpickled). Works under gloo and nccl.
+
+What fails in one process must fail in all, or the others wait for it for ever. So a public function that shares its
+work stands in one `with ranks.together()`, and nothing below it has to think of that: every operation that needs the
+others (`sum`, `count`, `add_up`, `largest`, `first`, `gather`, `gather_data`, `agree`, `map`) begins with a meeting of
+all, to which one that has failed comes, too, to say why.
 """
 
 import json
@@ -59,20 +64,15 @@ class Ranks:
         What is made travels as tensors by name, and `join` makes of them what is wanted. Every process walks through
         all of `items`, which must be the same on each.
 
-        Raises
-        ------
-        CircuitLassoError: another process failed; the message says which, and why.
-
         >>> ALONE.map([1, 2], lambda n: {"square": torch.tensor(n * n)}, lambda made: int(made["square"]))
         [1, 4]
         """
         own: dict[str, Tensor] = {}
         count = 0
-        with self.together():
-            for number, item in enumerate(items):
-                count += 1
-                if self.mine(number):
-                    own |= {f"{number}/{name}": tensor for name, tensor in work(item).items()}
+        for number, item in enumerate(items):
+            count += 1
+            if self.mine(number):
+                own |= {f"{number}/{name}": tensor for name, tensor in work(item).items()}
         made: list[dict[str, Tensor]] = [{} for _ in range(count)]
         for part in self.gather(own):
             for key, tensor in part.items():
@@ -82,11 +82,7 @@ class Ranks:
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, the same on each; `tensor` itself where there is one only."""
-        if self.size == 1:
-            return tensor
-        total = tensor.detach().to(self._device).clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=self.group)
-        return total.to(tensor.device)
+        return self._reduced(tensor, dist.ReduceOp.SUM)
 
     def count(self, own: int) -> int:
         """The sum of a whole number over all processes."""
@@ -96,6 +92,7 @@ class Ranks:
         """`sum`, in place and strip by strip: for matrices of which a second copy has no room."""
         if self.size == 1 or not tensor.numel():
             return
+        self._meet()
         rows = STRIP * len(tensor) // tensor.nbytes if tensor.ndim else 1
         for strip in tensor.split(max(rows, 1)) if tensor.ndim else (tensor,):
             total = strip.contiguous().to(self._device)
@@ -104,16 +101,21 @@ class Ranks:
 
     def largest(self, tensor: Tensor) -> Tensor:
         """The largest over all processes, entry by entry."""
+        return self._reduced(tensor, dist.ReduceOp.MAX)
+
+    def _reduced(self, tensor: Tensor, how: Any) -> Tensor:
         if self.size == 1:
             return tensor
-        most = tensor.detach().to(self._device).clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(most, dist.ReduceOp.MAX, group=self.group)
-        return most.to(tensor.device)
+        self._meet()
+        common = tensor.detach().to(self._device).clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(common, how, group=self.group)
+        return common.to(tensor.device)
 
     def first(self, tensor: Tensor) -> Tensor:
         """The tensor of process 0, whose shape and type all must share."""
         if self.size == 1:
             return tensor
+        self._meet()
         common = tensor.detach().to(self._device).clone(memory_format=torch.contiguous_format)
         dist.broadcast(common, 0 if self.group is None else dist.get_global_rank(self.group, 0), group=self.group)
         return common.to(tensor.device)
@@ -122,16 +124,18 @@ class Ranks:
         """What every process passed, in the order of the processes; names, shapes and types may differ."""
         if self.size == 1:
             return [dict(tensors)]
+        self._meet()
         packed = safetensors.torch.save(
             {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
         )
-        return [safetensors.torch.load(part) for part in self.gather_bytes(packed)]
+        return [safetensors.torch.load(part) for part in self._all_bytes(packed)]
 
     def gather_data(self, data: Any) -> list[Any]:
         """Plain data (anything that JSON can hold) of every process."""
         if self.size == 1:
             return [data]
-        return [json.loads(part) for part in self.gather_bytes(json.dumps(data).encode())]
+        self._meet()
+        return [json.loads(part) for part in self._all_bytes(json.dumps(data).encode())]
 
     def agree(self, facts: Mapping[str, Any]) -> None:
         """Raise an InputError, on every process, where they differ in any of some plain `facts`."""
@@ -144,38 +148,51 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Waits for all processes at its end; an error in one of them is raised in every one, so that none hangs.
+        """One job of all processes: it stands around the whole of it, once, where it begins.
+
+        Whoever fails inside comes to the next meeting of the others, which is their next operation here or the end of
+        the job, and says why: the error is raised in every process, and none waits for one that is gone.
 
         Raises
         ------
         CircuitLassoError: another process failed; the message says which, and why.
         """
-        failure: Exception | None = None
         try:
             yield
         except Exception as error:
-            failure = error
-        if failure is not None and getattr(failure, _ANNOUNCED, False):
-            raise failure
-        reasons = self.gather_data(None if failure is None else f"{type(failure).__name__}: {failure}")
-        if failure is None:
-            failed = [(rank, reason) for rank, reason in enumerate(reasons) if reason]
-            if not failed:
-                return
-            failure = CircuitLassoError(f"rank {failed[0][0]} of {self.size} failed: {failed[0][1]}")
-        setattr(failure, _ANNOUNCED, True)
-        raise failure
+            if not getattr(error, _ANNOUNCED, False):
+                self._meet(error)
+            raise
+        self._meet()
 
-    def gather_bytes(self, packed: bytes) -> list[bytes]:
-        """The bytes of every process, in the order of the processes."""
+    def _meet(self, failure: Exception | None = None) -> None:
+        """Every process says that it's well, or why not; every operation begins with that."""
+        if self.size == 1:
+            return
+        reason = "" if failure is None else f"{type(failure).__name__}: {failure}"
+        told = [part.decode() for part in self._all_bytes(reason.encode())]
+        if failure is not None:
+            setattr(failure, _ANNOUNCED, True)
+            return
+        failed = [(rank, reason) for rank, reason in enumerate(told) if reason]
+        if failed:
+            failure = CircuitLassoError(f"rank {failed[0][0]} of {self.size} failed: {failed[0][1]}")
+            setattr(failure, _ANNOUNCED, True)
+            raise failure
+
+    def _all_bytes(self, packed: bytes) -> list[bytes]:
+        """The bytes of every process, in the order of the processes; where none has any, their number travels only."""
         own = _as_tensor(packed).to(self._device)
         sizes = [torch.zeros(1, dtype=torch.long, device=own.device) for _ in range(self.size)]
         dist.all_gather(sizes, torch.tensor([len(own)], device=own.device), group=self.group)
-        widest = max(int(size) for size in sizes)
+        lengths = [int(size) for size in sizes]
+        widest = max(lengths)
+        if not widest:
+            return [b""] * self.size
         padded = torch.nn.functional.pad(own, (0, widest - len(own)))
         parts = [torch.empty_like(padded) for _ in range(self.size)]
         dist.all_gather(parts, padded, group=self.group)
-        return [part[: int(size)].cpu().numpy().tobytes() for part, size in zip(parts, sizes)]
+        return [part[:length].cpu().numpy().tobytes() for part, length in zip(parts, lengths)]
 
     @property
     def beside(self) -> int:
@@ -237,4 +254,4 @@ def under_torchrun() -> Iterator[Ranks]:
 
 
 def _as_tensor(packed: bytes) -> UInt8[Tensor, " byte"]:
-    return torch.frombuffer(bytearray(packed), dtype=torch.uint8)
+    return torch.frombuffer(bytearray(packed), dtype=torch.uint8) if packed else torch.empty(0, dtype=torch.uint8)

@@ -48,8 +48,7 @@ class Confirmation:
             return graph
         told = progress and ranks.rank == 0
         pairs, options = self.pairs, {"batch_size": self.pairs.batch_size, "progress": told}
-        with ranks.together():
-            experiment = Experiment(adapter, pairs.clean, pairs.corrupted, self.metric, **options)
+        experiment = Experiment(adapter, pairs.clean, pairs.corrupted, self.metric, **options)
         if self.share is not None:  # each process measures all circuits: they are few, and each needs the answer
             return smallest(experiment, graph, share=self.share)
         return confirm(experiment, graph, seed=seed, process_group=ranks, budget=self.budget).prune()

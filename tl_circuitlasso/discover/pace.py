@@ -25,13 +25,12 @@ SIZE = 512  # rows of the matrices whose product tells how fast matrix products 
 
 def tell_ahead(asked: Job[Any], job: Job[Any]) -> None:
     """Say what a long run will take, before it starts, where progress is wanted and it can be known."""
-    with job.ranks.together():
-        if job.progress and job.ranks.rank == 0 and unplanned(job) is None and _may_be_long(job):
-            with bar(total=1, progress=True, desc="time the first prompts", unit="batch") as timing:
-                ahead = with_times(RunPlan.of(asked, job, (), None), job, TOLD)
-                timing.update()
-            if ahead.seconds >= EVERY:
-                say(f"circuit_lasso: {ahead.brief()}")
+    if job.progress and job.ranks.rank == 0 and unplanned(job) is None and _may_be_long(job):
+        with bar(total=1, progress=True, desc="time the first prompts", unit="batch") as timing:
+            ahead = with_times(RunPlan.of(asked, job, (), None), job, TOLD)
+            timing.update()
+        if ahead.seconds >= EVERY:
+            say(f"circuit_lasso: {ahead.brief()}")
 
 
 def _may_be_long(job: Job[Any]) -> bool:

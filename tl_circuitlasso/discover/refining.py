@@ -97,7 +97,7 @@ def _costs(
     options = {"last": plan.last, "probe": plan.design.probe, "draws": max(1, round(wanted / held))}
     options["memory"] = plan.design.swept
     mine = {number: batch for number, batch in enumerate(chosen) if ranks.mine(number)}
-    with ranks.together(), counting(total=len(mine), progress=progress, desc="second look", unit="batch") as bar:
+    with counting(total=len(mine), progress=progress, desc="second look", unit="batch") as bar:
         found = [
             reread(adapter, batch, reading, plan.target, seed=plan.seed + number, tell=bar.update, **options)
             for number, batch in mine.items()

@@ -85,9 +85,9 @@ def confirm(
         layout = check_graph(graph, setup.adapter)
         live = live_rows(graph, layout, kept_matrix(graph, layout))
         rows = _weakest(graph, live, budget)
-    shares = [rows[turn :: ranks.size] for turn in range(ranks.size)]
-    cut = partial(without_each, setup, graph, layout, layout.mask()[None])
-    found = _side_by_side(ranks.map(shares, lambda some: _tensors(cut(some)), dict), len(rows))
+        shares = [rows[turn :: ranks.size] for turn in range(ranks.size)]
+        cut = partial(without_each, setup, graph, layout, layout.mask()[None])
+        found = _side_by_side(ranks.map(shares, lambda some: _tensors(cut(some)), dict), len(rows))
     check_scale(found)
     effects = found.base - found.values
     intervals = torch.tensor(mean_interval(effects, seed), dtype=torch.float64)

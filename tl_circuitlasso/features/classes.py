@@ -43,8 +43,7 @@ def classify_pair(
     InputError: one class only among the samples, or more than fits in memory.
     """
     pair = gathered(pair, ranks)
-    with ranks.together():
-        found = _classified(pair, rule, target, memory)
+    found = _classified(pair, rule, target, memory)
     return replace(found, **(first_of(found, ranks) or found).tensors())
 
 

@@ -42,16 +42,15 @@ def regress_samples(pair: PairData, rule: Rule, *, memory: int | None = None, ra
     clock = time.perf_counter()
     pair = gathered(pair, ranks)
     mine = ranks.dealt(len(pair.child_features))
-    with ranks.together():
-        if rule.folds or rule.chosen is not None:
-            raise InputError(
-                f"`strength` {rule.strength!r} (penalty {rule.penalty!r}, {rule.draws} `draws`) needs more than half "
-                f"as many samples ({pair.count(held=False)}) as columns ({pair.sources}): give more tokens or a lower "
-                "`max_features`, or let `strength` be a number"
-            )
-        x, y, units = standardised(pair, memory)
-        counted = time.perf_counter()
-        found = _regressed(x, y[:, mine], units.of(mine), rule, x.shape[1] * y.shape[1])
+    if rule.folds or rule.chosen is not None:
+        raise InputError(
+            f"`strength` {rule.strength!r} (penalty {rule.penalty!r}, {rule.draws} `draws`) needs more than half "
+            f"as many samples ({pair.count(held=False)}) as columns ({pair.sources}): give more tokens or a lower "
+            "`max_features`, or let `strength` be a number"
+        )
+    x, y, units = standardised(pair, memory)
+    counted = time.perf_counter()
+    found = _regressed(x, y[:, mine], units.of(mine), rule, x.shape[1] * y.shape[1])
     found = everyones(found, mine, ranks)
     seconds = {"statistics": counted - clock, "solve": time.perf_counter() - counted}
     found = with_effects(found, pair.effects, units, grow=rule.strength == "auto")

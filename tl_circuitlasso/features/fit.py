@@ -170,8 +170,7 @@ def _fraction(solution: solve.Solution) -> Float[Tensor, " target"]:
 def with_held_out(found: Regressed, pair: PairData, units: Units, ranks: Ranks = ALONE) -> Regressed:
     """With its R^2 on the held-out prompts, those of all processes, and the time that they took."""
     clock = time.perf_counter()
-    with ranks.together():
-        wrong, total = held_out_errors(pair, found.matrix(units), units)
+    wrong, total = held_out_errors(pair, found.matrix(units), units)
     wrong, total = ranks.sum(torch.from_numpy(np.stack([wrong, total]))).numpy()
     varies = np.isfinite(units.target.numpy()) & (total > 0)
     r2 = torch.from_numpy(np.where(varies, 1 - wrong / np.where(total > 0, total, 1), np.nan))

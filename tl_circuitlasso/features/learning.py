@@ -35,7 +35,7 @@ from tl_circuitlasso.features.fit import Regressed
 from tl_circuitlasso.features.graph import feature_graph, kept_by_pair
 from tl_circuitlasso.features.regression import Rule, regress_pair
 from tl_circuitlasso.features.samples import PairData, columns_of
-from tl_circuitlasso.features.shared import count_of_all, first_of
+from tl_circuitlasso.features.shared import first_of
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.feature_collect import CollectedCodes, collect_codes
@@ -180,7 +180,7 @@ def _effects(
 
 
 def _regress(data: PairData, basis: SAEFeatures, setup: FeatureSetup, pair: tuple[str, str]) -> Regressed:
-    samples = count_of_all(data, setup.ranks, held=False)
+    samples = setup.ranks.count(data.count(held=False))
     if samples < 2:
         raise InputError(
             f"`tokens` give {samples} sample(s) for {' -> '.join(pair)}: a regression needs at least two, and "
@@ -236,16 +236,14 @@ def _pair_identity(collected: CollectedCodes, data: PairData, setup: FeatureSetu
 
 def _store(path: Path, done: Regressed, identity: Mapping[str, Any], ranks: Ranks) -> None:
     """Write a finished pair: process 0 does it."""
-    with ranks.together():
-        if ranks.rank == 0:
-            _kept(path, identity).write(path.name, done.tensors(), done.plain())
+    if ranks.rank == 0:
+        _kept(path, identity).write(path.name, done.tensors(), done.plain())
 
 
 def _stored(path: Path, identity: Mapping[str, Any], ranks: Ranks) -> Regressed | None:
     """A finished pair of this very regression that process 0 finds, or None: one of another rule is made again."""
-    with ranks.together():
-        found = _kept(path, identity).read(path.name, remade=True) if ranks.rank == 0 else None
-        own = None if found is None else Regressed.of(*found)
+    found = _kept(path, identity).read(path.name, remade=True) if ranks.rank == 0 else None
+    own = None if found is None else Regressed.of(*found)
     return first_of(own, ranks)
 
 

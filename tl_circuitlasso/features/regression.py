@@ -79,18 +79,16 @@ def regress_pair(
     InputError: it wouldn't fit in memory: estimated first, and the message says what to reduce.
     """
     clock = time.perf_counter()
-    with ranks.together():
-        _check_room(pair, rule, device, memory, ranks)
-        sums = _sums(pair, rule, device)
+    _check_room(pair, rule, device, memory, ranks)
+    sums = _sums(pair, rule, device)
     for number in range(len(sums)):
         sums[number] = solve.all_reduce_sums(sums[number], ranks)
     mine = ranks.dealt(len(pair.child_features))
-    with ranks.together():
-        data, parts, units = _moments(sums, mine)
-        del sums
-        counted = time.perf_counter()
-        found = _in_blocks(pair, rule, data, parts, units, mine)
-        del data, parts
+    data, parts, units = _moments(sums, mine)
+    del sums
+    counted = time.perf_counter()
+    found = _in_blocks(pair, rule, data, parts, units, mine)
+    del data, parts
     found = everyones(found, mine, ranks)
     solved = time.perf_counter()
     found = with_effects(found, pair.effects, units, grow=rule.strength == "auto")

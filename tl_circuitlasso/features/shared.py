@@ -19,13 +19,6 @@ from tl_circuitlasso.features.fit import PER_EDGE, PER_TARGET, Regressed
 from tl_circuitlasso.features.samples import PairData, Part
 
 
-def count_of_all(pair: PairData, ranks: Ranks, *, held: bool) -> int:
-    """How many samples all processes have."""
-    with ranks.together():
-        own = pair.count(held)
-    return ranks.count(own)
-
-
 def everyones(own: Regressed, mine: Int[Tensor, " mine"], ranks: Ranks) -> Regressed:
     """The regression of all children, from the shares of the processes, as one process orders it."""
     if ranks.size == 1:
@@ -58,8 +51,7 @@ def gathered(pair: PairData, ranks: Ranks) -> PairData:
     """The pair with the samples of all processes, held out or not, instead of where to find this process's."""
     if ranks.size == 1:
         return pair
-    with ranks.together():
-        own = [_packed(part) for held in (False, True) for part in pair.parts(held=held)]
+    own = [_packed(part) for held in (False, True) for part in pair.parts(held=held)]
     named = {f"{number}/{name}": x for number, part in enumerate(own) for name, x in part.items()}
     given: list[Part] = []
     for tensors in ranks.gather(named):

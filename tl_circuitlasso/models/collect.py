@@ -97,8 +97,7 @@ def collect(
     """
     began = time.perf_counter()
     file = None if checkpoint is None else _own_file(Path(checkpoint), ranks)
-    with ranks.together():
-        own = _Own(adapter, prompts, twins, plan, file, start, ranks).collected(progress and ranks.rank == 0)
+    own = _Own(adapter, prompts, twins, plan, file, start, ranks).collected(progress and ranks.rank == 0)
     statistics, passes = own.statistics.shared(ranks), ranks.count(own.forward_passes)
     return replace(own, statistics=statistics, forward_passes=passes, seconds=time.perf_counter() - began)
 
@@ -199,12 +198,10 @@ def _agreed_start(
     if ranks.size == 1:
         return statistics, 0
     look = statistics is None and plan.design.pilots
-    with ranks.together():
-        own = statistics or _start(adapter, plan, sample_of(adapter, plan, pilot, 0, run=look))
+    own = statistics or _start(adapter, plan, sample_of(adapter, plan, pilot, 0, run=look))
     fixed = {key: ranks.first(value) for key, value in own.fixed.items()}
-    with ranks.together():
-        if statistics is not None and any(not torch.equal(value, fixed[key]) for key, value in own.fixed.items()):
-            raise InputError("`checkpoint` files of the processes come from different runs: delete them all")
+    if statistics is not None and any(not torch.equal(value, fixed[key]) for key, value in own.fixed.items()):
+        raise InputError("`checkpoint` files of the processes come from different runs: delete them all")
     return replace(own, fixed=fixed), int(look)
 
 

@@ -72,8 +72,7 @@ def collect_codes(
         activations or codes.
     """
     began = time.perf_counter()
-    with ranks.together():
-        setup, seen, passes = _collect_own(adapter, prompts, basis, target, last, checkpoint, progress, ranks)
+    setup, seen, passes = _collect_own(adapter, prompts, basis, target, last, checkpoint, progress, ranks)
     origin, store = _origin(prompts, target, last), setup.store
     ranks.agree({**setup.identity, "data": origin})
     first = next(iter(store), None)  # none where processes are more than batches

@@ -136,11 +136,9 @@ def replay(
     if not paths:
         return {}
     parents = list(dict.fromkeys(parent for parent, _ in paths))
-    with ranks.together():  # all are done, or all learn why not, before any waits for another's part
-        mine = chosen_groups(chunks, {hook: kept[hook] for hook in parents}, GROUPS)
+    mine = chosen_groups(chunks, {hook: kept[hook] for hook in parents}, GROUPS)
     chosen = {hook: _of_all(groups, GROUPS, ranks) for hook, groups in mine.items()}
-    with ranks.together():
-        tallies = _tallied(adapter, chunks, paths, chosen, kept, copies, progress=progress)
+    tallies = _tallied(adapter, chunks, paths, chosen, kept, copies, progress=progress)
     return {pair: tally.effects(len(kept[pair[0]]), ranks) for pair, tally in tallies.items()}
 
 

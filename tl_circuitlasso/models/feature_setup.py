@@ -88,10 +88,9 @@ def set_up(
     identity = _identity(adapter, basis, encoders, routes)
     fitted = _fitted(adapter, basis, plan, pairs, batch, checkpoint, identity, ranks)
     folder = _own_folder(checkpoint, ranks)
-    with ranks.together():
-        free = free_bytes()
-        limit = basis.memory or (UNKNOWN_LIMIT if free is None else free // 2 // ranks.beside)
-        store = CodeStore(folder, limit, identity)
+    free = free_bytes()
+    limit = basis.memory or (UNKNOWN_LIMIT if free is None else free // 2 // ranks.beside)
+    store = CodeStore(folder, limit, identity)
     first = first_prompts(batch, MAX_PROMPTS)
     return Setup(encoders, order, pairs, routes, fitted, store, identity, first)
 
@@ -154,11 +153,10 @@ def _fitted(
 ) -> CodePlan:  # fmt: skip
     """The plan with what the pilot decides, in process 0: directions of errors and logits."""
     kept = None if checkpoint is None else Checkpoint(checkpoint, "feature directions", "collection", identity)
-    with ranks.together():
-        stored = None if kept is None or ranks.rank else kept.read(DIRECTIONS)
-        own = {} if ranks.rank else stored[0] if stored else _directions(adapter, basis, plan, pairs, batch)
-        if kept is not None and ranks.rank == 0 and stored is None:
-            kept.write(DIRECTIONS, own)
+    stored = None if kept is None or ranks.rank else kept.read(DIRECTIONS)
+    own = {} if ranks.rank else stored[0] if stored else _directions(adapter, basis, plan, pairs, batch)
+    if kept is not None and ranks.rank == 0 and stored is None:
+        kept.write(DIRECTIONS, own)
     tensors = ranks.gather(own)[0]
     errors = {name.removeprefix("error/"): value for name, value in tensors.items() if name.startswith("error/")}
     if basis.error and set(errors) != _parents(pairs):

@@ -70,9 +70,8 @@ class Alive:
 def survey(chunks: Iterable[Chunk], features: Mapping[str, int], ranks: Ranks = ALONE) -> dict[str, Firing]:
     """The firing of each hook's features (so many) over all samples, those of all processes, in one pass."""
     found = {hook: Firing.empty(count) for hook, count in features.items()}
-    with ranks.together():
-        for chunk in chunks:
-            found = {hook: firing.add(chunk.codes[hook]) for hook, firing in found.items()}
+    for chunk in chunks:
+        found = {hook: firing.add(chunk.codes[hook]) for hook, firing in found.items()}
     return {hook: firing.shared(ranks) for hook, firing in found.items()}
 
 
@@ -149,9 +148,8 @@ def strongest(
 ) -> dict[str, Examples]:
     """Every kept feature's strongest samples, those of all processes, in one pass."""
     found = {hook: Examples.empty(len(features)) for hook, features in kept.items()}
-    with ranks.together():
-        for chunk in chunks:
-            found = {hook: examples.add(chunk, chunk.codes[hook], kept[hook]) for hook, examples in found.items()}
+    for chunk in chunks:
+        found = {hook: examples.add(chunk, chunk.codes[hook], kept[hook]) for hook, examples in found.items()}
     return {hook: examples.shared(ranks) for hook, examples in found.items()}
 
 

@@ -97,7 +97,7 @@ def lasso_sharded(
             init=None if init is None else init[:, columns],
             **options,
         )
-    return _side_by_side(mine, columns, ranks)
+        return _side_by_side(mine, columns, ranks)
 
 
 def my_targets(targets: int, penalty: L1 | Group | None = None) -> Int[Tensor, " mine"]:
