@@ -141,15 +141,12 @@ def test_a_budget_is_the_most_edges_that_are_measured(folder, monkeypatch):
         ("m0", "logits"),
     ]
 
-    def skeleton(**options):
-        def run(case, prompts, seed):
-            index = component_index(n_layers=1, n_heads=2)
-            made = AttributionGraph.from_edges(index, {edge: 1.0 + place for place, edge in enumerate(edges)})
-            return replace(made, provenance={"forward_passes": 0.0})
+    def skeleton(case, prompts, seed):
+        index = component_index(n_layers=1, n_heads=2)
+        made = AttributionGraph.from_edges(index, {edge: 1.0 + place for place, edge in enumerate(edges)})
+        return replace(made, provenance={"forward_passes": 0.0})
 
-        return run
-
-    monkeypatch.setattr(bench.methods, "_circuit_lasso", skeleton)
+    monkeypatch.setitem(bench.METHODS, "circuit-lasso", bench.methods.Method("circuit-lasso", skeleton, chooses=True))
     whole, some = (run(folder, "circuit-lasso+confirm", budget=budget) for budget in (None, 2))
     assert not whole.failures and not some.failures
     assert whole.rows[0].forward_passes - some.rows[0].forward_passes == 4

@@ -19,7 +19,7 @@ from tl_circuitlasso.discover.designs import learn
 from tl_circuitlasso.discover.drawing import draw_by_output
 from tl_circuitlasso.discover.garrote import aligned, children
 from tl_circuitlasso.models.adapter import adapt
-from tl_circuitlasso.models.outcome import _others
+from tl_circuitlasso.models.outcome import direction_of_others
 from tl_circuitlasso.models.tokens import Prompts
 
 BOS = 2
@@ -146,7 +146,7 @@ def test_a_direction_of_all_other_tokens_sees_what_two_tokens_miss() -> None:
     logits, changed = stream @ weight, (stream + 0.01 * move) @ weight
     tokens = torch.tensor([[3, 7]]).expand(6000, -1)
     rows = logits.expand(6000, -1)
-    direction = _others(weight, rows, rows.softmax(-1), tokens, None, generator)[:, 0]
+    direction = direction_of_others(weight, rows, rows.softmax(-1), tokens, None, generator)[:, 0]
     before, after = logits.log_softmax(-1), changed.log_softmax(-1)
     whole = (before.exp() * (before - after)).sum()
     two, two_after = before[[3, 7]].log_softmax(-1), after[[3, 7]].log_softmax(-1)

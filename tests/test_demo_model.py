@@ -1,5 +1,6 @@
 """The bundled model: it answers, its circuit is the stated one, and it is the same on every TransformerLens."""
 
+import json
 from importlib.resources import files
 
 import pytest
@@ -78,9 +79,9 @@ def test_what_is_in_the_package_is_small_and_consistent(demo: Demo) -> None:
 
 def test_hooked_transformer_and_bridge_are_the_same_model(demo: Demo) -> None:
     pytest.importorskip("transformer_lens.model_bridge")
-    from tl_circuitlasso.demo import _json
-
-    bridge = build_native_bridge(_json("config.json"), load_file(str(FOLDER / "model.safetensors")))
+    bridge = build_native_bridge(
+        json.loads((FOLDER / "config.json").read_text()), load_file(str(FOLDER / "model.safetensors"))
+    )
     with torch.no_grad():
         logits = demo.model(demo.tokens)
         assert (bridge(demo.tokens) - logits).abs().max() < 1e-5 * logits.abs().max()
@@ -94,15 +95,13 @@ def test_bad_input_is_named(demo: Demo) -> None:
 
 
 def test_weights_of_another_model_are_refused() -> None:
-    from tl_circuitlasso.demo import _json
-
     weights = load_file(str(FOLDER / "model.safetensors"))
     del weights["blocks.0.attn.W_Q"]
     with pytest.raises(ModelError):
-        build_demo_model(_json("config.json"), weights)
+        build_demo_model(json.loads((FOLDER / "config.json").read_text()), weights)
     pytest.importorskip("transformer_lens.model_bridge")
     with pytest.raises(ModelError, match=r"attn.*q.*weight"):
-        build_native_bridge(_json("config.json"), weights)
+        build_native_bridge(json.loads((FOLDER / "config.json").read_text()), weights)
     weights["unembed.b_U"] = weights["unembed.b_U"] + 1
     with pytest.raises(ModelError, match="unembedding bias"):
-        build_native_bridge(_json("config.json"), weights)
+        build_native_bridge(json.loads((FOLDER / "config.json").read_text()), weights)

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu.device import Device
-from benchmarks.gpu.equality import _compared
+from benchmarks.gpu.equality import compared
 from benchmarks.gpu.parts import TOY, Figures, Part, Size, run_all, table
 
 CPU = Device("cpu", 1.0, 1.0, 1.0)
@@ -83,5 +83,5 @@ def test_without_a_card_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_a_difference_is_seen() -> None:
-    assert _compared(torch.ones(3), torch.ones(3), 0.01)["equal"] == "yes"
-    assert _compared(torch.ones(3), torch.tensor([1.0, 1.0, 1.1]), 0.01)["equal"] == "NO"
+    assert compared(torch.ones(3), torch.ones(3), 0.01)["equal"] == "yes"
+    assert compared(torch.ones(3), torch.tensor([1.0, 1.0, 1.1]), 0.01)["equal"] == "NO"

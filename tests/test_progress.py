@@ -162,7 +162,8 @@ def test_what_is_run_to_say_how_long_it_takes_is_heard_itself(
     given: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(progress, "EVERY", 0.0)
-    monkeypatch.setattr(pace, "_may_be_long", lambda job: True)
+    monkeypatch.setattr(pace, "EVERY", 0.0)
+    monkeypatch.setattr(pace, "WORTH", 0.0)  # as if it were long
     capsys.readouterr()
     tcl.circuit_lasso(given[0], given[2], positions="last", refined=False)
     assert "time the first prompts: 1 of 1 batches" in capsys.readouterr().err

@@ -25,7 +25,7 @@ def equality(device: Device, size: Size) -> Iterator[Figures]:
             nn.Module.to(model, dtype)  # in place
             model.cfg.dtype = dtype
             for what, run in _runs(clean, corrupted).items():
-                yield {"model": name, "dtype": str(dtype).removeprefix("torch."), "what": what} | _compared(
+                yield {"model": name, "dtype": str(dtype).removeprefix("torch."), "what": what} | compared(
                     _on(model, "cpu", run), _on(model, device.kind, run), TOLERANCE[dtype]
                 )
 
@@ -89,7 +89,7 @@ def _saes(model: Any, clean: Tensor) -> dict[str, Any]:
     return saes
 
 
-def _compared(here: Any, there: Any, tolerance: float) -> Figures:
+def compared(here: Any, there: Any, tolerance: float) -> Figures:
     """The largest difference beside the largest number, and how much of the circuits is the same."""
     circuits: Figures = {}
     if isinstance(here, tcl.AttributionGraph):

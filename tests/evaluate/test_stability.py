@@ -11,7 +11,7 @@ import tl_circuitlasso as tcl
 from tests import architectures
 from tl_circuitlasso import baselines, evaluate
 from tl_circuitlasso.errors import InputError
-from tl_circuitlasso.evaluate.stability import Stability, _mean_jaccard
+from tl_circuitlasso.evaluate.stability import Stability
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.graph.nodes import component_index
 
@@ -50,11 +50,14 @@ def test_agreement_of_methods_that_always_and_never_say_the_same():
 
 
 def test_jaccard_by_hand():
-    a, b, c = {("x", "y")}, {("x", "y"), ("y", "z")}, set()
-    assert _mean_jaccard([a, b, c]) == pytest.approx((0.5 + 0 + 0) / 3)
-    assert _mean_jaccard([a, a, c, c]) == pytest.approx((1 + 0 * 4) / 5)  # c with c says nothing
+    both = AttributionGraph.from_edges(
+        component_index(n_layers=1, n_heads=1), {("input", "m0"): 1.0, ("m0", "logits"): 1.0}
+    )
+    a, b, c = both.keep([True, False]), both, both.keep([False, False])
+    assert evaluate.agreement([a, b, c]) == pytest.approx((0.5 + 0 + 0) / 3)
+    assert evaluate.agreement([a, a, c, c]) == pytest.approx((1 + 0 * 4) / 5)  # c with c says nothing
     with pytest.warns(UserWarning, match="every circuit is empty"):
-        assert math.isnan(_mean_jaccard([c, c]))
+        assert math.isnan(evaluate.agreement([c, c]))
     with pytest.raises(InputError, match="two or more"):
         evaluate.agreement([])
 

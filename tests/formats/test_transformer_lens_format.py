@@ -14,7 +14,7 @@ from hypothesis import given
 from tests.formats.helpers import GRAPHS, feature_graph, nonzero, random_graph, small_graph
 from tl_circuitlasso import baselines, evaluate, formats
 from tl_circuitlasso.errors import FormatError, InputError
-from tl_circuitlasso.formats.transformer_lens_ import _MODULE
+from tl_circuitlasso.formats.transformer_lens_ import MODULE
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def scores(graph: Any) -> pd.DataFrame:
 @pytest.fixture
 def _nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     module = SimpleNamespace(Node=Node, AttributionResult=AttributionResult)
-    monkeypatch.setitem(sys.modules, _MODULE, module)
+    monkeypatch.setitem(sys.modules, MODULE, module)
 
 
 @pytest.mark.usefixtures("_nodes")
@@ -89,14 +89,14 @@ def test_what_is_no_attribution_is_refused() -> None:
 
 
 def test_without_transformer_lens_4_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, _MODULE, None)
+    monkeypatch.setitem(sys.modules, MODULE, None)
     with pytest.raises(InputError, match="transformer-lens>=4"):
         formats.to_transformer_lens(small_graph(), 2)
 
 
 def test_its_own_engine_agrees_with_ours() -> None:
     """TransformerLens 4's attribution at the corrupted prompt, and its faithfulness of one circuit, as third oracle."""
-    theirs = pytest.importorskip(_MODULE)
+    theirs = pytest.importorskip(MODULE)
     architectures = importlib.import_module("tests.architectures")
     model = architectures.bridge("gpt2", dtype=torch.float32)
     clean, corrupted = (architectures.prompts(length=6, batch=1, seed=seed) for seed in (0, 9))

@@ -58,7 +58,7 @@ def resumed(folder: Path, rank: int, demo: Demo, saes: Any) -> None:
     """A run in which process 1 fails at the last pair, made again with the same checkpoint."""
     options = {"basis": tcl.SAEFeatures(saes), "batch_size": 24, "progress": False, "process_group": "world"}
     options["checkpoint"] = folder / "checkpoint"
-    solved, ordinary = [], learning._regress
+    solved, ordinary = [], learning.regress
 
     def failing(data: Any, basis: Any, setup: Any, pair: tuple[str, str]) -> Any:
         solved.append(pair)
@@ -66,17 +66,17 @@ def resumed(folder: Path, rank: int, demo: Demo, saes: Any) -> None:
             raise tcl.ModelError("killed")
         return ordinary(data, basis, setup, pair)
 
-    learning._regress = failing
+    learning.regress = failing
     with message_of(folder, "killed", rank):
         tcl.circuit_lasso(demo.model, demo.tokens[:PROMPTS], **options)
     graph = tcl.circuit_lasso(demo.model, demo.tokens[:PROMPTS], **options)
-    learning._regress = ordinary
+    learning.regress = ordinary
     graph.save(folder / f"resumed-{rank}.safetensors")
     (folder / f"solved-{rank}.txt").write_text(" ".join(child for _, child in solved))
 
 
-def _no_batches(*_: Any) -> Any:
-    raise tcl.ModelError("no batches")
+def no_groups(*_: Any) -> Any:
+    raise tcl.ModelError("no groups")
 
 
 def wrong(folder: Path, rank: int, demo: Demo, saes: Any) -> None:
@@ -92,12 +92,12 @@ def wrong(folder: Path, rank: int, demo: Demo, saes: Any) -> None:
     memory = 100_000 if rank else None
     with message_of(folder, "memory", rank):
         tcl.circuit_lasso(demo.model, demo.tokens, basis=tcl.SAEFeatures(saes, memory=memory), **options)
-    ordinary = feature_replay._batches
+    ordinary = feature_replay.chosen_groups
     if rank:
-        feature_replay._batches = _no_batches
+        feature_replay.chosen_groups = no_groups
     with message_of(folder, "replay", rank):
         tcl.circuit_lasso(demo.model, demo.tokens[:40], basis=tcl.SAEFeatures(saes, min_count=1), **options)
-    feature_replay._batches = ordinary
+    feature_replay.chosen_groups = ordinary
 
 
 def worker(rank: int, folder: Path) -> None:

@@ -13,6 +13,7 @@ import tl_circuitlasso as tcl
 from tests.sae.training import PlainSAE, plain_sae
 from tl_circuitlasso.demo import Demo
 from tl_circuitlasso.errors import InputError, ModelError
+from tl_circuitlasso.features.samples import is_held
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models import Prompts, adapt
 
@@ -103,10 +104,8 @@ def test_the_lasso_itself_is_optimal(graph: AttributionGraph, codes: dict[str, T
 
 
 def test_held_out_r2_is_that_of_prompts_that_were_not_used(demo: Demo, demo_saes: Any, codes: Any) -> None:
-    from tl_circuitlasso.features.samples import _is_held
-
     held = circuit(demo, demo_saes, error=False, held_out=0.25)
-    out = _is_held(codes["prompt"], 0.25)
+    out = is_held(codes["prompt"], 0.25)
     assert 0.15 < float(out.double().mean()) < 0.35
     child = f"{SECOND}#3"
     rows = rows_into(held, child)

@@ -22,14 +22,14 @@ PARTS = ("W_enc", "W_dec", "bias")
 
 def stuck_at_the_target(weights: Path, folder: Path) -> None:
     """A run that sleeps at its last pair, with the earlier ones behind it: killed there."""
-    real = feature_learning._regress
+    real = feature_learning.regress
 
     def slow(data: Any, basis: Any, setup: Any, pair: tuple[str, str]) -> Any:
         if pair[1] == "target":
             time.sleep(600)
         return real(data, basis, setup, pair)
 
-    feature_learning._regress = slow
+    feature_learning.regress = slow
     parts = load_file(weights)
     hooks = sorted({name.split("/")[0] for name in parts})
     saes = {hook: PlainSAE(*(parts[f"{hook}/{part}"] for part in PARTS)) for hook in hooks}

@@ -123,7 +123,7 @@ def _magnitude(case: Case, prompts: int | None, seed: int) -> AttributionGraph:
 def _confirmed(case: Case, prompts: int | None, seed: int, *, budget: int | None = None) -> AttributionGraph:
     """The default circuit, each of its edges then cut once in the model: all, or the `budget` weakest."""
     clean, corrupted = limited(case, prompts)
-    graph = _circuit_lasso()(case, prompts, seed)
+    graph = METHODS["circuit-lasso"].run(case, prompts, seed)
     if not bool(graph.prune().kept.any()):
         return graph
     metric = objective(case, clean, corrupted, "distance")

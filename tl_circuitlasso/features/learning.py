@@ -134,7 +134,7 @@ def _regress_all(
     for pair, place in counting(places.items(), desc="regress", unit="pair", progress=shown):
         done = place.done
         if done is None:
-            done = _regress(replace(place.data, effects=effects.get(pair)), basis, setup, pair)
+            done = regress(replace(place.data, effects=effects.get(pair)), basis, setup, pair)
             if place.path is not None:
                 _store(place.path, done, place.identity, setup.ranks)
         found[pair] = done
@@ -179,7 +179,13 @@ def _effects(
     return replay(adapter, collected.store, waiting, kept, copies, progress=progress, ranks=setup.ranks), unread
 
 
-def _regress(data: PairData, basis: SAEFeatures, setup: FeatureSetup, pair: tuple[str, str]) -> Regressed:
+def regress(data: PairData, basis: SAEFeatures, setup: FeatureSetup, pair: tuple[str, str]) -> Regressed:
+    """One pair's regression, in the way that its target and the number of its samples ask for.
+
+    Raises
+    ------
+    InputError: fewer than two samples, or what the way itself refuses.
+    """
     samples = setup.ranks.count(data.count(held=False))
     if samples < 2:
         raise InputError(

@@ -64,13 +64,13 @@ class PairData:
         for chunk in self.store:
             rows = chunk.prompt if self.child is not None else chunk.prompt[chunk.target_rows]
             rows = rows.unique() if self.pooled else rows
-            total += int((_is_held(rows, self.held_out) == held).sum())
+            total += int((is_held(rows, self.held_out) == held).sum())
         return total
 
     def parts(self, held: bool) -> Iterator["Part"]:
         """The samples that are regressed on, or those held out, chunk by chunk."""
         for part in map(partial(_part, self), self.store) if self.given is None else self.given:
-            rows = _is_held(part.prompt, self.held_out)
+            rows = is_held(part.prompt, self.held_out)
             rows = rows if held else ~rows
             if bool(rows.any()):
                 yield part if bool(rows.all()) else part.take(rows.nonzero().flatten())
@@ -182,5 +182,6 @@ def _sums_by_prompt(chunk: Chunk, rows: Tensor | None) -> scipy.sparse.csr_matri
     return scipy.sparse.csr_matrix((np.ones(len(prompt)), (prompt, np.arange(len(prompt)))), shape)
 
 
-def _is_held(prompt: Int[Tensor, " sample"], share: float) -> Tensor:
+def is_held(prompt: Int[Tensor, " sample"], share: float) -> Tensor:
+    """Whether each sample's prompt is held out: a `share` of all prompts, the same ones in every run."""
     return ((prompt * _HELD) % _SPAN) < share * _SPAN

@@ -18,7 +18,7 @@ from tl_circuitlasso.formats import _read
 from tl_circuitlasso.formats._grid import graph_of, grid_of, grid_of_edges
 from tl_circuitlasso.graph import AttributionGraph
 
-_MODULE = "transformer_lens.tools.analysis.attribution_patching"
+MODULE = "transformer_lens.tools.analysis.attribution_patching"
 _READERS = {"q_input": "q", "k_input": "k", "v_input": "v"}
 
 
@@ -93,7 +93,7 @@ def from_transformer_lens(source: Any, *, parallel: bool = False) -> Attribution
 
 def _package() -> Any:
     try:
-        module = import_module(_MODULE)
+        module = import_module(MODULE)
     except ImportError as error:
         raise InputError(
             "`to_transformer_lens` makes nodes of TransformerLens 4's edge attribution, which isn't installed: "

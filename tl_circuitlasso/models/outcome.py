@@ -196,7 +196,7 @@ def _of_logits(
     loses, gains = contrast(own, partner)
     tokens = torch.stack([loses, gains], dim=1)
     chances = own.softmax(-1)
-    others = _others(weight, own, chances, tokens, cap, generator)
+    others = direction_of_others(weight, own, chances, tokens, cap, generator)
     directions = weight.T[tokens]
     mass = chances.gather(1, tokens).sum(1)
     if cap is not None:
@@ -207,7 +207,7 @@ def _of_logits(
     return Outcome(torch.cat([difference, others], dim=1), base, mass=mass)
 
 
-def _others(
+def direction_of_others(
     weight: Float[Tensor, "d_model vocab"],
     logits: Float[Tensor, "pair vocab"],
     chances: Float[Tensor, "pair vocab"],
