@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tl_circuitlasso.plot import layout
 from tl_circuitlasso.plot.circuit import smooth
-from tl_circuitlasso.plot.layout import isotonic, place
+from tl_circuitlasso.plot.layout import place
 
 WIDTH = 0.6
 
@@ -84,14 +84,6 @@ def test_huge_graphs_are_laid_out_on_a_plain_grid(monkeypatch):
     placed = place(rows, [("a", "e"), ("b", "d")], {})
     assert [len(route) for route in placed.routes] == [2, 2]
     assert placed.position["a"][0] < placed.position["b"][0]
-
-
-@given(st.lists(st.tuples(st.floats(-5, 5), st.floats(0.1, 4)), min_size=1, max_size=12))
-def test_isotonic_agrees_with_scikit_learn(pairs):
-    reference = pytest.importorskip("sklearn.isotonic").isotonic_regression
-    values, weights = (list(column) for column in zip(*pairs))
-    expected = reference(np.array(values), sample_weight=np.array(weights))
-    assert isotonic(values, weights) == pytest.approx(expected.tolist(), abs=1e-9)
 
 
 @given(st.lists(st.floats(-3, 3), min_size=2, max_size=7))

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from matplotlib.transforms import ScaledTranslation
+from scipy.optimize import isotonic_regression
 
 from tl_circuitlasso._checks import instance
 from tl_circuitlasso.comparison.common import Common
@@ -16,7 +17,6 @@ from tl_circuitlasso.comparison.figures import rank_correlation
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.plot import style
-from tl_circuitlasso.plot.layout import isotonic
 
 Pair = tuple[str, str]
 _MOST_POINTS = 20_000
@@ -136,7 +136,8 @@ def _end_labels(ax: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
     step = min(0.062, 1.0 / max(len(ends), 1))
     ranked = sorted(ends)
     wishes = [(value - low) / (high - low) - number * step for number, (value, _, _) in enumerate(ranked)]
-    bounded = [min(max(wish, 0.0), 1.0 - (len(ends) - 1) * step) for wish in isotonic(wishes, [1.0] * len(ends))]
+    apart = isotonic_regression(wishes).x.tolist() if wishes else []
+    bounded = [min(max(wish, 0.0), 1.0 - (len(ends) - 1) * step) for wish in apart]
     for number, ((_, text, colour), place) in enumerate(zip(ranked, bounded)):
         ax.annotate(
             text, (1.0, place + number * step), xycoords="axes fraction", xytext=(7, 0), textcoords="offset points",

@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+from scipy.optimize import isotonic_regression
+
 Point = tuple[float, float]
 _NODE_GAP, _BEND_WIDTH, _BEND_GAP = 0.26, 0.06, 0.12
 _COLUMN_GAP, _FIRM = 0.34, 1e5  # between columns; how little a node in a column gives way to bend points
@@ -259,25 +261,8 @@ def _relax(row: Sequence[_Item], offset: Sequence[float]) -> None:
         weights.append(weight or 0.1)
         if item.fixed is not None:
             wishes[-1], weights[-1] = item.fixed - at, _FIRM
-    for item, value, at in zip(row, isotonic(wishes, weights), offset):
+    for item, value, at in zip(row, isotonic_regression(wishes, weights=weights).x.tolist(), offset):
         item.x = value + at
-
-
-def isotonic(values: Sequence[float], weights: Sequence[float]) -> list[float]:
-    """The non-decreasing sequence nearest to `values` in weighted least squares (pool adjacent violators).
-
-    >>> isotonic([1.0, 3.0, 2.0], [1.0, 1.0, 1.0])
-    [1.0, 2.5, 2.5]
-    """
-    pools: list[tuple[float, float, int]] = []  # mean, weight, length
-    for value, weight in zip(values, weights):
-        pool = (value, weight, 1)
-        while pools and pools[-1][0] > pool[0]:
-            mean, mass, length = pools.pop()
-            total = mass + pool[1]
-            pool = ((mean * mass + pool[0] * pool[1]) / total, total, length + pool[2])
-        pools.append(pool)
-    return [mean for mean, _, length in pools for _ in range(length)]
 
 
 def _extent(grid: Sequence[Sequence[_Item]]) -> tuple[float, float]:
