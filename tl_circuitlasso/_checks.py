@@ -27,6 +27,28 @@ def whole_number(name: str, given: Any, *, least: int = 1, most: int | None = No
     return number
 
 
+def whole_or_none(name: str, given: Any, *, least: int = 1, what: str = "") -> int | None:
+    """`given` as by `whole_number`; None stays None.
+
+    Raises
+    ------
+    InputError: something else.
+    """
+    return None if given is None else whole_number(name, given, least=least, what=f"{what} (or None)".strip())
+
+
+def part(name: str, given: Any) -> float:
+    """`given` as a share from 0 to 1, both included.
+
+    Raises
+    ------
+    InputError: something else.
+    """
+    if not isinstance(given, Real) or isinstance(given, bool) or not 0 <= given <= 1:
+        raise InputError(f"`{name}` is {shortened(given)}: give a share from 0 to 1")
+    return float(given)
+
+
 def fraction(name: str, given: Any, of: str = "", *, whole: bool = True) -> float:
     """`given` as a share above 0 and at most 1; without the `whole` below 1.
 

@@ -15,7 +15,7 @@ from dataclasses import KW_ONLY, dataclass, field, fields
 from functools import wraps
 from typing import Any, ParamSpec, TypedDict, TypeVar, get_args
 
-from tl_circuitlasso._checks import instance, one_of, whole_number
+from tl_circuitlasso._checks import instance, one_of, whole_number, whole_or_none
 from tl_circuitlasso.data.targets import LogitDiff
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.models import Adapter
@@ -64,8 +64,7 @@ class Optimal:
     def __post_init__(self) -> None:
         one_of("positions", self.positions, ("each", "shared"))
         whole_number("steps", self.steps)
-        if self.prompts is not None:
-            whole_number("prompts", self.prompts)
+        whole_or_none("prompts", self.prompts)
         if not self.tolerance >= 0:
             raise InputError(f"`tolerance` is {self.tolerance!r}: give a share of the rise, 0 or more")
 

@@ -74,7 +74,7 @@ def test_every_named_metric_is_best_or_plain_on_the_model(tmp_path, name):
     [
         ("a.txt", "w3", InputError, "give a .csv"),
         ("a.csv", "prompt\nw3", InputError, "no rows with `clean`"),
-        ("a.jsonl", "{", FormatError, "line 1: not JSON"),
+        ("a.jsonl", "{", FormatError, "line 1: not valid JSON"),
         ("a.jsonl", "3", FormatError, "where an object"),
         ("a.csv", "clean,correct\nw3,w4\nw5,", FormatError, "row 2: no `correct`"),
     ],

@@ -100,8 +100,8 @@ def contributions(
     (True, ['position', 'token', 'source', 'target'])
     """
     model, graph = in_order(model, graph)
-    adapter = model if isinstance(model, Adapter) else adapt(model)
-    encoders = (basis if isinstance(basis, SAEFeatures) else SAEFeatures(basis)).encoders()
+    adapter = adapt(model)
+    encoders = SAEFeatures.of(basis).encoders()
     rows = _rows(graph, set(encoders))
     (batch,) = Prompts(adapter, one_prompt(prompt), positions=positions)
     routes = _routes(graph, rows, adapter.shape.n_layers)

@@ -42,7 +42,7 @@ from tl_circuitlasso.apps.pooling import Pooled, pool
 from tl_circuitlasso.apps.probes import Probe, train_probe
 from tl_circuitlasso.apps.removal import WAYS, Told, chosen_number
 from tl_circuitlasso.errors import InputError
-from tl_circuitlasso.models import Adapter, adapt
+from tl_circuitlasso.models import adapt
 from tl_circuitlasso.models.sae import SAEFeatures
 from tl_circuitlasso.progress import bar
 
@@ -107,8 +107,8 @@ def debias(
     >>> list(found.summary.columns)[:2]
     ['features', 'classes']
     """
-    adapter = model if isinstance(model, Adapter) else adapt(model)
-    encoders = (saes if isinstance(saes, SAEFeatures) else SAEFeatures(saes)).encoders()
+    adapter = adapt(model)
+    encoders = SAEFeatures.of(saes).encoders()
     if len(encoders) != 1:
         raise InputError(f"`saes` has {len(encoders)} SAEs: the probe reads the activations of one hook")
     pooled = pool(adapter, next(iter(encoders.values())), texts, batch_size=batch_size, progress=progress)

@@ -80,10 +80,10 @@ def prompt_graph(
     """
     logits = whole_number("logits", logits)
     model, graph = in_order(model, graph)
-    adapter = model if isinstance(model, Adapter) else adapt(model)
+    adapter = adapt(model)
     if adapter.point(TOKENS) is None:
         raise InputError(f"`model` ({adapter.architecture}) has no {TOKENS}: its tokens can't be taken out one by one")
-    basis = basis if isinstance(basis, SAEFeatures) else SAEFeatures(basis)
+    basis = SAEFeatures.of(basis)
     view = contributions(adapter, graph, basis, prompt, positions=positions)
     (batch,) = Prompts(adapter, one_prompt(prompt), positions=positions)
     seen = _Seen.of(adapter, batch, basis.encoders(), graph, logits)

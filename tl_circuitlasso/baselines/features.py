@@ -128,8 +128,8 @@ def hook_pairs(graph: AttributionGraph) -> tuple[HookPair, ...]:
 
 
 def _setup(model: Any, basis: SAEFeatures | Mapping[str, Any], like: AttributionGraph):
-    adapter = model if isinstance(model, Adapter) else adapt(model)
-    whole = basis if isinstance(basis, SAEFeatures) else SAEFeatures(basis)
+    adapter = adapt(model)
+    whole = SAEFeatures.of(basis)
     encoders = whole.encoders()
     pairs = tuple(pair for pair in hook_pairs(like) if set(pair) <= set(encoders))
     if not pairs:

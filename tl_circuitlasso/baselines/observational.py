@@ -9,9 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import Unpack
 
+from tl_circuitlasso._checks import as_seed
 from tl_circuitlasso.baselines.edges import EdgeLayout, pieces_of, written_out
 from tl_circuitlasso.baselines.gradient import Count, Setting, jobs
-from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.experiment import Experiment, MethodOptions, PromptOptions, verb
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.graph.provenance import FREE, record
@@ -253,10 +253,8 @@ def random_edges(
     >>> graph.n_kept == len(graph.candidate_edges())
     True
     """
-    if not isinstance(seed, int):
-        raise InputError(f"`seed` is {seed!r}: give an integer")
-    known = model.adapter if isinstance(model, Experiment) else model
-    adapter = known if isinstance(known, Adapter) else adapt(known)
+    seed = as_seed(seed)
+    adapter = model.adapter if isinstance(model, Experiment) else adapt(model)
     layout = EdgeLayout(adapter.shape)
     generator = torch.Generator().manual_seed(seed)
     scores = torch.rand(layout.n_sources, layout.n_readers, dtype=torch.float64, generator=generator)

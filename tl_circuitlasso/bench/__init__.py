@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from tl_circuitlasso._checks import as_seed, whole_number, whole_or_none
 from tl_circuitlasso.bench.cases import TRUTHS, Case, case_folders, load_case
 from tl_circuitlasso.bench.measure import measured
 from tl_circuitlasso.bench.methods import METHODS, Method, chosen
@@ -68,10 +69,8 @@ def interpbench(
     wanted = chosen(methods, budget)
     if truth not in TRUTHS:
         raise InputError(f"`truth` is {truth!r}: write 'effective', 'flow' or 'gt'")
-    if prompts is not None and prompts < 1:
-        raise InputError(f"`prompts` is {prompts}: give the number of prompts per case, 1 or more, or None for all")
-    if seeds < 1:
-        raise InputError(f"`seeds` is {seeds}: give how often every method runs, 1 or more")
+    prompts = whole_or_none("prompts", prompts, what="of prompts per case")
+    seeds, seed = whole_number("seeds", seeds, what="of runs of every method"), as_seed(seed)
     rows: list[Row] = []
     failures: list[Failure] = []
     loaders, published = _loaders(folder, truth, seed)

@@ -22,6 +22,7 @@ import pandas as pd
 from typing_extensions import Unpack
 
 from tl_circuitlasso import evaluate
+from tl_circuitlasso._checks import whole_or_none
 from tl_circuitlasso.baselines.observational import random_edges
 from tl_circuitlasso.comparison import report
 from tl_circuitlasso.comparison.common import Common
@@ -152,8 +153,7 @@ def compare(
     (6, 6, ['planted', 'chance'])
     """
     made = _made(graphs)
-    if edges is not None and (not isinstance(edges, int) or isinstance(edges, bool) or edges < 1):
-        raise InputError(f"`edges` is {edges!r}: how many edges to compare is an integer >= 1")
+    edges = whole_or_none("edges", edges, what="of edges to compare")
     setup = _experiment(model, clean, corrupted, metric, ablation, options)
     if candidate_edges is None:
         _check_same_model(made)

@@ -131,12 +131,16 @@ def parse_json(text: str, path: Path) -> dict[str, Any]:
     ------
     FormatError: not JSON, not an object, or nested past the parser's depth.
     """
+    return _object(text, str(path))
+
+
+def _object(text: str, where: str) -> dict[str, Any]:
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: not valid JSON ({error})") from error
+        raise FormatError(f"{where}: not valid JSON ({error})") from error
     if not isinstance(data, dict):
-        raise FormatError(f"{path}: holds a {type(data).__name__} where an object is expected")
+        raise FormatError(f"{where}: holds a {type(data).__name__} where an object is expected")
     return data
 
 
@@ -175,7 +179,7 @@ def parse_table(text: str, path: Path) -> list[dict[str, Any]]:
     """
     kind = path.suffix.lower()
     if kind == ".jsonl":
-        return [_json_row(line, f", line {n}", path) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+        return [_object(line, f"{path}, line {n}") for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     if kind == ".json":
         return _json_list(text, path)
     try:
@@ -201,13 +205,3 @@ def _json_list(text: str, path: Path) -> list[dict[str, Any]]:
     if odd := [number for number, row in enumerate(named, 1) if not isinstance(row, dict)]:
         raise FormatError(f"{path}, entry {odd[0]}: neither a string nor an object")
     return named
-
-
-def _json_row(line: str, where: str, path: Path) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise FormatError(f"{path}{where}: not JSON ({error})") from None
-    if not isinstance(row, dict):
-        raise FormatError(f"{path}{where}: a {type(row).__name__} where an object is expected")
-    return row

@@ -6,7 +6,7 @@ from dataclasses import replace
 from numbers import Real
 from typing import Any
 
-from tl_circuitlasso._checks import as_seed, file_name, shortened, truth, whole_number
+from tl_circuitlasso._checks import as_seed, file_name, shortened, truth, whole_or_none
 from tl_circuitlasso.data.sharing import as_ranks
 from tl_circuitlasso.data.targets import as_target
 from tl_circuitlasso.discover.confirming import prepare
@@ -33,8 +33,8 @@ def opened(request: Request) -> Iterator[Job[Any]]:
     ranks, memory = as_ranks(request.process_group), as_bytes(request.memory)
     refined, checkpoint = truth("refined", request.refined), file_name("checkpoint", request.checkpoint)
     strength, target, seed = as_strength(request.strength), as_target(request.target), as_seed(request.seed)
-    most = _whole(request.max_prompts, "max_prompts", "of prompts, or None for all", least=PAIR)
-    _whole(request.budget, "budget", "of edges to measure, or None for all")
+    most = whole_or_none("max_prompts", request.max_prompts, least=PAIR, what="of prompts")
+    whole_or_none("budget", request.budget, what="of edges to measure")
     way = way_for(request.design, request.basis)
     what = way.asked(request, target)
     with ranks.together(), on_device(request.model, request.device):
@@ -70,11 +70,6 @@ def as_strength(strength: str | int | float) -> str | float:
             "(dense) to 1 (empty)"
         )
     return float(strength)
-
-
-def _whole(given: Any, name: str, what: str, least: int = 1) -> int | None:
-    """The argument `name`, which is a whole number or None."""
-    return None if given is None else whole_number(name, given, least=least, what=what)
 
 
 def _with_counterparts(request: Request, job: Job[Any]) -> Job[Any]:

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from typing_extensions import Unpack
 
-from tl_circuitlasso._checks import whole_number
+from tl_circuitlasso._checks import whole_or_none
 from tl_circuitlasso.data.sharing import as_ranks
 from tl_circuitlasso.data.targets import LogitDiff
 from tl_circuitlasso.errors import InputError
@@ -76,8 +76,7 @@ def confirm(
     """
     if not tolerance >= 0:
         raise InputError(f"`tolerance` is {tolerance!r}: give a share of the metric's range, 0 or more")
-    if budget is not None:
-        budget = whole_number("budget", budget, what="of edges to test, or None for all")
+    budget = whole_or_none("budget", budget, what="of edges to test")
     model, graph = in_order(model, graph)
     ranks = as_ranks(process_group)
     with ranks.together():

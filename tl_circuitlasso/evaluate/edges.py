@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_circuitlasso._checks import whole_number
 from tl_circuitlasso.baselines.features import features_of, hook_pairs
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.edge_figures import by_sign, summary_of
@@ -131,13 +132,13 @@ def edges(
     >>> list(found.table.columns[:4])
     ['source', 'target', 'port', 'score']
     """
-    _check_numbers(
-        strongest=strongest, sample=sample, non_edges=non_edges, prompts=prompts, recall_sources=recall_sources
-    )
+    counts = {"strongest": strongest, "sample": sample, "non_edges": non_edges, "prompts": prompts}
+    for name, count in {**counts, "recall_sources": recall_sources}.items():
+        whole_number(name, count)
     model, graphs = in_order(model, graphs)
     named = {"CircuitLasso": graphs} if isinstance(graphs, AttributionGraph) else dict(graphs)
-    adapter = model if isinstance(model, Adapter) else adapt(model)
-    whole = basis if isinstance(basis, SAEFeatures) else SAEFeatures(basis)
+    adapter = adapt(model)
+    whole = SAEFeatures.of(basis)
     encoders = whole.encoders()
     chosen = _chosen(named, set(encoders), strongest, sample, non_edges, seed)
     walk = Prompts(adapter, tokens, attention_mask=attention_mask, positions=positions)
@@ -337,9 +338,3 @@ def _interval(change: Float[np.ndarray, " prompt"], mass: Float[np.ndarray, " pr
     draws = np.random.default_rng(0).multinomial(len(mass), np.full(len(mass), 1 / len(mass)), RESAMPLES)
     low, high = np.quantile((draws @ change) / (draws @ mass), [0.025, 0.975])
     return float(low), float(high)
-
-
-def _check_numbers(**numbers: Any) -> None:
-    for name, value in numbers.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise InputError(f"`{name}` is {value!r}: give a whole number, 1 or more")

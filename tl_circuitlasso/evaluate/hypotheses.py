@@ -26,6 +26,7 @@ from scipy.stats import binom
 from torch import Tensor
 from typing_extensions import Unpack
 
+from tl_circuitlasso._checks import whole_number
 from tl_circuitlasso.baselines.edges import EdgeLayout
 from tl_circuitlasso.data.sites import PORTS
 from tl_circuitlasso.data.targets import LogitDiff
@@ -153,8 +154,7 @@ def tests(
 
 
 def _check(circuits: int, quantile: int | float, margin: int | float, level: int | float) -> None:
-    if not isinstance(circuits, int) or isinstance(circuits, bool) or circuits < 10:
-        raise InputError(f"`circuits` is {circuits!r}: with fewer than 10 random circuits nothing can be rejected")
+    whole_number("circuits", circuits, least=10, what="of random circuits (with fewer nothing can be rejected)")
     for name, value, high in (("quantile", quantile, 1), ("margin", margin, 0.5), ("level", level, 1)):
         if not 0 < value < high:
             raise InputError(f"`{name}` is {value!r}: give a number between 0 and {high}")

@@ -175,7 +175,7 @@ def metric_by_name(name: str, model: Any, prompts: PairFile) -> Metric:
     """
     if name not in METRICS:
         raise InputError(f"`metric` is {name!r}: write one of {', '.join(METRICS)}")
-    adapter = model if isinstance(model, Adapter) else adapt(model)
+    adapter = adapt(model)
     tokens, mask = adapter.to_tokens(prompts.clean)
     if name == "next-token":
         return next_token(tokens.cpu(), mask.cpu())

@@ -125,9 +125,7 @@ def structure(
 def _own_candidates(graph: AttributionGraph, *, ports: bool) -> set[Edge]:
     if not ports:
         return set(graph.candidate_edges())
-    names = graph.index.names
-    ends = zip(graph.source.tolist(), graph.target.tolist(), graph.port.tolist())
-    return {(names[s], names[t], PORTS[p]) for s, t, p in ends}
+    return set(_triples(graph))
 
 
 def _edges(edges: Collection[Sequence[str]], name: str) -> set[Edge]:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
+from tl_circuitlasso._checks import whole_number
 from tl_circuitlasso.data.sites import PORTS, Site, parse_site
 from tl_circuitlasso.errors import FormatError, InputError
 from tl_circuitlasso.formats import _read
@@ -33,8 +34,7 @@ def to_transformer_lens(graph: AttributionGraph, positions: int, *, result: bool
 
     >>> circuit = to_transformer_lens(graph, positions=12)  # doctest: +SKIP
     """
-    if not isinstance(positions, int) or isinstance(positions, bool) or positions < 1:
-        raise InputError(f"`positions` is {positions!r}: give the length of the prompts, 1 or more")
+    positions = whole_number("positions", positions, what="of positions, the length of the prompts")
     module = _package()
     grid = grid_of(graph)
     names = [*grid.parts.sources(), "logits"]

@@ -21,7 +21,7 @@ children
 import heapq
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from typing import Any, NamedTuple
@@ -31,7 +31,7 @@ import pandas as pd
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.sparse import csr_matrix
 
-from tl_circuitlasso._checks import fraction
+from tl_circuitlasso._checks import fraction, whole_number
 from tl_circuitlasso.data.sites import PORTS
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
@@ -84,7 +84,8 @@ class Explanation:
         parts = [f"<h4>{escape(self.node)} {escape(_title(self.info))}</h4>"]
         parts += [f"<p>{escape(line)}</p>" for line in facts(self.info)]
         parts.append(self.table().to_html(index=False, float_format=lambda x: f"{x:+.4f}", border=0))
-        contexts = [f"<li>{_value(c)} {_marked(c)}</li>" for c in self.info.get("contexts", ())]
+        told = [(_value(one), _marked(one, "<mark>{}</mark>", escape)) for one in self.info.get("contexts", ())]
+        contexts = [f"<li>{value} {text}</li>" for value, text in told]
         return "".join([*parts, *(["<ul>", *contexts, "</ul>"] if contexts else [])])
 
     html = property(_repr_html_, doc="The explanation as an HTML fragment; everything that came from data is escaped.")
@@ -102,7 +103,7 @@ def explain(graph: AttributionGraph, node: str, k: int = 10) -> Explanation:
     >>> [edge.node for edge in explain(demo.circuit, "a2.h0").parents]
     ['m0', 'a1.h2']
     """
-    _check_count("k", k)
+    k = whole_number("k", k)
     here = graph.index.position(node)
     parents = _neighbours(graph, graph.source, graph.kept & (graph.target == here), k)
     children = _neighbours(graph, graph.target, graph.kept & (graph.source == here), k)
@@ -167,7 +168,7 @@ def strongest_paths(
     >>> strongest_paths(demo.circuit, "input", 1, by="bottleneck")[0].nodes
     ('input', 'a0.h1', 'a1.h2', 'a2.h0', 'logits')
     """
-    _check_count("k", k)
+    k = whole_number("k", k)
     if by not in ("product", "bottleneck"):
         raise InputError(f"`by` is {by!r}: paths are compared by 'product' or 'bottleneck'")
     end = graph.index.names[-1] if target is None else target
@@ -306,25 +307,24 @@ def _word(info: Mapping[str, Any]) -> str:
 
 def context_text(context: Mapping[str, Any]) -> str:
     """A context as one line, the token on which the feature fires in brackets."""
-    tokens, at = context.get("tokens"), context.get("at")
-    if tokens is None or at is None:
+    if _tokens_at(context) is None:
         return str(context.get("text", ""))
-    marked = [f"[{token}]" if i == at else token for i, token in enumerate(tokens)]
-    return "".join(marked).replace("\n", "\\n")
+    return _marked(context, "[{}]", str).replace("\n", "\\n")
 
 
-def _marked(context: Mapping[str, Any]) -> str:
+def _marked(context: Mapping[str, Any], mark: str, written: Callable[[str], str]) -> str:
+    """The context as it's `written`, with a mark around the token on which the feature fires."""
+    found = _tokens_at(context)
+    if found is None:
+        return written(str(context.get("text", "")))
+    tokens, at = found
+    return "".join(mark.format(written(t)) if i == at else written(t) for i, t in enumerate(tokens))
+
+
+def _tokens_at(context: Mapping[str, Any]) -> tuple[Sequence[str], int] | None:
     tokens, at = context.get("tokens"), context.get("at")
-    if tokens is None or at is None:
-        return escape(str(context.get("text", "")))
-    parts = [f"<mark>{escape(t)}</mark>" if i == at else escape(t) for i, t in enumerate(tokens)]
-    return "".join(parts)
+    return None if tokens is None or at is None else (tokens, at)
 
 
 def _value(context: Mapping[str, Any]) -> str:
     return f"{float(context['value']):.3g}" if "value" in context else ""
-
-
-def _check_count(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(f"`{name}` is {value!r}: give a whole number, 1 or more")

@@ -43,6 +43,8 @@ def adapt(model: Any) -> "Adapter":
     Raises ModelError, with the reason, for encoders, encoder-decoders, state-space models, multi-head latent
     attention, 4-bit weights, weights on several devices or without values (meta device), NaN or infinite weights.
     """
+    if isinstance(model, Adapter):  # of a caller that has one already
+        return model
     kind = kind_of(model)
     refuse_circumstances(model)
     refuse_unsupported(model)

@@ -106,8 +106,8 @@ def edit(
     InputError: nothing to edit or read, a hook without an SAE or that the model doesn't have, a feature that isn't
         there, masks or values of another shape, or batches of different lengths.
     """
-    adapter = model if isinstance(model, Adapter) else adapt(model)
-    encoders = (saes if isinstance(saes, SAEFeatures) else SAEFeatures(saes)).encoders()
+    adapter = adapt(model)
+    encoders = SAEFeatures.of(saes).encoders()
     _check(adapter, encoders, edits, read)
     parts: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
     lengths: set[int] = set()

@@ -11,9 +11,11 @@ Activations are encoded as the model makes them: SAEs are never attached.
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from tl_circuitlasso._checks import whole_number, whole_or_none
 from tl_circuitlasso.data.sites import Site, parse_site
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph.nodes import Block
@@ -88,17 +90,21 @@ class SAEFeatures:
     def __post_init__(self) -> None:
         _check_choice("mixing", self.mixing, MIXINGS)
         _check_choice("penalty", self.penalty, PENALTIES)
-        _check_count("min_count", self.min_count, 1)
-        _check_count("draws", self.draws, 0)
-        _check_count("error_directions", self.error_directions, 1)
+        whole_number("min_count", self.min_count)
+        whole_number("draws", self.draws, least=0)
+        whole_number("error_directions", self.error_directions)
         for name in ("max_features", "memory"):
-            if getattr(self, name) is not None:
-                _check_count(name, getattr(self, name), 1)
-        if not 0 <= self.held_out < 1:
+            whole_or_none(name, getattr(self, name))
+        if not isinstance(self.held_out, Real) or not 0 <= self.held_out < 1:
             raise InputError(f"`held_out` is {self.held_out!r}: give a share of the prompts from 0 to below 1")
         object.__setattr__(self, "saes", _by_hook(self.saes))
         object.__setattr__(self, "pairs", _checked_pairs(self.pairs, set(self.saes)))
         object.__setattr__(self, "labels", _read_labels(self.labels))
+
+    @classmethod
+    def of(cls, saes: "SAEFeatures | Any") -> "SAEFeatures":
+        """The basis itself, or that of SAEs by hook."""
+        return saes if isinstance(saes, SAEFeatures) else cls(saes)
 
     def encoders(self) -> dict[str, Encoder]:
         """The SAEs, each at its place, by the hook that it reads; names and paths are loaded here."""
@@ -260,8 +266,3 @@ def _writes_at(sae: Any, hook: str) -> str:
 def _check_choice(name: str, value: Any, known: tuple[str, ...]) -> None:
     if value not in known:
         raise InputError(f"`{name}` is {value!r}: use one of {', '.join(map(repr, known))}")
-
-
-def _check_count(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise InputError(f"`{name}` is {value!r}: give an integer >= {least}")

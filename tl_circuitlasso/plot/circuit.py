@@ -13,6 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import FancyBboxPatch, PathPatch, Polygon, Rectangle
 from matplotlib.path import Path
 
+from tl_circuitlasso._checks import whole_number
 from tl_circuitlasso.data.sites import PORTS
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
@@ -104,8 +105,7 @@ def circuit(
 
 def strongest(graph: AttributionGraph, max_edges: int) -> list[Ribbon]:
     """The kept edges, strongest first, at most `max_edges` of them."""
-    if not isinstance(max_edges, int) or max_edges < 1:
-        raise InputError(f"`max_edges` is {max_edges!r}: the number of edges to draw is an integer >= 1")
+    max_edges = whole_number("max_edges", max_edges, what="of edges to draw")
     kept = graph.kept.nonzero().flatten()
     order = kept[graph.score[kept].abs().argsort(descending=True, stable=True)][:max_edges]
     names = graph.index.names

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, PathPatch
 from matplotlib.path import Path
 
-from tl_circuitlasso._checks import instance
+from tl_circuitlasso._checks import instance, whole_number
 from tl_circuitlasso.apps.concepts import Concepts
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph.explaining import label
@@ -56,8 +56,7 @@ def flow(
     """
     instance("found", found, Concepts, "what apps.concepts returned; a graph is drawn by plot.circuit")
     for name, value in {"chains": chains, "merges": merges, "drops": drops}.items():
-        if not isinstance(value, int) or value < 0:
-            raise InputError(f"`{name}` is {value!r}: give a whole number, 0 or more")
+        whole_number(name, value, least=0)
     lanes = _lanes(found, chains, merges, drops)
     if not lanes:
         raise InputError("`found` has nothing to draw: loosen the rules of apps.concepts, or draw more of each")

@@ -13,6 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from tl_circuitlasso._checks import whole_number
 from tl_circuitlasso.data import storage
 from tl_circuitlasso.data.sites import Site, parse_site
 from tl_circuitlasso.errors import InputError
@@ -59,8 +60,7 @@ def interactive(
     >>> interactive(graph, Path(tempfile.mkdtemp()) / "circuit.html", title="A circuit").name
     'circuit.html'
     """
-    if not isinstance(max_edges, int) or max_edges < 1:
-        raise InputError(f"`max_edges` is {max_edges!r}: the number of edges to embed is an integer >= 1")
+    max_edges = whole_number("max_edges", max_edges, what="of edges to embed")
     path = Path(path)
     if path.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"`path` is {str(path)!r}: the page is an .html file; pictures are drawn by plot.circuit")

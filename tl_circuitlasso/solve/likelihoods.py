@@ -38,6 +38,18 @@ class AbstractLikelihood(AbstractLoss):
         """The linear predictor without the offset."""
         return self.known[1] if self.known is not None and self.known[0] is value else self._margins(value)
 
+    def objective(
+        self, value: Float[Tensor, "source 1"], negative_gradient: Float[Tensor, "source 1"]
+    ) -> Float[Tensor, " 1"]:
+        del negative_gradient
+        return self.at(self.margins(value))[None]
+
+    def natural_scale(
+        self, value: Float[Tensor, "source 1"], negative_gradient: Float[Tensor, "source 1"]
+    ) -> Float[Tensor, " 1"]:
+        del negative_gradient
+        return value.new_ones(1)
+
     @abstractmethod
     def knowing(
         self, value: Float[Tensor, "source 1"], margins: Float[Tensor, "sample outcome"]
@@ -89,12 +101,6 @@ class Logistic(AbstractLikelihood):
     def negative_gradient(self, value: Float[Tensor, "source 1"]) -> Float[Tensor, "source 1"]:
         return self.features.t() @ (self.observed - self._predict(value)) / len(self.observed)
 
-    def objective(
-        self, value: Float[Tensor, "source 1"], negative_gradient: Float[Tensor, "source 1"]
-    ) -> Float[Tensor, " 1"]:
-        del negative_gradient
-        return self.at(self.margins(value))[None]
-
     def fenchel(
         self, value: Float[Tensor, "source 1"], negative_gradient: Float[Tensor, "source 1"], scale: Float[Tensor, " 1"]
     ) -> Float[Tensor, " 1"]:
@@ -105,12 +111,6 @@ class Logistic(AbstractLikelihood):
         conjugate = torch.special.xlogy(mixed, mixed) + torch.special.xlogy(1 - mixed, 1 - mixed)
         shift = scale * (predicted - self.observed) * self.bias
         return self.at(margins)[None] + (conjugate - shift).mean(0)
-
-    def natural_scale(
-        self, value: Float[Tensor, "source 1"], negative_gradient: Float[Tensor, "source 1"]
-    ) -> Float[Tensor, " 1"]:
-        del negative_gradient
-        return value.new_ones(1)
 
     def curvature(self) -> float:
         return 0.25 * largest_singular_sq(self.features) / len(self.observed)
@@ -193,12 +193,6 @@ class Softmax(AbstractLikelihood):
             return self.features.reshape(-1, self.shape[0]).T @ rest.reshape(-1, 1)
         return (self.features.T @ rest).reshape(-1, 1)
 
-    def objective(
-        self, value: Float[Tensor, "source 1"], negative_gradient: Float[Tensor, "source 1"]
-    ) -> Float[Tensor, " 1"]:
-        del negative_gradient
-        return self.at(self.margins(value))[None]
-
     def fenchel(
         self, value: Float[Tensor, "source 1"], negative_gradient: Float[Tensor, "source 1"], scale: Float[Tensor, " 1"]
     ) -> Float[Tensor, " 1"]:
@@ -209,12 +203,6 @@ class Softmax(AbstractLikelihood):
         primal = torch.logsumexp(logits, 1) - (self.observed * logits).sum(1)
         shift = (scale * (predicted - self.observed) * self.offset).sum(1)
         return (primal + torch.special.xlogy(mixed, mixed).sum(1) - shift).mean()[None]
-
-    def natural_scale(
-        self, value: Float[Tensor, "source 1"], negative_gradient: Float[Tensor, "source 1"]
-    ) -> Float[Tensor, " 1"]:
-        del negative_gradient
-        return value.new_ones(1)
 
     def curvature(self) -> float:
         flat = self.features.reshape(-1, self.features.shape[-1])

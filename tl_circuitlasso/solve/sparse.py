@@ -1,7 +1,7 @@
 """Moments of sparse codes (SAE features) without making them dense: streaming, in float64.
 
 A batch is a CSR matrix (sample, source). On CPU a compiled row gather (Gustavson 1978) builds one row of the Gram at a
-time, touching only pairs of sources that fire together, and only the upper triangle; scipy takes over without numba.
+time, touching only pairs of sources that fire together, and only the upper triangle.
 On CUDA the batch is either scattered in float64 or multiplied densely in bfloat16 parts, whichever its density favours.
 """
 

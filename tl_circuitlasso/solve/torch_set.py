@@ -1,4 +1,4 @@
-"""Working sets without a compiler: the same rounds as `working_set` in batched torch, for machines without numba.
+"""Working sets without a compiler: the same rounds as `working_set` in batched torch, for graphics cards.
 
 All targets of a batch sweep together over a padded working set, so a coordinate step costs a few small kernels for
 the whole batch and can't skip zeros. Targets that sweeps don't finish, as beside near-copies of a column, get Newton

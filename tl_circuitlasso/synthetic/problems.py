@@ -19,15 +19,16 @@ one position what comes from another; *copies*, nodes beside the circuit that re
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_circuitlasso._checks import as_seed, one_of, part, whole_number
 from tl_circuitlasso.data.schema import NODES, TARGET
 from tl_circuitlasso.data.sites import Site
 from tl_circuitlasso.data.statistics import Statistics, add_folds, empty_folds
-from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph.nodes import Block, NodeIndex, component_index
 
 CODES = ("gaussian", "laplace", "sparse")
@@ -70,8 +71,7 @@ class Planted:
 
     def columns(self, node: str) -> slice:
         """The columns of `features` that belong to a node."""
-        start = self.index.position(node) * self.width
-        return slice(start, start + self.width)
+        return place_of(self.index, node, self.width)
 
     def seen(self, node: str, design: str) -> Float[Tensor, "batch pos earlier"]:
         """What a node may read: the features of earlier nodes, mixed by its pattern in design `routed`."""
@@ -89,10 +89,8 @@ class Planted:
         ------
         InputError: another design, or `folds` < 1.
         """
-        if design not in ("activation", "routed"):
-            raise InputError(f"`design` {design!r} needs a model: planted problems have 'activation' and 'routed'")
-        if folds < 1:
-            raise InputError(f"`folds` is {folds}: give the number of parts to keep apart, 1 or more")
+        one_of("design", design, ("activation", "routed"))
+        folds = whole_number("folds", folds, what="of parts to keep apart")
         parts = {NODES: self.features, TARGET: torch.cat([self.features, self.target], dim=-1)}
         for name in self.patterns if design == "routed" else ():
             parts[name] = torch.cat([self.seen(name, design), self.features[..., self.columns(name)]], dim=-1)
@@ -145,7 +143,10 @@ def planted(
     >>> len(problem.circuit)
     6
     """
-    _check(locals())
+    check_sizes(locals(), dict.fromkeys(("layers", "heads", "width", "parents", "prompts", "positions"), 1))
+    for name, given in {"copies": copies, "cancelling": cancelling, "noise": noise}.items():
+        part(name, given)
+    one_of("codes", codes, CODES)
     generator = torch.Generator().manual_seed(seed)
     index = component_index(n_layers=layers, n_heads=heads)
     index = NodeIndex((*index.blocks[:-1], Block(Site("target"), index.blocks[-1].rank)))
@@ -174,15 +175,24 @@ def planted(
     return Planted(index, width, maps, features, patterns, target, circuit)
 
 
-def _check(given: Mapping[str, object]) -> None:
-    for name in ("layers", "heads", "width", "parents", "prompts", "positions"):
-        if given[name] < 1:  # type: ignore[operator]
-            raise InputError(f"`{name}` is {given[name]!r}: give a number of 1 or more")
-    for name in ("copies", "cancelling", "noise"):
-        if not 0 <= given[name] <= 1:  # type: ignore[operator]
-            raise InputError(f"`{name}` is {given[name]!r}: give a share from 0 to 1")
-    if given["codes"] not in CODES:
-        raise InputError(f"`codes` {given['codes']!r} is unknown: use one of {', '.join(CODES)}")
+def check_sizes(given: Mapping[str, Any], least: Mapping[str, int]) -> None:
+    """InputError where the seed isn't one, or a size is no whole number of at least so much."""
+    as_seed(given["seed"])
+    for name, lowest in least.items():
+        whole_number(name, given[name], least=lowest)
+
+
+def place_of(index: NodeIndex, node: str, width: int) -> slice:
+    """Where a node is among columns that hold `width` of each, in the order of the index."""
+    start = index.position(node) * width
+    return slice(start, start + width)
+
+
+def drawn_parents(index: NodeIndex, node: str, count: int, generator: torch.Generator) -> list[str]:
+    """So many of those that may feed a node, or all where there are fewer, in the order of the index."""
+    before = [other for other in index.names if index.may_feed(other, node)]
+    drawn = torch.randperm(len(before), generator=generator)[:count].sort().values.tolist()
+    return [before[place] for place in drawn]
 
 
 def draw_circuit(
@@ -192,13 +202,9 @@ def draw_circuit(
     family: dict[str, list[str]] = {}
     waiting = [index.names[-1]]
     for name in reversed(index.names):
-        if name not in waiting:
-            continue
-        before = [other for other in index.names if index.may_feed(other, name)]
-        drawn = torch.randperm(len(before), generator=generator)[:parents].sort().values.tolist()
-        if before:
-            family[name] = [before[place] for place in drawn]
-            waiting += family[name]
+        if name in waiting and (drawn := drawn_parents(index, name, parents, generator)):
+            family[name] = drawn
+            waiting += drawn
     return family, frozenset((parent, name) for name, found in family.items() for parent in found)
 
 

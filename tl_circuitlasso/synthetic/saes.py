@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_circuitlasso.errors import InputError
+from tl_circuitlasso._checks import as_seed, whole_number
 
 
 class RandomSAE(torch.nn.Module):
@@ -38,7 +38,6 @@ def random_sae(width: int, features: int, *, bias: int | float = 0.5, seed: int 
     >>> sae.encode(torch.ones(2, 8)).shape
     torch.Size([2, 3])
     """
-    if width < 1 or features < 1:
-        raise InputError(f"`width` and `features` are {width} and {features}: give whole numbers, 1 or more")
-    drawn = torch.randn(features, width, generator=torch.Generator().manual_seed(seed))
+    width, features = whole_number("width", width), whole_number("features", features)
+    drawn = torch.randn(features, width, generator=torch.Generator().manual_seed(as_seed(seed)))
     return RandomSAE(torch.nn.functional.normalize(drawn, dim=1), bias)

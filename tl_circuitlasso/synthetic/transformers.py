@@ -22,13 +22,22 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_circuitlasso.errors import InputError
+from tl_circuitlasso._checks import part
 from tl_circuitlasso.graph.nodes import NodeIndex, component_index
 from tl_circuitlasso.models.build import build_hooked_transformer
-from tl_circuitlasso.synthetic.problems import SHARPNESS, Edge, draw_circuit, orthogonal
+from tl_circuitlasso.synthetic.problems import (
+    SHARPNESS,
+    Edge,
+    check_sizes,
+    draw_circuit,
+    drawn_parents,
+    orthogonal,
+    place_of,
+)
 
 EXPANSION = 4  # neurons of an MLP per dimension that it has
 SPREAD = 2.0  # of the logits
+LEAST = {"layers": 1, "heads": 1, "width": 1, "parents": 1, "prompts": 1, "positions": 2, "tokens": 3, "classes": 2}
 BOS = 0  # stands in front of every prompt and has no embedding
 Stream = Float[Tensor, "batch pos width"]
 
@@ -94,7 +103,9 @@ def planted_transformer(
     >>> made.model(made.clean[:2]).shape
     torch.Size([2, 6, 4])
     """
-    _check(locals())
+    check_sizes(locals(), LEAST)
+    for name, given in {"weakest": weakest, "leak": leak, "content": content}.items():
+        part(name, given)
     generator = torch.Generator().manual_seed(seed)
     index = component_index(n_layers=layers, n_heads=heads)
     family, circuit = draw_circuit(index, parents, generator)
@@ -111,27 +122,12 @@ def planted_transformer(
     return PlantedTransformer(model, clean, corrupted, index, circuit, edges)
 
 
-def _check(given: Mapping[str, Any]) -> None:
-    least = {"layers": 1, "heads": 1, "width": 1, "parents": 1, "prompts": 1, "positions": 2, "tokens": 3, "classes": 2}
-    for name, lowest in least.items():
-        if given[name] < lowest:
-            raise InputError(f"`{name}` is {given[name]!r}: give a number of {lowest} or more")
-    for name in ("weakest", "leak", "content"):
-        if not 0 <= given[name] <= 1:
-            raise InputError(f"`{name}` is {given[name]!r}: give a share from 0 to 1")
-
-
 def _idle(
     index: NodeIndex, family: Mapping[str, list[str]], parents: int, generator: torch.Generator
 ) -> dict[str, list[str]]:
     """The parents of all components that don't lead to the logits."""
-    found = {}
-    for name in index.names[1:-1]:
-        if name not in family:
-            before = [other for other in index.names if index.may_feed(other, name)]
-            drawn = torch.randperm(len(before), generator=generator)[:parents].sort().values.tolist()
-            found[name] = [before[place] for place in drawn]
-    return found
+    idle = [name for name in index.names[1:-1] if name not in family]
+    return {name: drawn_parents(index, name, parents, generator) for name in idle}
 
 
 def _prompts(count: int, positions: int, tokens: int, generator: torch.Generator) -> Int[Tensor, "batch pos"]:
@@ -177,8 +173,7 @@ class _Planting:
 
     def _rows(self, name: str) -> slice:
         """The dimensions of the stream that a component has."""
-        start = self.index.position(name) * self.width
-        return slice(start, start + self.width)
+        return place_of(self.index, name, self.width)
 
     def _normal(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self.generator)
