@@ -4,6 +4,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -49,6 +50,25 @@ def test_one_long_step_says_that_it_is_alive(
     assert len(lines) > 2 and lines[0].startswith("solve: 0 of 1 blocks") and lines[-1].startswith("solve: 1 of 1")
     time.sleep(0.2)
     assert capsys.readouterr().err == ""  # nobody speaks of work that is done
+
+
+def test_short_steps_in_a_row_are_one_piece_of_work(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [1e6]
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def steps(pause: float) -> list[str]:
+        now[0] += 100
+        for number in range(6):
+            with progress.bar(total=1, progress=True, desc=f"step {number}") as counting:
+                now[0] += 4
+                counting.update()
+            now[0] += pause
+        return [line.partition(":")[0] for line in capsys.readouterr().err.splitlines()]
+
+    assert list(dict.fromkeys(steps(0.5))) == ["step 2", "step 5"]  # after 13 and 13.5 more seconds
+    assert steps(2.0) == []  # calls with something else between them stay as quiet as one
 
 
 def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

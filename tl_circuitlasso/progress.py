@@ -1,6 +1,7 @@
 """How long work tells that it's alive: a bar on a terminal, elsewhere a line every ten seconds.
 
-Nothing is said of what takes less than a second on a terminal, or less than ten elsewhere.
+Nothing is said of what takes less than a second on a terminal, or less than ten elsewhere. Steps that follow each other
+are one piece of work: ten of nine seconds each aren't silent for ninety.
 """
 
 import sys
@@ -74,15 +75,32 @@ class _Bar(tqdm):
         super().close()
 
 
+class _Quiet:
+    """Since when nothing was said, over all lines of the process."""
+
+    def __init__(self) -> None:
+        self.since = self.ended = -float("inf")
+
+    def begun(self, now: float) -> float:
+        """Since when work that begins now is silent: with what ended just before it, or from now on."""
+        if now - self.ended > SHORT:
+            self.since = now
+        return self.since
+
+
+_QUIET = _Quiet()
+
+
 class _Lines:
     """One line after the other on standard error, also while a single item takes long."""
 
     def __init__(self, items: Iterable[Any] | None, desc: str, unit: str, total: int | None) -> None:
         self._items, self._desc, self._unit, self._total = items, desc, unit, total
         self.n: int | float = 0
-        self._began = self._told = time.monotonic()
+        self._began = time.monotonic()
+        self._told = _QUIET.begun(self._began)
         self._lock, self._done = threading.Lock(), threading.Event()
-        threading.Thread(target=_watch, args=(weakref.ref(self), self._done, EVERY), daemon=True).start()
+        threading.Thread(target=_watch, args=(weakref.ref(self), self._done, EVERY / 10), daemon=True).start()
 
     def __iter__(self) -> Iterator[Any]:
         with self:
@@ -109,13 +127,14 @@ class _Lines:
             self.tell(last=True)
         with self._lock:  # a line that was on its way is out, and none comes after this
             self._done.set()
+            _QUIET.ended = time.monotonic()
 
     def tell(self, *, last: bool = False) -> None:
         """A line, where the last one is long enough ago."""
         with self._lock:
             now = time.monotonic()
             if last or (now - self._told >= EVERY and not self._done.is_set()):
-                self._told = now
+                self._told = _QUIET.since = now
                 sys.stderr.write(f"{self._line(now - self._began)}\n")
                 sys.stderr.flush()
 
@@ -129,6 +148,7 @@ class _Lines:
 
 def say(line: str) -> None:
     """A line of its own on standard error, above the bars that stand there."""
+    _QUIET.since = time.monotonic()
     tqdm.write(line, file=sys.stderr)
 
 
