@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -19,7 +20,8 @@ from tests import architectures
 from tests.helpers import shared_folder
 from tl_circuitlasso.__main__ import main
 from tl_circuitlasso.cli.options import saes
-from tl_circuitlasso.cli.prompts import read_prompts
+from tl_circuitlasso.cli.prompts import read_file, read_prompts
+from tl_circuitlasso.demo.ioi import text
 from tl_circuitlasso.discover import run as discover
 from tl_circuitlasso.errors import FormatError, InputError
 from tl_circuitlasso.formats.files import READERS
@@ -544,7 +546,10 @@ def test_discover_asks_about_answers(
     words = ["discover", str(model_folder), str(answers_file), "--column", "prompt", "--out", str(tmp_path / "out")]
     assert main([*words, "--quiet", "--target", "logit-diff", "--save-prompts"]) == 0
     out = capsys.readouterr().out
-    assert "Explained: the logit of the answer minus that of the wrong one, at the last position" in out
+    assert (
+        "Explained: the logit of the answer (column 'answer') minus that of the wrong one (column 'wrong'), at the"
+        in out
+    )
     assert "(score: expected cost of the cut, logits)" in out
     saved = (tmp_path / "out" / "prompts.csv").read_text().splitlines()
     assert saved[0] == "prompt,answer,wrong" and saved[1].endswith(",w3,w4") and len(saved) == 13
@@ -555,7 +560,41 @@ def test_discover_asks_about_answers(
     asked = tcl.circuit_lasso(model, prompts, target=target, positions="last", progress=False)
     assert torch.allclose(asked.score, from_columns.score)
     assert main([*words, "--answers", "w5", "--wrong", "w6"]) == 0
+    assert "the answer ('w5' for all prompts)" in capsys.readouterr().out
     assert not torch.allclose(tcl.AttributionGraph.load(tmp_path / "out").score, from_columns.score)
+    assert "did you mean answer?" in refused(capsys, *words, "--answers", "anwser", "--wrong", "w6")
+    assert "doesn't know" in refused(capsys, *words, "--answers", "Rome", "--wrong", "w6")
+
+
+def test_a_gap_shifts_no_answer(tmp_path: Path) -> None:
+    rows = ["prompt,answer,wrong,flipped", "a b,w1,w9,c d", ",w2,w9,x", "e f,w3,w9,g h"]
+    (tmp_path / "p.csv").write_text("\n".join(rows))
+    found = read_file(tmp_path / "p.csv", None, None)
+    assert found.prompts == ["a b", "e f"] and [row["answer"] for row in found.rows] == ["w1", "w3"]
+
+
+def test_counterparts_stand_beside_the_prompts_or_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    demo = tcl.load_demo(prompts=8)
+    twins = [line.split(" ", 1)[1] for line in text(demo.corrupted)]
+    table = pd.DataFrame({"clean": demo.prompts, "corrupted": twins, "correct": demo.answers})
+    table.assign(incorrect=demo.decode(demo.incorrect)).to_csv(tmp_path / "pairs.csv", index=False)
+    words = ["discover", "demo", str(tmp_path / "pairs.csv"), "--target", "logit-diff", "--out", str(tmp_path / "out")]
+    options: dict[str, Any] = {"target": demo.target, "positions": "last", "progress": False}
+    expected = tcl.circuit_lasso(demo.model, demo.tokens, corrupted=demo.corrupted, **options)
+    for partners in ("corrupted", str(tmp_path / "pairs.csv")):
+        assert main([*words, "--quiet", "--corrupted", partners]) == 0
+        assert torch.allclose(tcl.load(tmp_path / "out").score, expected.score)
+    assert "neither a column of" in refused(capsys, *words, "--corrupted", "flipped")
+    assert "doesn't know, or a column" in refused(capsys, *words, "--answers", "Zoe", "--wrong", "Tom")
+    own = ["discover", "demo", "--quiet", "--limit", "8", "--target", "logit-diff", "--out", str(tmp_path / "out")]
+    assert main([*own, "--corrupted", "demo"]) == 0
+    assert torch.allclose(tcl.load(tmp_path / "out").score, expected.score)
+    assert "`--corrupted` is twins.txt" in refused(capsys, *own, "--corrupted", "twins.txt")
+
+
+def test_a_file_is_read_before_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "p.csv").write_text("id,sentence\n1,a b\n")
+    assert "`--column` is missing" in refused(capsys, "discover", "no-such-model", str(tmp_path / "p.csv"))
 
 
 def test_answers_that_cannot_be_used_are_named(

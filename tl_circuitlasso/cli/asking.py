@@ -3,9 +3,10 @@
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from difflib import get_close_matches
 from typing import Any
 
+from tl_circuitlasso.cli.prompts import Given
 from tl_circuitlasso.errors import InputError
 
 TARGETS = ("logits", "logit-diff", "labels", "values")
@@ -22,8 +23,16 @@ class Question:
     columns: dict[str, list[str]]
 
 
-def question(arguments: argparse.Namespace, model: Any, prompts: Any, bundled: Any) -> Question:
-    """What `--target`, `--answers`, `--wrong` and `--positions` ask; `bundled` is the demo where its prompts are used.
+@dataclass(frozen=True)
+class _Answers:
+    """One answer for each prompt, and where they come from, in words."""
+
+    values: list[str]
+    source: str
+
+
+def question(arguments: argparse.Namespace, given: Given) -> Question:
+    """What `--target`, `--answers`, `--wrong` and `--positions` ask of the model and prompts.
 
     Prompts that end where an answer comes are read at their last position unless `--positions` says otherwise.
 
@@ -32,79 +41,95 @@ def question(arguments: argparse.Namespace, model: Any, prompts: Any, bundled: A
     InputError: answers that are missing, not one token, or not one per prompt.
     """
     kind = arguments.target or ("logit-diff" if arguments.answers or arguments.wrong else "logits")
-    target, columns = None, {}
-    if kind == "logit-diff" and bundled is not None and not arguments.answers:
-        target, columns = bundled.target, {"answer": bundled.answers, "wrong": bundled.decode(bundled.incorrect)}
+    own, target, asked = given.file is None, None, {}
+    if kind == "logit-diff" and own and not arguments.answers:
+        demo = given.demo
+        right, wrong = demo.answers, demo.decode(demo.incorrect)
+        target = demo.target
+        asked = {"answer": _Answers(right, "the demo's own"), "wrong": _Answers(wrong, "the demo's own")}
     elif kind == "logit-diff":
-        columns = {
-            "answer": _values(arguments, arguments.answers, RIGHT, len(prompts), "--answers"),
-            "wrong": _values(arguments, arguments.wrong, WRONG, len(prompts), "--wrong"),
+        asked = {
+            "answer": _answers(arguments, given, arguments.answers, RIGHT, "--answers"),
+            "wrong": _answers(arguments, given, arguments.wrong, WRONG, "--wrong"),
         }
-        target = _logit_diff(model, columns)
+        target = _logit_diff(given, asked)
     elif kind in ("labels", "values"):
-        columns = {kind[:-1]: _values(arguments, arguments.answers, (kind[:-1],), len(prompts), "--answers")}
-        target = _numbers(kind, columns[kind[:-1]])
+        asked = {kind[:-1]: _answers(arguments, given, arguments.answers, (kind[:-1],), "--answers")}
+        target = _numbers(kind, asked[kind[:-1]].values)
     elif arguments.answers or arguments.wrong:
         raise InputError("`--target` logits takes no answers: leave out --answers and --wrong, or ask for logit-diff")
-    positions = arguments.positions or ("last" if target is not None or bundled is not None else "all")
-    return Question(target, positions, _words(kind, positions), columns)
+    positions = arguments.positions or ("last" if target is not None or own else "all")
+    columns = {name: answers.values for name, answers in asked.items()}
+    return Question(target, positions, _words(kind, positions, [answers.source for answers in asked.values()]), columns)
 
 
-def _words(kind: str, positions: str) -> str:
+def _words(kind: str, positions: str, sources: list[str]) -> str:
     what = {
         "logits": "the model's own logits",
-        "logit-diff": "the logit of the answer minus that of the wrong one",
-        "labels": "the labels of the prompts",
-        "values": "the numbers of the prompts",
+        "logit-diff": "the logit of the answer ({}) minus that of the wrong one ({})",
+        "labels": "the labels of the prompts ({})",
+        "values": "the numbers of the prompts ({})",
     }
     where = {"all": "at all positions but BOS and padding", "last": "at the last position of each prompt"}
-    return f"{what[kind]}, {where.get(positions, f'at position {positions}')}"
+    return f"{what[kind].format(*sources)}, {where.get(positions, f'at position {positions}')}"
 
 
-def _values(
-    arguments: argparse.Namespace, given: str | None, known: Sequence[str], count: int, option: str
-) -> list[str]:
+def _answers(
+    arguments: argparse.Namespace, given: Given, asked: str | None, known: Sequence[str], option: str
+) -> _Answers:
     """A column of the prompts' file, or one word for all prompts."""
-    rows = _table(arguments.prompts)
-    names = list(rows[0]) if rows else []
-    column = given if given in names else next((name for name in known if name in names), None) if not given else None
+    rows, names = (given.file.rows, given.file.columns) if given.file else ([], [])
+    column = asked if asked in names else None if asked else next((name for name in known if name in names), None)
     if column is None:
-        if given:
-            return [given] * count
+        if asked:
+            _no_slip(asked, names, option)
+            return _Answers([asked] * len(given.prompts), f"{asked!r} for all prompts")
         raise InputError(f"`{option}` is missing: name a column of {arguments.prompts}, or one word for all prompts")
-    values = [str(row[column]) for row in rows if row.get(column)][: arguments.limit]
-    if len(values) != count:
-        raise InputError(f"`{option}` {column!r} has {len(values)} entries for {count} prompts: fill every row of it")
-    return values
+    values = ["" if row.get(column) is None else str(row[column]) for row in rows]
+    if empty := [number for number, value in enumerate(values, 1) if not value]:
+        raise InputError(f"`{option}` {column!r} is empty for prompt {empty[0]}: fill every row of it")
+    return _Answers(values, f"column {column!r}")
 
 
-def _table(path: Path | None) -> list[dict[str, Any]]:
-    from tl_circuitlasso.data import storage
-
-    if path is None or path.suffix.lower() not in storage.TABLES:
-        return []
-    return storage.parse_table(path.read_text(encoding="utf-8-sig"), path)
-
-
-def _logit_diff(model: Any, columns: dict[str, list[str]]) -> Any:
+def _logit_diff(given: Given, asked: dict[str, _Answers]) -> Any:
     from tl_circuitlasso.data.targets import LogitDiff
 
-    return LogitDiff(*([_token(model, word) for word in columns[name]] for name in ("answer", "wrong")))
+    options = {"answer": "--answers", "wrong": "--wrong"}
+    return LogitDiff(*([_token(given, word, options[name]) for word in asked[name].values] for name in options))
 
 
-def _token(model: Any, word: str) -> int:
+def _token(given: Given, word: str, option: str) -> int:
     """The token of a word as it comes after a text: with a space in front, unless it only is one token without."""
-    tokenizer = getattr(model, "tokenizer", None)
+    if given.demo is not None:
+        if word.strip() not in given.demo.vocabulary:
+            raise InputError(f"`{option}` has {word!r}, which the bundled model doesn't know{_no_column(given)}")
+        return given.demo.vocabulary.index(word.strip())
+    tokenizer = getattr(given.model, "tokenizer", None)
     if tokenizer is None:
-        raise InputError("`--answers` are words, and the model has no tokenizer to read them with")
+        raise InputError(f"`{option}` are words, and the model has no tokenizer to read them with")
     forms = dict.fromkeys([word if word[:1].isspace() else f" {word}", word])
     read = {form: tokenizer(form, add_special_tokens=False)["input_ids"] for form in forms}
-    if found := [ids[0] for ids in read.values() if len(ids) == 1]:
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    if found := [ids[0] for ids in read.values() if len(ids) == 1 and ids[0] != unknown]:
         return found[0]
     pieces = tokenizer.convert_ids_to_tokens(next(iter(read.values())))
+    if len(pieces) == 1:
+        raise InputError(f"`{option}` has {word!r}, which the tokenizer doesn't know{_no_column(given)}")
     raise InputError(
-        f"`--answers` has {word!r}, which is {len(pieces)} tokens ({' '.join(pieces)}): give one-token words"
+        f"`{option}` has {word!r}, which is {len(pieces)} tokens ({' '.join(pieces)}): give one-token words"
+        f"{_no_column(given)}"
     )
+
+
+def _no_slip(word: str, columns: Sequence[str], option: str) -> None:
+    """Refuse a word that is all but the name of a column: it would be an answer to every prompt."""
+    if near := get_close_matches(word.lower(), [name.lower() for name in columns], 1, 0.8):
+        raise InputError(f"`{option}` {word!r} isn't a column: did you mean {near[0]}? As a word, write {f' {word}'!r}")
+
+
+def _no_column(given: Given) -> str:
+    """What could have been named instead of a word."""
+    return f", or a column ({', '.join(given.file.columns)})" if given.file and given.file.rows else ""
 
 
 def _numbers(kind: str, values: list[str]) -> Any:

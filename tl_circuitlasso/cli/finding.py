@@ -21,7 +21,7 @@ def add(commands: Any) -> None:
 
     added = command(commands, discover)
     added.add_argument("model", help=MODEL)
-    added.add_argument("prompts", type=Path, nargs="?", help="prompts: .txt (one a line), .csv, .tsv or .jsonl")
+    added.add_argument("prompts", type=Path, nargs="?", help="prompts: .txt (one a line), .csv, .tsv, .json or .jsonl")
     added.add_argument("--column", help="column or field that holds the prompt")
     added.add_argument("--limit", type=int, help="use the first N prompts")
     added.add_argument("--out", type=Path, default=Path("circuit"), help="folder to write to (default: circuit)")
@@ -36,7 +36,10 @@ def add(commands: Any) -> None:
         help="regress on functions of every parent in place of the parent alone (designs activation and paper)",
     )  # fmt: skip
     added.add_argument("--strength", default="auto", help="auto, cv, ebic, mcp, stability or a fraction of lambda_max")
-    added.add_argument("--method", default="lasso", choices=["lasso", "lasso+confirm"])
+    added.add_argument(
+        "--method", default="lasso", choices=["lasso", "lasso+confirm"],
+        help="lasso+confirm cuts every edge that lasso keeps in the model, too (needs --corrupted)",
+    )  # fmt: skip
     added.add_argument(
         "--budget", type=int, help="with lasso+confirm: measure so many edges at most, the weakest first"
     )
@@ -45,7 +48,10 @@ def add(commands: Any) -> None:
         help="with lasso+confirm, in place of testing edges: the smallest circuit that keeps this share of what the "
         "model does (auto: 0.9)",
     )
-    added.add_argument("--corrupted", type=Path, help="corrupted partners of the prompts")
+    added.add_argument(
+        "--corrupted", metavar="COLUMN",
+        help="the prompts with a word changed: a column of their file, or another file (demo: the bundled model's own)",
+    )  # fmt: skip
     added.add_argument(
         "--target", choices=TARGETS,
         help="the behaviour: the model's own logits (default), answers over wrong ones (default with --answers), or "
@@ -86,14 +92,13 @@ def demo(arguments: argparse.Namespace) -> None:
 
 def discover(arguments: argparse.Namespace) -> None:
     """Find the circuit of a model on the prompts of a file, or of the bundled model on its own task."""
-    from tl_circuitlasso.cli.prompts import model_and_prompts
+    from tl_circuitlasso.cli.prompts import given
     from tl_circuitlasso.data.sharing import under_torchrun
     from tl_circuitlasso.discover.run import circuit_lasso, plan
 
     basis, out = _basis(arguments), arguments.out if arguments.plan else writable(arguments.out)
-    model, prompts, corrupted = model_and_prompts(arguments)
-    bundled = _bundled(arguments)
-    asked = question(arguments, model, prompts, bundled)
+    found = given(arguments)
+    asked = question(arguments, found)
     with under_torchrun() as ranks:  # `torchrun -m tl_circuitlasso discover ...` shares the work
         options = {
             "target": asked.target,
@@ -109,24 +114,24 @@ def discover(arguments: argparse.Namespace) -> None:
             "method": arguments.method,
             "budget": arguments.budget,
             "size": None if arguments.size is None else number_or_word(arguments.size),
-            "corrupted": corrupted,
+            "corrupted": found.corrupted,
             "process_group": ranks,
             "nonlinear": arguments.nonlinear,
             "memory": arguments.memory,
             **({"design": arguments.design} if arguments.design else {}),
         }
-        found = plan(model, prompts, **options) if arguments.plan else circuit_lasso(model, prompts, **options)
+        run = plan if arguments.plan else circuit_lasso
+        graph = run(found.model, found.prompts, **options)
     if ranks.rank:  # all have the same graph, one speaks
         return
     if arguments.plan:
-        print(found)
+        print(graph)
         return
-    graph = found
     print(f"Explained: {asked.words}")
     _print_edges(graph, None)
     _print_stages(graph)
     if arguments.save_prompts:
-        _save_prompts(out / "prompts.csv", bundled.prompts if bundled else prompts, asked)
+        _save_prompts(out / "prompts.csv", found.texts, asked)
     _write_all(graph, out, _title(arguments))
 
 
@@ -136,23 +141,10 @@ def _title(arguments: argparse.Namespace) -> str:
     return f"{of_model(arguments.model)}: {prompts}"
 
 
-def _bundled(arguments: argparse.Namespace) -> Any:
-    """The demo, where its own prompts are used: as many as `model_and_prompts` gives."""
-    if arguments.model != "demo" or arguments.prompts is not None:
-        return None
-    from tl_circuitlasso.demo import load_demo
-
-    return load_demo(prompts=arguments.limit or 512)
-
-
-def _save_prompts(path: Path, prompts: Any, asked: Question) -> None:
+def _save_prompts(path: Path, prompts: list[str], asked: Question) -> None:
     """The prompts as they were read, with their answers, so that the run can be repeated."""
     from tl_circuitlasso.data.storage import write_text
 
-    if not isinstance(prompts, list):  # the bundled model's tokens, of prompts that were read from a file
-        from tl_circuitlasso.demo.ioi import text
-
-        prompts = [line.split(" ", 1)[1] for line in text(prompts)]
     file = io.StringIO()
     table = csv.writer(file, lineterminator="\n")
     table.writerows([["prompt", *asked.columns], *zip(prompts, *asked.columns.values())])

@@ -7,7 +7,9 @@ from typing import Any
 
 from tl_circuitlasso.cli.judging import judged
 from tl_circuitlasso.cli.options import (
+    ABLATION,
     GRAPH,
+    METRIC,
     PICTURES,
     command,
     interactive,
@@ -30,7 +32,7 @@ def add(commands: Any) -> None:
     added.add_argument("--other", type=Path, help="a second graph, to stand beside it in the .html page")
     added.add_argument("--heatmap", action="store_true", help="draw the adjacency matrix instead of the layers")
     added.add_argument("--threshold", type=float, help="keep the edges with |score| of at least this")
-    added.add_argument("--title")
+    added.add_argument("--title", help="above the picture (default: the graph's own)")
 
     added = command(commands, compare)
     added.add_argument("graphs", type=Path, nargs="+", metavar="GRAPH", help=f"{GRAPH}; NAME=PATH to name it")
@@ -40,8 +42,10 @@ def add(commands: Any) -> None:
         "--faithfulness", nargs=2, metavar=("MODEL", "PROMPTS"),
         help="measure each circuit on the model, on prompt pairs as in `evaluate` (demo demo: the bundled ones)",
     )  # fmt: skip
-    added.add_argument("--metric", default="logit-diff")
-    added.add_argument("--ablation", default="patch", choices=["patch", "mean", "mean-all", "zero", "optimal"])
+    added.add_argument("--metric", default="logit-diff", help=METRIC)
+    added.add_argument(
+        "--ablation", default="patch", choices=["patch", "mean", "mean-all", "zero", "optimal"], help=ABLATION
+    )
     added.add_argument("--limit", type=int, help="use the first N prompts")
     added.add_argument(
         "--out", type=Path, action="append", default=[], help=".html, .csv or a picture; may be repeated"

@@ -34,8 +34,8 @@ def judged(model: str, prompts: Path, metric: str, limit: int | None) -> Judged:
     from tl_circuitlasso import evaluate
     from tl_circuitlasso.models.loading import load_model
 
-    loaded = load_model(model)
     pairs = evaluate.read_pairs(prompts, limit)
+    loaded = load_model(model)
     return Judged(loaded, pairs.clean, pairs.corrupted, evaluate.metric_by_name(metric, loaded, pairs))
 
 

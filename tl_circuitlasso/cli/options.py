@@ -12,6 +12,11 @@ PICTURES = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
 MODEL = "a TransformerLens model name, a local folder, or demo (the bundled model)"
 GRAPH = "a graph: .safetensors, .json or a folder of ours, or a file of any format of `convert`"
 
+METRIC = "what is measured: logit-diff (default), prob-diff, cross-entropy, accuracy, kl or next-token"
+ABLATION = (
+    "what cut edges carry: what they do on the corrupted prompt (patch, default), a mean, zero or the best constant"
+)
+
 
 def command(commands: Any, run: Callable[[argparse.Namespace], Any]) -> argparse.ArgumentParser:
     """A parser for the command that `run` carries out, with its docstring for help."""

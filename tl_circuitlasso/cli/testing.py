@@ -7,7 +7,9 @@ from typing import Any
 
 from tl_circuitlasso.cli.judging import judged
 from tl_circuitlasso.cli.options import (
+    ABLATION,
     GRAPH,
+    METRIC,
     MODEL,
     PICTURES,
     command,
@@ -19,7 +21,7 @@ from tl_circuitlasso.cli.options import (
 )
 from tl_circuitlasso.errors import InputError
 
-PAIRS = "prompt pairs: .csv, .tsv or .jsonl with clean, corrupted, correct, incorrect; demo: the bundled model's own"
+PAIRS = "pairs: .csv, .tsv, .json or .jsonl with clean, corrupted, correct, incorrect; demo: the bundled model's own"
 
 
 def add(commands: Any) -> None:
@@ -28,8 +30,10 @@ def add(commands: Any) -> None:
     added.add_argument("model", help=MODEL)
     added.add_argument("prompts", type=Path, help=PAIRS)
     added.add_argument("graphs", type=Path, nargs="+", metavar="GRAPH", help=f"{GRAPH}; NAME=PATH to name it")
-    added.add_argument("--metric", default="logit-diff")
-    added.add_argument("--ablation", default="patch", choices=["patch", "mean", "mean-all", "zero", "optimal"])
+    added.add_argument("--metric", default="logit-diff", help=METRIC)
+    added.add_argument(
+        "--ablation", default="patch", choices=["patch", "mean", "mean-all", "zero", "optimal"], help=ABLATION
+    )
     added.add_argument(
         "--sae", action="append", metavar="HOOK=PATH", default=[],
         help="the SAE behind a graph's features: a folder of SAELens, or release/sae_id; may be repeated",
@@ -49,7 +53,7 @@ def add(commands: Any) -> None:
     added.add_argument("method", metavar="METHOD", help="eap-ig, acdc, exact, ...: a name of baselines.METHODS")
     added.add_argument("model", help=MODEL)
     added.add_argument("prompts", type=Path, help=PAIRS)
-    added.add_argument("--metric", default="logit-diff")
+    added.add_argument("--metric", default="logit-diff", help=METRIC)
     added.add_argument("--steps", type=int, help="steps of integrated gradients (default: the method's own)")
     added.add_argument("--budget", type=int, help="of lasso+confirm: measure so many edges at most, the weakest first")
     added.add_argument("--top", type=int, help="keep the N strongest edges (default: all, as a ranking)")

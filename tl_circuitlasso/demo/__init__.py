@@ -104,7 +104,10 @@ class Demo:
         """
         words = ["<bos>", *prompt.replace(",", " , ").split()]
         if unknown := [word for word in words if word not in self.vocabulary]:
-            raise InputError(f"`prompt` has words that the model doesn't know: {', '.join(unknown)}; see `vocabulary`")
+            raise InputError(
+                f"`prompt` has words that the bundled model doesn't know: {', '.join(unknown)}. It reads sentences "
+                f"such as {self.prompts[0]!r}; `vocabulary` lists its words"
+            )
         return torch.tensor([[self.vocabulary.index(word) for word in words]])
 
 
