@@ -110,6 +110,21 @@ def test_extras_and_provenance_are_told(tmp_path):
     assert "<h1>Circuit of toy</h1>" in text and data["graphs"][0]["name"] == "CircuitLasso"
 
 
+@pytest.mark.parametrize(
+    ("known", "words"),
+    [
+        ({"prompts": 8, "prompts_given": 64, "partners": "random"}, "8 of 64, each beside random others"),
+        ({"prompts": 8, "prompts_given": 8, "partners": "corrupted"}, "8, each beside its corrupted one"),
+        ({"prompts": 8}, "8"),
+    ],
+)
+def test_what_was_asked_comes_first(tmp_path, known, words):
+    asked = {"target": "LogitDiff", "positions": "last", "unit": "logits"}
+    told = replace(small_graph(), provenance={"arguments": {"seed": 0}, **asked, **known})
+    about = read(plot.interactive(told, tmp_path / "graph.html"))[1]["graphs"][0]["about"]
+    assert about[:4] == [["target", "LogitDiff"], ["positions", "last"], ["prompts", words], ["score", "logits"]]
+
+
 def test_two_graphs_share_nodes_and_keep_their_names(tmp_path):
     a, b = small_graph(), small_graph().top_k(3)
     _, data = read(plot.interactive(a, tmp_path / "graph.html", other=b))

@@ -234,12 +234,25 @@ def _told(key: str, value: Any) -> bool:
     return not (key.endswith("_hash") or key == "unit" or (key == "processes" and value == 1))
 
 
+def _prompts(known: Mapping[str, Any], given: Mapping[str, Any]) -> str | None:
+    """How many prompts, of how many where some were left out, and what they were compared with."""
+    if "prompts" not in known:
+        return None
+    used, partners = known["prompts"], known.get("partners")
+    offered = known.get("prompts_given", given.get("prompts", used))
+    count = f"{used}" if offered == used else f"{used} of {offered}"
+    beside = {"random": ", each beside random others", "corrupted": ", each beside its corrupted one"}
+    return count + beside.get(str(partners), "")
+
+
 def _about(graph: AttributionGraph) -> list[list[str]]:
     """What was asked and how the graph was made, in few words, for the page's side panel."""
     known = graph.provenance
     arguments = known.get("arguments")
     given = arguments if isinstance(arguments, Mapping) else {}
-    first = {"target": None, "positions": None, **asked(known), "score": known.get("unit")}
+    told = asked(known)
+    first: dict[str, Any] = {name: told.get(name) for name in ("target", "positions")}
+    first |= {"prompts": _prompts(known, given), "score": known.get("unit"), **told}
     flat = {**first, **given, **known, **first, "seconds": cost(known)["seconds"]}
     rows = [(key, value) for key, value in flat.items() if isinstance(value, (str, int, float, bool)) and value != ""]
     shown = [(_CALLED.get(key, key.replace("_", " ")), value) for key, value in rows if _told(key, value)]
