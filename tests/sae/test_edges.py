@@ -273,6 +273,32 @@ def test_recall_and_signs_tell_inhibition_apart(few, plain, graph) -> None:
     assert found.signs.loc[("always +", "-"), "sign_agreement"] == 0
 
 
+def test_each_pair_of_hooks_has_its_own_bar(few, plain) -> None:
+    """A parent that writes a hundredth does a hundredth: its true edges are real beside another's, though one bar of
+    both would lie above them."""
+    weak = Plain(few.model.cfg.d_model, 0)
+    weak.W_dec = weak.W_dec / 100
+    third = "blocks.1.hook_resid_mid"
+    saes = {FIRST: weak, third: Plain(few.model.cfg.d_model, 2), LAST: plain[LAST]}
+    index = NodeIndex(tuple(Block(parse_site(hook), rank, tuple(range(FEATURES))) for rank, hook in enumerate(saes)))
+    pairs = [(FIRST, LAST), (third, LAST)]
+    every = {(f"{s}#{i}", f"{t}#{j}"): 1.0 for s, t in pairs for i in range(FEATURES) for j in range(FEATURES)}
+    options = {"strongest": len(every), "sample": 1, "prompts": 12, "recall_sources": FEATURES, "progress": False}
+    table = edges(few.model, AttributionGraph.from_edges(index, every), saes, few.tokens, **options).table
+    hook = table["source"].str.rpartition("#")[0]
+    largest = (
+        table[table["set"] == "strongest"]
+        .groupby(hook, group_keys=False)
+        .apply(lambda some: some[some["effect"].abs() >= some["effect"].abs().quantile(0.9)])
+    )
+    kept = {(s, t): e for s, t, e in largest[["source", "target", "effect"]].itertuples(index=False)}
+    found = edges(few.model, AttributionGraph.from_edges(index, kept), saes, few.tokens, **options)
+    assert 0 < found.nulls[FIRST, LAST] < found.nulls[third, LAST] / 10
+    some = found.table[found.table["set"] == "strongest"]
+    mine = some[some["source"].str.startswith(FIRST)]
+    assert (mine["effect"].abs() < found.nulls[third, LAST]).all() and mine["real"].mean() > 0.9
+
+
 def test_effects_that_chance_makes_are_not_asked_for() -> None:
     """Of 4,000 pairs, half of one source with an effect: those, and hardly any of the dozens beyond three errors."""
     random = torch.Generator().manual_seed(0)

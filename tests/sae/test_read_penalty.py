@@ -1,6 +1,7 @@
 """The Lasso that knows what the child reads: signs, weights, and where it isn't known."""
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import tl_circuitlasso as tcl
 from tl_circuitlasso import solve
 from tl_circuitlasso.features.effects import LEAST, UNREAD, Q
 from tl_circuitlasso.features.fit import Entries
-from tl_circuitlasso.features.learning import UnreadPair
+from tl_circuitlasso.features.learning import NoEdges, UnreadPair
 from tl_circuitlasso.features.read import FLOOR, Read, keeping_signs, read_lasso, read_weights
 
 
@@ -136,6 +137,24 @@ def test_where_nothing_is_known_few_edges_are_kept_with_a_warning(demo, demo_sae
     inside = torch.tensor(["#" in name for name in read.index.names])
     rows = read.kept & inside[read.source] & inside[read.target]
     assert bool((read.score[rows].abs() >= UNREAD).all())
+
+
+def test_a_pair_without_edges_says_why(demo, demo_saes) -> None:
+    """Features that write nothing do nothing; those of the next pair are as before."""
+    first, second, third = demo_saes
+    silent = replace(demo_saes[first], W_dec=torch.zeros_like(demo_saes[first].W_dec))
+    basis = tcl.SAEFeatures({first: silent, second: demo_saes[second], third: demo_saes[third]})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        graph = tcl.circuit_lasso(demo.model, demo.tokens[:200], basis=basis, progress=False)
+    told = [str(one.message) for one in caught if issubclass(one.category, NoEdges)]
+    assert len(told) == 1 and told[0].startswith(f"{first} -> {second}: no edge") and "from chance" in told[0]
+    record = {pair["source"]: pair for pair in graph.provenance["pairs"] if pair["target"] != "target"}
+    assert (record[first]["sure_effects"], record[first]["largest_sure_score"]) == (0, 0.0)
+    rows = [name.startswith(f"{second}#") for name in graph.index.names]
+    inner = torch.tensor(rows)[graph.source] & graph.kept & (graph.target < len(graph.index) - 1)
+    largest = record[second]["largest_sure_score"]
+    assert largest == pytest.approx(float(graph.score[inner].abs().max())) and largest > record[second]["least_score"]
 
 
 def test_provenance_tells_of_every_pair_how_it_is_known(story_graph) -> None:

@@ -7,7 +7,7 @@ standard errors from zero by chance alone, which no graph should hold. Inhibitio
 always says "+" finds half of the signs at best.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.encoder import Encoder
 from tl_circuitlasso.models.feature_effects import Recording, trials
 
+NULL = 0.95  # share of the pairs that no graph keeps whose |effect| lies below what is called real
 BOUNDS = (0.05, 0.1, 0.2)  # standard deviations of the child per one of the parent
 SURE = 0.05  # false-discovery rate
 
@@ -46,15 +47,16 @@ def measure_all(
     adapter: Adapter,
     recording: Recording,
     encoders: Mapping[str, Encoder],
-    graph: AttributionGraph,
+    graphs: Sequence[AttributionGraph],
     sources: int,
     options: Mapping[str, Any],
     tick: Callable[[], Any],
 ) -> dict[tuple[str, str], Truth]:
-    """By pair of hooks, the effects at their own position of up to `sources` features drawn at random."""
-    features, found = features_of(graph), {}
+    """By pair of hooks of any graph, the effects at their own position of up to `sources` features drawn at random."""
+    graph, found = graphs[0], {}
+    features = features_of(graph)
     random = np.random.default_rng(options["seed"])
-    for first, last in hook_pairs(graph):
+    for first, last in dict.fromkeys(pair for one in graphs for pair in hook_pairs(one)):
         if not {first, last} <= set(encoders):
             continue
         drawn = random.choice(len(features[first]), min(sources, len(features[first])), replace=False)
@@ -103,6 +105,23 @@ def recall(graphs: Mapping[str, AttributionGraph], truths: Mapping[tuple[str, st
             rows += [_row(method, sign, bound, truths, kept) for bound in BOUNDS]
     columns = ["method", "sign", "bound", "effects", "recall", "kept", "mass"]
     return pd.DataFrame(rows, columns=columns).set_index(["method", "sign", "bound"])
+
+
+def nulls(
+    graphs: Mapping[str, AttributionGraph], truths: Mapping[tuple[str, str], Truth]
+) -> dict[tuple[str, str], float]:
+    """By pair of hooks, what `NULL` of |effect| lie below, of all pairs of features that no graph keeps.
+
+    Each pair of hooks has its own: a feature of an attention's output does less to anything than one of the stream.
+    """
+    found = {}
+    for pair, truth in truths.items():
+        kept = torch.stack([_weights(graph, pair, truth) != 0 for graph in graphs.values()]).any(0)
+        fires = truth.effect.abs().amax(1) > 0
+        off = truth.effect[fires].abs()[~kept[fires]]
+        if len(off):
+            found[pair] = float(np.quantile(off.numpy(), NULL))
+    return found
 
 
 def _row(

@@ -7,8 +7,9 @@
     found.summary
 
 An edge i -> j is *real* where ablating i moves the code of j by more than chance: the 95 % interval of the effect (a
-bootstrap over prompts) excludes zero, and |effect| is above the 95th percentile of |effect| over non-edges, pairs of
-features of the same hooks that no graph under test keeps, drawn at random.
+bootstrap over prompts) excludes zero, and |effect| is above the 95th percentile of |effect| over pairs of features of
+the same two hooks that no graph under test keeps. Each pair of hooks has its own: effects of one kind of SAE on another
+differ by a factor of ten, so one bar for all would call the edges of the one unreal and the non-edges of the other real.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,7 @@ from tl_circuitlasso._checks import whole_number
 from tl_circuitlasso.baselines.features import features_of, hook_pairs
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.edge_figures import by_sign, summary_of
-from tl_circuitlasso.evaluate.edge_recall import measure_all, recall
+from tl_circuitlasso.evaluate.edge_recall import measure_all, nulls, recall
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.graph.verbs import in_order
 from tl_circuitlasso.models import Adapter, adapt
@@ -59,7 +60,8 @@ class EdgeCheck:
     summary: per method, set and kind ("persistence" where the cosine is above the bound, else "rest"): edges,
         sign_agreement, sign_amplified, sign_pre (share of edges whose weight has the sign of the effect), precision
         (share of real edges), spearman (of |weight| with |effect|), spearman_pre.
-    null: the 95th percentile of |effect| over the non-edges, which `real` asks an edge to exceed.
+    nulls: by pair of hooks the 95th percentile of |effect| over pairs of features that no graph keeps, of the sources
+        drawn for `recall`; `real` asks an edge to exceed it.
     signs: per method and sign of the measured effect, of the kept edges that are real: how many, and the share whose
         weight has that sign. A rule that always says "+" has none of the negative ones.
     recall: per method, sign and least size (.05, .1, .2 standard deviations of the target per one of the source): how
@@ -69,7 +71,7 @@ class EdgeCheck:
 
     table: pd.DataFrame
     summary: pd.DataFrame
-    null: float
+    nulls: Mapping[tuple[str, str], float]
     signs: pd.DataFrame
     recall: pd.DataFrame
 
@@ -151,9 +153,8 @@ def edges(
     cosines = {key: _cosine(used, *key) for key in zip(unique["source"], unique["target"])}
     with counting(progress=progress, desc="all effects", unit="batch") as bar:
         options = {**options, "modes": ("ablate",), "read": reading[""]}
-        first = next(iter(named.values()))
-        truths = measure_all(adapter, recording, used, first, recall_sources, options, bar.update)
-    return _judged(chosen, effects, cosines, persistence, recall(named, truths))
+        truths = measure_all(adapter, recording, used, list(named.values()), recall_sources, options, bar.update)
+    return _judged(chosen, effects, cosines, persistence, nulls(named, truths), recall(named, truths))
 
 
 # ---- which edges ----------------------------------------------------------------------------------------------------
@@ -302,6 +303,7 @@ def _judged(
     effects: Mapping[Key, _Effect],
     cosines: Mapping[tuple[str, str], float],
     bound: float,
+    bars: Mapping[tuple[str, str], float],
     found: pd.DataFrame,
 ) -> EdgeCheck:
     keys = list(zip(chosen["source"], chosen["target"], chosen["port"]))
@@ -312,12 +314,11 @@ def _judged(
     table = table[table["prompts"] > 0].reset_index(drop=True)
     if not (table["set"] != NON_EDGES).any():
         raise InputError("`tokens`: no source of an edge fires on them: give more prompts, or prompts of the same kind")
-    off = table.loc[table["set"] == NON_EDGES, "effect"].abs()
-    null = float(off.quantile(0.95)) if len(off) else 0.0
+    least = [bars.get((_hook(source), _hook(target)), 0.0) for source, target in zip(table["source"], table["target"])]
     clear = (table["effect_low"] > 0) | (table["effect_high"] < 0)
-    table["real"] = clear & (table["effect"].abs() > null)
+    table["real"] = clear & (table["effect"].abs() > np.array(least))
     methods = [name for name in chosen["method"].unique() if name != NON_EDGES]
-    return EdgeCheck(table, summary_of(table), null, by_sign(table, methods), found)
+    return EdgeCheck(table, summary_of(table), bars, by_sign(table, methods), found)
 
 
 def _numbers(effect: _Effect) -> dict[str, Any]:

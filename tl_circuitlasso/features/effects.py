@@ -48,7 +48,8 @@ def with_effects(found: Regressed, effects: Effects | None, units: Units, *, gro
     seen = torch.where(known, judged.rows(_seen(effects, grown.source), grown.target), -1)
     nothing = torch.zeros(1, dtype=torch.float64)
     effect, whole = torch.cat([effects.effect, nothing])[row], torch.cat([judged.effect, nothing])[seen]
-    q = torch.cat([q_values(judged), nothing + 1])[seen]
+    every = q_values(judged)
+    q = torch.cat([every, nothing + 1])[seen]
     score = _scores(whole, grown.source, grown.target, effects, units)
     return replace(
         grown,
@@ -56,7 +57,14 @@ def with_effects(found: Regressed, effects: Effects | None, units: Units, *, gro
         q=torch.where(known, q, grown.q),
         score=torch.where(known, score, grown.score),
         bars=bars,
+        sure=_sure(every, scores),
     )
+
+
+def _sure(q: Float[Tensor, " entry"], scores: Float[Tensor, " entry"]) -> tuple[int, float]:
+    """How many effects aren't chance, and the largest |score| of them."""
+    sizes = scores.abs()[q <= Q]
+    return len(sizes), float(sizes.max()) if len(sizes) else 0.0
 
 
 def _copy(source: Int[Tensor, " edge"], effects: Effects) -> Int[Tensor, " edge"]:

@@ -34,7 +34,8 @@ class Regressed:
         share of half-samples with the coefficient, NaN where nobody asked.
     strength, gap, iterations, converged: by child; strength as a fraction of lambda_max.
     bars: by copy (own position, through attention) the least |score| and the least |effect| of an edge; None where
-    effects aren't known (`features.effects`).
+    effects aren't known (`features.effects`). sure: how many effects aren't chance, and the largest |score| of them;
+    None likewise.
     spread: each child's standard deviation. r2: by child, on held-out prompts, NaN where none are held out or the child
         doesn't vary there; overall: over the held-out variance of all children together.
     """
@@ -57,6 +58,7 @@ class Regressed:
     samples: int
     seconds: Mapping[str, float]
     bars: tuple[tuple[float, float], ...] | None = None
+    sure: tuple[int, float] | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """What is of edges and of children."""
@@ -66,14 +68,18 @@ class Regressed:
         """The rest, as plain data."""
         overall = None if math.isnan(self.overall) else self.overall
         bars = None if self.bars is None else [list(bar) for bar in self.bars]
-        return {"overall": overall, "samples": self.samples, "seconds": dict(self.seconds), "bars": bars}
+        sure = None if self.sure is None else list(self.sure)
+        plain = {"overall": overall, "samples": self.samples, "seconds": dict(self.seconds)}
+        return plain | {"bars": bars, "sure": sure}
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> "Regressed":
         """From `tensors()` and `plain()`."""
         overall = math.nan if plain["overall"] is None else plain["overall"]
         bars = None if plain["bars"] is None else tuple((bar[0], bar[1]) for bar in plain["bars"])
-        return cls(**tensors, overall=overall, samples=plain["samples"], seconds=plain["seconds"], bars=bars)
+        sure = None if plain["sure"] is None else (plain["sure"][0], plain["sure"][1])
+        figures = {"samples": plain["samples"], "seconds": plain["seconds"]}
+        return cls(**tensors, **figures, overall=overall, bars=bars, sure=sure)
 
     def matrix(self, units: "Units") -> scipy.sparse.csr_matrix:
         """The weights (source, target)."""

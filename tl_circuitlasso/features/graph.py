@@ -92,11 +92,15 @@ def feature_graph(
     )
 
 
-def kept_by_pair(graph: AttributionGraph) -> Counter[tuple[str, str]]:
-    """How many edges are kept of each pair (parent hook, child hook or "target")."""
+def kept_by_pair(graph: AttributionGraph, *, errors: bool = True) -> Counter[tuple[str, str]]:
+    """How many edges are kept of each pair (parent hook, child hook or "target"), with those of SAEs' errors or not."""
     sites = [str(block.site).removesuffix(f".{ERROR}") for block in graph.index.blocks]
     names = [site if block.site.kind == "hook" else TARGET for site, block in zip(sites, graph.index.blocks)]
-    ends = (graph.index.block_of[end[graph.kept]].tolist() for end in (graph.source, graph.target))
+    counted = graph.kept
+    if not errors:
+        own = torch.tensor([block.features is not None for block in graph.index.blocks])
+        counted = counted & own[graph.index.block_of[graph.source]]
+    ends = (graph.index.block_of[end[counted]].tolist() for end in (graph.source, graph.target))
     return Counter((names[source], names[target]) for source, target in zip(*ends))
 
 

@@ -56,6 +56,10 @@ class UnreadPair(UserWarning):
     """It isn't known what stands between two hooks, so their edges are what the regression alone says."""
 
 
+class NoEdges(UserWarning):
+    """Between the features of two hooks no edge is kept, because of what their effects on each other are."""
+
+
 @dataclass(frozen=True, eq=False)
 class FeatureSetup:
     """What to look for, beside the basis: the behaviour, how sparse, and where to run the regressions."""
@@ -112,6 +116,7 @@ def learn_features(
         "pairs": regressed - surveyed,
         "node info": time.perf_counter() - regressed,
     }
+    _tell_empty(graph, found)
     return _with_record(graph, basis, seconds, collected, firing, alive, found, unread), collected
 
 
@@ -254,10 +259,31 @@ def _stored(path: Path, identity: Mapping[str, Any], ranks: Ranks) -> Regressed 
 
 
 def _kept(path: Path, identity: Mapping[str, Any]) -> Checkpoint:
-    return Checkpoint(path.parent, "feature pair", "regression", identity, version=4)
+    return Checkpoint(path.parent, "feature pair", "regression", identity, version=5)
 
 
 # ---- what happened --------------------------------------------------------------------------------------------------
+
+
+def _tell_empty(graph: AttributionGraph, found: Mapping[Pair, Regressed]) -> None:
+    """Warn of pairs of hooks between whose features no edge is kept though their effects are known."""
+    kept = kept_by_pair(graph, errors=False)
+    for pair, one in found.items():
+        if one.sure is None or one.bars is None or kept[pair]:
+            continue
+        count, largest = one.sure
+        what = (
+            f"{count} effects aren't chance, and the largest moves the child by {largest:.2g} of its standard deviation"
+            if count
+            else "no effect of a feature on another can be told from chance"
+        )
+        warnings.warn(
+            f"{' -> '.join(pair)}: no edge between features is kept: {what} (edges have {one.bars[0][0]:.2g} or more, "
+            "and pass on a twentieth of what the parent writes). More prompts, SAEs of hooks that follow each other "
+            "directly, or mixing='heads' may show more",
+            NoEdges,
+            stacklevel=2,
+        )
 
 
 def _with_record(
@@ -318,4 +344,6 @@ def _how(pair: Pair, one: Regressed, basis: SAEFeatures, unread: Mapping[Pair, s
         "effects": "replay" if read else None,
         "penalty": "l1" if basis.penalty == "read" and not read else basis.penalty,
     }
+    if one.sure is not None and one.bars is not None:
+        found |= {"sure_effects": one.sure[0], "largest_sure_score": one.sure[1], "least_score": one.bars[0][0]}
     return found | ({"reason": unread[pair]} if pair in unread else {})
