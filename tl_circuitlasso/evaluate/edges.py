@@ -8,8 +8,8 @@
 
 An edge i -> j is *real* where ablating i moves the code of j by more than chance: the 95 % interval of the effect (a
 bootstrap over prompts) excludes zero, and |effect| is above the 95th percentile of |effect| over pairs of features of
-the same two hooks that no graph under test keeps. Each pair of hooks has its own: effects of one kind of SAE on another
-differ by a factor of ten, so one bar for all would call the edges of the one unreal and the non-edges of the other real.
+the same two hooks that no graph under test keeps. Each pair of hooks has its own: effects of kinds of SAEs differ by a
+factor of ten, so one bar for all would call the edges of the one unreal and the non-edges of the other real.
 """
 
 from collections.abc import Mapping, Sequence
