@@ -1,8 +1,8 @@
 """How much of what features do to each other do graphs hold? Every effect of some sources, kept or not.
 
 Of sources drawn at random the effects on all features of the child's hook are measured, and those that are sure (a
-t-test over prompts, at a false-discovery rate of `SURE` among all pairs that were measured) and of some size are looked
-up in each graph: found are those that it keeps with the right sign. Of tens of thousands of pairs hundreds are three
+t-test over prompts, at a false-discovery rate of `SURE` among all that could be of any size asked for, as in
+`features.effects`) and of some size are looked up in each graph: found are those that it keeps with the right sign. Of tens of thousands of pairs hundreds are three
 standard errors from zero by chance alone, which no graph should hold. Inhibition is counted apart, so a rule that
 always says "+" finds half of the signs at best.
 """
@@ -84,8 +84,10 @@ def _truth(
     error = (spread * n / (n - 1).clamp(min=1)).sqrt() / m.clamp(min=1e-300)
     score = effect * source[:, None] / target.clamp(min=1e-300)
     p = 2 * student.sf((effect.abs() / error.clamp(min=1e-300)).numpy(), (n - 1).clamp(min=1).numpy())
-    tested = torch.where((n > 2) & (effect != 0), torch.from_numpy(p), 1.0)
-    return Truth(sources, targets, effect, score, adjusted(tested.flatten(), tested.numel()).view_as(tested) <= SURE)
+    size = (effect.square() + error.square() * n).sqrt() * source[:, None] / target.clamp(min=1e-300)
+    tested = (n > 2) & (size >= BOUNDS[0])
+    q = adjusted(torch.from_numpy(p)[tested], int(tested.sum()))
+    return Truth(sources, targets, effect, score, torch.zeros_like(tested).masked_scatter(tested, q <= SURE))
 
 
 def _spreads(graph: AttributionGraph, hook: str, features: Int[Tensor, " some"]) -> Float[Tensor, " some"]:

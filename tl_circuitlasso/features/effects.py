@@ -7,8 +7,11 @@ standard error over prompts. An edge asks for two things:
   |d_i|, d what a unit of each feature writes. Between hooks where effects are small throughout, such as one attention's
   output and the next one's, it is enough to stand out among all pairs of features of the two hooks: to be one of the
   largest `OUT_SCORE` by score, and of the largest `OUT_EFFECT` by |S_ij|;
-- that it isn't chance: q_ij <= `Q`, the Benjamini-Hochberg adjusted p-value of a t-test of S_ij = 0 among all p q pairs
-  of the two hooks (those that nothing happened to have p = 1).
+- that it isn't chance: q_ij <= `Q`, the Benjamini-Hochberg adjusted p-value of a t-test of S_ij = 0 among the pairs of
+  the two hooks that could be edges at all: r_ij, the root mean square of what happens per unit of the parent, has
+  the least size of an edge. |S_ij| <= r_ij, and where there is no effect r_ij says nothing of the test (the sum of the
+  squares of normal c_ij is independent of t), so the rate holds (independent filtering: Bourgon et al. 2010, PNAS 107,
+  9546), and some thousand tests find what would drown among hundreds of thousands.
 
 The regression needn't have kept it. Where effects aren't known, an edge is a coefficient of at least `UNREAD` in
 standard deviations: few, and only those that stand out.
@@ -41,14 +44,16 @@ def with_effects(found: Regressed, effects: Effects | None, units: Units, *, gro
     judged = effects.together or effects
     scores = _scores(judged.effect, judged.source, judged.target, effects, units)
     bars = _bars(judged, scores)
-    clear = scores.abs() >= torch.tensor([least for least, _ in bars]).double()[_copy(judged.source, effects)]
+    least = torch.tensor([least for least, _ in bars]).double()[_copy(judged.source, effects)]
+    clear = scores.abs() >= least
+    tested = _scores(judged.root_mean_square(), judged.source, judged.target, effects, units) >= least
     grown = _united(found, effects, _wanted(effects, judged, found, clear & grow))
     known = grown.source < effects.sources
     row = torch.where(known, effects.rows(grown.source, grown.target), -1)
     seen = torch.where(known, judged.rows(_seen(effects, grown.source), grown.target), -1)
     nothing = torch.zeros(1, dtype=torch.float64)
     effect, whole = torch.cat([effects.effect, nothing])[row], torch.cat([judged.effect, nothing])[seen]
-    every = q_values(judged)
+    every = q_values(judged, tested)
     q = torch.cat([every, nothing + 1])[seen]
     score = _scores(whole, grown.source, grown.target, effects, units)
     return replace(
@@ -139,18 +144,23 @@ def _united(found: Regressed, effects: Effects, clear: Bool[Tensor, " entry"]) -
     return replace(found, source=source[order], target=target[order], **columns)
 
 
-def q_values(effects: Effects) -> Float[Tensor, " entry"]:
-    """The Benjamini-Hochberg adjusted p-value of each entry, among all pairs of every copy.
+def q_values(effects: Effects, tested: Bool[Tensor, " entry"] | None = None) -> Float[Tensor, " entry"]:
+    """The Benjamini-Hochberg adjusted p-value of each entry among those that are `tested`, 1 for others; None: among
+    all pairs of every copy, those that nothing happened to included.
 
     >>> one = torch.tensor([0, 1]), torch.tensor([0, 0]), torch.tensor([3.0, 1.0]).double(), torch.ones(2).double()
-    >>> q_values(Effects(*one, torch.tensor([100, 100]), 1, 5)).tolist()
-    [0.034..., 1.0]
+    >>> effects = Effects(*one, torch.tensor([100, 100]), 1, 5)
+    >>> q_values(effects).tolist(), q_values(effects, torch.tensor([True, False])).tolist()
+    ([0.034..., 1.0], [0.003..., 1.0])
     """
     freedom = (effects.groups[effects.source % len(effects.groups)] - 1).clamp(min=1)
     p = torch.from_numpy(
         2 * student.sf((effects.effect / effects.error.clamp(min=1e-300)).abs().numpy(), freedom.numpy())
     )
-    return adjusted(torch.where(effects.error.isfinite(), p, 1.0), effects.sources * effects.children)
+    p = torch.where(effects.error.isfinite(), p, 1.0)
+    if tested is None:
+        return adjusted(p, effects.sources * effects.children)
+    return torch.ones_like(p).masked_scatter(tested, adjusted(p[tested], int(tested.sum())))
 
 
 def adjusted(p: Float[Tensor, " test"], tests: int) -> Float[Tensor, " test"]:

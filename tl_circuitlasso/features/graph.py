@@ -59,7 +59,7 @@ def feature_graph(
 
     An edge's weight is its effect where that is known, else its regression coefficient; where effects are known, the
     coefficients are the column "regression" (0 where the regression found none), q-values the column "q" (1 where
-    effects aren't known), and edges whose effect is too small or unsure aren't kept. Where an end stands for several
+    effects aren't known or too small to be tested), and edges whose effect is too small or unsure aren't kept. Where an end stands for several
     directions (an SAE's error, the model's own logits, more than two classes), the edge has the norm of what
     goes by them: never negative, as directions could as well point the other way.
     """

@@ -78,6 +78,16 @@ class Effects:
         """The number of columns that they are about."""
         return self.copies * len(self.groups)
 
+    def root_mean_square(self) -> Float[Tensor, " entry"]:
+        """What happens per unit of the parent's code, as its root mean square over prompts: never below |S_ij|.
+
+        >>> one = torch.tensor([0]), torch.tensor([0]), torch.tensor([0.75]).double(), torch.tensor([0.5]).double()
+        >>> Effects(*one, torch.tensor([4]), 1, 1).root_mean_square().tolist()
+        [1.25]
+        """
+        spread = torch.where(self.error.isfinite(), self.error, 0.0).square()
+        return (self.effect.square() + spread * self.groups[self.source % len(self.groups)]).sqrt()
+
     def dense(self, targets: Int[Tensor, " some"]) -> Float[Tensor, "source some"]:
         """S_ij of some of the child's features, 0 where nothing happened."""
         place = positions_of(targets, self.children)[self.target]
