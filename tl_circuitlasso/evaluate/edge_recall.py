@@ -1,10 +1,10 @@
 """How much of what features do to each other do graphs hold? Every effect of some sources, kept or not.
 
 Of sources drawn at random the effects on all features of the child's hook are measured, and those that are sure (a
-t-test over prompts, at a false-discovery rate of `SURE` among all that could be of any size asked for, as in
-`features.effects`) and of some size are looked up in each graph: found are those that it keeps with the right sign. Of tens of thousands of pairs hundreds are three
-standard errors from zero by chance alone, which no graph should hold. Inhibition is counted apart, so a rule that
-always says "+" finds half of the signs at best.
+t-test over prompts, at a false-discovery rate of `SURE` among all that could be of a size asked for, as in
+`features.effects`) and of some size are looked up in each graph: found are those that it keeps with the right sign. Of
+tens of thousands of pairs hundreds are three standard errors from zero by chance alone, which no graph should hold.
+Inhibition is counted apart, so a rule that always says "+" finds half of the signs at best.
 """
 
 from collections.abc import Callable, Mapping, Sequence

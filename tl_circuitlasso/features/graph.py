@@ -59,9 +59,9 @@ def feature_graph(
 
     An edge's weight is its effect where that is known, else its regression coefficient; where effects are known, the
     coefficients are the column "regression" (0 where the regression found none), q-values the column "q" (1 where
-    effects aren't known or too small to be tested), and edges whose effect is too small or unsure aren't kept. Where an end stands for several
-    directions (an SAE's error, the model's own logits, more than two classes), the edge has the norm of what
-    goes by them: never negative, as directions could as well point the other way.
+    effects aren't known or too small to be tested), and edges whose effect is too small or unsure aren't kept. Where an
+    end stands for several directions (an SAE's error, the model's own logits, more than two classes), the edge has the
+    norm of what goes by them: never negative, as directions could as well point the other way.
     """
     index = feature_index(collected, target, alive, has_errors=basis.error)
     parts = [_edges(index, pair, one, collected, adapter, alive, basis, pair in unread) for pair, one in found.items()]
