@@ -18,6 +18,7 @@ from tl_circuitlasso.evaluate.features import (
 )
 from tl_circuitlasso.experiment import Experiment
 from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.models import adapt
 
 Method = Callable[[Any, Agreement], AttributionGraph]
 
@@ -77,13 +78,21 @@ def agreement(
         unseen = agreement_pairs(model, folder / f"{name}_test.json", test)
         for method in methods:
             graph, cost = measured(lambda method=method, seen=seen: METHODS[method](model, seen))
-            about = {"set": name, "method": method, "passes": passes(graph), "CPU s": round(cost.cpu_seconds)}
+            bare = measured(lambda seen=seen: bare_passes(model, seen))[1]
+            about = {"set": name, "method": method, "passes": passes(graph), "MiB": round(cost.peak_mib or 0)}
+            about["forward-equivalents"] = round(cost.cpu_seconds / bare.cpu_seconds, 1)
             found = judged(model, graph, unseen, sizes)
             rows += [about | row for row in found.to_dict("records")]
             print(f"\n{name}, {len(seen.clean)} pairs to find, {len(unseen.clean)} to judge")
             print(", ".join(f"{key} {value}" for key, value in about.items() if key != "set"))
             print(found.round(3).to_string(index=False), flush=True)
     return pd.DataFrame(rows)
+
+
+def bare_passes(model: Any, data: Agreement, batch: int = 32) -> None:
+    """One forward pass of the prompts, nothing kept: what forward-equivalents count, in processor time."""
+    for tokens in data.clean.split(batch):
+        adapt(model).run(tokens, None, ["logits"])
 
 
 def passes(graph: AttributionGraph) -> float:

@@ -26,13 +26,15 @@ PATCHED: dict[str, Way] = {
     "gradient x activation": ByGradient(),
     "CircuitLasso": BySweep(SECANT, alone=False),
 }
+SMALL = "exact, a tenth of the step"
 
 
 def patching(model: Any, folder: Path, names: Sequence[str], count: int, prompts: int) -> pd.DataFrame:
     """How scores go with what exact patching does (Pearson, Spearman), in several samples.
 
-    Neurons one at a time, at all positions together: half of them RelP's foremost, half drawn from all of the model's.
-    Then the outputs of whole MLPs, one layer and one position at a time: what RelP's authors correlate.
+    Neurons one at a time, at all positions together: half of them RelP's foremost, half drawn from all of the model's;
+    the same after a tenth of the step to the corrupted run, where effects are linear still. Then the outputs of whole
+    MLPs, one layer and one position at a time: what RelP's authors correlate.
     """
     rows: list[dict[str, Any]] = []
     for name in names:
@@ -72,14 +74,19 @@ def _neurons_patched(
     drawn = random.Random(0).sample(range(scores["RelP"].numel()), count - count // 2)
     nodes = sorted({*foremost, *drawn})
     names = [f"m{node // width}#{node % width}" for node in nodes]
-    graph = baselines.exact_neurons(model, data.clean, data.corrupted, data.metric, neurons=names, progress=True)
-    columns = {"exact": graph.score.tolist()} | {way: own.flatten()[nodes].tolist() for way, own in scores.items()}
-    table = pd.DataFrame(columns, index=names)
+    exact = {}
+    for column, step in (("exact", 1.0), (SMALL, 0.1)):
+        graph = baselines.exact_neurons(
+            model, data.clean, data.corrupted, data.metric, neurons=names, step=step, progress=True
+        )
+        exact[column] = graph.score.tolist()
+    table = pd.DataFrame(exact | {way: own.flatten()[nodes].tolist() for way, own in scores.items()}, index=names)
     return {
         "foremost": table[[node in set(foremost) for node in nodes]],
         "drawn": table[[node in set(drawn) for node in nodes]],
         "both": table,
         "both, m0 left out": table[[node >= width for node in nodes]],
+        "both, a tenth of the step": table.assign(exact=table[SMALL]),
     }
 
 

@@ -54,6 +54,7 @@ def test_scores_go_with_exact_patching(setting):
     table = patching.patching(model, folder, ["nounpp"], 40, 8).set_index("method")
     assert table.index.tolist() == list(patching.PATCHED)
     assert table.both["CircuitLasso"] > 0.9 and table["foremost, ranks"]["RelP"] > 0.5
+    assert table["both, a tenth of the step"]["gradient x activation"] > 0.99
     assert bool((table.filter(like="MLP outputs").loc["CircuitLasso"] > 0.8).all())
 
 

@@ -1,5 +1,7 @@
 """Circuits of neurons from one call: planted neurons are found, attention is seen, edges add up, misuse is named."""
 
+import copy
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from tl_circuitlasso.models.neuron_edges import direct_effects
 from tl_circuitlasso.models.neuron_scores import Batch, BySweep, Pass, Scoring, goal_gradient
 from tl_circuitlasso.models.neuron_sweep import SECANT, Ends, unembedded, wanted
 from tl_circuitlasso.models.rotary import position_ids
+from tl_circuitlasso.neurons import links
 
 PROMPTS = 8
 TARGET = tcl.LogitDiff([3] * PROMPTS, [4] * PROMPTS)
@@ -215,6 +218,29 @@ def test_linked_neurons_have_edges_in_and_out():
     assert ranked.sizes == (5, 20)
 
 
+def test_a_share_joins_the_neurons_that_carry_it():
+    model, (clean, corrupted) = architectures.hooked("llama"), pair()
+    whole = circuit(model, clean, corrupted)
+    sizes = (whole.score.abs() / abs(whole.provenance["difference"])).sort(descending=True).values
+    share = float(sizes[11] + sizes[12]) / 2
+    graph = circuit(model, clean, corrupted, basis=tcl.Neuron(linked=share))
+    same = circuit(model, clean, corrupted, basis=tcl.Neuron(linked=12))
+    assert graph.index == same.index and torch.equal(graph.score, same.score) and len(graph.index) == 14
+    weak = copy.deepcopy(model)
+    with torch.no_grad():
+        for block in weak.blocks:
+            block.mlp.W_out *= 1e-3
+    with pytest.raises(InputError, match="no neuron carries so much"):
+        circuit(weak, clean, corrupted, basis=tcl.Neuron(linked=0.5))
+
+
+def test_edges_that_would_not_fit_are_refused(monkeypatch):
+    model, (clean, corrupted) = architectures.hooked("llama"), pair()
+    monkeypatch.setattr(links, "MOST", 8 * 8 * 100)
+    with pytest.raises(InputError, match="`linked` joins 20 neurons"):
+        circuit(model, clean, corrupted, basis=tcl.Neuron(linked=20))
+
+
 def test_bad_input_is_named():
     model, (clean, corrupted) = architectures.hooked("llama"), pair()
     bad = (
@@ -235,8 +261,9 @@ def test_bad_input_is_named():
     for options, message in bad:
         with pytest.raises(InputError, match=message):
             circuit(model, clean, **options)
-    with pytest.raises(InputError, match="linked"):
-        tcl.Neuron(linked=-1)
+    for linked in (-1, 1.0, -0.1, True, float("nan")):
+        with pytest.raises(InputError, match="linked"):
+            tcl.Neuron(linked=linked)
     with pytest.raises(InputError, match="reference"):
         tcl.Neuron(reference="median")
     with pytest.raises(InputError, match="pairs"):

@@ -53,6 +53,15 @@ def test_it_is_what_one_hook_at_a_time_gives(family):
     assert [block.__dict__.get("forward") for block in model.blocks] == forwards
 
 
+def test_small_steps_give_the_derivative_and_large_ones_do_not():
+    model, (clean, corrupted) = architectures.hooked("llama"), pair()
+    local = tcl.baselines.gradient_activation(model, clean, corrupted, METRIC, max_nodes=None)
+    scores = dict(zip((local.index.names[i] for i in local.source.tolist()), local.score.float().tolist()))
+    expected = torch.tensor([scores[name] for name in NEURONS])
+    small, whole = (float((exact(model, clean, corrupted, step=step) - expected).abs().max()) for step in (0.1, 1.0))
+    assert small < 0.2 * whole and small < 2e-4 < whole
+
+
 def test_pads_change_nothing():
     model, (clean, corrupted) = architectures.hooked("llama"), pair()
     pads = torch.full((5, 2), 2)
@@ -84,6 +93,9 @@ def test_bad_input_is_named():
     for neurons in ([], "m0#3", ["m0#40"], ["m2#0"], ["a0.h1"]):
         with pytest.raises(InputError, match="neurons"):
             exact(model, clean, corrupted, neurons=neurons)
+    for step in (0, -0.5, 1.5, "all", True):
+        with pytest.raises(InputError, match="step"):
+            exact(model, clean, corrupted, step=step)
     with pytest.raises(InputError, match="corrupted"):
         exact(model, clean, None)
     with pytest.raises(ModelError, match="no MLPs"):

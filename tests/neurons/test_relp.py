@@ -202,6 +202,25 @@ def test_a_reference_is_taken_off():
     assert float(one.score.abs().max()) < 1e-12
 
 
+def test_scores_come_apart_by_position_whatever_the_padding():
+    model, clean = architectures.hooked("llama"), architectures.prompts(length=6)
+    pads = torch.full((len(clean), 2), 2)
+    longer, mask = torch.cat([pads, clean], 1), torch.cat([pads == 0, clean >= 0], 1)
+    for score in (baselines.relp, baselines.gradient_activation, baselines.integrated_gradients):
+        for basis in ("neuron", "head"):
+            graph = score(model, clean, None, last_difference, basis=basis, by_position=True, max_nodes=5)
+            parts = [graph.node_info[graph.index.names[node]]["by_position"] for node in graph.source.tolist()]
+            sums = torch.tensor([sum(own.values()) for own in parts], dtype=torch.float64)
+            assert torch.allclose(sums, graph.score, rtol=1e-6) and max(map(len, parts)) > 1
+            if score is not baselines.integrated_gradients:  # its line starts at embeddings of pads, too
+                options = {"basis": basis, "by_position": True, "max_nodes": 5, "attention_mask": mask}
+                padded = score(model, longer, None, last_difference, **options)
+                again = padded.node_info[graph.index.names[0]]["by_position"]
+                assert again == pytest.approx(parts[0], rel=1e-3, abs=1e-6)
+    with pytest.raises(InputError, match="by_position"):
+        baselines.relp(model, clean, None, last_difference, basis="component", by_position=True)
+
+
 def test_only_the_largest_nodes_are_kept_in_the_graph():
     model, clean = architectures.hooked("gpt2"), architectures.prompts(length=6)
     whole = baselines.relp(model, clean, None, last_difference, max_nodes=None)

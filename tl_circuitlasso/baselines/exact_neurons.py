@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tl_circuitlasso._checks import fraction
 from tl_circuitlasso.baselines.gradient import unit_of
 from tl_circuitlasso.baselines.neurons import node_graph
 from tl_circuitlasso.data.sites import Site
@@ -35,19 +36,28 @@ def exact_neurons(
     metric: Metric | LogitDiff | None = None,
     *,
     neurons: Collection[str],
+    step: float = 1.0,
     attention_mask: Tensor | None = None,
     batch_size: int = 96,
     progress: bool = True,
 ) -> AttributionGraph:
     """The metric's fall when one neuron alone does what it does on the corrupted prompt, for each of `neurons`.
 
-    score(u) = mean over prompts of metric(clean run) - metric(clean run with u's activation of the corrupted run), at
-    all positions together. One forward pass per neuron and prompt, from the neuron's layer on; `batch_size` is the
-    number of rows run at once, neurons times prompts. Other arguments as in `relp`.
+    score(u) = 1/step mean over prompts of F(u) - F(u + step (u' - u)), with F the metric of the clean run where the
+    neuron does u, u' what it does on the corrupted prompt, at all positions together. One forward pass per neuron and
+    prompt, from the neuron's layer on.
+
+    Parameters
+    ----------
+    neurons: names such as "m3#17".
+    step: how far to go. 1 is patching; small ones tend to gradient x activation, so that a score which changes with
+        `step` belongs to a neuron whose effect isn't linear.
+    batch_size: rows run at once, neurons times prompts. Others as in `relp`.
 
     Raises
     ------
-    InputError: names that aren't neurons of the model; ModelError: no MLPs, or a mixture of experts.
+    InputError: names that aren't neurons of the model, or a step outside (0, 1]; ModelError: no MLPs, or a mixture of
+    experts.
 
     >>> import tl_circuitlasso as tcl
     >>> demo = tcl.load_demo(prompts=8)
@@ -64,7 +74,7 @@ def exact_neurons(
     adapter, objective = setup.adapter, setup.objective
     at_once = setup.batch_size if isinstance(model, Experiment) else batch_size
     Scoring(adapter, lambda logits, batch: logits.sum(), "neuron", "corrupted")  # refuses models without neurons
-    chosen = _chosen(adapter, neurons)
+    chosen, size = _chosen(adapter, neurons), fraction("step", step, "of the way to the corrupted activation")
     fallen = {layer: torch.zeros(len(own), dtype=torch.float64) for layer, own in chosen.items()}
     count = sum(map(len, chosen.values()))
     with (
@@ -77,10 +87,11 @@ def exact_neurons(
             for layer, own in chosen.items():
                 which = torch.nn.functional.one_hot(torch.tensor(own), adapter.shape.d_mlp).bool()[:, None]
                 for places in torch.arange(len(own)).split(max(1, at_once // len(batch.rows))):
-                    logits = patched_neurons(adapter, plain, layer, which[places])
+                    logits = patched_neurons(adapter, plain, layer, which[places], size)
                     values = [float(objective(batch.shown(one), batch.rows)) for one in logits]
                     fallen[layer][places] += whole - torch.tensor(values, dtype=torch.float64)
                     bar.update(len(places) * len(batch.rows))
+    score = torch.cat(list(fallen.values())) / (len(setup) * size)
     facts = record(
         "exact_neurons",
         adapter.facts(),
@@ -93,8 +104,9 @@ def exact_neurons(
         seconds={"scores": time.perf_counter() - began},
         basis="neuron",
         reference="corrupted",
+        step=size,
     )
-    return node_graph(adapter, "neuron", chosen, torch.cat(list(fallen.values())) / len(setup), Site("logits"), facts)
+    return node_graph(adapter, "neuron", chosen, score, Site("logits"), facts)
 
 
 def _chosen(adapter: Adapter, neurons: Collection[str]) -> dict[int, list[int]]:

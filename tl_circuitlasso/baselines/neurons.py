@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import Unpack
 
+from tl_circuitlasso._checks import truth
 from tl_circuitlasso.baselines.gradient import unit_of
 from tl_circuitlasso.baselines.relevance import relp_edges, rules_of
 from tl_circuitlasso.data.sites import Site
@@ -43,6 +44,7 @@ def relp(
     reference: str | None = None,
     attention: str = "frozen",
     products: str = "half",
+    by_position: bool = False,
     max_nodes: int | None = MAX_NODES,
     **options: Unpack[PromptOptions],
 ) -> AttributionGraph:
@@ -63,6 +65,7 @@ def relp(
     attention: "frozen" holds attention patterns constant; "moving" lets them pass on what they do, by their derivative.
     products: a gated MLP's product passes "half" on to each factor, so that relevance is conserved, or the "whole" to
         both, as its derivative does: nearer to what patching a neuron does (docs/benchmarks.md).
+    by_position: whether `graph.node_info[node]["by_position"]` has the parts of a score, from the first real token.
     max_nodes: only so many nodes of the largest |score| are kept in the graph; None keeps all.
 
     Raises
@@ -79,10 +82,12 @@ def relp(
     setup = Experiment.of(model, clean, corrupted, metric, **options)
     rules, chosen = rules_of(attention, products), _reference(reference, setup)
     if basis == "component":
+        if truth("by_position", by_position):
+            raise InputError("`by_position` is for nodes: edges of basis='component' are summed over positions")
         over = "clean" if setup.corrupted is None else "corrupted"
         own = replace(setup, ablation={"corrupted": "patch"}.get(chosen, chosen), mean_over=over)
         return relp_edges(own, attention=attention, products=products)
-    return _graph("relp", setup, basis, chosen, BySweep(rules, alone=True), max_nodes)
+    return _graph("relp", setup, basis, chosen, BySweep(rules, alone=True), max_nodes, by_position)
 
 
 @verb
@@ -94,6 +99,7 @@ def gradient_activation(
     *,
     basis: str = "neuron",
     reference: str | None = None,
+    by_position: bool = False,
     max_nodes: int | None = MAX_NODES,
     **options: Unpack[PromptOptions],
 ) -> AttributionGraph:
@@ -106,7 +112,9 @@ def gradient_activation(
     ['a0.h0', 'a2.h0', 'logits']
     """
     setup = Experiment.of(model, clean, corrupted, metric, **options)
-    return _graph("gradient_activation", setup, basis, _reference(reference, setup), ByGradient(), max_nodes)
+    return _graph(
+        "gradient_activation", setup, basis, _reference(reference, setup), ByGradient(), max_nodes, by_position
+    )
 
 
 @verb
@@ -119,6 +127,7 @@ def integrated_gradients(
     steps: int = 10,
     basis: str = "neuron",
     reference: str | None = None,
+    by_position: bool = False,
     max_nodes: int | None = MAX_NODES,
     **options: Unpack[PromptOptions],
 ) -> AttributionGraph:
@@ -136,7 +145,9 @@ def integrated_gradients(
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise InputError(f"`steps` is {steps!r}: the number of integration steps is an integer >= 1")
     setup = Experiment.of(model, clean, corrupted, metric, **options)
-    return _graph("integrated_gradients", setup, basis, _reference(reference, setup), ByGradient(steps), max_nodes)
+    return _graph(
+        "integrated_gradients", setup, basis, _reference(reference, setup), ByGradient(steps), max_nodes, by_position
+    )
 
 
 def random_nodes(
@@ -169,12 +180,19 @@ def _reference(given: str | None, setup: Experiment) -> str:
 
 
 def _graph(
-    method: str, setup: Experiment, basis: str, reference: str, way: BySweep | ByGradient, max_nodes: int | None
+    method: str,
+    setup: Experiment,
+    basis: str,
+    reference: str,
+    way: BySweep | ByGradient,
+    max_nodes: int | None,
+    by_position: bool,
 ) -> AttributionGraph:
+    places = setup.pairs.width if truth("by_position", by_position) else 1
     began, metric = time.perf_counter(), setup.ready(cut=False).objective
     goal = Scoring(setup.adapter, lambda logits, batch: metric(shown(logits, batch.mask), batch.rows), basis, reference)
     paired = setup.corrupted is not None
-    found = scores(goal, lambda: batches(setup.pairs, paired, method, setup.progress), len(setup), way)
+    found = scores(goal, lambda: batches(setup.pairs, paired, method, setup.progress), len(setup), way, places)
     facts = record(
         method,
         setup.adapter.facts(),
@@ -190,7 +208,22 @@ def _graph(
         attention="frozen" if isinstance(way, BySweep) and way.rules.attention else "moving",
         steps=way.steps if isinstance(way, ByGradient) else 0,
     )
-    return score_graph(setup.adapter, basis, found, Site("logits"), max_nodes, facts)
+    summed = {key: part.sum(0) for key, part in found.items()}
+    graph = score_graph(setup.adapter, basis, summed, Site("logits"), max_nodes, facts)
+    return replace(graph, node_info=_parts(graph, list(found.values()))) if by_position else graph
+
+
+def _parts(
+    graph: AttributionGraph, found: Sequence[Float[Tensor, "pos node"]]
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Of every node of the graph its contribution at each position where it has one."""
+    parts: dict[str, dict[str, dict[str, float]]] = {}
+    for block in graph.index.blocks[:-1]:
+        columns = [block.site.head] if block.features is None else list(block.features)
+        own = found[block.site.layer][:, columns].T.tolist()
+        for name, values in zip(block.names, own):
+            parts[name] = {"by_position": {str(at): value for at, value in enumerate(values) if value}}
+    return parts
 
 
 def batches(data: Pairs, paired: bool, method: str, progress: bool) -> Iterator[Batch]:

@@ -128,8 +128,9 @@ class Neuron:
         those that contribute most to the target.
     reference: with design "read", what a neuron is compared with: its "mean" over the partners at the same position, as
         circuits are mostly judged, or what it does in the prompt's own partner ("corrupted").
-    linked: with design "read", how many of them are joined by edges, their direct effects on one another (0: none).
-        Each costs a sweep through attention alone on a small sample of the prompts.
+    linked: with design "read", how many of them are joined by edges, their direct effects on one another (0: none), or
+        a share below 1: those that carry so much of the target's difference. Each costs a sweep through attention alone
+        on a small sample of the prompts.
 
     >>> import tl_circuitlasso as tcl
     >>> demo = tcl.load_demo(prompts=8)
@@ -140,14 +141,18 @@ class Neuron:
     """
 
     max_nodes: int = 4096
-    linked: int = 0
+    linked: int | float = 0
     reference: str = "mean"
     name: str = "neuron"
 
     def __post_init__(self) -> None:
         _check_limit(self.max_nodes)
-        if not isinstance(self.linked, int) or isinstance(self.linked, bool) or self.linked < 0:
-            raise InputError(f"`linked` is {self.linked!r}: give the number of neurons to join by edges, 0 for none")
+        whole, share = isinstance(self.linked, int) and self.linked >= 0, isinstance(self.linked, float)
+        if isinstance(self.linked, bool) or not (whole or (share and 0 < self.linked < 1)):
+            raise InputError(
+                f"`linked` is {self.linked!r}: give the number of neurons to join by edges (0 for none), or the share "
+                "of the target's difference that each carries at least, above 0 and below 1"
+            )
         if self.reference not in ("mean", "corrupted"):
             raise InputError(f"`reference` is {self.reference!r}: write 'mean' or 'corrupted'")
 

@@ -46,15 +46,19 @@ def plain_run(
 
 
 def patched_neurons(
-    adapter: Adapter, plain: Plain, layer: int, which: Bool[Tensor, "copy #pos neuron"]
+    adapter: Adapter, plain: Plain, layer: int, which: Bool[Tensor, "copy #pos neuron"], step: float = 1.0
 ) -> Float[Tensor, "copy prompt pos vocab"]:
-    """The logits where the neurons of the layer that `which` marks do what they do in the partners, by copy."""
+    """The logits where the neurons of the layer that `which` marks do what they do in the partners, by copy.
+
+    step: so far they go there from what they do themselves.
+    """
     copies, prompts = len(which), len(plain.tokens)
     swapped = plain.mask[None, :, :, None] & which[:, None].to(plain.mask.device)
     other = plain.other[act("mlp_post", layer)]
 
     def swap(post: Tensor) -> Tensor:
-        return torch.where(swapped, other.to(post), post.reshape(swapped.shape)).view_as(post)
+        own = post.reshape(swapped.shape)
+        return torch.where(swapped, torch.lerp(own, other.to(post).expand_as(own), step), own).view_as(post)
 
     many, real = plain.tokens.repeat(copies, 1), plain.mask.repeat(copies, 1)
     with _replayed(adapter, plain, layer, copies):

@@ -220,16 +220,19 @@ def gradients(scoring: Scoring, batch: Batch, start: Float[Tensor, "batch pos d_
 
 
 def scores(
-    scoring: Scoring, batches: Callable[[], Iterator[Batch]], prompts: int, way: BySweep | ByGradient
-) -> dict[str, Float[Tensor, " node"]]:
+    scoring: Scoring, batches: Callable[[], Iterator[Batch]], prompts: int, way: BySweep | ByGradient, places: int = 1
+) -> dict[str, Float[Tensor, "place node"]]:
     """Each node's mean signed contribution per prompt, by activation key, in float64.
 
+    places: 1 takes all positions together, the longest prompt's length keeps them apart, from the first real token.
     `batches` is called twice where the reference is the mean.
     """
     total: dict[str, Tensor] = {}
-    for _, key, product in products(scoring, batches, prompts, way):
-        summed = product.sum((0, 1))
-        total[key] = total.get(key, torch.zeros_like(summed)) + summed
+    for batch, key, product in products(scoring, batches, prompts, way):
+        if key not in total:
+            total[key] = product.new_zeros(places, product.shape[2])
+        at = position_ids(batch.mask)[batch.mask].clamp_max(places - 1)
+        total[key].index_add_(0, at, product[batch.mask])
     return {key: total[key].cpu() / prompts for key in scoring.keys}
 
 

@@ -12,8 +12,13 @@ kept does not grow with the prompts.
 """
 
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from tl_circuitlasso.baselines.neurons import score_graph
 from tl_circuitlasso.errors import InputError
@@ -39,8 +44,8 @@ def neuron_circuit(behaviour: Behaviour, basis: Neuron, *, strength: str | float
     """The graph of edges from neurons to the target: the `max_nodes` of largest |score|, the circuit kept.
 
     Kept are the neurons that carry at least `SHARE` of the target's difference (or `OF_LARGEST` of the foremost one's
-    contribution, where that is less). With `basis.linked` the graph holds
-    only so many neurons, and the direct effects between them (see `linked`).
+    contribution, where that is less). With `basis.linked` the graph holds only so many neurons, or those that carry
+    that share of the difference, and the direct effects between them (see `link`).
 
     Raises
     ------
@@ -50,7 +55,7 @@ def neuron_circuit(behaviour: Behaviour, basis: Neuron, *, strength: str | float
     adapter = behaviour.adapter
     scoring = Scoring(adapter, behaviour.reading, "neuron", "corrupted")
     total = adapter.shape.n_layers * adapter.shape.d_mlp
-    if basis.linked > total:
+    if isinstance(basis.linked, int) and basis.linked > total:
         raise InputError(f"`linked` is {basis.linked}, but the model has only {total} neurons")
     tally = Tally(behaviour.prompts.width, total, basis.reference)
     bar = counting(behaviour.pairs(), progress=progress, desc="neurons", unit="batch")
@@ -72,7 +77,7 @@ def neuron_circuit(behaviour: Behaviour, basis: Neuron, *, strength: str | float
         "backward_passes": 0.0,
         "sweeps": round(scoring.count.backward, 6),
     }
-    count = basis.linked or basis.max_nodes
+    count = _joined(basis, found, difference) or basis.max_nodes
     graph = score_graph(adapter, "neuron", found, readout.target_site(behaviour.target), count, facts)
     size = graph.score.abs()
     kept = (size >= min(SHARE * abs(difference), OF_LARGEST * float(size.max()))) & (size > 0)
@@ -83,6 +88,19 @@ def neuron_circuit(behaviour: Behaviour, basis: Neuron, *, strength: str | float
         graph = link(graph, adapter, behaviour, strength=strength)
         seconds["edges"] = time.perf_counter() - before
     return replace(graph, provenance={**graph.provenance, "seconds": seconds})
+
+
+def _joined(basis: Neuron, found: Mapping[str, Float[Tensor, " neuron"]], difference: float) -> int:
+    """How many of the foremost neurons are joined by edges."""
+    if isinstance(basis.linked, int):
+        return basis.linked
+    sizes = torch.cat(list(found.values())).abs() / abs(difference) if difference else torch.zeros(1)
+    if not (count := int((sizes >= basis.linked).sum())):
+        raise InputError(
+            f"`linked` is {basis.linked}: no neuron carries so much of the target's difference, the foremost "
+            f"{float(sizes.max()):.2g}"
+        )
+    return count
 
 
 # ---- what is known of a neuron --------------------------------------------------------------------------------------

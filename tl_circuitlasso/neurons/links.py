@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tl_circuitlasso import solve
 from tl_circuitlasso.data.sites import Site
+from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.graph.nodes import Block, NodeIndex
 from tl_circuitlasso.models.adapter import Adapter
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 SAMPLE = 64  # pairs of prompts that edges are looked for in
 AUTO_STRENGTH = 0.01  # of lambda_max, as for circuits of components
+MOST = 2 << 30  # bytes that what flows along the candidate edges may take
 EDGE_SHARE = 0.1  # of the candidate edges: those of largest |score| are kept
 
 
@@ -87,6 +89,11 @@ def _flows(index: NodeIndex, adapter: Adapter, behaviour: Behaviour) -> Flows:
     found: list[Tensor] = []
     passes = 0
     sample = behaviour.some(SAMPLE)
+    if (size := 8 * len(source) * min(SAMPLE, behaviour.n_prompts)) > MOST:
+        raise InputError(
+            f"`linked` joins {neurons} neurons: what flows along {len(source)} candidate edges would take "
+            f"{size / 2**30:.1f} GiB; join fewer"
+        )
     for batch in sample.pairs():
         logger.info("edges of %d neurons: %d MiB a direction", neurons, _size(adapter, batch) >> 20)
         effects = _effects(adapter, sample, batch, chosen)
