@@ -36,7 +36,7 @@ def exact_neurons(
     metric: Metric | LogitDiff | None = None,
     *,
     neurons: Collection[str],
-    step: float = 1.0,
+    step: int | float = 1.0,
     attention_mask: Tensor | None = None,
     batch_size: int = 96,
     progress: bool = True,
