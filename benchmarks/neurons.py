@@ -2,6 +2,7 @@
 
     python -m benchmarks.neurons agreement MODEL DATA            faithfulness at each number of neurons, every method
     python -m benchmarks.neurons patching MODEL DATA             correlation of scores with exact patching of neurons
+    python -m benchmarks.neurons cost MODEL DATA                 passes, processor time, memory by number of pairs
     python -m benchmarks.neurons edges MODEL DATA                edge circuits: |attribution| against the garrote
     python -m benchmarks.neurons steering MODEL CAPITALS         neurons behind states and capitals, scaled
 
@@ -15,6 +16,7 @@ import argparse
 from pathlib import Path
 
 from benchmarks.neuron_parts.agreement import METHODS, TABLE, agreement
+from benchmarks.neuron_parts.cost import costs
 from benchmarks.neuron_parts.edges import edge_circuits
 from benchmarks.neuron_parts.patching import patching
 from benchmarks.neuron_parts.steering import steering
@@ -28,7 +30,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in ("agreement", "patching", "edges"):
+    for command in ("agreement", "patching", "edges", "cost"):
         added = commands.add_parser(command)
         added.add_argument("model")
         added.add_argument("data", type=Path)
@@ -38,6 +40,7 @@ def main() -> None:
         added.add_argument("--methods", nargs="+", default=list(TABLE), choices=list(METHODS))
         added.add_argument("--sizes", nargs="+", type=int, default=list(SIZES))
         added.add_argument("--count", type=int, default=300, help="neurons patched one by one")
+        added.add_argument("--counts", nargs="+", type=int, default=[32, 128], help="pairs that `cost` is counted for")
         added.add_argument("--linked", type=int, default=128, help="neurons joined by edges")
     added = commands.add_parser("steering")
     added.add_argument("model")
@@ -51,6 +54,9 @@ def main() -> None:
         return
     if arguments.command == "patching":
         patching(model, data, arguments.sets, arguments.count, arguments.train)
+    if arguments.command == "cost":
+        methods = {name: METHODS[name] for name in arguments.methods}
+        costs(model, data, arguments.sets[0], methods, arguments.counts)
     for name in arguments.sets if arguments.command == "edges" else ():
         edge_circuits(model, data, name, arguments.linked, arguments.train, arguments.test)
 

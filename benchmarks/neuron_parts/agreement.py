@@ -1,14 +1,14 @@
 """Faithfulness and completeness of neuron circuits, whichever method found them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from benchmarks.neuron_parts.cost import Method, passes, timed
 from benchmarks.neuron_parts.pairs import Agreement, agreement_pairs
 from tl_circuitlasso import LogitDiff, Neuron, baselines, circuit_lasso
-from tl_circuitlasso.bench.measure import measured
 from tl_circuitlasso.evaluate.faithfulness import share_interval, shares
 from tl_circuitlasso.evaluate.features import (
     circuit_of,
@@ -18,9 +18,6 @@ from tl_circuitlasso.evaluate.features import (
 )
 from tl_circuitlasso.experiment import Experiment
 from tl_circuitlasso.graph import AttributionGraph
-from tl_circuitlasso.models import adapt
-
-Method = Callable[[Any, Agreement], AttributionGraph]
 
 
 def ours(model: Any, data: Agreement, **options: Any) -> AttributionGraph:
@@ -77,28 +74,19 @@ def agreement(
         seen = agreement_pairs(model, folder / f"{name}_train.json", train)
         unseen = agreement_pairs(model, folder / f"{name}_test.json", test)
         for method in methods:
-            graph, cost = measured(lambda method=method, seen=seen: METHODS[method](model, seen))
-            bare = measured(lambda seen=seen: bare_passes(model, seen))[1]
-            about = {"set": name, "method": method, "passes": passes(graph), "MiB": round(cost.peak_mib or 0)}
-            about["forward-equivalents"] = round(cost.cpu_seconds / bare.cpu_seconds, 1)
+            graph, _, equivalents = timed(model, METHODS[method], seen)
+            about = {
+                "set": name,
+                "method": method,
+                "passes": passes(graph),
+                "forward-equivalents": round(equivalents, 1),
+            }
             found = judged(model, graph, unseen, sizes)
             rows += [about | row for row in found.to_dict("records")]
             print(f"\n{name}, {len(seen.clean)} pairs to find, {len(unseen.clean)} to judge")
             print(", ".join(f"{key} {value}" for key, value in about.items() if key != "set"))
             print(found.round(3).to_string(index=False), flush=True)
     return pd.DataFrame(rows)
-
-
-def bare_passes(model: Any, data: Agreement, batch: int = 32) -> None:
-    """One forward pass of the prompts, nothing kept: what forward-equivalents count, in processor time."""
-    for tokens in data.clean.split(batch):
-        adapt(model).run(tokens, None, ["logits"])
-
-
-def passes(graph: AttributionGraph) -> float:
-    """Forward passes per prompt, sweeps and backward passes counted alike."""
-    parts = ("forward_passes", "backward_passes", "sweeps")
-    return round(sum(graph.provenance.get(part) or 0.0 for part in parts), 1)
 
 
 def mean_ablation(model: Any, data: Agreement) -> Experiment:

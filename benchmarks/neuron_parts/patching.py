@@ -82,10 +82,10 @@ def _neurons_patched(
         exact[column] = graph.score.tolist()
     table = pd.DataFrame(exact | {way: own.flatten()[nodes].tolist() for way, own in scores.items()}, index=names)
     return {
-        "foremost": table[[node in set(foremost) for node in nodes]],
-        "drawn": table[[node in set(drawn) for node in nodes]],
+        "foremost": table.loc[[node in set(foremost) for node in nodes]],
+        "drawn": table.loc[[node in set(drawn) for node in nodes]],
         "both": table,
-        "both, m0 left out": table[[node >= width for node in nodes]],
+        "both, m0 left out": table.loc[[node >= width for node in nodes]],
         "both, a tenth of the step": table.assign(exact=table[SMALL]),
     }
 

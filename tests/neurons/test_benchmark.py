@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks.neuron_parts import agreement, edges, pairs, patching, steering
+from benchmarks.neuron_parts import agreement, cost, edges, pairs, patching, steering
 from tests import architectures
 
 
@@ -47,6 +47,16 @@ def test_all_neurons_are_the_model_and_every_method_runs(setting):
     assert (inner.faithfulness - inner.completeness).abs().max() > 0.05
     spent = inner.set_index("method").passes
     assert spent["CircuitLasso"] == 3 and spent["RelP"] == 3 and spent["IG-10"] == 22 and spent["random"] == 0
+
+
+def test_what_methods_take_is_counted(setting):
+    model, folder = setting
+    methods = {name: agreement.METHODS[name] for name in ("CircuitLasso", "RelP", "IG-10")}
+    table = cost.costs(model, folder, "nounpp", methods, [4, 12])
+    assert table.pairs.tolist() == [4, 12] * 3
+    assert table["forward passes"].tolist() == [2, 2, 2, 2, 12, 12]
+    assert table["sweeps or backward passes"].tolist() == [1, 1, 1, 1, 10, 10]
+    assert bool((table["forward-equivalents"] > 0.5).all())
 
 
 def test_scores_go_with_exact_patching(setting):
