@@ -78,6 +78,19 @@ def test_p_values_are_those_of_counts():
     assert same["statistic"] == 0 and same["p_value"] == 1 and same["passes"]
 
 
+def test_equivalence_counts_prompts_exactly():
+    """Both tails at the edge of the margin, for every count of wins; a share that is rounded misses by one."""
+    for n in (5, 10, 30):
+        for wins in range(n + 1):
+            model = torch.zeros(n, dtype=torch.float64)
+            circuit = torch.where(torch.arange(n) < wins, 1.0, -1.0).double()
+            row = hypotheses._equivalence(circuit, model, 0.1, 0.05, 1.0)
+            more = max(wins, n - wins)
+            tails = binom.pmf(range(more, n + 1), n, 0.6).sum() + binom.pmf(range(n - more + 1), n, 0.6).sum()
+            assert row["p_value"] == pytest.approx(min(1.0, tails))
+            assert row["statistic"] == pytest.approx(abs(wins / n - 0.5))
+
+
 def test_independence_is_rejected_where_there_is_none():
     values = torch.linspace(-1, 1, 40, dtype=torch.float64)
     curved = hypotheses._independence(values.square(), values, 0.05, 0)  # no correlation, but no independence

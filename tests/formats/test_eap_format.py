@@ -226,6 +226,20 @@ def test_scores_that_are_nan_count_as_nothing_with_a_warning(suffix: str, tmp_pa
     assert bool(graph.score.isfinite().all()) and graph.kept_edges() == small_graph().kept_edges()
 
 
+def test_a_node_that_was_not_scored_and_a_whole_configuration_are_read(tmp_path, caplog) -> None:
+    rows = formats.to_eap(small_graph())
+    rows["nodes"]["input"]["score"], rows["nodes"]["m0"]["score"] = float("nan"), 0.5
+    assert formats.from_eap(rows).node_info == {"m0": {"eap_score": 0.5}}
+    data = formats.to_eap(small_graph(), tmp_path / "graph.pt")
+    torch.save(data | {"cfg": data["cfg"] | {"dtype": torch.float32, "act_fn": "gelu"}}, tmp_path / "graph.pt")
+    graph = formats.read(tmp_path / "graph.pt")
+    assert nonzero(graph) == nonzero(small_graph()) and graph.provenance["eap"]["cfg"]["act_fn"] == "gelu"
+    assert "`cfg.dtype` is dropped" in caplog.text
+    text = json.dumps(formats.to_eap(small_graph()))
+    (tmp_path / "mark.json").write_text(text, encoding="utf-8-sig")  # as Windows writes it
+    assert nonzero(formats.read(tmp_path / "mark.json")) == nonzero(small_graph())
+
+
 @pytest.mark.parametrize("suffix", [".json", ".pt"])
 def test_a_circuit_without_scores_is_one(suffix: str, tmp_path) -> None:
     path = tmp_path / f"graph{suffix}"

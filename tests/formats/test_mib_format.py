@@ -78,6 +78,24 @@ def test_a_single_json_needs_a_score_for_every_edge(submission, tmp_path) -> Non
     assert any("edges without scores" in fault for fault in formats.check_mib(root))
 
 
+def test_scores_of_neurons_are_taken_and_nan_or_nodes_without_membership_are_not(submission, tmp_path) -> None:
+    root = tmp_path / "copy"
+    shutil.copytree(submission, root)
+    file = root / "arc-easy_gemma2" / "importances.pt"
+    data = torch.load(file, weights_only=True)
+    zero = data | {"edges_scores": torch.zeros_like(data["edges_scores"])}
+    torch.save(zero | {"neurons_scores": torch.randn(len(data["src_nodes"]), 8)}, file)
+    assert formats.check_mib(root) == []
+    data["edges_scores"][0, 0] = torch.nan
+    torch.save(data, file)
+    assert ["1 scores of edges are NaN" in fault for fault in formats.check_mib(root)] == [True]
+    file.unlink()
+    rows = formats.to_eap(random_graph(Components(26, 8)))
+    del rows["nodes"]["m3"]["in_graph"]
+    file.with_suffix(".json").write_text(json.dumps(rows))
+    assert ["`nodes` without `in_graph`" in fault for fault in formats.check_mib(root)] == [True]
+
+
 def test_other_files_are_not_fetched_and_both_kinds_may_be_mixed(submission, tmp_path) -> None:
     root = tmp_path / "copy"
     shutil.copytree(submission, root)

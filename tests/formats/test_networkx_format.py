@@ -132,6 +132,23 @@ def test_an_empty_circuit_survives_every_format(format: str, candidates: bool, t
     assert formats.read(tmp_path / f"graph{suffix}", format).n_kept == 0
 
 
+def test_scores_alone_cannot_say_that_a_circuit_is_empty(caplog) -> None:
+    formats.to_auto_circuit(small_graph())
+    formats.to_auto_circuit(small_graph().top_k(0), membership=True)
+    assert not caplog.text
+    formats.to_auto_circuit(small_graph().top_k(0))
+    assert "write it with membership=True" in caplog.text
+
+
+@pytest.mark.parametrize("suffix", [".graphml", ".gexf", ".cyjs"])
+def test_large_feature_numbers_come_back(suffix: str, tmp_path) -> None:
+    hook, number = "blocks.0.hook_resid_post", (1 << 59) + 1  # a pair of numbers as one, such as pages give
+    sites = (Block(parse_site("input"), 0), Block(parse_site(hook), 1, (number,)))
+    graph = AttributionGraph.from_edges(NodeIndex(sites), {("input", f"{hook}#{number}"): 1.0})
+    formats.to_networkx(graph, tmp_path / f"graph{suffix}")
+    assert formats.read(tmp_path / f"graph{suffix}").kept_edges() == graph.kept_edges()
+
+
 @pytest.mark.parametrize("write", [formats.to_acdc, formats.to_auto_circuit])
 def test_tensors_are_not_written_under_the_name_of_another_kind(write, tmp_path) -> None:
     with pytest.raises(InputError, match=r"name end in \.pt or \.pth"):

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from tests.formats.helpers import ERROR, GOLDEN, feature_graph, graph_with_an_error, small_graph
 from tl_circuitlasso import formats
-from tl_circuitlasso.data.sites import Site
+from tl_circuitlasso.data.sites import Site, is_missed
 from tl_circuitlasso.errors import FormatError, InputError
+from tl_circuitlasso.formats._tracer_tensors import tensors_of_page
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.graph.nodes import Block, NodeIndex
 
@@ -122,6 +123,60 @@ def test_a_strangers_page_is_written_back_as_it_was(read) -> None:
     assert formats.to_neuronpedia(graph) == page
 
 
+def openmoss_page() -> dict:
+    """A page as Neuronpedia has it of OpenMOSS's attention and MLP features: the kind stands in the id, errors and
+    biases of both have no number, the logit's layer is the number of layers."""
+
+    def node(node_id: str, feature: int | None, kind: str) -> dict:
+        layer, position = node_id.split("_")[0], int(node_id.split("_")[-1])
+        entry = {"node_id": node_id, "jsNodeId": node_id, "feature": feature, "feature_type": kind, "clerp": ""}
+        return entry | {"layer": layer if layer == "E" else int(layer), "ctx_idx": position, "activation": None}
+
+    nodes = [
+        node("E_464_0", None, "embedding"),
+        node("0_lor_7_0", formats.cantor_pair(0, 7), "lorsa"),
+        node("0_cro_7_0", formats.cantor_pair(0, 7), "cross layer transcoder"),
+        node("0_error_attn_0", None, "lorsa error"),
+        node("0_error_mlp_0", None, "mlp reconstruction error"),
+        node("0_bias_attn_bO_0", None, "bias"),
+        node("0_bias_mlp_bout_0", None, "bias"),
+        node("1_11_0", 11, "logit") | {"token_prob": 0.75, "clerp": 'Logit "x" (p=0.750)'},
+    ]
+    sources = ("0_lor_7_0", "0_error_attn_0", "0_bias_attn_bO_0")  # all of which the layer's MLP reads
+    ends = [("E_464_0", "0_lor_7_0"), *((one, "0_cro_7_0") for one in sources)]
+    ends += [(one, "1_11_0") for one in ("0_cro_7_0", "0_error_mlp_0", "0_bias_mlp_bout_0")]
+    links = [{"source": s, "target": t, "weight": 0.5 + number} for number, (s, t) in enumerate(ends)]
+    metadata = {"slug": "s", "scan": "m", "prompt_tokens": ["The"], "prompt": "The", "schema_version": 1}
+    return {"metadata": metadata, "qParams": {}, "nodes": nodes, "links": links}
+
+
+def test_a_page_with_attention_features_errors_and_biases_is_read_and_written_back() -> None:
+    page = openmoss_page()
+    graph = formats.from_neuronpedia(page)
+    mlp = "blocks.0.hook_features.pos0#7"
+    assert graph.kept_edges() == {
+        ("hook_embed.pos0#464", "blocks.0.hook_lorsa.pos0#7"),
+        ("blocks.0.hook_lorsa.pos0#7", mlp),
+        ("blocks.0.hook_lorsa.hook_error.pos0", mlp),
+        ("blocks.0.hook_bias_attn_bO.pos0", mlp),
+        (mlp, "hook_unembed.pos0#11"),
+        ("blocks.0.hook_error.pos0", "hook_unembed.pos0#11"),
+        ("blocks.0.hook_bias_mlp_bout.pos0", "hook_unembed.pos0#11"),
+    }
+    assert is_missed("blocks.0.hook_lorsa.hook_error.pos0") and not is_missed(mlp)
+    assert formats.to_neuronpedia(graph) == page
+    with pytest.raises(InputError, match="0_bias_attn_bO_0, a node without a number"):
+        tensors_of_page(formats.to_circuit_tracer(graph), graph)
+
+
+def test_layers_below_the_logits_that_no_node_shows_are_counted() -> None:
+    page = foreign_page()
+    page["nodes"][-1] |= {"node_id": "9_11_1", "layer": "9"}
+    page["links"][-1]["target"] = "9_11_1"
+    graph = formats.from_circuit_tracer(page)
+    assert tensors_of_page(formats.to_circuit_tracer(graph), graph)["cfg"]["n_layers"] == 8
+
+
 def test_a_strangers_page_survives_our_own_file(tmp_path) -> None:
     graph = formats.from_neuronpedia(foreign_page())
     graph.save(tmp_path / "graph.safetensors")
@@ -213,7 +268,13 @@ BAD_TENSORS = {
     "NaN": (lambda d: d["adjacency_matrix"][0, 1].fill_(float("nan")), "finite"),
     "no features": (lambda d: d.pop("active_features"), "active_features"),
     "features as floats": (lambda d: d.update(active_features=torch.zeros(3, 3)), "integer tensor"),
-    "selected beyond": (lambda d: d.update(selected_features=torch.tensor([0, 1, 99])), "graph.pt|given data"),
+    "selected beyond": (
+        lambda d: d.update(selected_features=torch.tensor([0, 1, 99])),
+        "`selected_features` points beyond",
+    ),
+    "layer beyond": (lambda d: d["active_features"][0, 0].fill_(2), "`active_features` has a layer or place beyond"),
+    "place beyond": (lambda d: d["active_features"][0, 1].fill_(2), "`active_features` has a layer or place beyond"),
+    "activations of another number": (lambda d: d.update(activation_values=torch.ones(7)), "activation_values"),
     "no layers": (lambda d: d.update(cfg={}), "n_layers"),
     "giant": (lambda d: d.update(cfg={"n_layers": 1 << 60}), "n_layers"),
     "against the layers": (lambda d: d["adjacency_matrix"][0, 2].fill_(1.0), "order of computation"),

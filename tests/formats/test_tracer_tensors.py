@@ -243,5 +243,12 @@ def test_features_that_were_not_selected_are_said_to_be_left_out(
     graph.active_features = torch.cat([graph.active_features, torch.tensor([[1, 0, 9]])])
     graph.activation_values = torch.tensor([0.5, 1.25, 3.0, 9.0])
     graph.to_pt(str(tmp_path / "graph.pt"))
-    formats.from_circuit_tracer(tmp_path / "graph.pt")
+    read = formats.from_circuit_tracer(tmp_path / "graph.pt")
     assert "1 active features that were not selected" in caplog.text
+    graph.activation_values = graph.activation_values[:3]  # of the selected ones, as the package's docstring has it
+    graph.to_pt(str(tmp_path / "other.pt"))
+    other = formats.from_circuit_tracer(tmp_path / "other.pt")
+    assert other.node_info == read.node_info and "activation_values" not in caplog.text
+    data = {name: getattr(graph, name) for name in (*FIELDS, "cfg") if name != "activation_values"}
+    formats.from_circuit_tracer(data)
+    assert "no `activation_values`" in caplog.text

@@ -241,12 +241,12 @@ def _equivalence(
     difference = circuit - model
     even = difference.abs() <= _EQUAL * scale
     n = len(model)
-    share = float(((difference > 0) & ~even).double().mean() + even.double().mean() / 2)
-    away = abs(share - 0.5)
-    # The null's likeliest way to such a share is its edge, 1/2 + margin; either side counts.
-    chance = binom.sf(np.ceil(n * (0.5 + away)) - 1, n, 0.5 + margin) + binom.cdf(
-        np.floor(n * (0.5 - away)), n, 0.5 + margin
-    )
+    halves = 2 * int(((difference > 0) & ~even).sum()) + int(even.sum())  # a draw is half a win for either
+    more = max(halves, 2 * n - halves)
+    # The null's likeliest way to such a share is its edge, 1/2 + margin; either side counts. Whole numbers, as a share
+    # that is rounded would count one prompt too many or too few.
+    chance = binom.sf((more + 1) // 2 - 1, n, 0.5 + margin) + binom.cdf(n - (more + 1) // 2, n, 0.5 + margin)
+    away = more / (2 * n) - 0.5
     p_value = min(1.0, float(chance))
     return _row("equivalence", "as good as the model, prompt by prompt", away, p_value, p_value > level)
 

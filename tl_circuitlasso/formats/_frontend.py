@@ -6,9 +6,8 @@ such tokens, so each kind of site (`input`, `attn`, `mlp`, `resid`, a hook) beco
 list of tokens is padded to twice their number, as the page deletes features that occur at more than two thirds of the
 tokens. Where nodes carry positions, as those of `apps.prompt_graph` do, the columns are the prompt's tokens.
 
-In: a node of a stranger's file becomes `blocks.4.hook_features.pos3#17` (feature 17 of layer 4 at token 3), an error
-node `blocks.4.hook_error.pos3`, a token `hook_embed.pos3#464`, a logit `hook_unembed.pos9#11`. Its entry is kept in
-`node_info`, so an unchanged graph is written back as it was.
+In: how a stranger's nodes are called is in `formats._page_names`. A node's entry is kept in `node_info`, so an
+unchanged graph is written back as it was.
 """
 
 import math
@@ -23,9 +22,10 @@ from tl_circuitlasso.data import storage
 from tl_circuitlasso.data.sites import UNEXPLAINED, Site, is_missed, parse_site
 from tl_circuitlasso.errors import FormatError, InputError
 from tl_circuitlasso.formats import _read
+from tl_circuitlasso.formats._page_names import index_of, site_name
 from tl_circuitlasso.formats._shared_ids import told_apart
 from tl_circuitlasso.graph import AttributionGraph
-from tl_circuitlasso.graph.nodes import Block, NodeIndex
+from tl_circuitlasso.graph.nodes import NodeIndex
 
 _NOTE = "tl_circuitlasso"
 _REQUIRED = {
@@ -278,10 +278,10 @@ def graph_of_page(data: Any, label: str) -> AttributionGraph:
     note = metadata.get(_NOTE)
     own = isinstance(note, Mapping) and all(isinstance(node.get("tl_name"), str) for node in nodes)
     note = note if isinstance(note, Mapping) else {}
-    names = {node["node_id"]: node["tl_name"] if own else _site_name(node, label) for node in nodes}
+    names = {node["node_id"]: node["tl_name"] if own else site_name(node, label) for node in nodes}
     if len(set(names.values())) < len(nodes):
         raise FormatError(f"{label}: two `nodes` have the same layer, feature and token; each must be one node")
-    index = NodeIndex.from_json(note["index"]) if own else _index(nodes, names, label)
+    index = NodeIndex.from_json(note["index"]) if own else index_of(list(names.values()), label)
     for name in names.values():
         index.position(name)
     links = data["links"]
@@ -345,51 +345,3 @@ def _check_links(data: Mapping[str, Any], label: str) -> None:
                 raise FormatError(
                     f"{label}: a link's `{end}` is {link[end][:80]!r}, which no node has as its `node_id`"
                 )
-
-
-def _site_name(node: Mapping[str, Any], label: str) -> str:
-    layer, position, kind = str(node["layer"]), node["ctx_idx"], node["feature_type"]
-    _read.expect_int(position, label, "ctx_idx")
-    middle = re.fullmatch(r"[^_]+_(\d{1,15})_\d+", node["node_id"])
-    feature = int(middle[1]) if middle else node["feature"]
-    feature = _read.expect_int(feature, label, "feature", -1 << 60, 1 << 60) if feature is not None else None
-    number = "" if feature is None or feature < 0 else f"#{feature}"
-    if kind == "embedding" or layer == "E":
-        return f"hook_embed.pos{position}{number}"
-    if not re.fullmatch(r"\d{1,6}", layer):
-        raise FormatError(f"{label}: `layer` of {node['node_id'][:80]} is {layer[:40]!r}; a number or E is expected")
-    if kind == "logit":
-        return f"hook_unembed.pos{position}{number}"
-    if "error" in kind:
-        return f"blocks.{layer}.hook_error.pos{position}"
-    return f"blocks.{layer}.hook_{_kind_name(kind)}.pos{position}{number}"
-
-
-def _kind_name(kind: str) -> str:
-    return "lorsa" if "lorsa" in kind.lower() or "attention" in kind.lower() else "features"
-
-
-def _index(nodes: list[Mapping[str, Any]], names: Mapping[str, str], label: str) -> NodeIndex:
-    """Tokens first, then each layer's attention features and its MLP features and errors, logits last."""
-    if not nodes:
-        raise FormatError(f"{label}: `nodes` is empty; a graph has at least one node")
-    features: dict[str, list[int | None]] = {}
-    for name in names.values():
-        site, _, number = name.partition("#")
-        features.setdefault(site, []).append(int(number) if number else None)
-    blocks = []
-    for text, numbers in features.items():
-        if None in numbers and len(numbers) > 1:
-            raise FormatError(f"{label}: {text} has nodes with and without a feature number; number all of them")
-        named = tuple(sorted(number for number in numbers if number is not None))
-        blocks.append(Block(parse_site(text), _rank(text), named or None))
-    return NodeIndex(tuple(sorted(blocks, key=lambda block: block.rank)))
-
-
-def _rank(site: str) -> int:
-    if site.startswith("hook_embed"):
-        return 0
-    if site.startswith("hook_unembed"):
-        return 1 << 40
-    _, layer, kind, _ = site.split(".")
-    return 1 + 2 * int(layer) + (kind != "hook_lorsa")

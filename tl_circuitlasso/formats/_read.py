@@ -74,7 +74,7 @@ def read_json(path: str | Path, *, constants: bool = False) -> Any:
     if raw.count(b",") > MAX_VALUES or raw.count(b"{") + raw.count(b"[") > MAX_OPENINGS:
         raise FormatError(f"{path}: holds too many values for a graph; is it the file you meant?")
     try:
-        return json.loads(raw.decode("utf-8"), parse_constant=float if constants else _refuse_constant)
+        return json.loads(raw.decode("utf-8-sig"), parse_constant=float if constants else _refuse_constant)
     except (ValueError, RecursionError, MemoryError) as error:
         raise FormatError(f"{path}: not whole, valid JSON ({_short(str(error))}); export it again") from error
 

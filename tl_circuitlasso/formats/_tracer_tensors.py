@@ -10,12 +10,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_circuitlasso.errors import FormatError, InputError
 from tl_circuitlasso.formats import _read
 from tl_circuitlasso.formats._frontend import cantor_pair
+from tl_circuitlasso.formats._page_names import number_of
 from tl_circuitlasso.graph import AttributionGraph
 
 MAX_NODES = 20_000
@@ -93,7 +94,10 @@ def _places(
     place |= {node["node_id"]: first_token + node["ctx_idx"] for node in groups["token"]}
     place |= {node["node_id"]: first_token + n_pos + number for number, node in enumerate(groups["logit"])}
     if len(set(place.values())) < len(place):
-        raise InputError("`graph` has several nodes at its input, for which a .pt has one place: write JSON")
+        raise InputError(
+            "`graph` has several nodes (at the input, or errors of one layer and token) for which a .pt has one place: "
+            "write JSON"
+        )
     return place
 
 
@@ -109,7 +113,8 @@ def _layers(page: Mapping[str, Any], graph: AttributionGraph, said: Mapping[str,
         order = sorted(set(ranks.values()))
         layers = {name: order.index(rank) for name, rank in ranks.items()}
     least = 1 + max(layers.values(), default=0)
-    return layers, least if within else max(least, int(said.get("cfg", {}).get("n_layers", 0)))
+    below = [int(node["layer"]) - 1 for node in page["nodes"] if _group(node) == "logit"]  # layers that aren't shown
+    return layers, least if within else max(least, int(said.get("cfg", {}).get("n_layers", 0)), *below)
 
 
 def _text(node: Mapping[str, Any], said: Mapping[str, Any]) -> str:
@@ -144,7 +149,12 @@ def _group(node: Mapping[str, Any]) -> str:
 
 
 def _number(node: Mapping[str, Any]) -> int:
-    return int(node["node_id"].split("_")[1])
+    number = number_of(node, "`graph`")
+    if number is None:
+        raise InputError(
+            f"`graph` has {node['node_id'][:80]}, a node without a number, which a .pt can't hold: write JSON"
+        )
+    return number
 
 
 # ---- tensors to page ------------------------------------------------------------------------------------------------
@@ -162,7 +172,7 @@ def page_of_tensors(data: Mapping[Any, Any], label: str) -> dict[str, Any]:
     n_layers = _read.expect_int(cfg.get("n_layers"), label, "cfg.n_layers", 1, 1 << 16)
     tokens = [int(token) for token in data["input_tokens"]]
     n_pos = len(tokens)
-    features, activations = _selected(data, label)
+    features, activations = _selected(data, n_layers, n_pos, label)
     logits = _logits(data, label)
     size = len(features) + (n_layers + 1) * n_pos + len(logits)
     matrix = _read.expect_tensor(data["adjacency_matrix"], label, "adjacency_matrix", (size, size))
@@ -181,20 +191,37 @@ def page_of_tensors(data: Mapping[Any, Any], label: str) -> dict[str, Any]:
     return _page(_own_entries(nodes, cfg.get(NOTE)), matrix, data, said, label)
 
 
-def _selected(data: Mapping[Any, Any], label: str) -> tuple[list[tuple[int, int, int]], list[float | None]]:
+def _selected(
+    data: Mapping[Any, Any], n_layers: int, n_pos: int, label: str
+) -> tuple[list[tuple[int, int, int]], list[float | None]]:
     """(layer, position, number) of the features in the matrix, and their activations."""
     active, selected = data["active_features"], data["selected_features"]
     if not isinstance(active, Tensor) or active.ndim != 2 or active.shape[1] != 3 or active.dtype.is_floating_point:
         raise FormatError(f"{label}: `active_features` isn't an integer tensor of (layer, position, feature) rows")
     flat = (selected.numel(),) if isinstance(selected, Tensor) else (-1,)
     chosen = _read.expect_tensor(selected, label, "selected_features", flat).long()
+    if bool(((chosen < 0) | (chosen >= len(active))).any()):
+        raise FormatError(f"{label}: `selected_features` points beyond the {len(active)} rows of `active_features`")
+    if bool(((active < 0) | (active[:, :2] >= torch.tensor([n_layers, n_pos])).any(1, keepdim=True)).any()):
+        raise FormatError(
+            f"{label}: `active_features` has a layer or place beyond the {n_layers} layers of `cfg` and the {n_pos} "
+            "`input_tokens`: parts of two files?"
+        )
     if len(chosen) < len(active):
         _log.warning("%s: %d active features that were not selected are left out", label, len(active) - len(chosen))
+    return [tuple(row) for row in active[chosen].tolist()], _activations(data, len(active), chosen, label)
+
+
+def _activations(
+    data: Mapping[Any, Any], active: int, chosen: Int[Tensor, " feature"], label: str
+) -> list[float | None]:
     values = data.get("activation_values")
-    rows = [tuple(row) for row in active[chosen].tolist()]
-    if isinstance(values, Tensor) and values.shape == active.shape[:1]:
-        return rows, values[chosen].tolist()
-    return rows, [None] * len(chosen)
+    if values is None:
+        _log.warning("%s: no `activation_values`: those of features are unknown", label)
+        return [None] * len(chosen)
+    of_chosen = isinstance(values, Tensor) and values.shape == chosen.shape
+    values = _read.expect_tensor(values, label, "activation_values", (len(chosen) if of_chosen else active,))
+    return (values if of_chosen else values[chosen]).double().tolist()
 
 
 def _logits(data: Mapping[Any, Any], label: str) -> list[Logit]:

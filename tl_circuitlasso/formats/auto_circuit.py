@@ -15,6 +15,7 @@ the way in, edges with a score other than 0 are kept, and a model with `hook_att
 tensor([0.0000, 0.0000, 0.5000])
 """
 
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,6 +32,8 @@ from tl_circuitlasso.formats._grid import Grid, checked_components, graph_of, gr
 from tl_circuitlasso.formats._read import Source
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.graph.components import QKV, Components
+
+_log = logging.getLogger(__name__)
 
 _MODULE = re.compile(r"blocks\.(\d{1,5})\.hook_(q_input|k_input|v_input|attn_in|mlp_in|resid_post)\Z")
 
@@ -54,6 +57,8 @@ def to_auto_circuit(
     torch.Size([4, 6])
     """
     grid = grid_of(graph)
+    if not membership and not bool(grid.kept.any()) and bool(grid.score.any()):
+        _log.warning("AutoCircuit's scores can't say that the circuit is empty: write it with membership=True")
     values = grid.kept.double() if membership else grid.score
     scores = {name: _read.exact_dtype(tensor) for name, tensor in _modules(grid, values, separate_qkv).items()}
     if path is not None:

@@ -207,7 +207,7 @@ def _from_rows(data: Mapping[Any, Any], label: str) -> AttributionGraph:
 
 
 def _shape(cfg: Any, label: str) -> tuple[Components, dict[str, Any]]:
-    cfg = storage.plain(dict(_read.expect_mapping(cfg, label, "cfg")), "cfg")
+    cfg = _plain(_read.expect_mapping(cfg, label, "cfg"), label)
     _read.expect_keys(cfg, _SHAPE, label, "`cfg`")
     layers = _read.expect_int(cfg["n_layers"], label, "cfg.n_layers", 1, 1 << 16)
     heads = _read.expect_int(cfg["n_heads"], label, "cfg.n_heads", 1, 1 << 16)
@@ -217,6 +217,17 @@ def _shape(cfg: Any, label: str) -> tuple[Components, dict[str, Any]]:
             f"{label}: `cfg.parallel_attn_mlp` is {cfg['parallel_attn_mlp']!r}; true or false is expected"
         )
     return checked_components(layers, heads, cfg["parallel_attn_mlp"], label), cfg
+
+
+def _plain(cfg: Mapping[Any, Any], label: str) -> dict[str, Any]:
+    """The entries that a file can say: EAP-IG keeps a model's whole configuration where it's given as a dict."""
+    plain: dict[str, Any] = {}
+    for key, value in cfg.items():
+        try:
+            plain |= storage.plain({key: value}, "cfg")
+        except InputError:
+            _log.warning("%s: `cfg.%s` is dropped: %.80r is neither text nor number", label, key, value)
+    return plain
 
 
 def _cells_of(names: list[Any], parts: Components, label: str) -> tuple[Tensor, Tensor]:
@@ -271,10 +282,9 @@ def _node_info(nodes: Mapping[Any, Any], parts: Components, label: str) -> dict[
         if name == "logits":
             continue
         info[name] = {"eap_in_graph": True} if row.get("in_graph") is True else {}
-        if row.get("score") is not None:
-            info[name]["eap_score"] = float(
-                _read.number_columns([row["score"]], label, "score", lambda _, name=name: name)[0]
-            )
+        score = row.get("score")
+        if score is not None and score == score:  # NaN marks a node that EAP-IG didn't score
+            info[name]["eap_score"] = float(_read.number_columns([score], label, "score", lambda _, name=name: name)[0])
     return info
 
 
@@ -333,7 +343,7 @@ def _tensor_info(
             info[name]["eap_in_graph"] = True
     scored = [] if scores is None else [(n, s) for n, s in zip(info, scores.double().tolist()) if not math.isnan(s)]
     column = _read.number_columns([s for _, s in scored], label, "nodes_scores", lambda row: scored[row][0])
-    for (name, _), score in zip(scored, column.tolist()):  # NaN marks a node that EAP-IG didn't score
+    for (name, _), score in zip(scored, column.tolist()):
         info[name]["eap_score"] = score
     return info
 

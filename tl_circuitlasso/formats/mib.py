@@ -211,20 +211,32 @@ def _folder_faults(folder: Path) -> Iterator[str]:
         except FormatError as error:
             yield f"{name}: MIB can't load it: {error}"
             continue
-        if len(circuits) == 1 and _lacks_scores(data):
-            yield f"{name}: edges without scores: a single file is read as EAP-IG does, with one for each, be it 0"
+        if "src_nodes" not in data and not all("in_graph" in row for row in data["nodes"].values()):
+            yield f"{name}: `nodes` without `in_graph`: every node that is listed needs one"
+        if len(circuits) == 1:
+            yield from _ranking_faults(name, data, loaded[name])
     if column is not None:
         yield from _shape_faults(MODELS[column[1]], loaded)
     if len(circuits) == len(PERCENTAGES) == len(loaded):
         yield from _size_faults(loaded)
-    elif len(circuits) == 1:
-        yield from _score_faults(loaded)
 
 
-def _lacks_scores(data: Mapping[str, Any]) -> bool:
+def _ranking_faults(name: str, data: Mapping[str, Any], graph: AttributionGraph) -> Iterator[str]:
+    """Whether a single file's edges, nodes or neurons can be ranked."""
     if "src_nodes" in data:
-        return "edges_scores" not in data
-    return any("score" not in row for row in data["edges"].values())
+        scores, of_neurons = data.get("edges_scores"), "neurons_scores" in data
+    else:
+        rows = data["edges"].values()
+        given = [float(row["score"]) for row in rows if "score" in row]
+        scores = torch.tensor(given) if len(given) == len(rows) else None
+        of_neurons = any("neurons_scores" in row for row in data["nodes"].values())
+    if scores is None:
+        yield f"{name}: edges without scores: a single file is read as EAP-IG does, with one for each, be it 0"
+    elif missing := int(scores.isnan().sum()):
+        yield f"{name}: {missing} scores of edges are NaN, which EAP-IG ranks before all others: write 0"
+    of_nodes = any("eap_score" in info for info in graph.node_info.values())
+    if not of_neurons and not of_nodes and not bool((graph.score != 0).any()):
+        yield f"{name}: every score is 0, so edges can't be ranked; write scores, or nine circuits"
 
 
 def _shape_faults(wanted: Components, graphs: Mapping[str, AttributionGraph]) -> Iterator[str]:
@@ -248,10 +260,3 @@ def _size_faults(graphs: Mapping[str, AttributionGraph]) -> Iterator[str]:
     for percent, (kept, name) in zip(PERCENTAGES, sizes):
         if kept > percent * total / 100 + 1e-9:
             yield f"{name}: {kept} of {total} edges, more than the {percent:g} % that its place among the nine allows"
-
-
-def _score_faults(graphs: Mapping[str, AttributionGraph]) -> Iterator[str]:
-    for name, graph in graphs.items():
-        of_nodes = any("eap_score" in info for info in graph.node_info.values())
-        if not of_nodes and not bool((graph.score != 0).any()):
-            yield f"{name}: every score is 0, so edges can't be ranked; write scores, or nine circuits"

@@ -367,7 +367,7 @@ def _index(source: "nx.Graph", edges: Sequence[tuple[str, str, Mapping[str, Any]
 
 def _split(name: str, label: str) -> tuple[Site, int | None]:
     text, mark, feature = name.partition("#")
-    if mark and not (feature.isascii() and feature.isdigit() and len(feature) < 16):
+    if mark and not (feature.isascii() and feature.isdigit() and len(feature) < 19):
         raise FormatError(f"{label}: node {name[:80]!r} has no number after #; write <site>#<feature>")
     return parse_site(text), int(feature) if mark else None
 
