@@ -1,5 +1,7 @@
 """The conformance checks: what is good passes, and each check fails when the thing it looks at is broken."""
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -55,6 +57,17 @@ def test_a_model_with_noise_or_a_hook_that_edits_fails(model: Any) -> None:
         check_model(noisy)
     with pytest.raises(CheckFailure, match="is supported"):
         check_model(torch.nn.Linear(2, 2))
+    one = torch.zeros(1, 8, dtype=torch.long)
+    for tokens in (one, one.repeat(3, 1)):  # patched with themselves, every check of cut edges would pass
+        with pytest.raises(tcl.InputError, match="two or more different prompts"):
+            check_model(model, tokens)
+
+
+def test_heads_that_change_places_fail() -> None:
+    swapped = architectures.hooked("gpt2")
+    swapped.blocks[1].attn.hook_v.add_perma_hook(lambda act, hook: act.flip(2))
+    with pytest.raises(CheckFailure, match="closure check of `v` failed in layer 1"):
+        check_model(swapped)
 
 
 def test_any_object_with_encode_decode_and_w_dec_is_a_basis(model: Any) -> None:
@@ -117,6 +130,29 @@ def elsewhere(sae: PlainSAE) -> None:
     sae.decode = lambda codes: codes @ sae.W_dec.flip(0)
 
 
+def one_elsewhere(sae: PlainSAE) -> None:
+    other = torch.cat([sae.W_dec[:-1], -sae.W_dec[-1:]])
+    sae.decode = lambda codes: codes @ other
+
+
+def squaring(sae: PlainSAE) -> None:
+    sae.decode = lambda codes: codes.square() @ sae.W_dec
+
+
+def doubling(sae: PlainSAE) -> None:
+    sae.decode = lambda codes: 2 * codes @ sae.W_dec
+
+
+def counting(sae: PlainSAE) -> None:
+    plain, sae.seen = sae.encode, torch.zeros(40)
+
+    def encode(x: torch.Tensor) -> torch.Tensor:
+        sae.seen += plain(x).sum(0)
+        return plain(x)
+
+    sae.encode = encode
+
+
 def restless(sae: PlainSAE) -> None:
     sae.encode = lambda x: (x @ sae.W_enc.T + torch.randn(40)).relu()
 
@@ -126,8 +162,12 @@ def restless(sae: PlainSAE) -> None:
     [
         (negative, "codes aren't negative"),
         (mixing, "codes stand by themselves"),
-        (elsewhere, "features write along W_dec"),
+        (elsewhere, "features write W_dec: .* against codes @ W_dec"),
+        (one_elsewhere, "features write W_dec: .* against codes @ W_dec"),
+        (squaring, "features write W_dec: .* against codes @ W_dec"),
+        (doubling, "features write 2 times their rows of W_dec"),
         (restless, "two calls agree"),
+        (counting, "is left as it was: .* seen"),
     ],
 )
 def test_a_basis_with_a_fault_fails_by_name(spoil: Any, message: str, model: Any) -> None:
@@ -135,6 +175,27 @@ def test_a_basis_with_a_fault_fails_by_name(spoil: Any, message: str, model: Any
     spoil(sae)
     with pytest.raises(CheckFailure, match=message):
         check_basis(sae, model, HOOK)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_basis_of_another_dtype_passes(dtype: torch.dtype, model: Any) -> None:
+    sae = plain_sae(model)
+    for name in ("W_enc", "W_dec", "b_dec"):
+        setattr(sae, name, getattr(sae, name).to(dtype))
+    assert len(check_basis(sae, model, HOOK)) == 8
+
+
+def test_a_basis_that_normalises_its_input_passes(model: Any) -> None:
+    """Its features write W_dec times each token's own spread, which the decoder remembers, as SAELens' do."""
+    sae = plain_sae(model)
+    encode, decode = sae.encode, sae.decode
+
+    def normalised(x: torch.Tensor) -> torch.Tensor:
+        sae.spread = x.std(1, keepdim=True)
+        return encode(x / sae.spread)
+
+    sae.encode, sae.decode = normalised, lambda codes: decode(codes) * sae.spread
+    assert len(check_basis(sae, model, HOOK)) == 8
 
 
 def test_a_basis_of_another_model_fails(model: Any) -> None:
@@ -160,6 +221,20 @@ def test_formats_pass(reader: Any, writer: Any, suffix: str) -> None:
     assert len(check_format(reader, writer, suffix)) == 9
 
 
+@pytest.mark.parametrize(
+    ("reader", "writer", "suffix"),
+    [
+        (formats.from_acdc, formats.to_acdc, ".pth"),
+        (formats.from_auto_circuit, partial(formats.to_auto_circuit, membership=True), ".pt"),
+        (formats.from_circuits_benchmark, formats.to_circuits_benchmark, ".json"),
+    ],
+)
+def test_formats_of_membership_pass_without_scores(reader: Any, writer: Any, suffix: str) -> None:
+    assert len(check_format(reader, writer, suffix, scores=False)) == 9
+    with pytest.raises(CheckFailure, match="has another score"):
+        check_format(reader, writer, suffix)
+
+
 def test_a_format_that_loses_or_raises_fails() -> None:
     def loses(path: Path) -> AttributionGraph:
         return AttributionGraph.load(path).top_k(2)
@@ -169,12 +244,21 @@ def test_a_format_that_loses_or_raises_fails() -> None:
 
     with pytest.raises(CheckFailure, match="other edges are kept"):
         check_format(loses, save)
+
+    def unsigned(path: Path) -> AttributionGraph:
+        graph = AttributionGraph.load(path)
+        return replace(graph, score=graph.score.abs())
+
+    with pytest.raises(CheckFailure, match="has another score"):
+        check_format(unsigned, save)
+    with pytest.raises(CheckFailure, match="writing has changed the graph"):
+        check_format(AttributionGraph.load, lambda graph, path: (save(graph, path), graph.weight.zero_()))
     with pytest.raises(CheckFailure, match="refuses half a file: JSONDecodeError"):
         check_format(lambda path: __import__("json").loads(path.read_text()), save)
 
 
 def test_methods_pass_and_faults_are_named() -> None:
-    assert len(check_method(baselines.eap)) == 5
+    assert len(check_method(baselines.eap)) == 6
 
     def untidy(model: Any, clean: Any, corrupted: Any, metric: Any) -> AttributionGraph:
         model.blocks[0].hook_resid_pre.register_forward_hook(lambda *_: None)
@@ -187,6 +271,48 @@ def test_methods_pass_and_faults_are_named() -> None:
         assert name in str(caught.value)
     with pytest.raises(CheckFailure, match="gives a graph"):
         check_method(lambda *arguments: 3)
+
+
+def spoils_prompts(model: Any, clean: torch.Tensor, graph: AttributionGraph) -> None:
+    clean.zero_()
+
+
+def swaps_weights(model: Any, clean: torch.Tensor, graph: AttributionGraph) -> None:
+    weights = model.blocks[0].attn.W_O.data
+    weights.copy_(weights.flip(0))
+
+
+def leaves_gradients(model: Any, clean: torch.Tensor, graph: AttributionGraph) -> None:
+    model.W_E.grad = torch.zeros_like(model.W_E)
+
+
+def sets_a_switch(model: Any, clean: torch.Tensor, graph: AttributionGraph) -> None:
+    model.cfg.use_attn_result = True
+
+
+def counts_in_words(model: Any, clean: torch.Tensor, graph: AttributionGraph) -> None:
+    graph.provenance["forward_passes"] = "many"
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (spoils_prompts, "leaves the prompts as they were"),
+        (swaps_weights, "leaves the model as it was"),
+        (leaves_gradients, "leaves the model as it was"),
+        (sets_a_switch, "leaves the model as it was"),
+        (counts_in_words, "counts its passes: .*'many'"),
+    ],
+)
+def test_a_method_with_a_fault_fails_by_name(fault: Any, message: str) -> None:
+    def method(model: Any, clean: Any, corrupted: Any, metric: Any) -> AttributionGraph:
+        graph = baselines.random_edges(model)
+        graph = replace(graph, provenance=dict(graph.provenance))
+        fault(model, clean, graph)
+        return graph
+
+    with pytest.raises(CheckFailure, match=message):
+        check_method(method)
 
 
 COLUMNS = ("index", "source", "target", "port", "score", "weight", "kept")

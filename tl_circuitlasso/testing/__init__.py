@@ -6,7 +6,8 @@ returns the names of those that passed. In a test suite one line does: `check_me
 
 >>> from tl_circuitlasso import baselines
 >>> check_method(baselines.random_edges)
-('gives a graph of the model', 'finite scores', 'same again', 'leaves the model as it was', 'counts its passes')
+('gives a graph of the model', 'finite scores', 'leaves the model as it was', 'leaves the prompts as they were', \
+'same again', 'counts its passes')
 """
 
 from tl_circuitlasso.naming import directory as _directory

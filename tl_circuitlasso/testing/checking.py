@@ -65,7 +65,14 @@ def random_tokens(adapter: Adapter) -> Int[Tensor, "batch pos"]:
 
 
 def state(model: Any) -> tuple[Any, ...]:
-    """What a check must leave as it was: weights, hooks and switches."""
-    sums = tuple(float(part.detach().double().sum()) for part in model.parameters())
+    """What a check must leave as it was: weights, gradients, hooks, switches and configuration."""
+    sums = tuple(_fingerprint(part.detach()) for part in model.parameters())
     hooks = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
-    return sums, hooks, model.training, tuple(part.requires_grad for part in model.parameters())
+    learning = tuple((part.requires_grad, part.grad is None) for part in model.parameters())
+    return sums, hooks, model.training, learning, repr(getattr(model, "cfg", None))
+
+
+def _fingerprint(weights: Tensor) -> float:
+    """A sum that also sees entries change places."""
+    flat = weights.double().flatten()
+    return float(flat @ torch.linspace(1, 2, flat.numel(), dtype=flat.dtype, device=flat.device))

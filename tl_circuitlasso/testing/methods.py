@@ -27,7 +27,8 @@ def check_method(method: Callable[..., AttributionGraph], model: Any = None, **o
 
     It is called as `method(model, clean, corrupted, metric, **options)` with tokens and a metric `(logits, rows) -> sum
     over rows`, on the bundled model unless one is given. Checked: it gives a graph of the model's components, with
-    finite scores, the same twice; the model is left as it was; its provenance counts forward and backward passes.
+    finite scores, the same twice; model and prompts are left as they were; its provenance counts forward and backward
+    passes.
 
     Raises
     ------
@@ -68,14 +69,18 @@ def _method_checks(method: Callable[..., AttributionGraph], case: _Case, options
         check_graph(graph, adapt(case.model))
         found.append(graph)
 
-    before = state(case.model)
+    before, prompts = state(case.model), [tokens.clone() for tokens in (case.clean, case.corrupted)]
     yield "gives a graph of the model", first
     if not found:
         return
     graph = found[0]
     yield "finite scores", lambda: expect(bool(graph.score.isfinite().all()), "NaN or infinite scores")
-    yield "same again", lambda: expect(_equal(call(), graph), "a second call gives other scores or edges")
     yield "leaves the model as it was", lambda: expect(state(case.model) == before, "weights, mode or hooks changed")
+    yield (  # before the second call, which might undo what the first has done
+        "leaves the prompts as they were",
+        lambda: expect(all(map(torch.equal, prompts, (case.clean, case.corrupted))), "they have other tokens now"),
+    )
+    yield "same again", lambda: expect(_equal(call(), graph), "a second call gives other scores or edges")
     yield "counts its passes", lambda: _counts(graph)
 
 
@@ -86,3 +91,7 @@ def _equal(a: AttributionGraph, b: AttributionGraph) -> bool:
 def _counts(graph: AttributionGraph) -> None:
     missing = [name for name in ("forward_passes", "backward_passes") if name not in graph.provenance]
     expect(not missing, f"its provenance has no {' and '.join(missing)}")
+    for name in ("forward_passes", "backward_passes"):
+        count = graph.provenance[name]
+        number = isinstance(count, (int, float)) and not isinstance(count, bool) and 0 <= count < float("inf")
+        expect(number, f"{name} is {count!r}: a number of passes is expected")

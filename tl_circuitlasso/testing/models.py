@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_circuitlasso.baselines.edges import EdgeLayout, as_circuits, written_out
+from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.models import Adapter, adapt
 from tl_circuitlasso.models.ablation import from_run
 from tl_circuitlasso.models.closure import closure_check
@@ -25,13 +26,15 @@ def check_model(model: Any, tokens: Int[Tensor, "batch pos"] | None = None) -> t
 
     Raises
     ------
-    CheckFailure: names every check that failed.
+    CheckFailure: names every check that failed. InputError: one prompt, or all the same.
 
     >>> import tl_circuitlasso as tcl
     >>> demo = tcl.load_demo(prompts=1)
     >>> len(check_model(demo.model)) > 3
     True
     """
+    if tokens is not None and torch.equal(tokens, tokens.flip(0)):
+        raise InputError("`tokens` read the same from the last prompt to the first: give two or more different prompts")
     return run("the model", _model_checks(model, tokens))
 
 
