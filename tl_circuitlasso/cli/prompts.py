@@ -68,8 +68,8 @@ def given(arguments: argparse.Namespace) -> Given:
         from tl_circuitlasso.demo import load_demo
 
         demo = load_demo(prompts=1)
-        encoded = [None if texts is None else _bundled_tokens(demo, texts) for texts in (file.prompts, corrupted)]
-        return Given(demo.model, *encoded, file, demo)
+        partners = None if corrupted is None else _bundled_tokens(demo, corrupted)
+        return Given(demo.model, _bundled_tokens(demo, file.prompts), partners, file, demo)
     from tl_circuitlasso.models.loading import load_model
 
     return Given(load_model(arguments.model), file.prompts, corrupted, file, None)
