@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "tl_circuitlasso"
 FLOORS = {  # a room may import those below its floor; docs/architecture.md shows this table
     "errors": 0,
     "_checks": 1, "naming": 1, "progress": 1, "attach": 1,
-    "data": 2,
+    "_fits": 2, "data": 2,
     "graph": 3, "solve": 3,
     "models": 4, "formats": 4,
     "synthetic": 5, "experiment": 5, "features": 5, "apps": 5, "demo": 5,

@@ -1,5 +1,6 @@
 """Wrong values thrown at public functions, as users do: without the shape checks that the tests run under."""
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -151,6 +152,33 @@ SHARED: list[tuple[str, Any]] = [
     ("mean_over", 3),
     ("input_node", None),
 ]
+
+
+ROOMS = ("apps", "baselines", "bench", "evaluate", "formats", "plot", "solve", "synthetic", "testing")
+
+
+def nonsense() -> list[tuple[str, str, str, list[str]]]:
+    """What every public function answers to an object that is nothing, in place of each of its arguments."""
+    warnings.simplefilter("ignore")
+    found = []
+    for room in (None, *ROOMS):
+        home = tcl if room is None else getattr(tcl, room)
+        for name in dir(home):
+            if inspect.isfunction(function := getattr(home, name)):
+                found.append((f"{room}.{name}", *answer(function)))
+    return found
+
+
+def answer(function: Callable[..., Any]) -> tuple[str, str, list[str]]:
+    """The error's kind and text, and the names that it may give."""
+    parameters = inspect.signature(function).parameters.values()
+    named = [one for one in parameters if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
+    asked = [one.name for one in named if one.default is one.empty] or [one.name for one in named]
+    try:
+        function(**dict.fromkeys(asked, object()))
+    except Exception as error:
+        return type(error).__name__, str(error), asked
+    return "nothing", "", asked
 
 
 def answers() -> list[list[str]]:

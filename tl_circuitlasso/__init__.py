@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from tl_circuitlasso import errors as errors
+from tl_circuitlasso._fits import guard as _guard
 from tl_circuitlasso.attach import attach as _attach
 from tl_circuitlasso.errors import CircuitLassoError as CircuitLassoError
 from tl_circuitlasso.errors import FormatError as FormatError
@@ -89,7 +90,10 @@ __all__ = sorted(["__version__", "errors", *_ERRORS, *_MODULES, *_NAMES])
 
 def __getattr__(name: str) -> Any:
     if name in _NAMES:
-        return getattr(importlib.import_module(f"{__name__}.{_NAMES[name]}"), _CALLED.get(name, name))
+        home, at_home = f"{__name__}.{_NAMES[name]}", _CALLED.get(name, name)
+        module = importlib.import_module(home)
+        _guard(home, [at_home])
+        return getattr(module, at_home)
     if name in _MODULES:
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

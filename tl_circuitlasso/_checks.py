@@ -44,9 +44,10 @@ def part(name: str, given: Any) -> float:
     ------
     InputError: something else.
     """
-    if not isinstance(given, Real) or isinstance(given, bool) or not 0 <= given <= 1:
+    share = float(given) if isinstance(given, Real) and not isinstance(given, bool) else -1.0
+    if not 0 <= share <= 1:
         raise InputError(f"`{name}` is {shortened(given)}: give a share from 0 to 1")
-    return float(given)
+    return share
 
 
 def fraction(name: str, given: Any, of: str = "", *, whole: bool = True) -> float:

@@ -1,5 +1,6 @@
 """What circuits are good for: following concepts through the layers, reading one prompt, naming features."""
 
+from tl_circuitlasso._fits import guard as _guard
 from tl_circuitlasso.apps.concepts import Concepts as Concepts
 from tl_circuitlasso.apps.concepts import concepts as concepts
 from tl_circuitlasso.apps.contributions import Contributions as Contributions
@@ -14,3 +15,4 @@ from tl_circuitlasso.apps.prompt_graph import prompt_graph as prompt_graph
 from tl_circuitlasso.naming import directory as _directory
 
 __dir__ = _directory(__name__)
+_guard(__name__, __dir__())

@@ -5,6 +5,7 @@ Every method is called as `method(model, clean, corrupted, metric, *, steps=5, a
 them by name.
 """
 
+from tl_circuitlasso._fits import guard as _guard
 from tl_circuitlasso.baselines.acdc import (
     acdc as acdc,
 )
@@ -71,3 +72,4 @@ from tl_circuitlasso.baselines.paths import (
 from tl_circuitlasso.naming import directory as _directory
 
 __dir__ = _directory(__name__)
+_guard(__name__, __dir__())

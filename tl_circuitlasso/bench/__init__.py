@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from tl_circuitlasso._checks import as_seed, whole_number, whole_or_none
+from tl_circuitlasso._fits import guard as _guard
 from tl_circuitlasso.bench.cases import TRUTHS, Case, case_folders, load_case
 from tl_circuitlasso.bench.measure import measured
 from tl_circuitlasso.bench.methods import METHODS, Method, chosen
@@ -165,3 +166,4 @@ def _port_auroc(graph: AttributionGraph, case: Case) -> float:
 
 
 __dir__ = _directory(__name__)
+_guard(__name__, __dir__())

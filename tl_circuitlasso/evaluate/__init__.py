@@ -1,5 +1,6 @@
 """Is a circuit right? `structure` compares it with a known truth, everything else measures it by intervention."""
 
+from tl_circuitlasso._fits import guard as _guard
 from tl_circuitlasso.evaluate.calibration import Calibration as Calibration
 from tl_circuitlasso.evaluate.calibration import calibrate as calibrate
 from tl_circuitlasso.evaluate.confirm import confirm as confirm
@@ -60,3 +61,4 @@ from tl_circuitlasso.experiment import Optimal as Optimal
 from tl_circuitlasso.naming import directory as _directory
 
 __dir__ = _directory(__name__, "Optimal")
+_guard(__name__, __dir__())

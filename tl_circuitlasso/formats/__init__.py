@@ -17,6 +17,7 @@
 Readers raise `FormatError` and nothing else, and never run code from a file.
 """
 
+from tl_circuitlasso._fits import guard as _guard
 from tl_circuitlasso.formats._frontend import cantor_pair, cantor_unpair
 from tl_circuitlasso.formats.acdc import from_acdc, to_acdc, to_acdc_effects
 from tl_circuitlasso.formats.auto_circuit import (
@@ -86,3 +87,4 @@ __all__ = [
 ]
 
 __dir__ = _directory(__name__)
+_guard(__name__, __dir__())

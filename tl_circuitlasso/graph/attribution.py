@@ -29,6 +29,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_circuitlasso._checks import shortened, whole_number
+from tl_circuitlasso._fits import told
 from tl_circuitlasso.data.sites import PORTS
 from tl_circuitlasso.errors import FormatError, InputError
 from tl_circuitlasso.graph import file as graph_file
@@ -277,6 +278,7 @@ class AttributionGraph(Verbs):
         unique = {(s, t) for s, t in zip(self.source.tolist(), self.target.tolist())}
         return {(names[s], names[t]): float(matrix[s, t]) for s, t in sorted(unique)}
 
+    @told
     def adjacency(
         self, *, port: str | None = None, kept_only: bool = False, absolute: bool = False
     ) -> Float[Tensor, "source target"]:
@@ -345,6 +347,7 @@ class AttributionGraph(Verbs):
             raise InputError(f"`x` is {shortened(x)}: a threshold is a finite number >= 0 on |score|")
         return self.keep(self.score.abs() >= x)
 
+    @told
     def top_k(self, k: SupportsIndex, *, how: str = "top", ports: bool = False) -> "AttributionGraph":
         """Keep a circuit of k edges by |score|, each of them on a path from a root to a sink (see `prune`).
 
@@ -409,6 +412,7 @@ class AttributionGraph(Verbs):
 
     # ---- files ------------------------------------------------------------------------------------------------------
 
+    @told
     def save(self, path: str | Path) -> None:
         """Write the whole graph without loss: `.safetensors` or `.json` by the suffix, else a folder with both.
 

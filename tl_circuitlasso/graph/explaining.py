@@ -32,6 +32,7 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.sparse import csr_matrix
 
 from tl_circuitlasso._checks import fraction, whole_number
+from tl_circuitlasso._fits import told
 from tl_circuitlasso.data.sites import PORTS
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
@@ -91,6 +92,7 @@ class Explanation:
     html = property(_repr_html_, doc="The explanation as an HTML fragment; everything that came from data is escaped.")
 
 
+@told
 def explain(graph: AttributionGraph, node: str, k: int = 10) -> Explanation:
     """The node's `k` strongest kept parents and children, by |score|, with all that the graph knows of it.
 
@@ -210,6 +212,7 @@ def _merged_edges(graph: AttributionGraph) -> dict[tuple[int, int], float]:
 # ---- supernodes -----------------------------------------------------------------------------------------------------
 
 
+@told
 def supernodes(graph: AttributionGraph, similarity: int | float = 0.5) -> dict[str, tuple[str, ...]]:
     """Groups of nodes of one site that play one part: they have nearly the same parents and children.
 

@@ -14,6 +14,7 @@ Every function returns a matplotlib Figure (`interactive`: the path written) and
 file whole or not at all.
 """
 
+from tl_circuitlasso._fits import guard as _guard
 from tl_circuitlasso.naming import directory as _directory
 from tl_circuitlasso.plot.charts import curves as curves
 from tl_circuitlasso.plot.charts import scatter as scatter
@@ -27,3 +28,4 @@ from tl_circuitlasso.plot.notebook import show as show
 __all__ = ["adjacency", "circuit", "curves", "flow", "interactive", "scatter", "show", "strength_path"]
 
 __dir__ = _directory(__name__)
+_guard(__name__, __dir__())

@@ -15,6 +15,7 @@ Strengths are fractions of the smallest one with an empty solution unless `stren
 chooses a strength (`select`, `stability`) works from `Moments`, so the data are read once.
 """
 
+from tl_circuitlasso._fits import guard as _guard
 from tl_circuitlasso.naming import directory as _directory
 from tl_circuitlasso.solve.base import AbstractLoss as AbstractLoss
 from tl_circuitlasso.solve.base import AbstractPenalty as AbstractPenalty
@@ -78,3 +79,4 @@ from tl_circuitlasso.solve.torch_set import TorchSet as TorchSet
 from tl_circuitlasso.solve.working_set import WorkingSet as WorkingSet
 
 __dir__ = _directory(__name__)
+_guard(__name__, __dir__())

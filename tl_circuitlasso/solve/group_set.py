@@ -23,7 +23,7 @@ from tl_circuitlasso.solve.base import AbstractLoss, AbstractPenalty, AbstractSo
 from tl_circuitlasso.solve.certificate import fair_start
 from tl_circuitlasso.solve.groups import Group
 from tl_circuitlasso.solve.losses import QuadraticGram
-from tl_circuitlasso.solve.working_set import CHUNK, STALE, compiled, in_slices, products
+from tl_circuitlasso.solve.working_set import CHUNK, STALE, compiled, improving, in_slices, products
 
 SWEEPS_AT_ONCE = 200
 ALONE_UP_TO = 1 << 20  # entries of a Gram that stays in cache, so that each target group may take its own products
@@ -86,9 +86,7 @@ class GroupSet(AbstractSolver):
             todo = todo[(gap[todo] > tol * 0.5 * turned.square[todo]) & (sweeps[todo] >= 0)]
             if not len(todo):
                 break
-            better = gap[todo] < 0.9 * best[todo]
-            best[todo], stale[todo] = np.minimum(best[todo], gap[todo]), np.where(better, 0, stale[todo] + 1)
-            todo = todo[stale[todo] < STALE]
+            todo = improving(todo, gap, best, stale)
             if at_once == 1:
                 products(compiled(), turned.gram, turned.cross, turned.coef, turned.columns(todo), pull)
         stuck = bool((sweeps[part] < 0).any() or (stale[part] >= STALE).any())

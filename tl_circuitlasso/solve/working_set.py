@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from tl_circuitlasso.errors import InputError
@@ -117,9 +117,7 @@ class WorkingSet(AbstractSolver):
             if not len(todo):
                 break
             rounds[todo] += 1
-            better = gap[todo] < 0.9 * best[todo]
-            best[todo], stale[todo] = np.minimum(best[todo], gap[todo]), np.where(better, 0, stale[todo] + 1)
-            todo = todo[stale[todo] < STALE]
+            todo = improving(todo, gap, best, stale)
             pull = room
             products(kernels, gram, cross, coef, todo, pull)
         stuck = bool((sweeps < 0).any() or (stale >= STALE).any())
@@ -208,6 +206,18 @@ def products(
         none = np.empty((0, 0), gram.dtype)
         for left, tiles in gram.strips():
             threaded(partial(kernels.sparse_products, none, tiles, left, cross, coef, pull), todo)
+
+
+def improving(
+    todo: Int[np.ndarray, " todo"],
+    gap: Float[np.ndarray, " target"],
+    best: Float[np.ndarray, " target"],
+    stale: Int[np.ndarray, " target"],
+) -> Int[np.ndarray, " left"]:
+    """Those of `todo` whose gaps still fall; keeps up each one's `best`, and its rounds without a better one."""
+    better = gap[todo] < 0.9 * best[todo]
+    best[todo], stale[todo] = np.minimum(best[todo], gap[todo]), np.where(better, 0, stale[todo] + 1)
+    return todo[stale[todo] < STALE]
 
 
 def in_slices(work: Callable[[np.ndarray], None], todo: np.ndarray) -> None:

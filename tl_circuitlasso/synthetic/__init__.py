@@ -1,6 +1,7 @@
 """Planted truth, for tests, tutorials and comparisons: circuits of made-up networks and transformers, codes of made-up
 SAEs, and SAEs of random directions."""
 
+from tl_circuitlasso._fits import guard as _guard
 from tl_circuitlasso.naming import directory as _directory
 from tl_circuitlasso.synthetic.problems import CODES as CODES
 from tl_circuitlasso.synthetic.problems import Edge as Edge
@@ -23,3 +24,4 @@ __all__ = [
 ]
 
 __dir__ = _directory(__name__)
+_guard(__name__, __dir__())

@@ -10,6 +10,7 @@ returns the names of those that passed. In a test suite one line does: `check_me
 'same again', 'counts its passes')
 """
 
+from tl_circuitlasso._fits import guard as _guard
 from tl_circuitlasso.naming import directory as _directory
 from tl_circuitlasso.testing.bases import check_basis as check_basis
 from tl_circuitlasso.testing.checking import CheckFailure as CheckFailure
@@ -18,3 +19,4 @@ from tl_circuitlasso.testing.methods import check_method as check_method
 from tl_circuitlasso.testing.models import check_model as check_model
 
 __dir__ = _directory(__name__)
+_guard(__name__, __dir__())
