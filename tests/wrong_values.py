@@ -60,6 +60,13 @@ def calls(model: Any) -> Iterator[tuple[str, str, Callable[[], Any]]]:
         options: dict[str, Any] = {"method": "lasso+confirm", "corrupted": TOKENS.flip(0), "size": value or 0}
         yield f"circuit_lasso(size={value})", "`size`", lambda o=options: tcl.circuit_lasso(model, TOKENS, **o)
         yield f"smallest(share={value})", "`share`", lambda v=value: evaluate.smallest(model, graph, **pairs, share=v)
+    for name, value in (("clean", TOKENS[:0]), ("corrupted", TOKENS[:5]), ("resamples", 1), ("seed", -1)):
+        options = {**pairs, name: value}
+        yield f"stability({name})", f"`{name}`", lambda o=options: evaluate.stability(baselines.eap, model, **o)
+    for name, value in (("draws", -1), ("seed", -1), ("level", 1)):
+        yield f"bootstrap({name})", f"`{name}`", lambda n=name, v=value: evaluate.bootstrap([1.0, 2.0], **{n: v})
+    moments = tcl.solve.Moments(torch.eye(2), torch.ones(2, 1), torch.ones(1), 10)
+    yield "ebic(strengths=[])", "`strengths`", lambda: tcl.solve.ebic(moments, strengths=[])
     yield from graph_calls(graph)
     yield from (
         (text, argument, call)

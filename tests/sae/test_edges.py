@@ -17,7 +17,7 @@ from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.graph.nodes import Block, NodeIndex, component_index
 from tl_circuitlasso.models import adapt
 from tl_circuitlasso.models.encoder import Encoder
-from tl_circuitlasso.models.feature_effects import contribution, record, trials
+from tl_circuitlasso.models.feature_effects import Trying, contribution, record, trials
 from tl_circuitlasso.models.tokens import Prompts
 
 FIRST, LAST, MLP = "blocks.0.hook_resid_post", "blocks.1.hook_resid_post", "blocks.0.hook_mlp_out"
@@ -97,7 +97,7 @@ def by_hand(few: Any, hook: str, sae: Plain, target: Plain, feature: int, prompt
 def run_trials(few: Any, ends: tuple[Encoder, Encoder], **options: Any) -> list[Any]:
     adapter = adapt(few.model)
     recording = record(adapter, Prompts(adapter, few.tokens), [ends[0].hook, ends[1].hook])
-    return list(trials(adapter, recording, ends, torch.arange(FEATURES), prompts=12, batch_size=5, **options))
+    return list(trials(recording, ends, torch.arange(FEATURES), how=Trying(12, 5, **options)))
 
 
 @pytest.mark.parametrize("hook", [FIRST, MLP])

@@ -13,7 +13,7 @@ from tl_circuitlasso.models import adapt, feature_replay
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.encoder import Encoder
 from tl_circuitlasso.models.feature_codes import CodePlan, encode_batch
-from tl_circuitlasso.models.feature_effects import Segment, record, trials
+from tl_circuitlasso.models.feature_effects import Segment, Trying, record, trials
 from tl_circuitlasso.models.feature_layers import Layers, Rows
 from tl_circuitlasso.models.feature_path import Path, known_paths
 from tl_circuitlasso.models.feature_places import Step, place_of, steps_between
@@ -145,7 +145,7 @@ def ablated(adapter: Adapter, ends: dict[str, Encoder], read: Any) -> Tensor:
     first, last = ends.values()
     recording = record(adapter, Prompts(adapter, TOKENS), [first.hook, last.hook])
     total, mass = torch.zeros(FEATURES, FEATURES).double(), torch.zeros(FEATURES).double()
-    for batch in trials(adapter, recording, (first, last), torch.arange(FEATURES), read=read):
+    for batch in trials(recording, (first, last), torch.arange(FEATURES), how=Trying(read=read)):
         some = batch["ablate"]
         total.index_add_(0, some.source, some.code)
         mass.index_add_(0, some.source, some.mass)

@@ -18,7 +18,7 @@ from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.graph.provenance import record as record_of
 from tl_circuitlasso.models import Adapter, adapt
 from tl_circuitlasso.models.encoder import Encoder
-from tl_circuitlasso.models.feature_effects import ENCODE_CHUNK, Recording, record, trials
+from tl_circuitlasso.models.feature_effects import ENCODE_CHUNK, Recording, Trying, record, trials
 from tl_circuitlasso.models.sae import SAEFeatures
 from tl_circuitlasso.models.tokens import Prompts
 from tl_circuitlasso.progress import bar as counting
@@ -97,10 +97,10 @@ def feature_gradient(
     weights = {}
     for pair in pairs:
         ends, (sources, targets) = (encoders[pair[0]], encoders[pair[1]]), (features[hook] for hook in pair)
-        options = {"modes": ("gradient",), "prompts": prompts, "batch_size": batch_size, "seed": seed}
+        how = Trying(prompts, batch_size, seed, modes=("gradient",))
         found = torch.zeros(len(sources), len(targets), dtype=torch.float64)
         mass = torch.zeros(len(sources), dtype=torch.float64)
-        made = trials(adapter, recording, ends, sources, targets, **options)
+        made = trials(recording, ends, sources, targets, how)
         for batch in counting(made, progress=progress, desc=f"feature_gradient {pair[0]}", unit="batch"):
             some = batch["gradient"]
             found.index_add_(0, some.source, some.code.cpu())

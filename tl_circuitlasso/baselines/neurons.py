@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import Unpack
 
-from tl_circuitlasso._checks import truth
+from tl_circuitlasso._checks import truth, whole_number, whole_or_none
 from tl_circuitlasso.baselines.gradient import unit_of
 from tl_circuitlasso.baselines.relevance import relp_edges, rules_of
 from tl_circuitlasso.data.sites import Site
@@ -142,8 +142,7 @@ def integrated_gradients(
     >>> sorted(graph.top_k(2).kept_nodes())
     ['a0.h0', 'a2.h0', 'logits']
     """
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-        raise InputError(f"`steps` is {steps!r}: the number of integration steps is an integer >= 1")
+    steps = whole_number("steps", steps, what="of integration steps")
     setup = Experiment.of(model, clean, corrupted, metric, **options)
     return _graph(
         "integrated_gradients", setup, basis, _reference(reference, setup), ByGradient(steps), max_nodes, by_position
@@ -161,7 +160,7 @@ def random_nodes(
     >>> len(graph)
     12
     """
-    adapter = model if isinstance(model, Adapter) else adapt(model)
+    adapter = adapt(model)
     setup = Scoring(adapter, lambda logits, batch: logits.sum(), basis, "zero")
     generator = torch.Generator().manual_seed(seed)
     shape = adapter.shape
@@ -250,8 +249,7 @@ def score_graph(
     ------
     InputError: `max_nodes` isn't a whole number above 0, or a score isn't finite.
     """
-    if max_nodes is not None and (not isinstance(max_nodes, int) or isinstance(max_nodes, bool) or max_nodes < 1):
-        raise InputError(f"`max_nodes` is {max_nodes!r}: give the largest number of nodes, >= 1, or None for all")
+    max_nodes = whole_or_none("max_nodes", max_nodes, what="of nodes at most")
     everything = torch.cat(list(found.values()))
     if not bool(everything.isfinite().all()):
         raise InputError("`metric` gives NaN or infinite contributions: check the prompts, the metric and the weights")

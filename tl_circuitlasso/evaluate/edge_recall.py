@@ -22,9 +22,8 @@ from tl_circuitlasso.baselines.features import features_of, hook_pairs
 from tl_circuitlasso.data.sites import PORTS
 from tl_circuitlasso.features.effects import adjusted
 from tl_circuitlasso.graph import AttributionGraph
-from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.encoder import Encoder
-from tl_circuitlasso.models.feature_effects import Recording, trials
+from tl_circuitlasso.models.feature_effects import Recording, Trying, trials
 
 NULL = 0.95  # share of the pairs that no graph keeps whose |effect| lies below what is called real
 BOUNDS = (0.05, 0.1, 0.2)  # standard deviations of the child per one of the parent
@@ -44,18 +43,17 @@ class Truth:
 
 
 def measure_all(
-    adapter: Adapter,
     recording: Recording,
     encoders: Mapping[str, Encoder],
     graphs: Sequence[AttributionGraph],
     sources: int,
-    options: Mapping[str, Any],
+    how: Trying,
     tick: Callable[[], Any],
 ) -> dict[tuple[str, str], Truth]:
     """By pair of hooks of any graph, the effects at their own position of up to `sources` features drawn at random."""
     graph, found = graphs[0], {}
     features = features_of(graph)
-    random = np.random.default_rng(options["seed"])
+    random = np.random.default_rng(how.seed)
     for first, last in dict.fromkeys(pair for one in graphs for pair in hook_pairs(one)):
         if not {first, last} <= set(encoders):
             continue
@@ -63,7 +61,7 @@ def measure_all(
         some = features[first][torch.from_numpy(np.sort(drawn))]
         sums = torch.zeros(3, len(some), len(features[last]), dtype=torch.float64)
         mass = torch.zeros(3, len(some), dtype=torch.float64)
-        for batch in trials(adapter, recording, (encoders[first], encoders[last]), some, features[last], **options):
+        for batch in trials(recording, (encoders[first], encoders[last]), some, features[last], how):
             one = batch["ablate"]
             c, m, at = one.code.double().cpu(), one.mass.double().cpu(), one.source.cpu()
             sums.index_add_(1, at, torch.stack([c, c * c, c * m[:, None]]))

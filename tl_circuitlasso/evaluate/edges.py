@@ -13,7 +13,7 @@ factor of ten, so one bar for all would call the edges of the one unreal and the
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,9 +29,9 @@ from tl_circuitlasso.evaluate.edge_figures import by_sign, summary_of
 from tl_circuitlasso.evaluate.edge_recall import measure_all, nulls, recall
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.graph.verbs import in_order
-from tl_circuitlasso.models import Adapter, adapt
+from tl_circuitlasso.models import adapt
 from tl_circuitlasso.models.encoder import Encoder
-from tl_circuitlasso.models.feature_effects import Mode, Reading, Recording, record, trials
+from tl_circuitlasso.models.feature_effects import Mode, Reading, Recording, Trying, record, trials
 from tl_circuitlasso.models.sae import SAEFeatures
 from tl_circuitlasso.models.tokens import Prompts
 from tl_circuitlasso.progress import bar as counting
@@ -134,9 +134,10 @@ def edges(
     >>> list(found.table.columns[:4])
     ['source', 'target', 'port', 'score']
     """
-    counts = {"strongest": strongest, "sample": sample, "non_edges": non_edges, "prompts": prompts}
-    for name, count in {**counts, "recall_sources": recall_sources}.items():
+    counts = {"strongest": strongest, "sample": sample, "non_edges": non_edges, "recall_sources": recall_sources}
+    for name, count in counts.items():
         whole_number(name, count)
+    how = Trying(prompts, batch_size, seed, _MODES)
     model, graphs = in_order(model, graphs)
     named = {"CircuitLasso": graphs} if isinstance(graphs, AttributionGraph) else dict(graphs)
     adapter = adapt(model)
@@ -147,13 +148,12 @@ def edges(
     used = {hook: encoders[hook] for hook in _hooks(chosen)}
     recording = record(adapter, walk, list(dict.fromkeys(h for e in used.values() for h in (e.hook, e.hook_out))))
     unique = chosen.drop_duplicates(["source", "target", "port"])
-    options = {"prompts": prompts, "batch_size": batch_size, "seed": seed}
     reading = _READING_POOLED if whole.mixing == "pooled" else _READING
-    effects = _measure(adapter, recording, used, unique, reading, options, progress)
+    effects = _measure(recording, used, unique, reading, how, progress)
     cosines = {key: _cosine(used, *key) for key in zip(unique["source"], unique["target"])}
     with counting(progress=progress, desc="all effects", unit="batch") as bar:
-        options = {**options, "modes": ("ablate",), "read": reading[""]}
-        truths = measure_all(adapter, recording, used, list(named.values()), recall_sources, options, bar.update)
+        how = replace(how, modes=("ablate",), read=reading[""])
+        truths = measure_all(recording, used, list(named.values()), recall_sources, how, bar.update)
     return _judged(chosen, effects, cosines, persistence, nulls(named, truths), recall(named, truths))
 
 
@@ -231,12 +231,11 @@ class _Effect:
 
 
 def _measure(
-    adapter: Adapter,
     recording: Recording,
     encoders: Mapping[str, Encoder],
     table: pd.DataFrame,
     reading: Mapping[str, Reading],
-    options: Mapping[str, Any],
+    how: Trying,
     progress: bool,
 ) -> dict[Key, _Effect]:
     groups: Any = table.groupby([table["source"].map(_hook), table["target"].map(_hook), "port"], sort=False)
@@ -249,7 +248,7 @@ def _measure(
             bar_at = bar.n
             merged = _Collected(sources, targets)
             numbers = (torch.tensor(sources), torch.tensor(targets))
-            for batch in trials(adapter, recording, ends, *numbers, modes=_MODES, read=reading[port], **options):
+            for batch in trials(recording, ends, *numbers, replace(how, read=reading[port])):
                 merged.add(batch)
                 bar.update(bar_at + int(batch["ablate"].source.max()) + 1 - bar.n)
             bar.update(bar_at + len(sources) - bar.n)

@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import Unpack
 
+from tl_circuitlasso._checks import as_seed
 from tl_circuitlasso.baselines.edges import EdgeLayout
 from tl_circuitlasso.data.targets import LogitDiff
 from tl_circuitlasso.errors import InputError
@@ -229,7 +230,9 @@ def mean_interval(values: Float[Tensor, "row prompt"], seed: int = 0) -> list[tu
 
 def _resamples(prompts: int, seed: int) -> np.ndarray:
     """Weights (draw, prompt), each row a resample."""
-    return np.random.default_rng(seed).multinomial(prompts, np.full(prompts, 1 / prompts), size=DRAWS) / prompts
+    return (
+        np.random.default_rng(as_seed(seed)).multinomial(prompts, np.full(prompts, 1 / prompts), size=DRAWS) / prompts
+    )
 
 
 def _interval(drawn: np.ndarray) -> list[tuple[float, float]]:

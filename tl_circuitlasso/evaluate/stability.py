@@ -21,7 +21,7 @@ from jaxtyping import Int
 from scipy.stats import beta
 from torch import Tensor
 
-from tl_circuitlasso._checks import fraction, whole_number
+from tl_circuitlasso._checks import as_seed, fraction, whole_number
 from tl_circuitlasso.data.targets import LogitDiff
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.metrics import Metric
@@ -100,8 +100,8 @@ def stability(
     """
     resamples = whole_number("resamples", resamples, least=2, what="of times that prompts are drawn again")
     fraction("confidence", confidence, "such as .95", whole=False)
-    draws = list(_draws(len(clean), resamples, seed))
     find = _Finding(method, model, clean, corrupted, metric, k, how, options)
+    draws = list(_draws(len(clean), resamples, as_seed(seed)))
     circuits, candidates = find.all(bar(draws, progress=progress, desc="stability", unit="resample"))
     return Stability(
         jaccard=_mean_jaccard(circuits),
@@ -207,7 +207,12 @@ def agreement(graphs: Mapping[str, AttributionGraph] | Iterable[AttributionGraph
 
 @dataclass(frozen=True, eq=False)
 class _Finding:
-    """A method with all that it's given but for which prompts."""
+    """A method with all that it's given but for which prompts.
+
+    Raises
+    ------
+    InputError: no prompts, or another number of partners.
+    """
 
     method: Callable[..., AttributionGraph]
     model: Any
@@ -217,6 +222,14 @@ class _Finding:
     k: int | None
     how: str
     options: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        if not len(self.clean):
+            raise InputError("`clean` is empty: give the prompts that are to be drawn from")
+        if self.corrupted is not None and len(self.corrupted) != len(self.clean):
+            raise InputError(
+                f"`corrupted` has {len(self.corrupted)} prompts and `clean` {len(self.clean)}: give a partner for each"
+            )
 
     def all(self, rows: Iterable[Int[Tensor, " prompt"]]) -> tuple[list[set[Edge]], frozenset[Edge]]:
         """The circuit of each set of prompts, and every edge that could be in one."""

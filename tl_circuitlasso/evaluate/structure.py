@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.stats import rankdata
 
-from tl_circuitlasso._checks import fraction, shortened
+from tl_circuitlasso._checks import as_seed, fraction, shortened, whole_number
 from tl_circuitlasso.data.sites import PORTS
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
@@ -252,6 +252,7 @@ def bootstrap(values: Sequence[float | int], *, level: float = 0.95, draws: int 
     """
     data = _finite(values, "values")
     fraction("level", level, "of resamples inside the interval", whole=False)
+    draws, seed = whole_number("draws", draws, what="of resamples"), as_seed(seed)
     picks = np.random.default_rng(seed).integers(len(data), size=(draws, len(data)))
     low, high = np.quantile(data[picks].mean(1), [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(data.mean()), float(low), float(high))

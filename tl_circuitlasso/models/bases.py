@@ -20,7 +20,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_circuitlasso._checks import shortened
+from tl_circuitlasso._checks import shortened, whole_number, whole_or_none
 from tl_circuitlasso.data.sites import Site
 from tl_circuitlasso.errors import InputError, ModelError
 from tl_circuitlasso.graph.nodes import Block, NodeIndex, component_index
@@ -80,12 +80,7 @@ class Component:
     name: str = "component"
 
     def __post_init__(self) -> None:
-        count = self.directions
-        if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
-            raise InputError(
-                f"`directions` is {count!r}: give the number of directions per component, >= 1, or None for its output "
-                "as it is"
-            )
+        whole_or_none("directions", self.directions, what="of directions per component")
 
     def wanted(self, adapter: Adapter) -> tuple[str, ...]:
         shape = adapter.shape
@@ -146,7 +141,7 @@ class Neuron:
     name: str = "neuron"
 
     def __post_init__(self) -> None:
-        _check_limit(self.max_nodes)
+        whole_number("max_nodes", self.max_nodes, what="of nodes at most")
         whole, share = isinstance(self.linked, int) and self.linked >= 0, isinstance(self.linked, float)
         if isinstance(self.linked, bool) or not (whole or (share and 0 < self.linked < 1)):
             raise InputError(
@@ -195,7 +190,7 @@ class Residual:
     name: str = "residual"
 
     def __post_init__(self) -> None:
-        _check_limit(self.max_nodes)
+        whole_number("max_nodes", self.max_nodes, what="of nodes at most")
 
     def wanted(self, adapter: Adapter) -> tuple[str, ...]:
         return tuple(residual_key(layer, adapter.shape.n_layers) for layer in range(adapter.shape.n_layers + 1))
@@ -238,11 +233,6 @@ def as_basis(basis: "str | Basis") -> Basis:
             f"`basis` {shortened(basis)} is unknown: use one of {', '.join(map(repr, BASES))} or a Basis object"
         )
     return BASES[basis]()
-
-
-def _check_limit(max_nodes: int) -> None:
-    if not isinstance(max_nodes, int) or max_nodes < 1:
-        raise InputError(f"`max_nodes` is {max_nodes!r}: give the largest number of nodes, >= 1")
 
 
 def residual_key(layer: int, n_layers: int) -> str:

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from tl_circuitlasso._checks import as_seed, whole_number
 from tl_circuitlasso.errors import InputError, ModelError
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.encoder import Encoder
@@ -54,12 +55,37 @@ class Trials:
 
 @dataclass(frozen=True, eq=False)
 class Recording:
-    """What hooks hold on some prompts, and the positions that count as samples."""
+    """What hooks hold on some prompts of a model, and the positions that count as samples."""
 
+    adapter: Adapter
     tokens: Int[Tensor, "batch pos"]
     mask: Bool[Tensor, "batch pos"]
     keep: Bool[Tensor, "batch pos"]
     acts: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Trying:
+    """How features are tried out.
+
+    Attributes
+    ----------
+    prompts: the most prompts, drawn at random by `seed`, of those on which a source fires.
+    batch_size: trials that share a forward pass.
+    modes: what is done to a source.
+    read: the samples of a prompt at which the targets are read: where the source fires, all others, or all.
+    """
+
+    prompts: int = 32
+    batch_size: int = 64
+    seed: int = 0
+    modes: tuple[Mode, ...] = ("ablate",)
+    read: Reading = "firing"
+
+    def __post_init__(self) -> None:
+        whole_number("prompts", self.prompts)
+        whole_number("batch_size", self.batch_size)
+        as_seed(self.seed)
 
 
 def record(adapter: Adapter, prompts: Prompts, hooks: Sequence[str]) -> Recording:
@@ -76,7 +102,7 @@ def record(adapter: Adapter, prompts: Prompts, hooks: Sequence[str]) -> Recordin
     if len({batch.tokens.shape[1] for batch in batches}) > 1:
         raise InputError("`tokens` has batches of different lengths: pad them all to one length")
     tokens, mask, keep = (torch.cat([getattr(b, name) for b in batches]) for name in ("tokens", "mask", "keep"))
-    return Recording(tokens, mask, keep, {hook: torch.cat([part[hook] for part in parts]) for hook in hooks})
+    return Recording(adapter, tokens, mask, keep, {hook: torch.cat([part[hook] for part in parts]) for hook in hooks})
 
 
 def encode(
@@ -129,38 +155,31 @@ class Segment:
 
 
 def trials(
-    adapter: Adapter,
     recording: Recording,
     ends: tuple[Encoder, Encoder],
     sources: Int[Tensor, " source"],
     targets: Int[Tensor, " target"] | None = None,
-    *,
-    modes: Sequence[Mode] = ("ablate",),
-    prompts: int = 32,
-    batch_size: int = 64,
-    read: Reading = "firing",
-    seed: int = 0,
+    how: Trying = Trying(),
 ) -> Iterator[dict[Mode, Trials]]:
-    """Edit every source feature on up to `prompts` prompts on which it fires, and read the targets.
+    """Edit every source feature on some prompts on which it fires, and read the targets.
 
     ends: the SAEs of source and target. sources, targets: feature numbers (targets None: all of them).
-    read: which samples of the prompt the targets are read at: where the source fires, all others, or all.
-    batch_size: trials that share a forward pass. Yields the trials of one forward pass, per mode, in order of sources.
+    Yields the trials of one forward pass, per mode, in order of sources.
     """
     first, last = ends
-    segment = Segment(adapter, first.hook_out, last.hook)
+    segment = Segment(recording.adapter, first.hook_out, last.hook)
     acts, written = recording.acts[first.hook], recording.acts[first.hook_out]
-    with resting(adapter.model):
+    with resting(recording.adapter.model):
         codes = _codes(first, acts, recording.keep, sources)
-        rows = _choose(codes, prompts, seed)
-        for some in rows.split(batch_size) if len(rows) else ():
+        rows = _choose(codes, how.prompts, how.seed)
+        for some in rows.split(how.batch_size) if len(rows) else ():
             source, prompt = some.unbind(1)
             fired = codes[prompt, :, source]
             delta = _delta(first, acts[prompt], written[prompt], fired, sources[source])
-            at = _positions(read, fired > 0, recording.keep[prompt])
+            at = _positions(how.read, fired > 0, recording.keep[prompt])
             run = _Run(segment, recording.tokens[prompt], recording.mask[prompt], written[prompt], delta, at)
-            base = None if set(modes) == {"gradient"} else run.encoded(last, targets, 0.0)
-            found: dict[Mode, Any] = {mode: run.change(mode, base, last, targets) for mode in modes}
+            base = None if set(how.modes) == {"gradient"} else run.encoded(last, targets, 0.0)
+            found: dict[Mode, Any] = {mode: run.change(mode, base, last, targets) for mode in how.modes}
             mass = fired.sum(1).double()
             yield {mode: Trials(source, prompt, mass, *change) for mode, change in found.items()}
 

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_circuitlasso.errors import InputError
+from tl_circuitlasso._checks import whole_number
 from tl_circuitlasso.models.neuron_scores import BySweep, Scoring, products
 from tl_circuitlasso.models.neuron_sweep import SECANT
 from tl_circuitlasso.neurons.behaviour import Behaviour
@@ -22,8 +22,7 @@ def recurring(behaviour: Behaviour, *, foremost: int = 50) -> dict[str, float]:
     scoring = Scoring(behaviour.adapter, behaviour.reading, "neuron", "corrupted")
     width = behaviour.adapter.shape.d_mlp
     total = width * len(scoring.keys)
-    if not isinstance(foremost, int) or isinstance(foremost, bool) or not 1 <= foremost <= total:
-        raise InputError(f"`foremost` is {foremost!r}: give a whole number of neurons, 1 to {total}")
+    foremost = whole_number("foremost", foremost, most=total, what="of neurons")
     counts, prompts = torch.zeros(total, dtype=torch.long), 0
     own: dict[str, Float[Tensor, "prompt neuron"]] = {}
     for _, key, product in products(scoring, behaviour.pairs, behaviour.n_prompts, BySweep(SECANT, alone=False)):

@@ -105,7 +105,7 @@ def ebic(
     >>> (choice.solution.value != 0).flatten().tolist()
     [True, False]
     """
-    levels = list(strengths) if strengths is not None else geometric_strengths()
+    levels = _levels(strengths)
     solutions = _path(data, levels, penalty, options)
     scores = torch.stack([_joint(_criterion(data, solution.value, gamma), penalty) for solution in solutions])
     return _pick(data, levels, solutions, scores, _least(data, scores), "ebic")
@@ -133,7 +133,7 @@ def cross_validate(
         raise InputError(f"`folds` must hold at least 2 parts, got {len(folds)}")
     if isinstance(penalty, Group) and not penalty.non_negative and folds[0].gram.device.type == "cpu":
         options.setdefault("solver", GroupSet())  # hundreds of solves, however small, pay for its compilation
-    levels = list(strengths) if strengths is not None else geometric_strengths()
+    levels = _levels(strengths)
     whole, errors = total(folds), []
     for fold in folds:
         rest = whole - fold
@@ -265,6 +265,19 @@ def _criterion(data: Moments, value: Float[Tensor, "source target"], gamma: floa
     return torch.where(size >= data.count, torch.inf, score)  # as many coefficients as samples explain anything
 
 
+def _levels(strengths: Sequence[float] | None, default: Sequence[float] | None = None) -> list[float]:
+    """The strengths of a path.
+
+    Raises
+    ------
+    InputError: none.
+    """
+    levels = list(default or geometric_strengths()) if strengths is None else list(strengths)
+    if not levels:
+        raise InputError("`strengths` is empty: give one or more fractions of lambda_max, or None for a path")
+    return levels
+
+
 def _joint(figures: Float[Tensor, " target"], penalty: AbstractPenalty | None) -> Float[Tensor, " target"]:
     """Targets that a penalty couples share one strength, chosen by their sum: columns of two solutions are none."""
     return figures if penalty is None else per_problem(figures, penalty.coupled())
@@ -324,7 +337,7 @@ def _concave(
     base, spread = L1() if penalty is None else penalty, data.gram.diagonal().double()[:, None]
     spread = spread.clamp(min=0).sqrt() if options.get("standardise") else spread
     verb = _Verb.of(data, base, options)
-    levels, solutions = list(strengths) if strengths is not None else geometric_strengths(), []
+    levels, solutions = _levels(strengths), []
     for fit in path(verb, levels):
         limit, level = fit.stats["strength_max"], fit.stats["strength"]
         weight = base.weight(fit.value)
@@ -351,6 +364,6 @@ def _adaptive(
     spread = data.gram.diagonal().double().clamp(min=0).sqrt()[:, None]
     pilot = first.solution.value if bool((first.refit == 0).all()) else first.refit
     weights = adaptive_weights(pilot * spread) * base.weight(data.cross.double())
-    levels = list(strengths) if strengths is not None else geometric_strengths(20, 0.005)
+    levels = _levels(strengths, geometric_strengths(20, 0.005))
     second = ebic(data, strengths=levels, penalty=replace(base, weights=weights), **options)
     return replace(second, rule="adaptive")
