@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from tl_circuitlasso.errors import FormatError, InputError
 from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.graph.explaining import explain
 from tl_circuitlasso.graph.nodes import NodeIndex, component_index
 
 INDEX = component_index(n_layers=2, n_heads=2)
@@ -215,3 +216,19 @@ def test_masks_and_names_that_fit_no_graph_are_refused() -> None:
             graph.keep(mask)
     with pytest.raises(InputError, match=r"`nodes` is 'm0'"):
         graph.subgraph("m0")
+
+
+def test_a_node_outside_the_circuit_says_so() -> None:
+    graph = AttributionGraph.from_edges(
+        component_index(n_layers=2, n_heads=2), {("a0.h0", "m1"): 1.0, ("m0", "m1"): 0.5}
+    )
+    assert "in no kept edge" in str(explain(graph.top_k(1), "m0"))
+    assert "in no kept edge" not in str(explain(graph, "m0"))
+
+
+def test_ports_that_are_listed_apart_are_said_to_be() -> None:
+    index = component_index(n_layers=4, n_heads=4)
+    heads = [f"a1.h{head}" for head in range(4)]
+    apart = AttributionGraph.from_edges(index, {("input", head, port): 1.0 for head in heads for port in "qkv"})
+    assert "4 of 4 edges kept" in repr(apart)
+    assert repr(apart).endswith("... 4 more, those into q, k and v apart: graph.edge_table()")

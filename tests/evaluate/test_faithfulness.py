@@ -1,6 +1,7 @@
 """Circuits by intervention: against the real packages, exact patching, and at both ends on every architecture."""
 
 import json
+import math
 from functools import lru_cache
 from typing import Any
 
@@ -446,3 +447,16 @@ def test_the_model_is_left_as_it_was():
     assert model.cfg.use_attn_result and not model.cfg.ungroup_grouped_query_attention
     assert all(torch.equal(before[name], w) for name, w in model.named_parameters())
     assert to_matrix(baselines.random_edges(model), adapt(model).shape).any()
+
+
+def test_prompts_that_the_ablation_leaves_alone_make_no_interval() -> None:
+    demo = tcl.load_demo(prompts=4)
+    corrupted = demo.tokens.clone()
+    corrupted[0] = demo.corrupted[0]
+    given = (demo.model, demo.circuit, demo.tokens)
+    with pytest.warns(UserWarning, match="changes 1 of 4 prompts") as told:
+        found = tcl.evaluate.faithfulness(*given, corrupted, demo.target, progress=False)
+    assert math.isnan(found.low) and math.isnan(found.high) and not math.isnan(found.faithfulness)
+    assert all("divide" not in str(one.message) for one in told)
+    whole = tcl.evaluate.faithfulness(*given, demo.corrupted, demo.target, progress=False)
+    assert whole.low <= whole.faithfulness <= whole.high

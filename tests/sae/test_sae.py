@@ -267,3 +267,10 @@ def test_a_centred_model_is_warned_of(stories: Any, complaints: Any) -> None:
         with torch.no_grad():
             for weight, old in zip(weights, kept):
                 weight.copy_(old)
+
+
+def test_saes_that_know_their_hook_need_no_name() -> None:
+    sae = _lens_sae("standard")
+    assert all(list(tcl.SAEFeatures(given).saes.items()) == [(HOOK, sae)] for given in ([sae], sae))
+    with pytest.raises(InputError, match="SAEs alone must say their hook"):
+        tcl.SAEFeatures([object()])

@@ -16,6 +16,7 @@ from tl_circuitlasso.discover.garrote import Asked, Child, aligned, children, ga
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph, selection
 from tl_circuitlasso.graph.nodes import NodeIndex
+from tl_circuitlasso.models.pairs import NO_PAIRS
 
 LEAST_SHARE = 1 / 30_000  # of the target's mean squared difference: what an edge must explain where regression decides
 LEAST_SHARE_ALONE = 1 / 10_000  # the same without counterparts, where prompts differ in more than one thing
@@ -61,7 +62,7 @@ def learn_read(
     index = NodeIndex.from_json(statistics.meta["index"])
     pairs = statistics.sums[schema.PAIRS].cpu()
     if not float(pairs.sum()):
-        raise InputError("`tokens` gave no pairs of prompts: design 'read' needs two or more prompts in each batch")
+        raise InputError(NO_PAIRS)
     found = children(statistics, index)
     total, count = found[-1].rows.sum(1), float(statistics.rows[schema.WEIGHT].sum())
     number = bool(statistics.meta["number"])

@@ -14,6 +14,8 @@ for nothing.
 True
 """
 
+import math
+import warnings
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -216,11 +218,22 @@ def shares(measured: Measured) -> Float[Tensor, " circuit"]:
 
 
 def share_interval(measured: Measured, seed: int = 0) -> list[tuple[float, float]]:
-    """The 95 % percentile interval of each circuit's faithfulness over resamples of the prompts."""
+    """The 95 % percentile interval of each circuit's faithfulness over resamples of the prompts.
+
+    NaN, with a warning, where many resamples hold only prompts that the ablation doesn't change.
+    """
     weights = _resamples(len(measured.model), seed)
     ablated, model = weights @ measured.ablated.numpy(), weights @ measured.model.numpy()
-    drawn = (weights @ measured.circuits.numpy().T - ablated[:, None]) / (model - ablated)[:, None]
-    return _interval(drawn)
+    scale = np.where(model == ablated, np.nan, model - ablated)
+    if np.isnan(scale).mean() > (1 - LEVEL) / 2:
+        changed = int((measured.model != measured.ablated).sum())
+        warnings.warn(
+            f"faithfulness has no interval: the ablation changes {changed} of {len(measured.model)} prompts, too few "
+            "to resample; give corrupted prompts that differ from the clean ones",
+            stacklevel=2,
+        )
+        return [(math.nan, math.nan)] * len(measured.circuits)
+    return _interval((weights @ measured.circuits.numpy().T - ablated[:, None]) / scale[:, None])
 
 
 def mean_interval(values: Float[Tensor, "row prompt"], seed: int = 0) -> list[tuple[float, float]]:

@@ -478,7 +478,8 @@ class AttributionGraph(Verbs):
             for source, target, port, score in zip(shown.source, shown.target, shown.port, shown.score)
         ]
         rest = int(self.kept.sum()) - len(shown)
-        return "\n".join(lines + ([f"  ... {rest} more: graph.edge_table()"] if rest > 0 else []))
+        apart = ", those into q, k and v apart" if int(self.kept.sum()) > self.n_kept else ""
+        return "\n".join(lines + ([f"  ... {rest} more{apart}: graph.edge_table()"] if rest > 0 else []))
 
     def _strongest(self, count: int) -> pd.DataFrame:
         kept = self.kept.nonzero().flatten()

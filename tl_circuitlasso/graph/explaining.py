@@ -72,6 +72,8 @@ class Explanation:
 
     def __str__(self) -> str:
         lines = [" ".join(filter(None, (self.node, _title(self.info)))), *facts(self.info)]
+        if not (self.parents or self.children):
+            lines.append("in no kept edge: graph.edge_table() has the candidates")
         for role, edges in (("parents", self.parents), ("children", self.children)):
             lines += [role, *(f"  {e.score:+.4f}  {self._name(e)}" for e in edges)] if edges else [f"no {role}"]
         contexts = self.info.get("contexts", ())

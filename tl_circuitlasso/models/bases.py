@@ -230,7 +230,8 @@ def as_basis(basis: "str | Basis") -> Basis:
         raise InputError("`basis` is a mapping: features of SAEs are tcl.SAEFeatures({hook: sae, ...})")
     if not isinstance(basis, str) or basis not in BASES:
         raise InputError(
-            f"`basis` {shortened(basis)} is unknown: use one of {', '.join(map(repr, BASES))} or a Basis object"
+            f"`basis` {shortened(basis)} is unknown: use one of {', '.join(map(repr, BASES))} or a Basis object "
+            "(features of SAEs: tcl.SAEFeatures)"
         )
     return BASES[basis]()
 

@@ -21,6 +21,10 @@ from tl_circuitlasso.models.prompt_forms import AnyPrompts
 from tl_circuitlasso.models.tokens import Batch, Prompts
 
 PAIR = 2  # prompts in a pair, so the fewest of a batch
+NO_PAIRS = (
+    "`tokens` gave no pairs of prompts, and two are compared at a time: give two or more in each batch, or their "
+    "partners as `corrupted`"
+)
 
 
 class PairBatch(NamedTuple):

@@ -20,6 +20,7 @@ from tl_circuitlasso.data.sites import Site, parse_site
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph.nodes import Block
 from tl_circuitlasso.models.encoder import Encoder
+from tl_circuitlasso.models.sae_checks import metadata
 
 MIXINGS = ("same", "mean", "heads", "pooled")
 PENALTIES = ("read", "l1", "adaptive")
@@ -33,8 +34,9 @@ class SAEFeatures:
 
     Parameters
     ----------
-    saes: {hook name: SAE}, or a list of pairs (hook name, SAE). A transcoder goes under the hook that it reads; where
-        it writes stands in its `hook_out`, or where SAELens keeps it, in `cfg.metadata.hook_name_out`.
+    saes: {hook name: SAE}, or a list of pairs (hook name, SAE), or of SAEs that say their hook (SAELens' do, in
+        `cfg.metadata.hook_name`). A transcoder goes under the hook that it reads; where it writes stands in its
+        `hook_out`, or where SAELens keeps it, in `cfg.metadata.hook_name_out`.
     pairs: "adjacent" (each hook with the next, in the order of computation), "all" (each hook with every later one) or
         a list of (hook, hook); every pair is a regression of its own. Hooks that feed no other one feed the target,
         unless the list has pairs (hook, "target").
@@ -191,10 +193,12 @@ def parse_hook(hook: str) -> Site:
 
 
 def _by_hook(saes: Any) -> dict[str, Any]:
-    ways = "give {hook name: SAE}, or a list of pairs (hook name, SAE)"
+    ways = "give {hook name: SAE}, or a list of pairs (hook name, SAE); SAEs alone must say their hook, as SAELens' do"
+    if metadata(saes).get("hook_name"):
+        saes = [saes]
     if not isinstance(saes, Mapping | list | tuple):  # an SAE of SAELens can be iterated over, too
         raise InputError(f"`saes` is a {type(saes).__name__}: {ways}")
-    given = list(saes.items() if isinstance(saes, Mapping) else saes)
+    given = list(saes.items()) if isinstance(saes, Mapping) else [_with_hook(item) for item in saes]
     if not given:
         raise InputError("`saes` is empty: give at least one {hook name: SAE}")
     for item in given:
@@ -208,6 +212,12 @@ def _by_hook(saes: Any) -> dict[str, Any]:
     if twice:
         raise InputError(f"`saes` names the hook {twice[0]} more than once: one SAE a hook, others in another call")
     return dict(given)
+
+
+def _with_hook(item: Any) -> Any:
+    """An SAE with the hook that it was trained at, if it says so; anything else as it is."""
+    hook = metadata(item).get("hook_name")
+    return (hook, item) if hook else item
 
 
 def _checked_pairs(pairs: Any, hooks: set[str]) -> Pairs:

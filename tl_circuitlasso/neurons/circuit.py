@@ -30,6 +30,7 @@ from tl_circuitlasso.models.bases import Neuron
 from tl_circuitlasso.models.names import act
 from tl_circuitlasso.models.neuron_scores import BySweep, Scoring, multiplied
 from tl_circuitlasso.models.neuron_sweep import SECANT
+from tl_circuitlasso.models.pairs import NO_PAIRS
 from tl_circuitlasso.neurons.behaviour import Behaviour
 from tl_circuitlasso.neurons.links import link
 from tl_circuitlasso.neurons.tally import Tally
@@ -64,7 +65,7 @@ def neuron_circuit(behaviour: Behaviour, basis: Neuron, *, strength: str | float
         assert other is not None  # every pair has a partner
         tally.add(key, batch, at, own, other)
     if not tally.prompts:
-        raise InputError("`tokens` gave no pairs of prompts: design 'read' needs two or more prompts in each batch")
+        raise InputError(NO_PAIRS)
     found = {key: tally.contributions(key).sum(0) for key in scoring.keys}
     difference = scoring.count.difference / tally.prompts
     facts = {
