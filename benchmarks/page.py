@@ -1,7 +1,7 @@
 """How smoothly the interactive page moves, in headless Chromium without a graphics card.
 
     python -m benchmarks.page                            5,000 edges of GPT-2 small's shape
-    python -m benchmarks.page --edges 20000
+    python -m benchmarks.page --edges 20000 --layers 18
     python -m benchmarks.page --screenshot page.png
 
 Prints how long the page takes to open, to draw all edges once, to draw a frame while it moves, and the frames per
@@ -91,6 +91,8 @@ def main() -> None:
     parser.add_argument("--screenshot", type=Path, help="save what the page shows to this .png")
     arguments = parser.parse_args()
     graph = random_graph(arguments.layers, arguments.heads, arguments.edges)
+    if graph.n_kept < arguments.edges:
+        parser.error(f"--edges: such a model has {graph.n_kept:,}; take more --layers or --heads")
     driver = browser()
     try:
         with tempfile.TemporaryDirectory() as folder:

@@ -122,10 +122,9 @@ def component_calls(model: Any, prompts: int) -> dict[str, Callable[[], object]]
 
 def feature_calls() -> dict[str, Callable[[], object]]:
     """Circuits of SAE features of stories260K: freshly made dictionaries, which cost the same as trained ones."""
-    folder = data_folder("models", "stories260K")
-    model = story_model(folder)
-    text = next(data_folder("datasets").rglob("*tories*.txt")).read_text(encoding="utf-8")
-    rows = story_rows(model, text, length=64, rows=256)
+    model = story_model()
+    text = data_folder("datasets", "tinystories", "valid_part_cased.txt").read_text(encoding="utf-8")
+    rows = story_rows(model, text, length=64, rows=512)
     saes = {hook: tcl.synthetic.random_sae(SAE_FEATURES, model.cfg.d_model, seed=i) for i, hook in enumerate(HOOKS)}
     basis = tcl.SAEFeatures(saes)
     return {"features": lambda: tcl.circuit_lasso(model, rows, basis=basis)}

@@ -594,7 +594,9 @@ def test_counterparts_stand_beside_the_prompts_or_in_a_file(tmp_path: Path, caps
 
 def test_a_file_is_read_before_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "p.csv").write_text("id,sentence\n1,a b\n")
-    assert "`--column` is missing" in refused(capsys, "discover", "no-such-model", str(tmp_path / "p.csv"))
+    assert "`--column` is missing" in refused(
+        capsys, "discover", "no-such-model", str(tmp_path / "p.csv"), "--out", str(tmp_path / "out")
+    )
 
 
 def test_answers_that_cannot_be_used_are_named(
