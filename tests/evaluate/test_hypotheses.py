@@ -67,6 +67,24 @@ def test_random_circuits_have_the_size_and_only_edges_on_paths(demo):
     assert int((larger & ~without).sum()) == 1 and bool((circuits[0] <= without).all())
 
 
+def test_random_circuits_of_pairs_keep_all_ports_or_none(demo, truth):
+    """Else the circuits that one without ports has to beat would be of heads that read q here and v there."""
+    layout = hypotheses.EdgeLayout(tcl.models.adapt(demo.model).shape)
+    draw = hypotheses._Random(layout, 0, merged=True)
+    circuits = torch.cat([draw.circuit(12) for _ in range(5)])
+    assert torch.equal(hypotheses.prune(circuits, layout), circuits)
+    nodes = torch.tensor(layout.targets()[0])
+    for circuit in circuits:
+        assert draw.size(circuit[None]) == 12
+        for node in nodes.unique():
+            ports = circuit[:, nodes == node][layout.mask()[:, nodes == node].any(1)]
+            assert bool((ports.all(1) == ports.any(1)).all())
+    larger, without = draw.inflated(circuits[:1])
+    assert draw.size(larger[None]) == draw.size(without[None]) + 1
+    kept = hypotheses.prune(hypotheses.kept_matrix(truth, layout), layout)
+    assert draw.size(kept) == truth.n_kept < int(kept.sum())
+
+
 def test_p_values_are_those_of_counts():
     wins = torch.arange(100) < 97
     assert hypotheses._beats("x", "", wins, 0.9, 0.05)["p_value"] == pytest.approx(binom.sf(96, 100, 0.9))

@@ -94,7 +94,7 @@ def tests(
         partial necessity  P(cutting it changes the model more than cutting a random one does) <= quantile; binomial
 
     Distances are means over prompts of |differences|. Random circuits have as many edges as the kept one, all of them
-    on paths.
+    on paths; where no kept edge has a port, they keep and lose q, k and v of a pair together, too.
 
     Parameters
     ----------
@@ -118,8 +118,8 @@ def tests(
     rows = live_rows(graph, layout, kept)
     if torch.equal(kept, prune(layout.mask()[None], layout)):
         raise InputError("`graph` keeps every edge: there is nothing outside of it to compare with; cut it first")
-    draw = _Random(layout, seed)
-    size = int(kept.sum())
+    draw = _Random(layout, seed, merged=not bool((graph.port[graph.kept] != 0).any()))
+    size = draw.size(kept)
     random = torch.cat([draw.circuit(size) for _ in range(circuits)])
     outside = layout.mask()[None] & ~torch.cat([kept, random])
     alone = _measured(setup, torch.cat([kept, random]))
@@ -188,12 +188,33 @@ def _measured(setup: Experiment, circuits: EdgeMatrix) -> _Values:
 
 
 class _Random:
-    """Random circuits and paths of a model, all edges of a circuit on a path."""
+    """Random circuits and paths of a model, all edges of a circuit on a path.
 
-    def __init__(self, layout: EdgeLayout, seed: int) -> None:
+    merged: an edge is a pair of nodes with all its ports. A circuit of such edges mustn't be compared with random ones
+    of as many ports, of which hardly any head would have its q, k and v together.
+    """
+
+    def __init__(self, layout: EdgeLayout, seed: int, *, merged: bool = False) -> None:
         self.layout, self.generator = layout, torch.Generator().manual_seed(seed)
         self.source, self.column = layout.mask().nonzero(as_tuple=True)
-        self.edges = Edges(self.source, torch.tensor(layout.targets()[0])[self.column], layout.index.ranks)
+        target = torch.tensor(layout.targets()[0])[self.column]
+        self.number = torch.arange(len(target))  # of the edge that each port belongs to
+        first_of = self.number
+        if merged:
+            _, self.number = (self.source * (layout.n_sources + 1) + target).unique(return_inverse=True)
+            first_of = torch.zeros(int(self.number.max()) + 1, dtype=torch.long)
+            first_of.scatter_(0, self.number, torch.arange(len(target)))
+        self.edges = Edges(self.source[first_of], target[first_of], layout.index.ranks)
+
+    def inside(self, circuit: Bool[Tensor, "1 source reader"]) -> Bool[Tensor, " edge"]:
+        """Which edges it has, with any port."""
+        found = torch.zeros(len(self.edges), dtype=torch.bool)
+        found[self.number[circuit[0, self.source, self.column]]] = True
+        return found
+
+    def size(self, circuit: Bool[Tensor, "1 source reader"]) -> int:
+        """How many edges it has."""
+        return int(self.inside(circuit).sum())
 
     def circuit(self, size: int) -> EdgeMatrix:
         """So many edges, in the order of random scores."""
@@ -212,7 +233,7 @@ class _Random:
 
     def inflated(self, kept: Bool[Tensor, "1 source reader"]) -> Bool[Tensor, "2 source reader"]:
         """The circuit and a random path that isn't all in it; and the same without one of the path's new edges."""
-        inside = kept[0, self.source, self.column]
+        inside = self.inside(kept)
         while True:
             path = torch.tensor(self.path())
             new = path[~inside[path]]
@@ -224,7 +245,8 @@ class _Random:
 
     def _matrix(self, rows: Tensor) -> EdgeMatrix:
         matrix = torch.zeros(1, self.layout.n_sources, self.layout.n_readers, dtype=torch.bool)
-        matrix[0, self.source[rows], self.column[rows]] = True
+        chosen = torch.isin(self.number, rows)
+        matrix[0, self.source[chosen], self.column[chosen]] = True
         return matrix
 
 
