@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import tl_circuitlasso as tcl
+from tests import architectures
 from tests.sae.training import PlainSAE, plain_sae
 from tl_circuitlasso.errors import InputError, ModelError
 from tl_circuitlasso.models import Prompts, adapt
@@ -17,6 +18,7 @@ from tl_circuitlasso.models.encoder import Encoder
 from tl_circuitlasso.models.hook_order import attention_between, computing_order
 from tl_circuitlasso.models.sae import load_sae
 from tl_circuitlasso.models.sae_checks import SAEMismatch, check_labels
+from tl_circuitlasso.testing import check_basis
 
 HOOK = "blocks.1.hook_resid_post"
 ARCHITECTURES = ("standard", "topk", "jumprelu", "gated", "matching_pursuit", "transcoder", "skip_transcoder")
@@ -61,6 +63,21 @@ def test_a_normalised_sae_decodes_with_the_scale_of_its_own_input(norm: str) -> 
     torch.testing.assert_close(encoder.encode_with_error(x, x)[1], alone)
     with torch.no_grad():
         torch.testing.assert_close(x - sae.decode(sae.encode(x)), alone)
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        *((kind, {}) for kind in ARCHITECTURES if "transcoder" not in kind),
+        ("topk", {"rescale_acts_by_decoder_norm": True}),
+        ("standard", {"normalize_activations": "layer_norm"}),
+        ("standard", {"normalize_activations": "constant_norm_rescale"}),
+        ("standard", {"dtype": "bfloat16"}),
+    ],
+)
+def test_every_architecture_passes_the_checks_of_a_basis(kind: str, more: dict[str, Any]) -> None:
+    model = architectures.hooked("gpt2")
+    assert len(check_basis(_lens_sae(kind, d_in=model.cfg.d_model, **more), model)) == 8
 
 
 def test_an_sae_is_left_as_it_was() -> None:
