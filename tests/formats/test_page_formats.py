@@ -169,6 +169,15 @@ def test_a_page_with_attention_features_errors_and_biases_is_read_and_written_ba
         tensors_of_page(formats.to_circuit_tracer(graph), graph)
 
 
+@pytest.mark.parametrize("text", ["x", 'a "quoted" one', 'say "p" (p=', ""])
+def test_a_targets_label_is_taken_whole_from_its_page(text: str) -> None:
+    page = foreign_page()
+    page["nodes"][-1]["clerp"] = f'Output "{text}" (p=0.500)'
+    graph = formats.from_circuit_tracer(page)
+    (target,) = tensors_of_page(formats.to_circuit_tracer(graph), graph)["logit_targets"]
+    assert target == (text, 11)
+
+
 def test_layers_below_the_logits_that_no_node_shows_are_counted() -> None:
     page = foreign_page()
     page["nodes"][-1] |= {"node_id": "9_11_1", "layer": "9"}

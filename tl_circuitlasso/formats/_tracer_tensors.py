@@ -119,7 +119,8 @@ def _layers(page: Mapping[str, Any], graph: AttributionGraph, said: Mapping[str,
 
 def _text(node: Mapping[str, Any], said: Mapping[str, Any]) -> str:
     """What a logit or target is called: as its file said, else as its label shows it."""
-    return said.get("labels", {}).get(node["node_id"]) or str(node["clerp"]).removeprefix('Output "').split('" (p=')[0]
+    shown = str(node["clerp"]).removeprefix('Output "').rsplit('" (p=', 1)[0]
+    return said.get("labels", {}).get(node["node_id"]) or shown
 
 
 def _config(
