@@ -1,9 +1,10 @@
-"""A make-believe accelerator: tensors that say `card:0`, compute on the CPU, and refuse to meet the CPU's.
+"""Make-believe accelerators: tensors that say `card:0` or `card:1`, compute on the CPU, and refuse to meet each other
+and the CPU's.
 
     with card() as device:
         graph = tcl.circuit_lasso(model.to(device), tokens)
 
-It finds what is left on the wrong device where there is no card. Of kernels, speed and rounding it tells nothing: the
+They find what is left on the wrong device where there is no card. Of kernels, speed and rounding it tells nothing: the
 numbers are the CPU's. The name is PyTorch's to give away once per process, so use it in a process of its own.
 """
 
@@ -27,19 +28,19 @@ _FROM_DATA = {torch.tensor, torch.as_tensor}  # read by PyTorch's own kernels, w
 
 
 class OnCard(Tensor):
-    """A tensor on the card; `inner` holds its numbers."""
+    """A tensor on a card; `inner` holds its numbers."""
 
     inner: Tensor
 
     @staticmethod
-    def __new__(cls, inner: Tensor) -> "OnCard":
+    def __new__(cls, inner: Tensor, index: int = 0) -> "OnCard":
         made = Tensor._make_wrapper_subclass(
             cls,
             inner.size(),
             strides=inner.stride(),
             storage_offset=inner.storage_offset(),
             dtype=inner.dtype,
-            device=torch.device(NAME, 0),
+            device=torch.device(NAME, index),
             requires_grad=inner.requires_grad,
         )
         made.inner = inner
@@ -57,13 +58,13 @@ class OnCard(Tensor):
         if func is Tensor.tolist:
             return args[0].inner.tolist()
         if func in (Tensor.numpy, Tensor.__array__):
-            raise TypeError("can't convert card:0 device type tensor to numpy: use Tensor.cpu() first")
+            raise TypeError(f"can't convert {args[0].device} device type tensor to numpy: use Tensor.cpu() first")
         return torch._C._disabled_torch_function_impl(func, types, args, kwargs or {})
 
 
 @contextmanager
 def card() -> Iterator[torch.device]:
-    """While it is open there is a device of the name "card"."""
+    """While it is open there are devices of the name "card"; the first of them."""
     if torch._C._get_privateuse1_backend_name() != NAME:
         backend_registration._setup_privateuseone_for_python_backend(NAME)
     with _Dispatch(), _FromData():
@@ -96,14 +97,15 @@ def _dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
     _refuse_mixtures(func, args, tensors, kwargs)
     if kwargs.get("device") is not None:
-        to_card = torch.device(kwargs["device"]).type == NAME
+        asked = torch.device(kwargs["device"])
+        index = (asked.index or 0) if asked.type == NAME else None
         kwargs = {**kwargs, "device": torch.device("cpu")}
     else:
-        to_card = any(isinstance(x, OnCard) for x in tensors)
+        index = next((x.device.index for x in tensors if isinstance(x, OnCard)), None)
     out = func(*tree_map(_inner, args), **tree_map(_inner, kwargs))
     if func._schema.is_mutable and func._schema.name.endswith("_"):
         return args[0]
-    return tree_map(lambda x: OnCard(x) if isinstance(x, Tensor) and to_card else x, out)
+    return tree_map(lambda x: OnCard(x, index) if isinstance(x, Tensor) and index is not None else x, out)
 
 
 def _inner(x: Any) -> Any:
@@ -122,8 +124,9 @@ def _refuse_mixtures(func: Any, args: Any, tensors: list[Tensor], kwargs: dict[s
     if func in _INDEXING and isinstance(args[0], OnCard):
         tensors = [x for x in args[2:3] if isinstance(x, Tensor)]
     left = [x for x in tensors if not isinstance(x, OnCard) and (x.ndim or (func in _INDEXING and x is args[0]))]
+    left += [x for x in on_card if x.device != on_card[0].device]  # numbers of another card neither
     if left:
         raise RuntimeError(
-            f"Expected all tensors to be on the same device, but {func} got one of shape {tuple(left[0].shape)} on the "
-            f"CPU beside one of shape {tuple(on_card[0].shape)} on the card"
+            f"Expected all tensors to be on the same device, but {func} got one of shape {tuple(left[0].shape)} on "
+            f"{left[0].device} beside one of shape {tuple(on_card[0].shape)} on {on_card[0].device}"
         )

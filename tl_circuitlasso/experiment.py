@@ -19,6 +19,7 @@ from tl_circuitlasso._checks import instance, one_of, whole_number, whole_or_non
 from tl_circuitlasso.data.targets import LogitDiff
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.models import Adapter
+from tl_circuitlasso.models.device import refuse_spread
 from tl_circuitlasso.models.metric import Metric
 from tl_circuitlasso.models.pairs import Pairs, pairs_of
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
@@ -180,14 +181,17 @@ class Experiment:
         metric = "" if self.metric is None else f", metric={type(self.metric).__name__}"
         return f"Experiment({len(self)} prompts{partners}{metric}, ablation={self.cut!r})"
 
-    def ready(self, *, metric: bool = True, cut: bool = True, fitted: str = "") -> "Experiment":
+    def ready(self, *, metric: bool = True, cut: bool = True, fitted: str = "", spread: bool = False) -> "Experiment":
         """Itself, where it has what a verb takes: a metric, what cut edges carry, and that not `fitted`, if that says
-        to what constants would be.
+        to what constants would be; a model on several devices only where the verb follows one that is `spread`.
 
         Raises
         ------
-        InputError: no metric, no corrupted prompts though the ablation reads them, or optimal ablation.
+        InputError: no metric, no corrupted prompts though the ablation reads them, or optimal ablation. ModelError: a
+        model on several devices.
         """
+        if not spread or self.cut == "optimal":
+            refuse_spread(self.adapter.model, "ablation 'optimal'" if spread else "what was called")
         if metric and self.metric is None:
             raise InputError(MISSING)
         reads = self.cut == "patch" or (self.cut != "zero" and self.mean_over == "corrupted")

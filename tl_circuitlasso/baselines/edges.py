@@ -70,12 +70,17 @@ def _readers(
 
 def written_out(adapter: Adapter, parts: Written, chosen: tuple[Tensor, ...]) -> Float[Tensor, "source token d_model"]:
     """What each source writes to the residual stream at some (prompt, position) pairs."""
-    pieces = [parts.input[chosen][None]]
+    pieces = [at_tokens(parts.input, chosen)[None]]
     for layer, heads in enumerate(parts.heads):
-        pieces.append(torch.bmm(heads[chosen].transpose(0, 1), adapter.writer(layer)[0]))
+        pieces.append(torch.bmm(at_tokens(heads, chosen).transpose(0, 1), adapter.writer(layer)[0]))
         if parts.mlps:
-            pieces.append(parts.mlps[layer][chosen][None])
-    return torch.cat(pieces)
+            pieces.append(at_tokens(parts.mlps[layer], chosen)[None])
+    return torch.cat([piece.to(adapter.device) for piece in pieces])
+
+
+def at_tokens(values: Float[Tensor, "batch pos *rest"], chosen: tuple[Tensor, ...]) -> Float[Tensor, "token *rest"]:
+    """The values at some (prompt, position) pairs, on their own device."""
+    return values[tuple(index.to(values.device) for index in chosen)]
 
 
 def pieces_of(layout: EdgeLayout, keep: Bool[Tensor, "batch pos"], itemsize: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -107,7 +112,8 @@ def add_products(
             grads = derivative(layer, port, chosen)
             if grads is not None:
                 rows = slice(layout.sources_of(layer, port))
-                scores[rows, layout.columns(layer, port)] += (sources[rows] @ grads.flatten(1).T).double()
+                read = grads.flatten(1).T.to(sources.device)
+                scores[rows, layout.columns(layer, port)] += (sources[rows] @ read).double()
 
 
 def traced_derivative(adapter: Adapter, traced: Trace) -> Derivative:
@@ -117,10 +123,11 @@ def traced_derivative(adapter: Adapter, traced: Trace) -> Derivative:
 
     def at(layer: int, port: str, chosen: Chosen) -> Float[Tensor, "head token d_model"]:
         if layer == len(layers):
-            return traced.unembed[chosen][None]
+            return at_tokens(traced.unembed, chosen)[None]
         if port == "":
-            return traced.mlps[layer][chosen][None]
-        at_port = traced.ports[layer][port][chosen]  # type: ignore[index]
-        return read_gradient(reads[layer, port], traced.streams.attn[layer][chosen], at_port)  # type: ignore[index]
+            return at_tokens(traced.mlps[layer], chosen)[None]
+        at_port = at_tokens(traced.ports[layer][port], chosen)  # type: ignore[index]
+        stream = at_tokens(traced.streams.attn[layer], chosen).to(at_port.device)
+        return read_gradient(reads[layer, port], stream, at_port)  # type: ignore[index]
 
     return at

@@ -64,7 +64,7 @@ def eap(
     3
     """
     setup = Experiment.of(model, clean, corrupted, metric, **options)
-    return attribute(Setting("eap", setup, 1), at_clean)
+    return attribute(Setting("eap", setup, 1, spread=True), at_clean)
 
 
 @verb
@@ -89,7 +89,7 @@ def eap_ig(
     3
     """
     setup = Experiment.of(model, clean, corrupted, metric, **options)
-    return attribute(Setting("eap_ig", setup, steps), along_inputs)
+    return attribute(Setting("eap_ig", setup, steps, spread=True), along_inputs)
 
 
 @verb
@@ -113,7 +113,7 @@ def clean_corrupted(
     3
     """
     setup = Experiment.of(model, clean, corrupted, metric, **options)
-    return attribute(Setting("clean_corrupted", setup, 2), _at_ends)
+    return attribute(Setting("clean_corrupted", setup, 2, spread=True), _at_ends)
 
 
 @verb
@@ -160,11 +160,13 @@ class Setting:
     steps: int
     metric: bool = True  # whether the method reads one
     derivatives: bool = True  # whether it takes any
+    spread: bool = False  # whether it follows a model whose layers are on several devices
 
     def __post_init__(self) -> None:
         if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 1:
             raise InputError(f"`steps` is {self.steps!r}: the number of integration steps is an integer >= 1")
-        self.experiment.ready(metric=self.metric, fitted="a circuit, and there's none here")
+        fitted = "a circuit, and there's none here"
+        self.experiment.ready(metric=self.metric, fitted=fitted, spread=self.spread)
         if self.derivatives:
             warn_of_attached_saes(self.experiment.adapter.model)
 

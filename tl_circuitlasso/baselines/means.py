@@ -35,7 +35,8 @@ def mean_written(data: Pairs, *, over: str, input_node: str, everywhere: bool = 
     if everywhere:
         total, count = total.map(lambda part: part.sum(1, keepdim=True)), count.sum(1, keepdim=True)
     dtype = data.adapter.compute_dtype
-    return total.map(lambda part: (part / count.clamp_min(1).view(1, -1, *[1] * (part.ndim - 2))).to(dtype))
+    count = count.clamp_min(1)
+    return total.map(lambda part: (part / count.to(part.device).view(1, -1, *[1] * (part.ndim - 2))).to(dtype))
 
 
 def zeros_written(adapter: Adapter) -> Written:
@@ -43,7 +44,8 @@ def zeros_written(adapter: Adapter) -> Written:
     shape = adapter.shape
     wide = torch.zeros(1, 1, shape.d_model, dtype=adapter.compute_dtype, device=adapter.device)
     heads = wide.new_zeros(1, 1, shape.n_heads, shape.d_head)
-    return Written(wide, (heads,) * shape.n_layers, () if shape.attn_only else (wide,) * shape.n_layers)
+    of_heads, of_mlps = (tuple(part.to(place) for place in adapter.places) for part in (heads, wide))
+    return Written(wide, of_heads, () if shape.attn_only else of_mlps)
 
 
 def for_batch(adapter: Adapter, values: Written, batch: Batch, input_node: str) -> Written:
@@ -64,4 +66,5 @@ def _over(data: Pairs, over: str) -> Iterator[Batch]:
 
 
 def _masked_sum(part: Tensor, mask: Tensor) -> Tensor:
+    mask = mask.to(part.device)
     return (part.double() * mask.view(*mask.shape, *[1] * (part.ndim - 2))).sum(0, keepdim=True)

@@ -48,7 +48,7 @@ def information_flow_routes(
     True
     """
     began = time.perf_counter()
-    setup = Experiment.of(model, clean, input_node=input_node, **options)
+    setup = Experiment.of(model, clean, input_node=input_node, **options).ready(metric=False, cut=False)
     data, layout = setup.pairs, EdgeLayout(setup.adapter.shape)
     scores = torch.zeros(layout.n_sources, layout.n_readers, dtype=torch.float64, device=data.adapter.device)
     for batch in _watched(data, "information_flow_routes", setup.progress):
@@ -110,7 +110,7 @@ def correlation(
     (118, True)
     """
     began = time.perf_counter()
-    setup = Experiment.of(model, clean, **options)
+    setup = Experiment.of(model, clean, **options).ready(metric=False, cut=False)
     data, layout = setup.pairs, EdgeLayout(setup.adapter.shape)
     rv = _rv(_covariance(data, layout, seed, setup.progress), len(layout.index)).cpu()
     made = _record("correlation", data, "squared correlation", began, seed=seed)

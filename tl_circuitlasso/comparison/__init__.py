@@ -215,7 +215,7 @@ def _experiment(
         if options:
             raise InputError(f"`{next(iter(options))}` is for measuring on a model: give `model`, `clean` and `metric`")
         return None
-    return Experiment.of(model, clean, corrupted, metric, ablation, **options).ready()
+    return Experiment.of(model, clean, corrupted, metric, ablation, **options).ready(spread=True)
 
 
 def _check_same_model(graphs: Mapping[str, AttributionGraph]) -> None:

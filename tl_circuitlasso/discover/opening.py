@@ -38,7 +38,7 @@ def opened(request: Request) -> Iterator[Job[Any]]:
     way = way_for(request.design, request.basis)
     what = way.asked(request, target)
     with ranks.together(), on_device(request.model, request.device):
-        adapter = adapt(request.model)
+        adapter = adapt(request.model, spread=way.spread)
         refuse_altered(adapter.model)
         options = {name: getattr(request, name) for name in ("attention_mask", "positions", "batch_size")}
         prompts = checked_prompts(adapter, request.tokens, paired=way.pairs(what), **options)

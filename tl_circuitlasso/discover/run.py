@@ -224,7 +224,7 @@ def collect_statistics(
     what = way.of_basis(basis, nonlinear=nonlinear)
     target, seed, file = as_target(target), as_seed(seed), file_name("checkpoint", checkpoint)
     with ranks.together():
-        adapter = adapt(model)
+        adapter = adapt(model, spread=way.spread)
         refuse_altered(adapter.model)
         options = {"attention_mask": attention_mask, "positions": positions, "batch_size": batch_size}
         prompts = checked_prompts(adapter, tokens, paired=what.paired, **options)

@@ -187,6 +187,8 @@ class Way(ABC, Generic[What]):
     from them, and is entered in `designs.DESIGNS` by its name.
     """
 
+    spread = False  # whether it follows a model whose layers are on several devices
+
     @abstractmethod
     def asked(self, request: Request, target: Target) -> What:
         """What the request's basis and design mean together; what the way doesn't use is refused."""

@@ -80,7 +80,7 @@ def confirm(
     model, graph = in_order(model, graph)
     ranks = as_ranks(process_group)
     with ranks.together():
-        setup = Experiment.of(model, clean, corrupted, metric, ablation, **options).ready()
+        setup = Experiment.of(model, clean, corrupted, metric, ablation, **options).ready(spread=True)
         layout = check_graph(graph, setup.adapter)
         live = live_rows(graph, layout, kept_matrix(graph, layout))
         rows = _weakest(graph, live, budget)

@@ -136,7 +136,7 @@ def curves(
     True
     """
     _check_sizes(sizes)
-    setup = Experiment.of(model, clean, corrupted, metric, ablation, **options).ready()
+    setup = Experiment.of(model, clean, corrupted, metric, ablation, **options).ready(spread=True)
     if any(map(has_features, graphs.values())):
         return _feature_curves(setup, graphs, sizes, seed)
     layouts = [check_graph(graph, setup.adapter) for graph in graphs.values()]

@@ -112,7 +112,7 @@ def faithfulness(
     >>> found.nodes, found.faithfulness > 0.9, found.low <= found.faithfulness <= found.high
     (6, True, True)
     """
-    setup = Experiment.of(model, clean, corrupted, metric, ablation, **options).ready()
+    setup = Experiment.of(model, clean, corrupted, metric, ablation, **options).ready(spread=True)
     return _either(setup, graph, level, seed, complement=False)
 
 
@@ -137,7 +137,7 @@ def completeness(
     >>> abs(completeness(demo.model, demo.circuit, demo.tokens, demo.corrupted, demo.target).faithfulness) < 0.1
     True
     """
-    setup = Experiment.of(model, clean, corrupted, metric, ablation, **options).ready()
+    setup = Experiment.of(model, clean, corrupted, metric, ablation, **options).ready(spread=True)
     return _either(setup, graph, level, seed, complement=True)
 
 

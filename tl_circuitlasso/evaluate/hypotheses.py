@@ -112,7 +112,7 @@ def tests(
     ['equivalence', 'independence', 'minimality', 'sufficiency', 'partial necessity']
     """
     _check(circuits, quantile, margin, level)
-    setup = Experiment.of(model, clean, corrupted, metric, ablation, **options).ready()
+    setup = Experiment.of(model, clean, corrupted, metric, ablation, **options).ready(spread=True)
     layout = check_graph(graph, setup.adapter)
     kept = prune(kept_matrix(graph, layout), layout)
     rows = live_rows(graph, layout, kept)

@@ -55,7 +55,7 @@ def minimality(
     >>> list(table.columns), bool(table.useless.any())
     (['source', 'target', 'port', 'drop', 'low', 'high', 'useless'], False)
     """
-    setup = Experiment.of(model, clean, corrupted, metric, ablation, **options).ready()
+    setup = Experiment.of(model, clean, corrupted, metric, ablation, **options).ready(spread=True)
     if has_features(graph):
         names, found = _without_each_node(setup, graph)
         parts: dict[str, list[str]] = {"node": names}

@@ -81,7 +81,7 @@ def report(
     >>> list(found.table.index)
     ['planted', 'magnitude', 'random']
     """
-    setup = Experiment.of(model, clean, corrupted, metric, ablation, **options).ready()
+    setup = Experiment.of(model, clean, corrupted, metric, ablation, **options).ready(spread=True)
     drawn = curves(setup, {**graphs, **_ignorant(setup, graphs, seed)}, seed=seed)
     kept = {name: faithfulness(setup, graph, seed=seed) for name, graph in graphs.items()}
     rest = {name: completeness(setup, graph, seed=seed) for name, graph in graphs.items()}

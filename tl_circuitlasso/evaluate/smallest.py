@@ -67,7 +67,7 @@ def smallest(
     (True, True)
     """
     fraction("share", share, f"of the behaviour, such as {SHARE}")
-    setup = Experiment.of(model, clean, corrupted, metric, ablation, **options).ready()
+    setup = Experiment.of(model, clean, corrupted, metric, ablation, **options).ready(spread=True)
     layout = check_graph(graph, setup.adapter)
     most = graph.keep(torch.ones(len(graph), dtype=torch.bool)).prune().n_kept
     found: dict[int, float] = {}

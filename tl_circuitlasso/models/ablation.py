@@ -30,7 +30,7 @@ def from_run(adapter: Adapter, tokens: Int[Tensor, "batch pos"], mask: Bool[Tens
     made = record_all(adapter, tokens, mask)
     scales: dict[int, Tensor] = {}
     if layers := _scaled_biases(adapter):
-        acts = adapter.run(tokens, mask, [act("scale.attn_out", layer) for layer in layers])
+        acts = adapter.run(tokens, mask, [act("scale.attn_out", layer) for layer in layers], gathered=False)
         scales = {layer: 1 / acts[act("scale.attn_out", layer)] for layer in layers}
     bias_scales = tuple(scales.get(layer) for layer in range(adapter.shape.n_layers))
     return Ablated(made.written, made.streams, bias_scales, made.logits)
@@ -41,6 +41,7 @@ def from_values(adapter: Adapter, written: Written) -> Ablated:
     stream, attn, mlp = written.input, [], []
     scaled = _scaled_biases(adapter)
     for layer, heads in enumerate(written.heads):
+        stream = stream.to(heads.device)
         attn.append(stream)
         weight, bias = adapter.writer(layer)
         behind = stream + heads.flatten(2) @ weight.flatten(0, 1) + (0 if layer in scaled else bias)
@@ -48,6 +49,7 @@ def from_values(adapter: Adapter, written: Written) -> Ablated:
             mlp.append(stream if adapter.shape.parallel else behind)
             behind = behind + written.mlps[layer]
         stream = behind
+    stream = stream.to(adapter.device)
     zero = torch.zeros_like(stream[..., :1])
     bias_scales = tuple(zero if layer in scaled else None for layer in range(adapter.shape.n_layers))
     return Ablated(written, Streams(tuple(attn), tuple(mlp), stream), bias_scales, unembed(adapter, stream))

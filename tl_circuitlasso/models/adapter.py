@@ -25,38 +25,66 @@ from tl_circuitlasso.models.architecture import (
     refuse_circumstances,
     refuse_unsupported,
 )
-from tl_circuitlasso.models.device import refuse_spread
-from tl_circuitlasso.models.hooks import COSTLY_FLAGS, find_module
-from tl_circuitlasso.models.norms import Norm, read_norm
+from tl_circuitlasso.models.device import ELSEWHERE, devices_of, refuse_offloaded, refuse_spread
+from tl_circuitlasso.models.hooks import COSTLY_FLAGS
+from tl_circuitlasso.models.norms import Norm
 from tl_circuitlasso.models.passes import Runner
-from tl_circuitlasso.models.weights import MLP, Port, Reader, read_mlp, read_port, read_unembed, read_writer
+from tl_circuitlasso.models.weights import (
+    MLP,
+    Port,
+    Reader,
+    read_final_norm,
+    read_mlp,
+    read_port,
+    read_unembed,
+    read_writer,
+)
 
 CACHE_BYTES = 32 << 20  # folded weights kept in memory; folding a layer again takes a hundredth of running it
 
 
-def adapt(model: Any) -> "Adapter":
+def adapt(model: Any, *, spread: bool = False) -> "Adapter":
     """The adapter of a model.
 
     `model` is a HookedTransformer, HookedSAETransformer, TransformerBridge or SAETransformerBridge. It is read, not
-    changed; folded weights are computed when first asked for, so make a new adapter after changing weights.
+    changed; folded weights are computed when first asked for, so make a new adapter after changing weights. `spread`:
+    whether its layers may lie on several devices, which the caller then minds (`Runner.place`, `refuse_spread`).
 
     Raises ModelError, with the reason, for encoders, encoder-decoders, state-space models, multi-head latent
-    attention, 4-bit weights, weights on several devices or without values (meta device), NaN or infinite weights.
+    attention, 4-bit weights, weights without values (meta device) or on several devices where that can't be followed
+    or where TransformerLens itself can't run them so, NaN or infinite weights.
     """
     if isinstance(model, Adapter):  # of a caller that has one already
         return model
     kind = kind_of(model)
     refuse_circumstances(model)
     refuse_unsupported(model)
-    refuse_spread(model)
+    refuse_offloaded(model)
+    if not spread:
+        refuse_spread(model, "what was called")
     check_weights(model)
-    return Adapter(model, kind)
+    adapter = Adapter(model, kind)
+    if adapter.spread:
+        _try_out(adapter)
+    return adapter
+
+
+def _try_out(adapter: "Adapter") -> None:
+    """Run a model that is spread on one token: TransformerLens places layers by free memory, runs them by number."""
+    try:
+        adapter.run(torch.zeros(1, 1, dtype=torch.long, device=adapter.device), None, ["logits"])
+    except RuntimeError as error:
+        raise ModelError(
+            f"TransformerLens can't run `model` as it is spread over {', '.join(devices_of(adapter.model))} ({error}): "
+            f"load it by `TransformerBridge.boot_transformers(name, device_map=...)`, or {ELSEWHERE}"
+        ) from error
 
 
 class Adapter(Runner):
     """A model seen as a residual stream with heads and MLPs; made by `adapt`. How to run it: `Runner.run`.
 
-    All tensors come back on the model's device, in float32 (float64 for a float64 model).
+    All tensors come back in float32 (float64 for a float64 model), on the model's device; of a model that is spread
+    over several, a layer's weights on that of the layer (`place`).
     """
 
     def __init__(self, model: Any, kind: str) -> None:
@@ -105,7 +133,7 @@ class Adapter(Runner):
         """The norm whose divisor is called `scale` ("scale.attn.3", "scale.mlp.3", "scale.final"); None without one."""
         kind, _, layer = scale.removeprefix("scale.").partition(".")
         if kind == "final":
-            return self.folded(scale, 0, lambda: read_norm(find_module(self.model, "ln_final"), self.compute_dtype))
+            return self.folded(scale, 0, lambda: read_final_norm(self.model, self.compute_dtype))
         number = int(layer)
         name = self.layouts[number].attn_norm if kind == "attn" else self.layouts[number].mlp_norm
         return self.folded(scale, number, lambda: norm_at(self.model, number, name, self.compute_dtype))

@@ -92,7 +92,7 @@ def closure_report(
     tokens, mask = tokens[:MAX_PROMPTS], None if mask is None else mask[:MAX_PROMPTS]
     real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
     real = real.to(adapter.device)
-    acts = adapter.run(tokens, mask, _keys(adapter, ports))
+    acts = adapter.run(tokens, mask, _keys(adapter, ports), gathered=False)
     check = _Check(adapter, acts, real, {})
     stream = acts[act("resid_pre", 0)]
     for layer in range(adapter.shape.n_layers):
@@ -123,7 +123,8 @@ class _Check:
 
     def compare(self, relation: str, mine: Tensor, theirs: Tensor) -> None:
         """Largest over real positions of |mine - theirs| / |theirs|, with a floor at the typical size of theirs."""
-        mine, theirs = mine[self.real].flatten(1), theirs[self.real].flatten(1)
+        real = self.real.to(theirs.device)
+        mine, theirs = mine.to(theirs.device)[real].flatten(1), theirs[real].flatten(1)
         size = theirs.norm(dim=1)
         floor = 0.01 * size.square().mean().sqrt() + 1e-12
         self.errors[relation] = float(((mine - theirs).norm(dim=1) / size.clamp_min(floor)).max())
@@ -132,6 +133,7 @@ class _Check:
 def _check_layer(check: _Check, layer: int, stream: Tensor, ports: bool) -> Tensor:
     """Check one layer from the residual stream in front of it; returns the stream behind it."""
     adapter, acts = check.adapter, check.acts
+    stream = stream.to(adapter.places[layer])
     weight, bias = adapter.writer(layer)
     scale = acts[act("scale.attn_out", layer)]
     heads = (torch.einsum("bphe,hed->bpd", acts[act("z", layer)], weight) + bias) / scale
@@ -173,7 +175,8 @@ def read_through(
         torch.einsum("bpd,hde->bphe", stream, reader.weight) / acts[act("scale.attn", layer)][..., None] + reader.bias
     )
     if reader.position_weight is not None:
-        read = read + torch.einsum("bpd,hde->bphe", acts["pos_embed"], reader.position_weight)
+        positions = acts["pos_embed"].to(read.device)
+        read = read + torch.einsum("bpd,hde->bphe", positions, reader.position_weight)
     if port == "v":
         return read
     read = read / repeat_heads_last(acts[head_scale(port, layer)], adapter.shape.n_heads)
@@ -217,5 +220,5 @@ def _check_mlp(check: _Check, layer: int, stream: Tensor) -> None:
 
 def _check_logits(check: _Check, stream: Tensor) -> None:
     weight, bias = check.adapter.unembed()
-    logits = stream @ weight / check.acts["scale.final"] + bias
+    logits = stream.to(weight.device) @ weight / check.acts["scale.final"] + bias
     check.compare("logits", soft_cap(check.adapter.logit_soft_cap)(logits), check.acts["logits"])

@@ -242,7 +242,8 @@ def sample_of(adapter: Adapter, plan: Plan, batch: Batch, number: int, *, run: b
     """
     if plan.target is not None and batch.start + len(batch.tokens) > len(plan.target):
         check_length(plan.target, batch.start + len(batch.tokens))
-    acts = adapter.run(*batch.run, set(plan.design.wanted(adapter, plan.target))) if run else {}
+    wanted = set(plan.design.wanted(adapter, plan.target))
+    acts = adapter.run(*batch.run, wanted, gathered=False) if run else {}
     _check_finite(acts, batch.keep if batch.partners is None else torch.cat([batch.keep, batch.keep]))
     return Sample(
         acts=acts,
@@ -260,7 +261,7 @@ def _check_finite(acts: dict[str, Tensor], keep: Bool[Tensor, "batch pos"]) -> N
     for key, value in acts.items():
         if bool(value.sum().isfinite()):  # pads may hold anything, so a failure here needs a closer look
             continue
-        real = value[keep] if value.shape[:2] == keep.shape else value
+        real = value[keep.to(value.device)] if value.shape[:2] == keep.shape else value
         if not bool(real.isfinite().all()):
             raise ModelError(f"activations at {key} are NaN or infinite: check the model's weights and its dtype")
 

@@ -4,7 +4,7 @@ The scale is one number per token (per head for a query/key norm); everything el
 the weights in front of or behind the norm. Centring, gain and bias are told apart here for every kind of norm.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -31,6 +31,11 @@ class Norm:
     gain: Float[Tensor, "..."] | None
     bias: Float[Tensor, "width"] | None
     eps: float
+
+    def to(self, device: torch.device) -> "Norm":
+        """The same norm on another device."""
+        gain, bias = (None if part is None else part.to(device) for part in (self.gain, self.bias))
+        return replace(self, gain=gain, bias=bias)
 
 
 def read_norm(module: nn.Module | None, dtype: torch.dtype) -> Norm | None:

@@ -191,7 +191,7 @@ def pairs_of(
     ------
     InputError: prompts that can't be read, another number of them, or a partner of another length.
     """
-    adapter = model if isinstance(model, Adapter) else adapt(model)
+    adapter = model if isinstance(model, Adapter) else adapt(model, spread=True)
     if isinstance(clean, Prompts):
         own = clean.gathered()
     else:

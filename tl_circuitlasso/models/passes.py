@@ -20,8 +20,9 @@ from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.models import rotary
 from tl_circuitlasso.models.activations import INPUT, Context, Heard, Plan, assert_fired, check_keys, plan
 from tl_circuitlasso.models.architecture import Shape, architecture_of, is_shortformer, layout_of, shape_of
+from tl_circuitlasso.models.device import devices_of, layer_devices
 from tl_circuitlasso.models.hooks import Observer, Place, find_module, is_a, observe, resting, without_costly_flags
-from tl_circuitlasso.models.names import act
+from tl_circuitlasso.models.names import KINDS, act
 
 Edits = Iterable[tuple[str, Observer]]  # in this order where they meet; what an edit returns, if anything, flows on
 
@@ -36,7 +37,8 @@ class Runner:
         self.layouts = tuple(layout_of(model, layer) for layer in range(self.shape.n_layers))
         self.architecture = architecture_of(model)
         like = model.blocks[0].attn.W_O
-        self.device: torch.device = like.device
+        self.places = layer_devices(model)
+        self.device: torch.device = model.unembed.W_U.device  # where sums meet if layers are on several
         self.dtype: torch.dtype = like.dtype
         self.compute_dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         self.model_seconds = 0.0  # of the processor, in the model itself: what all else is measured by
@@ -49,6 +51,7 @@ class Runner:
         *,
         edits: Edits = (),
         stop_at_layer: int | None = None,
+        gathered: bool = True,
     ) -> dict[str, Tensor]:
         """One forward pass without gradients; the activations named in `wanted`.
 
@@ -68,7 +71,8 @@ class Runner:
 
         `mask` is True at real tokens (None: all are real) and always reaches the model, so left and right padding are
         right. Layers that no key needs are not run; `stop_at_layer` stops before that layer in any case. Values are
-        references into the forward pass, not copies: don't change them in place.
+        references into the forward pass, not copies: don't change them in place. Of a model that is spread over several
+        devices they are `gathered` on `device`, or stay at their `place`.
 
         Raises InputError for unknown keys (naming near matches), and for padding under bidirectional attention, which
         HookedTransformer would attend to; ModelError where a hook never fired.
@@ -76,7 +80,19 @@ class Runner:
         made = ForwardPass(self, tokens, mask, wanted, stop_at_layer=stop_at_layer)
         made.run(edits)
         with torch.no_grad():
-            return {key: made[key].detach().to(self.device) for key in made.keys}
+            return {key: made[key].detach().to(self.device if gathered else self.place(key)) for key in made.keys}
+
+    def place(self, key: str) -> torch.device:
+        """The device of an activation: that of its layer, and `device` for both ends of the residual stream, logits,
+        and hook names."""
+        kind, _, layer = key.rpartition(".")
+        ends = key in (act("resid_pre", 0), self.final)
+        return self.device if ends or kind not in KINDS else self.places[int(layer)]
+
+    @property
+    def spread(self) -> bool:
+        """Whether weights are on more than one device."""
+        return len(devices_of(self.model)) > 1
 
     def sound_mask(
         self, tokens: Int[Tensor, "batch pos"], mask: Bool[Tensor, "..."] | None
@@ -193,7 +209,10 @@ class ForwardPass:
         """
         made = self._plans[key]
         assert_fired((made,), self._heard, self.runner.architecture)
-        return made.derive(self._heard, self._context).to(self.runner.compute_dtype)
+        return self._placed(made.derive(self._heard, self._context), key)
+
+    def _placed(self, activation: Tensor, key: str) -> Tensor:
+        return activation.to(self.runner.place(key), self.runner.compute_dtype)
 
     def gradients_of(self, value: Float[Tensor, ""], keys: Iterable[str]) -> dict[str, Tensor]:
         """The derivative of `value` at activations that one hook shows, zero where it doesn't depend on them."""
@@ -202,7 +221,7 @@ class ForwardPass:
         parts = torch.autograd.grad(value, [self._heard[path] for path in ways], allow_unused=True)
         known = {path: part for path, part in zip(ways, parts) if part is not None}
         found = {path: known.get(path, torch.zeros_like(self._heard[path])) for path in paths.values()}
-        return {key: self._plans[key].derive(found, self._context).to(self.runner.compute_dtype) for key in paths}
+        return {key: self._placed(self._plans[key].derive(found, self._context), key) for key in paths}
 
     # -- listening -------------------------------------------------------------------------------------------------
 

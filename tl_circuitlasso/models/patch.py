@@ -202,7 +202,7 @@ class _Readers:
             return None
         changed, added = activation.clone(), None
         if port != "v" and self.adapter.shortformer:  # positions join what is read, not the residual stream
-            stream = self.value(act("resid_pre", layer)).flatten(0, 1)
+            stream = self._in_front(layer).flatten(0, 1)
             reads = port_projection(self.adapter, layer, port)
             scale = None if reads.norm is None else scale_of(stream, reads.norm)
             added = activation - project(reads, stream, scale, list(range(self.adapter.shape.n_heads)))
@@ -258,7 +258,7 @@ class _Readers:
         groups = self._equal_readers(layer, copy)
         if not groups:
             return
-        stream, batch = self.value(act("resid_pre", layer)), self.sizes[1]
+        stream, batch = self._in_front(layer), self.sizes[1]
         reads: dict[Port, Projection] = {port: port_projection(self.adapter, layer, port) for port in PORTS}
         firsts = [((layer, group[0][0]), group[0][1]) for group in groups]
         shared = [(number, group) for number, group in enumerate(groups) if len(group) > 1]
@@ -272,6 +272,10 @@ class _Readers:
                 scale = None if scales is None else scales[number]
                 for port, heads in by_port(group):
                     yield port, _Change(rows, heads, project(reads[port], seen[number], scale, heads))
+
+    def _in_front(self, layer: int) -> Float[Tensor, "circuit batch pos d_model"]:
+        """The stream in front of a layer, where its weights are."""
+        return self.value(act("resid_pre", layer)).to(self.adapter.places[layer])
 
     def _equal_readers(self, layer: int, copy: int) -> list[list[tuple[Port, int]]]:
         """The heads of a layer, by port, that see another stream than the model's: those that see the same together,
@@ -294,14 +298,14 @@ class _Readers:
         columns = coefficients.any(0).nonzero().flatten().tolist()
         columns = self.sources.span(columns) if columns else columns
         coefficients = coefficients[:, columns].to(stream)
-        base = self._base(readers[0][0], copy)
+        base = self._base(readers[0][0], copy).to(stream.device)
         size = max(1, PIECE // (stream[0, 0].nbytes * (len(readers) + len(columns))))
         for first in range(0, self.sizes[1], size):
             prompts = slice(first, min(first + size, self.sizes[1]))
             seen = torch.stack([stream[copy, prompts] if now else base[prompts] for now in from_current])
             if columns:
                 sources = self.sources.written_out(columns, copy, prompts)
-                seen.view(len(readers), -1).addmm_(coefficients, sources.flatten(1))
+                seen.view(len(readers), -1).addmm_(coefficients, sources.flatten(1).to(seen.device))
             yield prompts, seen
 
     def _base(self, kind: ReaderKind, copy: int) -> Float[Tensor, "batch pos d_model"]:
@@ -312,6 +316,6 @@ class _Readers:
         own_attention = port == "" and not end and not shape.parallel
         for before in range(layer + own_attention):
             if (was := self.ablated.bias_scales[before]) is not None:
-                change = 1 / self.value(act("scale.attn_out", before))[copy] - was
-                base = base + change * self.adapter.writer(before)[1]
+                scale = self.value(act("scale.attn_out", before))[copy]
+                base = base + ((1 / scale - was.to(scale.device)) * self.adapter.writer(before)[1]).to(base.device)
         return base

@@ -19,7 +19,7 @@ from tl_circuitlasso.models.architecture import norm_at
 from tl_circuitlasso.models.attention import PORTS, Attending, keeps_heads_shared
 from tl_circuitlasso.models.hooks import find_module
 from tl_circuitlasso.models.names import Kind, act, as_projected
-from tl_circuitlasso.models.norms import Norm, apply_norm, fold_behind, read_norm, scale_of
+from tl_circuitlasso.models.norms import Norm, apply_norm, fold_behind, scale_of
 from tl_circuitlasso.models.passes import ForwardPass
 from tl_circuitlasso.models.weights import Port, port_weights, repeat_heads
 
@@ -29,6 +29,7 @@ class Written:
     """What every component writes to the residual stream, in the order of computation.
 
     Heads are kept as z (divided by the scale of a norm behind attention): head h writes heads[l][:, :, h] @ W_O[h].
+    Each layer's are where the layer is.
     """
 
     input: Float[Tensor, "batch pos d_model"]
@@ -68,7 +69,7 @@ def record(
     mask: Bool[Tensor, "batch pos"] | None = None,
 ) -> Written:
     """One forward pass: what every component writes."""
-    return written_in(adapter, adapter.run(tokens, mask, written_keys(adapter)))
+    return written_in(adapter, adapter.run(tokens, mask, written_keys(adapter), gathered=False))
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +87,7 @@ def record_all(
     """One forward pass: everything that an edge connects."""
     layers = range(adapter.shape.n_layers)
     streams = [act(kind, layer) for kind in ("resid_pre", "resid_post") for layer in layers]
-    acts = adapter.run(tokens, mask, [*written_keys(adapter), *streams, "logits"])
+    acts = adapter.run(tokens, mask, [*written_keys(adapter), *streams, "logits"], gathered=False)
     return Record(written_in(adapter, acts), _streams(adapter, acts), acts["logits"])
 
 
@@ -130,7 +131,8 @@ def _streams(adapter: Adapter, acts: Mapping[str, Tensor]) -> Streams:
     elif shape.parallel:
         mlp = attn
     else:  # what stood in front of the MLP is what stands behind it without what it wrote
-        mlp = tuple(post - acts[act("mlp_out", layer)] for layer, post in enumerate(after))
+        wrote = (acts[act("mlp_out", layer)] for layer in range(shape.n_layers))
+        mlp = tuple(post.to(out.device) - out for post, out in zip(after, wrote))
     return Streams(attn, mlp, after[-1])
 
 
@@ -260,7 +262,7 @@ def _swap_shared(
 def unembed(adapter: Adapter, stream: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocab"]:
     """The logits that the model reads from a residual stream behind its last layer."""
     weight, bias = adapter.unembed()
-    norm = read_norm(find_module(adapter.model, "ln_final"), adapter.compute_dtype)
+    norm = adapter.norm("scale.final")
     scale = 1.0 if norm is None else scale_of(stream, norm)
     logits = stream @ weight / scale + bias
     cap = adapter.logit_soft_cap

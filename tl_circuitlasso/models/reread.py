@@ -119,7 +119,7 @@ def reread(
     """What each edge that is asked for costs the target over the prompts of a batch, paired `draws` times, or with
     their own counterparts; one forward pass, and `memory` bytes for the pairs looked at together (`read.in_parts`).
     `tell` hears of every share of the work that is done."""
-    acts = adapter.run(*batch.run, set(wanted(adapter, target)))
+    acts = adapter.run(*batch.run, set(wanted(adapter, target)), gathered=False)
     keep = last_only(batch.keep) if last else batch.keep
     prompts = torch.arange(batch.start, batch.start + len(batch.tokens))
     options: Any = {"contrast": batch.partners is not None, "draws": draws}
@@ -170,7 +170,9 @@ class Kept:
             site = parse_site(name)
             if site.kind in ("logits", "target"):
                 return self._at_target(inbox[name])
-            change = (_mlp_change if site.kind == "mlp" else _head_change)(self.view, site, inbox[name])
+            here = self.view.at(site.layer)
+            change = (_mlp_change if site.kind == "mlp" else _head_change)(here, site, inbox[name].to(here.device))
+            change = change.to(self.view.device)
             for child in self.children.get(name, ()):
                 inbox[child] = inbox[child] + change if child in inbox else change
         return self.goal.directions.new_zeros(self.goal.directions.shape[:2])
@@ -188,7 +190,7 @@ def _contributions(
 ) -> tuple[dict[Edge, Float[Tensor, "pair direction"]], dict[str, Float[Tensor, "pair direction"]]]:
     kept = Kept.of(view, goal, reading.kept)
     sources = {source for source, _ in reading.edges} | set(reading.nodes)
-    written = {name: _difference(view, parse_site(name)) for name in sources}
+    written = {name: _difference(view, parse_site(name)).to(view.device) for name in sources}
 
     def walked(inbox: dict[str, Float[Tensor, "pair pos d_model"]]) -> Float[Tensor, "pair direction"]:
         change = kept.walk(inbox)
@@ -212,6 +214,7 @@ def _difference(view: View, site: Site) -> Float[Tensor, "pair pos d_model"]:
     """What a component writes differently in the partner prompt."""
     if site.kind == "input":
         return view.difference(act("resid_pre", 0))
+    view = view.at(site.layer)
     if site.kind == "mlp":
         return view.difference(act("mlp_out", site.layer))
     own, partner = (

@@ -62,10 +62,12 @@ def _tables(model: Any, layer: int, positions: Tensor, d_head: int) -> tuple[Ten
     attention = model.blocks[layer].attn
     own = getattr(attention, "rotary_cos", None)
     if isinstance(own, Tensor):
+        positions = positions.to(own.device)  # of a model that is spread, each layer has its own
         return own[positions], attention.rotary_sin[positions], bool(model.cfg.rotary_adjacent_pairs)
     inner = getattr(attention, "original_component", None)
     native = getattr(inner, "rotary", None)
     if native is not None:  # TransformerLens' own model behind a bridge
+        positions = positions.to(native.cos_cached.device)
         return native.cos_cached[positions], native.sin_cached[positions], True
     packed = getattr(inner, "embed_positions", None)
     if packed is None:  # transformers 5.24 and later: one table for all layers

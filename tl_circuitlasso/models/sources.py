@@ -50,7 +50,8 @@ class Sources:
     def written_out(self, columns: list[int], copy: int, prompts: slice) -> Float[Tensor, "source prompt pos d_model"]:
         """Some sources, ascending, for some prompts of one copy."""
         if self.kept is None:
-            return torch.cat([self._write(group, some, copy, prompts) for group, some in self._by_group(columns)])
+            parts = [self._write(group, some, copy, prompts) for group, some in self._by_group(columns)]
+            return torch.cat([part.to(self.adapter.device) for part in parts])
         self._keep(self.kept, self.group_of[columns[-1]])
         places = [self.place[column] for column in columns]
         here = self.kept[:, copy, prompts]

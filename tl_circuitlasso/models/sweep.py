@@ -28,6 +28,7 @@ al. 2017, DeepLIFT). Heads stay in their d_head-wide basis. Memory is bounded by
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from jaxtyping import Float
@@ -77,13 +78,14 @@ def sweep(
     n_layers, parallel = adapter.shape.n_layers, adapter.shape.parallel
     yield Read(n_layers, "", sources.read(m.unsqueeze(2), n_layers, ""))
     for layer in reversed(range(n_layers)):
-        behind = total = m
+        here = view.at(layer)
+        behind = total = m = m.to(here.device)
         if not adapter.shape.attn_only:
-            n = through_mlp(view, layer, m)
+            n = through_mlp(here, layer, m)
             yield Read(layer, "", sources.read(n.unsqueeze(2), layer, ""))
             total = m + n
             behind = m if parallel else total
-        n = through_heads(view, layer, behind)
+        n = through_heads(here, layer, behind)
         for port, value in zip(PORTS, sources.read(n, layer, "q").chunk(len(PORTS), dim=2)):
             yield Read(layer, port, value)
         m = total + n.sum(2)
@@ -100,28 +102,37 @@ def at_target(
 
 
 class _Sources:
-    """What each component wrote differently in the two prompts, as rows (pair, source, pos x d_model).
+    """What each component wrote differently in the two prompts, as rows (pair, source, pos x d_model), on the device of
+    its layer; what is read of them meets on that of the view.
 
     The one place where heads are expanded to d_model for all layers at once: callers bound the number of pairs.
     """
 
     def __init__(self, view: View) -> None:
-        parts = self.parts = view.adapter.shape.components
-        first = view.difference(act("resid_pre", 0))
+        self.home, self.parts = view.device, view.adapter.shape.components
+        self.shares: list[tuple[int, Tensor]] = []  # of neighbouring layers on one device: the first source, the rows
+        for _, together in groupby(range(self.parts.n_layers), view.adapter.places.__getitem__):
+            layers = list(together)
+            start = 0 if layers[0] == 0 else self.parts.before(layers[0])
+            self.shares.append((start, self._written(view.at(layers[0]), layers, start).flatten(2)))
+
+    def _written(self, view: View, layers: list[int], before: int) -> Float[Tensor, "pair source pos d_model"]:
+        parts, first = self.parts, view.difference(act("resid_pre", 0))
         pairs, positions, d_model = first.shape
-        self.rows = first.new_empty(pairs, parts.n_sources, positions, d_model)
-        self.rows[:, 0] = first
-        for layer in range(parts.n_layers):
+        rows = first.new_empty(pairs, parts.before(layers[-1] + 1) - before, positions, d_model)
+        if not before:
+            rows[:, 0] = first
+        for layer in layers:
             own, partner = (
                 z / scale.unsqueeze(-1)
                 for z, scale in zip(view.ends(act("z", layer)), view.ends(act("scale.attn_out", layer)))
             )
             heads = (partner - own).transpose(1, 2)  # pair head pos d_head
-            start = parts.before(layer)
-            self.rows[:, start : start + parts.n_heads] = by_head(heads, view.adapter.writer(layer)[0])
+            start = parts.before(layer) - before
+            rows[:, start : start + parts.n_heads] = by_head(heads, view.adapter.writer(layer)[0])
             if not parts.attn_only:
-                self.rows[:, parts.mlp(layer)] = view.difference(act("mlp_out", layer))
-        self.rows = self.rows.flatten(2)
+                rows[:, parts.mlp(layer) - before] = view.difference(act("mlp_out", layer))
+        return rows
 
     def read(
         self, n: Float[Tensor, "pair direction head pos d_model"], layer: int, port: str
@@ -129,7 +140,12 @@ class _Sources:
         """sum over positions and d_model of n times each source that the reader (layer, port) may read."""
         count = self.parts.sources_of(layer, port)
         reads = n.flatten(3).flatten(1, 2)  # pair (direction head) (pos d_model)
-        return (reads @ self.rows[:, :count].mT).unflatten(1, n.shape[1:3])
+        found = [
+            (reads.to(rows.device) @ rows[:, : count - start].mT).to(self.home)
+            for start, rows in self.shares
+            if start < count
+        ]
+        return (found[0] if len(found) == 1 else torch.cat(found, dim=-1)).unflatten(1, n.shape[1:3])
 
 
 def memory(adapter: Adapter, positions: int, directions: int) -> int:

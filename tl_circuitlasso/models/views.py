@@ -12,7 +12,7 @@ between scores, beyond which single precision knows no probability), wherever be
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -73,6 +73,11 @@ class Pairing:
         weight, drawn_of = (by if part is None else part * by for part in (self.weight, self.drawn_of))
         return replace(self, weight=weight, drawn_of=drawn_of)
 
+    def to(self, device: torch.device) -> "Pairing":
+        """The same pairs on another device."""
+        parts = {one.name: getattr(self, one.name) for one in fields(self)}
+        return replace(self, **{name: part.to(device) for name, part in parts.items() if isinstance(part, Tensor)})
+
     def take(self, rows: Int[Tensor, " row"], width: int | None = None, first: int = 0) -> "Pairing":
         """Some of the pairs, cut behind position `width`, of which those before `first` are known to be equal."""
         each = (self.reach, self.weight, self.drawn_of)
@@ -106,12 +111,27 @@ class NormSecant:
 
 
 class View:
-    """The two sides of every pair, by activation, between the first position that differs and the last that is read."""
+    """The two sides of every pair, by activation, between the first position that differs and the last that is read;
+    whatever it shows is on the device of its pairs."""
 
     def __init__(self, adapter: Adapter, acts: Mapping[str, Tensor], pairs: Pairing) -> None:
         self.adapter, self.acts, self.pairs = adapter, acts, pairs
         self.all_valid = bool(pairs.valid.all())
         self.first, self.width = pairs.first, pairs.valid.shape[1]
+        self._elsewhere: dict[torch.device, View] = {self.device: self}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pairs are."""
+        return self.pairs.own.device
+
+    def at(self, layer: int) -> "View":
+        """The same view where the weights of a layer are."""
+        place = self.adapter.places[layer]
+        if place not in self._elsewhere:
+            self._elsewhere[place] = View(self.adapter, self.acts, self.pairs.to(place))
+            self._elsewhere[place]._elsewhere = self._elsewhere
+        return self._elsewhere[place]
 
     @property
     def target(self) -> Int[Tensor, " pair"]:
@@ -131,7 +151,8 @@ class View:
         return own, torch.where(valid.view(*valid.shape, *[1] * (own.ndim - 2)), partner, own)
 
     def _of(self, key: str, rows: Int[Tensor, " pair"], whole: bool) -> Tensor:
-        return self.acts[key][rows, 0 if whole else self.first : self.width]
+        made = self.acts[key]
+        return made[rows.to(made.device), 0 if whole else self.first : self.width].to(self.device)
 
     def sides(self, key: str, *, whole: bool = False) -> tuple[Tensor, Tensor]:
         """The activation of each prompt, and what it becomes on the way to its partner's, as far as secants reach."""

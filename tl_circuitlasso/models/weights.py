@@ -235,7 +235,13 @@ def read_unembed(model: Any, dtype: torch.dtype, tokens: Int[Tensor, " some"] | 
         weight, bias = weight[:, tokens], bias[tokens]
     weight = weight.to(dtype)
     factor = _logit_factor(model)
-    return fold_behind(read_norm(find_module(model, "ln_final"), dtype), _times(factor, weight), _times(factor, bias))
+    return fold_behind(read_final_norm(model, dtype), _times(factor, weight), _times(factor, bias))
+
+
+def read_final_norm(model: Any, dtype: torch.dtype) -> Norm | None:
+    """The norm in front of the unembedding, where that is: in a model that is spread the two may lie apart."""
+    norm = read_norm(find_module(model, "ln_final"), dtype)
+    return None if norm is None else norm.to(model.unembed.W_U.device)
 
 
 def _logit_factor(model: Any) -> float:

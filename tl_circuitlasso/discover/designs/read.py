@@ -52,6 +52,7 @@ class Read(Collecting[ReadDesign]):
     """Prompts are compared in pairs, and kept edges get a second, exact look."""
 
     name = "read"
+    spread = True
 
     def collects(self, basis: Basis, *, nonlinear: bool) -> ReadDesign:
         return ReadDesign(basis)
