@@ -27,7 +27,7 @@ def refuse_offloaded(model: nn.Module) -> None:
     if away and getattr(wrapped, "hf_device_map", None):
         raise ModelError(
             f"`model` keeps {len(away)} weights elsewhere until their layer runs, `{away[0]}` for one, so that they "
-            "can't be read: load it with a `device_map` of cards alone, or without one, whole on one device"
+            "can't be read: load it without `device_map`, whole on one device, or with a map of cards alone"
         )
 
 
