@@ -24,6 +24,6 @@ def apart(work: Callable[..., Any], *arguments: Any) -> Any:
         return pool.submit(work, *arguments).result()
 
 
-def as_two(work: Callable[..., None], *arguments: Any) -> None:
-    """Run `work(rank, *arguments)` in two processes at once, rank 0 and 1; raises if either fails."""
-    torch.multiprocessing.start_processes(work, arguments, nprocs=2, start_method="forkserver")
+def as_two(work: Callable[..., None], *arguments: Any, size: int = 2) -> None:
+    """Run `work(rank, *arguments)` in two (or `size`) processes at once, rank 0 first; raises if any of them fails."""
+    torch.multiprocessing.start_processes(work, arguments, nprocs=size, start_method="forkserver")

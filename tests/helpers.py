@@ -29,10 +29,10 @@ def shared_folder(*parts: str) -> Path:
     return path
 
 
-def join_two(rank: int, store: str | Path) -> None:
-    """Be one of two processes under gloo that meet at a file; minutes of waiting for the other are a failure."""
+def join_two(rank: int, store: str | Path, size: int = 2) -> None:
+    """Be one of two (or `size`) processes under gloo that meet at a file; minutes of waiting are a failure."""
     patience = timedelta(minutes=3)  # gloo's own is half an hour
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=patience)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=patience)
 
 
 @contextmanager

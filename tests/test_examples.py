@@ -20,7 +20,7 @@ import tl_circuitlasso as tcl
 
 # What can't run here: it needs another tool, a network, several processes, or a browser.
 ELSEWHERE = {
-    "all_reduce_moments", "all_reduce_sums", "lasso_sharded",  # several processes
+    "all_reduce_moments", "lasso_sharded", "scatter_sums",  # several processes
     "from_auto_circuit_edges", "from_eap_graph", "from_transformer_lens", "to_auto_circuit_edges",
     "to_circuit_tracer_graph", "to_eap_graph", "to_transformer_lens",  # live objects of other tools
     "interpbench", "load_case",  # a folder of cases

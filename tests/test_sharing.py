@@ -103,6 +103,7 @@ OPERATIONS = {
     "sum": lambda ranks: ranks.sum(torch.ones(2)),
     "count": lambda ranks: ranks.count(3),
     "add_up": lambda ranks: ranks.add_up(torch.ones(2, 3)),
+    "sum_to": lambda ranks: ranks.sum_to(0, torch.ones(2, 3)),
     "largest": lambda ranks: ranks.largest(torch.ones(2)),
     "first": lambda ranks: ranks.first(torch.ones(2)),
     "gather": lambda ranks: ranks.gather({"one": torch.ones(2)}),
@@ -218,6 +219,23 @@ def test_items_are_dealt_out_and_all_have_what_is_made_of_each(folder: Path) -> 
 def test_who_needs_another_process_learns_that_it_failed(folder: Path, name: str) -> None:
     messages = [(folder / f"before {name}-{rank}.txt").read_text() for rank in range(2)]
     assert messages == ["CircuitLassoError: rank 1 of 2 failed: ModelError: gone", "ModelError: gone"]
+
+
+def leaving(rank: int, folder: Path) -> None:
+    join_two(rank, folder / "left")
+    ranks = as_ranks("world")
+    with message_of(folder, "left", rank), ranks.together():
+        ranks.count(1)
+        if rank == 1:
+            os._exit(0)  # as if killed: without a word to the other
+        ranks.count(1)
+    os._exit(0)
+
+
+def test_a_process_that_was_killed_is_an_error_in_the_others(tmp_path: Path) -> None:
+    as_two(leaving, tmp_path)
+    said = (tmp_path / "left-0.txt").read_text()
+    assert said.startswith("CircuitLassoError: another process is gone or can't be reached") and "checkpoint" in said
 
 
 def test_an_error_in_one_process_is_raised_in_all(folder: Path) -> None:

@@ -195,3 +195,4 @@ def test_every_child_is_one_processes_own() -> None:
 
 def test_processes_need_less_memory_each() -> None:
     assert needed_bytes(1000, 1000, processes=4) < 0.7 * needed_bytes(1000, 1000)
+    assert needed_bytes(1000, 8000, processes=4) < 0.4 * needed_bytes(1000, 8000)

@@ -17,12 +17,14 @@ from safetensors.torch import load_file, save_file
 from tests.apart import as_two
 from tests.helpers import join_two
 from tests.solve.problems import planted
+from tl_circuitlasso.data.sharing import as_ranks
 from tl_circuitlasso.errors import CircuitLassoError, FormatError, InputError, SolveError
 from tl_circuitlasso.solve import (
     L1,
     ElasticNet,
     Group,
     Layout,
+    PairSums,
     all_reduce_moments,
     block_lasso,
     code_sums,
@@ -30,6 +32,7 @@ from tl_circuitlasso.solve import (
     lasso_sharded,
     moments_of,
     row_group,
+    scatter_sums,
 )
 from tl_circuitlasso.solve.base import Status
 
@@ -199,3 +202,33 @@ def test_two_processes_give_the_answer_of_one(tmp_path: Path) -> None:
             torch.testing.assert_close(stored[f"{name}/strength"], expected.stats["strength"])
         torch.testing.assert_close(stored["few"], alone.value[:, :1], atol=1e-6, rtol=0)
         assert stored["strict"].tolist() == [rank == 1, rank == 0]
+
+
+def added_up(rows: slice) -> PairSums:
+    generator = torch.Generator().manual_seed(0)
+    codes, targets = (torch.rand(60, width, generator=generator) for width in (6, 7))
+    some = codes.where(codes > 0.6, 0.0)[rows], targets.where(targets > 0.5, 0.0)[rows]
+    return PairSums.empty(6, 7).add(*(part.to_sparse_csr() for part in some))
+
+
+def _scattering(rank: int, store: str, results: str, size: int) -> None:
+    torch.set_num_threads(1)
+    join_two(rank, store, size)
+    own = scatter_sums(added_up(slice(rank, None, size)), as_ranks("world"))
+    held = {name: getattr(own, name).contiguous() for name in ("sums", "upper", "cross", "target_sums")}
+    save_file({**held, "squares": own.target_squares, "count": torch.tensor(own.count)}, f"{results}{rank}")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_each_process_keeps_the_sums_of_its_own_targets_alone(size: int, tmp_path: Path) -> None:
+    as_two(_scattering, str(tmp_path / "store"), str(tmp_path / "r"), size, size=size)
+    whole = added_up(slice(None))
+    for rank in range(size):
+        stored, mine = load_file(tmp_path / f"r{rank}"), slice(rank, None, size)
+        assert int(stored["count"]) == whole.count and len(stored["target_sums"]) == len(range(7)[mine])
+        torch.testing.assert_close(stored["sums"], whole.sums)
+        torch.testing.assert_close(stored["upper"].triu(), whole.upper.triu())
+        torch.testing.assert_close(stored["cross"], whole.cross[:, mine])
+        torch.testing.assert_close(stored["target_sums"], whole.target_sums[mine])
+        torch.testing.assert_close(stored["squares"], whole.target_squares[mine])

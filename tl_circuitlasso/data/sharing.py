@@ -6,8 +6,9 @@ and what doesn't add up is gathered as safetensors bytes (nothing is ever unpick
 
 What fails in one process must fail in all, or the others wait for it for ever. So a public function that shares its
 work stands in one `with ranks.together()`, and nothing below it has to think of that: every operation that needs the
-others (`sum`, `count`, `add_up`, `largest`, `first`, `gather`, `gather_data`, `agree`, `map`) begins with a meeting of
-all, to which one that has failed comes, too, to say why.
+others (`sum`, `sum_to`, `count`, `add_up`, `largest`, `first`, `gather`, `gather_data`, `agree`, `map`) begins with a
+meeting of all, to which one that has failed comes, too, to say why. One that was killed doesn't come: that's an error
+in all others as well.
 """
 
 import json
@@ -99,6 +100,17 @@ class Ranks:
             dist.all_reduce(total, group=self.group)
             strip.copy_(total)
 
+    def sum_to(self, owner: int, tensor: Tensor) -> None:
+        """`add_up` on one process alone: elsewhere nothing of use is left in `tensor`."""
+        if self.size == 1 or not tensor.numel():
+            return
+        self._meet()
+        target = owner if self.group is None else dist.get_global_rank(self.group, owner)
+        for strip in tensor.split(max(STRIP * len(tensor) // tensor.nbytes, 1)):
+            total = strip.contiguous().to(self._device)
+            dist.reduce(total, target, group=self.group)
+            strip.copy_(total)
+
     def largest(self, tensor: Tensor) -> Tensor:
         """The largest over all processes, entry by entry."""
         return self._reduced(tensor, dist.ReduceOp.MAX)
@@ -184,7 +196,8 @@ class Ranks:
         """The bytes of every process, in the order of the processes; where none has any, their number travels only."""
         own = _as_tensor(packed).to(self._device)
         sizes = [torch.zeros(1, dtype=torch.long, device=own.device) for _ in range(self.size)]
-        dist.all_gather(sizes, torch.tensor([len(own)], device=own.device), group=self.group)
+        with _reaching():
+            dist.all_gather(sizes, torch.tensor([len(own)], device=own.device), group=self.group)
         lengths = [int(size) for size in sizes]
         widest = max(lengths)
         if not widest:
@@ -205,6 +218,20 @@ class Ranks:
         if dist.get_backend(self.group) == "nccl":
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("cpu")
+
+
+@contextmanager
+def _reaching() -> Iterator[None]:
+    """What the backend says of a process that has gone without a word, as an error of ours."""
+    try:
+        yield
+    except RuntimeError as error:
+        gone = CircuitLassoError(
+            f"another process is gone or can't be reached ({error}): see what it wrote last (out of memory?), and "
+            "start all of them again; what a `checkpoint` holds isn't made twice"
+        )
+        setattr(gone, _ANNOUNCED, True)  # nobody is left to be told
+        raise gone from error
 
 
 _ANNOUNCED = "announced_to_all_ranks"

@@ -10,6 +10,7 @@ a share of s in the strongest pull counts as s^2: there the fifth is squared, to
 support so found; the certificate is that of the Lasso.
 """
 
+import functools
 import math
 import time
 from collections.abc import Sequence
@@ -81,10 +82,12 @@ def regress_pair(
     clock = time.perf_counter()
     _check_room(pair, rule, device, memory, ranks)
     sums = _sums(pair, rule, device)
+    own = (torch.stack([part.target_sums, part.target_squares]) for part in sums)
+    totals = ranks.sum(functools.reduce(torch.add, own))
     for number in range(len(sums)):
-        sums[number] = solve.all_reduce_sums(sums[number], ranks)
+        sums[number] = solve.scatter_sums(sums[number], ranks)
     mine = ranks.dealt(len(pair.child_features))
-    data, parts, units = _moments(sums, mine)
+    data, parts, units = _moments(sums, totals, mine)
     del sums
     counted = time.perf_counter()
     found = _in_blocks(pair, rule, data, parts, units, mine)
@@ -97,18 +100,18 @@ def regress_pair(
 
 
 def _moments(
-    sums: Sequence[solve.PairSums], mine: Int[Tensor, " mine"]
+    sums: Sequence[solve.PairSums], totals: Float[Tensor, "two target"], mine: Int[Tensor, " mine"]
 ) -> tuple[solve.Moments, list[solve.Moments], Units]:
-    """What the solver sees of the targets in `mine`, in standard units: over all samples, and in folds if there are."""
+    """What the solver sees of the targets in `mine`, whose `sums` these are, in standard units: over all samples, and
+    in folds if there are. `totals` are sums and squares of every target."""
     whole = sums[0] if len(sums) == 1 else _added(sums)
-    means = whole.means
-    data = whole.centred()
-    units = Units(
-        deviation(data.gram.diagonal()).cpu(), deviation(data.target_sq_norm).cpu(), *(mean.cpu() for mean in means)
-    )
+    means, data = whole.means, whole.centred()
+    mean, square = totals / whole.count
+    spread = deviation((square - mean.square()).clamp(min=0))
+    units = Units(*(part.cpu() for part in (deviation(data.gram.diagonal()), spread, means[0], mean)))
     own = units.of(mine)
     folds = [part.centred(means) for part in sums if part.count] if len(sums) > 1 else []
-    return _in_units(_of(data, mine), own), [_in_units(_of(part, mine), own) for part in folds], units
+    return _in_units(data, own), [_in_units(part, own) for part in folds], units
 
 
 def _of(data: solve.Moments, mine: Int[Tensor, " mine"]) -> solve.Moments:
@@ -177,18 +180,20 @@ def needed_bytes(
 ) -> int:
     """An estimate of what one pair's sums and solve take at their peak, in bytes; a path keeps every solution on it.
 
-    Penalty "read" has its `reads` and the weights made of them. Each of several `processes` holds all sums, and solves
-    its share of the targets, `BLOCK` at once.
+    Penalty "read" has its `reads` and the weights made of them. Each of several `processes` adds up all sums of its own
+    samples, keeps the sources' and those of its share of the targets, and solves these, `BLOCK` at once.
 
     >>> needed_bytes(4096, 4096) < 3e9, needed_bytes(32768, 32768, reads=True) < 139 * 2**30
     (True, True)
     """
-    matrices = sources * sources + sources * targets
-    kept = matrices * (2 if folds == 1 else 2 * folds + 2)  # sums and moments, of every fold and of all
-    solved = sources * min(-(-targets // processes), BLOCK)
+    share = sources * -(-targets // processes)
+    added = folds * (sources * sources + sources * targets) + (2 * share if processes > 1 else 0)  # as it is scattered
+    kept = (sources * sources + share) * (2 if folds == 1 else 2 * folds + 2)  # sums and moments, of folds and of all
+    solved = min(share, sources * BLOCK)
     tiles = min(sources * sources, TILES)
     working = sources * sources + tiles + 6 * solved  # scaled or single copies; coefficients, pulls and weights
-    return 8 * (kept + working + (PATH * solved if along_path else 0) + (READ * solved if reads else 0))
+    working += (PATH * solved if along_path else 0) + (READ * solved if reads else 0)
+    return 8 * max(added, kept + working)
 
 
 def _sums(pair: PairData, rule: Rule, device: torch.device | str) -> list[solve.PairSums]:

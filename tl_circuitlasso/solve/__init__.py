@@ -31,8 +31,8 @@ from tl_circuitlasso.solve.classify import cross_entropy_garrote as cross_entrop
 from tl_circuitlasso.solve.classify import logistic_lasso as logistic_lasso
 from tl_circuitlasso.solve.classify import multinomial_lasso as multinomial_lasso
 from tl_circuitlasso.solve.distributed import all_reduce_moments as all_reduce_moments
-from tl_circuitlasso.solve.distributed import all_reduce_sums as all_reduce_sums
 from tl_circuitlasso.solve.distributed import lasso_sharded as lasso_sharded
+from tl_circuitlasso.solve.distributed import scatter_sums as scatter_sums
 from tl_circuitlasso.solve.fista import Fista as Fista
 from tl_circuitlasso.solve.group_set import GroupSet as GroupSet
 from tl_circuitlasso.solve.groups import Group as Group

@@ -39,23 +39,38 @@ def all_reduce_moments(data: Moments) -> Moments:
     return Moments(gram, cross, square, count)
 
 
-def all_reduce_sums(sums: PairSums, ranks: Ranks) -> PairSums:
-    """The sums over the samples of all processes, on each, in the buffers of `sums`, which it consumes.
+def scatter_sums(sums: PairSums, ranks: Ranks) -> PairSums:
+    """The sums over the samples of all processes: X'X on each, what is of a target on the process to which it falls
+    (`Ranks.dealt`), so that X'Y takes p T / N numbers each. Consumes `sums`; who drops them has their X'Y back.
 
     Of X'X only the upper triangle travels, in strips, so that no second matrix of its size is needed.
 
-    >>> everyones = all_reduce_sums(own, ranks)  # doctest: +SKIP
+    >>> own = scatter_sums(own, ranks)  # doctest: +SKIP
     """
     if ranks.size == 1:
         return sums
-    for tensor in (sums.sums, sums.target_sums, sums.target_squares, sums.cross):
+    for tensor in (sums.sums, sums.target_sums, sums.target_squares):
         ranks.add_up(tensor)
+    mine = ranks.dealt(sums.cross.shape[1]).to(sums.cross.device)
+    cross = _scattered(sums.cross, ranks)
     for start in range(0, len(sums.upper), ROWS):
         block = sums.upper[start : start + ROWS, start:]
         total = block.contiguous()
         ranks.add_up(total)
         block.copy_(total)
-    return replace(sums, count=ranks.count(sums.count))
+    own = {"target_sums": sums.target_sums[mine], "target_squares": sums.target_squares[mine]}
+    return replace(sums, count=ranks.count(sums.count), cross=cross, **own)
+
+
+def _scattered(cross: Float[Tensor, "source target"], ranks: Ranks) -> Float[Tensor, "source mine"]:
+    """The sum over processes of the targets that fall to this one; those of the others travel one by one."""
+    own = cross[:, :0]
+    for owner in range(ranks.size):
+        columns = replace(ranks, rank=owner).dealt(cross.shape[1]).to(cross.device)
+        part = cross[:, columns]
+        ranks.sum_to(owner, part)
+        own = part if owner == ranks.rank else own
+    return own
 
 
 def lasso_sharded(
