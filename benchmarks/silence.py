@@ -125,7 +125,7 @@ def feature_calls() -> dict[str, Callable[[], object]]:
     model = story_model()
     text = data_folder("datasets", "tinystories", "valid_part_cased.txt").read_text(encoding="utf-8")
     rows = story_rows(model, text, length=64, rows=512)
-    saes = {hook: tcl.synthetic.random_sae(SAE_FEATURES, model.cfg.d_model, seed=i) for i, hook in enumerate(HOOKS)}
+    saes = {hook: tcl.synthetic.random_sae(model.cfg.d_model, SAE_FEATURES, seed=i) for i, hook in enumerate(HOOKS)}
     basis = tcl.SAEFeatures(saes)
     return {"features": lambda: tcl.circuit_lasso(model, rows, basis=basis)}
 

@@ -1,10 +1,17 @@
-"""What names are shown: those of a room by `dir`, and a model's without the folders that it lies in."""
+"""Names: those of a room that `dir` shows, a model's without its folders, and columns that files of prompts have."""
 
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+COLUMNS = {  # of a file of prompts: what they hold, and the names that are known for it, the first ones first
+    "clean": ("prompt", "text", "clean"),
+    "corrupted": ("corrupted",),
+    "correct": ("answer", "answers", "correct", "right"),
+    "incorrect": ("wrong", "incorrect"),
+}
 
 
 def of_model(name: str) -> str:

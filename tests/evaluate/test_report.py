@@ -73,7 +73,7 @@ def test_every_named_metric_is_best_or_plain_on_the_model(tmp_path, name):
     ("name", "text", "error", "message"),
     [
         ("a.txt", "w3", InputError, "give a .csv"),
-        ("a.csv", "prompt\nw3", InputError, "no rows with `clean`"),
+        ("a.csv", "id,sentence\n1,w3", InputError, r"no rows with `clean` \(it has id, sentence\)"),
         ("a.jsonl", "{", FormatError, "line 1: not valid JSON"),
         ("a.jsonl", "3", FormatError, "where an object"),
         ("a.csv", "clean,correct\nw3,w4\nw5,", FormatError, "row 2: no `correct`"),
@@ -85,6 +85,15 @@ def test_bad_files_are_refused(tmp_path, name, text, error, message):
         read_pairs(tmp_path / name)
     with pytest.raises(InputError, match="can't be read"):
         read_pairs(tmp_path / "missing.csv")
+
+
+def test_the_columns_of_a_circuit_s_file_are_known(tmp_path):
+    (tmp_path / "a.csv").write_text("id,prompt,right,wrong,corrupted\n1,w3,w4,w5,w6")
+    pairs = read_pairs(tmp_path / "a.csv")
+    assert (pairs.clean, pairs.correct, pairs.incorrect, pairs.corrupted) == (["w3"], ["w4"], ["w5"], ["w6"])
+    (tmp_path / "b.csv").write_text("prompt,clean,correct,answer\nno,w3,w4,no")
+    pairs = read_pairs(tmp_path / "b.csv")
+    assert (pairs.clean, pairs.correct) == (["w3"], ["w4"])
 
 
 def test_bad_metrics_are_refused(tmp_path):

@@ -8,9 +8,9 @@ from typing import Any
 
 from tl_circuitlasso.cli.prompts import Given
 from tl_circuitlasso.errors import InputError
+from tl_circuitlasso.naming import COLUMNS
 
 TARGETS = ("logits", "logit-diff", "labels", "values")
-RIGHT, WRONG = ("answer", "answers", "correct", "right"), ("wrong", "incorrect")  # columns that are known by name
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,8 +49,8 @@ def question(arguments: argparse.Namespace, given: Given) -> Question:
         asked = {"answer": _Answers(right, "the demo's own"), "wrong": _Answers(wrong, "the demo's own")}
     elif kind == "logit-diff":
         asked = {
-            "answer": _answers(arguments, given, arguments.answers, RIGHT, "--answers"),
-            "wrong": _answers(arguments, given, arguments.wrong, WRONG, "--wrong"),
+            "answer": _answers(arguments, given, arguments.answers, COLUMNS["correct"], "--answers"),
+            "wrong": _answers(arguments, given, arguments.wrong, COLUMNS["incorrect"], "--wrong"),
         }
         target = _logit_diff(given, asked)
     elif kind in ("labels", "values"):

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from tl_circuitlasso.errors import InputError
+from tl_circuitlasso.naming import COLUMNS
 
-NAMES = ("prompt", "text", "clean")  # columns that hold prompts by their name
-PARTNERS = "corrupted"  # the column that holds their counterparts by its name
+NAMES = COLUMNS["clean"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +97,8 @@ def _partners(arguments: argparse.Namespace, file: PromptFile) -> list[str]:
     if not Path(asked).exists():
         columns = f"a column of {arguments.prompts} (it has {', '.join(file.columns)})" if file.rows else "a column"
         raise InputError(f"`--corrupted` {asked!r} is neither {columns} nor a file: name one that holds the partners")
-    return read_file(Path(asked), None, arguments.limit, (PARTNERS, *filter(None, [file.column]), *NAMES)).prompts
+    known = (*COLUMNS["corrupted"], *filter(None, [file.column]), *NAMES)
+    return read_file(Path(asked), None, arguments.limit, known).prompts
 
 
 def _bundled_tokens(bundled: Any, prompts: list[str]) -> Any:

@@ -35,6 +35,7 @@ from tl_circuitlasso.models import Adapter, adapt
 from tl_circuitlasso.models.metric import token_of
 from tl_circuitlasso.models.pairs import last_places
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
+from tl_circuitlasso.naming import COLUMNS
 
 METRICS = ("logit-diff", "prob-diff", "cross-entropy", "accuracy", "kl", "next-token")
 
@@ -124,11 +125,13 @@ class PairFile:
 
 
 def read_pairs(path: str | Path, limit: int | None = None) -> PairFile:
-    r"""Prompt pairs from a .csv, .tsv, .json or .jsonl file.
+    r"""Prompt pairs from a .csv, .tsv, .json or .jsonl file, in the columns clean, corrupted, correct and incorrect.
+
+    Columns may also have the names of `discover`'s files: prompt or text, answer or right, wrong.
 
     Raises
     ------
-    InputError: no such file, another kind of file, no rows, or no column `clean`.
+    InputError: no such file, another kind of file, no rows, or no column of prompts.
     FormatError: a line that isn't JSON, or rows of different columns.
 
     >>> import tempfile
@@ -141,11 +144,11 @@ def read_pairs(path: str | Path, limit: int | None = None) -> PairFile:
     """
     path = Path(path)
     rows = _rows(path)[:limit]
-    if not rows or "clean" not in rows[0]:
-        raise InputError(f"{path} has no rows with `clean`: name the columns clean, corrupted, correct, incorrect")
-    columns = {name: _column(rows, name, path) for name in ("clean", "corrupted", "correct", "incorrect")}
-    assert columns["clean"] is not None
-    return PairFile(columns["clean"], columns["corrupted"], columns["correct"], columns["incorrect"])
+    columns = {name: _column(rows, (name, *known), path) for name, known in COLUMNS.items()}
+    if (clean := columns["clean"]) is None:
+        has = f" (it has {', '.join(rows[0])})" if rows else ""
+        raise InputError(f"{path} has no rows with `clean`{has}: name the columns clean, corrupted, correct, incorrect")
+    return PairFile(clean, columns["corrupted"], columns["correct"], columns["incorrect"])
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -155,8 +158,9 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     return storage.parse_table(text, path)
 
 
-def _column(rows: Sequence[Mapping[str, Any]], name: str, path: Path) -> list[str] | None:
-    if name not in rows[0]:
+def _column(rows: Sequence[Mapping[str, Any]], known: Sequence[str], path: Path) -> list[str] | None:
+    name = next((name for name in known if rows and name in rows[0]), None)
+    if name is None:
         return None
     values = [row.get(name) for row in rows]
     if missing := [number for number, value in enumerate(values, 1) if not value]:
