@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import tl_circuitlasso as tcl
 from tests import architectures
 from tests.sae import training
+from tl_circuitlasso import progress
 from tl_circuitlasso.errors import ModelError
 from tl_circuitlasso.models import adapt, feature_replay
 from tl_circuitlasso.models.adapter import Adapter
@@ -17,7 +19,7 @@ from tl_circuitlasso.models.feature_effects import Segment, Trying, record, tria
 from tl_circuitlasso.models.feature_layers import Layers, Rows
 from tl_circuitlasso.models.feature_path import Path, known_paths
 from tl_circuitlasso.models.feature_places import Step, place_of, steps_between
-from tl_circuitlasso.models.feature_replay import replay
+from tl_circuitlasso.models.feature_replay import _distinct, replay
 from tl_circuitlasso.models.feature_sums import Effects
 from tl_circuitlasso.models.hooks import resting
 from tl_circuitlasso.models.tokens import Prompts
@@ -214,3 +216,20 @@ def test_an_sae_that_scales_back_is_taken_out_as_it_decodes() -> None:
     ends = {FIRST: Encoder(Normed(sae.W_enc, sae.W_dec, sae.bias), FIRST, FIRST), LAST: plain[LAST]}
     found, expected = effects_of(adapter, ends).dense(torch.arange(FEATURES)), ablated(adapter, ends, "firing")
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_the_prompts_that_are_chosen_are_counted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    demo = tcl.load_demo(prompts=48)
+    saes = {f"blocks.{layer}.hook_resid_post": tcl.synthetic.random_sae(48, 12, seed=layer) for layer in (0, 1)}
+    capsys.readouterr()
+    tcl.circuit_lasso(demo.model, demo.tokens, basis=tcl.SAEFeatures(saes))
+    assert "choose prompts: 1 chunk" in capsys.readouterr().err
+
+
+def test_pairs_are_each_told_once() -> None:
+    feature, prompt = torch.tensor([3, 0, 3, 3, 0]), torch.tensor([7, 1, 7, 2, 0])
+    assert _distinct(feature, prompt).tolist() == [[0, 0, 3, 3], [0, 1, 2, 7]]
+    assert _distinct(feature[:0], prompt[:0]).shape == (2, 0)

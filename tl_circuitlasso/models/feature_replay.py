@@ -47,20 +47,28 @@ Groups = tuple[Int[Tensor, " group"], Int[Tensor, " group"]]  # features (by pla
 # ---- which features on which prompts --------------------------------------------------------------------------------
 
 
-def chosen_groups(chunks: Iterable[Chunk], kept: Mapping[str, Int[Tensor, " _kept"]], most: int) -> dict[str, Groups]:
+def chosen_groups(
+    chunks: Iterable[Chunk], kept: Mapping[str, Int[Tensor, " _kept"]], most: int, *, progress: bool = False
+) -> dict[str, Groups]:
     """By hook, the kept features (by place) and the prompts that tell of them: of each, up to `most` prompts.
 
     All features prefer the same prompts, so that few prompts tell of many.
     """
     nothing = torch.zeros(2, 0, dtype=torch.int64)  # a process may have no prompts
     found: dict[str, list[Tensor]] = {hook: [nothing] for hook in kept}
-    for chunk in chunks:
+    for chunk in counting(chunks, progress=progress, desc="choose prompts", unit="chunk"):
         for hook, features in kept.items():
             codes = chunk.codes[hook]
             place = positions_of(features, codes.width)[codes.columns.long()]
-            pairs = torch.stack([place, chunk.prompt[codes.row].long()])[:, place >= 0]
-            found[hook].append(pairs.unique(dim=1))
+            found[hook].append(_distinct(place[place >= 0], chunk.prompt[codes.row].long()[place >= 0]))
     return {hook: _first(torch.cat(parts, 1), most) for hook, parts in found.items()}
+
+
+def _distinct(feature: Int[Tensor, " code"], prompt: Int[Tensor, " code"]) -> Int[Tensor, "2 pair"]:
+    """Every pair once, in order: as one number each, since rows are sorted far more slowly than numbers."""
+    base = int(prompt.max()) + 1 if len(prompt) else 1
+    numbers = (feature * base + prompt).unique()
+    return torch.stack([numbers // base, numbers % base])
 
 
 def _of_all(mine: Groups, most: int, ranks: Ranks) -> Groups:
@@ -136,7 +144,7 @@ def replay(
     if not paths:
         return {}
     parents = list(dict.fromkeys(parent for parent, _ in paths))
-    mine = chosen_groups(chunks, {hook: kept[hook] for hook in parents}, GROUPS)
+    mine = chosen_groups(chunks, {hook: kept[hook] for hook in parents}, GROUPS, progress=progress)
     chosen = {hook: _of_all(groups, GROUPS, ranks) for hook, groups in mine.items()}
     tallies = _tallied(adapter, chunks, paths, chosen, kept, copies, progress=progress)
     return {pair: tally.effects(len(kept[pair[0]]), ranks) for pair, tally in tallies.items()}
