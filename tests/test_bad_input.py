@@ -144,6 +144,14 @@ def test_activations_that_overflow() -> None:
         found(model)
 
 
+@pytest.mark.parametrize("design", ["read", "activation"])
+def test_numbers_that_half_precision_cannot_hold_are_named_by_layer(design: str) -> None:
+    model = architectures.hooked("no_norm", n_layers=3).to(torch.float16)
+    model.blocks[1].mlp.W_out.data.fill_(6e4)
+    with pytest.raises(ModelError, match=r"at mlp_out\.1 are NaN or infinite.*torch\.float16.*bfloat16 or float32"):
+        found(model, design=design)
+
+
 def test_a_model_without_values() -> None:
     model = architectures.small()
     torch.nn.Module.to(model, "meta")

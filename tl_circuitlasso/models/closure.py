@@ -5,7 +5,9 @@ must be the queries, keys, values, pre-activations, patterns and logits that the
 result is trusted: an architecture that does something this library doesn't know fails here, loudly.
 """
 
-from collections.abc import Callable
+import re
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -93,6 +95,7 @@ def closure_report(
     real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
     real = real.to(adapter.device)
     acts = adapter.run(tokens, mask, _keys(adapter, ports), gathered=False)
+    check_finite(adapter, acts, real)
     check = _Check(adapter, acts, real, {})
     stream = acts[act("resid_pre", 0)]
     for layer in range(adapter.shape.n_layers):
@@ -100,6 +103,34 @@ def closure_report(
     if ports:
         _check_logits(check, stream)
     return Closure(check.errors, TOLERANCE.get(adapter.dtype, 1e-4))
+
+
+def check_finite(adapter: Adapter, acts: Mapping[str, Tensor], keep: Bool[Tensor, "batch pos"]) -> None:
+    """Raise ModelError for NaN or infinite activations at real positions, naming where they come from: the first."""
+    broken = [key for key, value in acts.items() if not _is_finite(value, keep)]
+    if broken:
+        half = ", which ends at 65,504: load the model in bfloat16 or float32" if adapter.dtype == torch.float16 else ""
+        raise ModelError(
+            f"activations at {min(broken, key=_depth)} are NaN or infinite: check the model's weights and its dtype "
+            f"({adapter.dtype}{half})"
+        )
+
+
+def _is_finite(value: Tensor, keep: Bool[Tensor, "batch pos"]) -> bool:
+    if bool(value.sum().isfinite()):  # pads may hold anything, so a failure here needs a closer look
+        return True
+    return bool((value[keep.to(value.device)] if value.shape[:2] == keep.shape else value).isfinite().all())
+
+
+def _depth(key: str) -> tuple[int, int]:
+    """Where an activation stands in the order of computation: its layer, and where in that.
+
+    >>> sorted(["logits", "mlp_out.0", "resid_post.0", "z.1", "z.0"], key=_depth)
+    ['z.0', 'mlp_out.0', 'resid_post.0', 'z.1', 'logits']
+    """
+    layer = re.search(r"(?:^|\.)(\d+)(?:\.|$)", key)
+    within = [part in key for part in ("resid_post", "mlp", "resid_pre")]
+    return int(layer[1]) if layer else sys.maxsize, (3, 2, 0)[within.index(True)] if any(within) else 1
 
 
 def _keys(adapter: Adapter, ports: bool) -> list[str]:

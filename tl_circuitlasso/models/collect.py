@@ -15,17 +15,16 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
-from jaxtyping import Bool
 from torch import Tensor
 
 from tl_circuitlasso.data.checkpoint import check_identity
 from tl_circuitlasso.data.sharing import ALONE, Ranks
 from tl_circuitlasso.data.statistics import Statistics
 from tl_circuitlasso.data.targets import Target, check_length
-from tl_circuitlasso.errors import InputError, ModelError
+from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.models import readout
 from tl_circuitlasso.models.adapter import Adapter
-from tl_circuitlasso.models.closure import closure_check
+from tl_circuitlasso.models.closure import check_finite, closure_check
 from tl_circuitlasso.models.designs import Design, Sample
 from tl_circuitlasso.models.tokens import Batch, Prompts
 from tl_circuitlasso.progress import bar as counting
@@ -244,7 +243,7 @@ def sample_of(adapter: Adapter, plan: Plan, batch: Batch, number: int, *, run: b
         check_length(plan.target, batch.start + len(batch.tokens))
     wanted = set(plan.design.wanted(adapter, plan.target))
     acts = adapter.run(*batch.run, wanted, gathered=False) if run else {}
-    _check_finite(acts, batch.keep if batch.partners is None else torch.cat([batch.keep, batch.keep]))
+    check_finite(adapter, acts, batch.keep if batch.partners is None else torch.cat([batch.keep, batch.keep]))
     return Sample(
         acts=acts,
         mask=batch.mask,
@@ -255,15 +254,6 @@ def sample_of(adapter: Adapter, plan: Plan, batch: Batch, number: int, *, run: b
         folds=plan.folds,
         generator=torch.Generator().manual_seed(plan.seed + number),
     )
-
-
-def _check_finite(acts: dict[str, Tensor], keep: Bool[Tensor, "batch pos"]) -> None:
-    for key, value in acts.items():
-        if bool(value.sum().isfinite()):  # pads may hold anything, so a failure here needs a closer look
-            continue
-        real = value[keep.to(value.device)] if value.shape[:2] == keep.shape else value
-        if not bool(real.isfinite().all()):
-            raise ModelError(f"activations at {key} are NaN or infinite: check the model's weights and its dtype")
 
 
 def _identity(adapter: Adapter, plan: Plan) -> dict[str, Any]:
