@@ -12,7 +12,7 @@ from tl_circuitlasso.data.sites import Site
 from tl_circuitlasso.data.statistics import Statistics, add_folds, empty_folds
 from tl_circuitlasso.discover import learning_read
 from tl_circuitlasso.discover.designs import learn
-from tl_circuitlasso.discover.garrote import Asked, Child, aligned, garrotes, steadiness
+from tl_circuitlasso.discover.garrote import Asked, Child, aligned, children, garrotes, steadiness
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph.nodes import Block, NodeIndex, component_index
 from tl_circuitlasso.graph.relevance import propagate
@@ -126,15 +126,30 @@ def test_a_chain_of_contributions_is_kept() -> None:
     assert float(graph.adjacency(port="k")[0, 1]) == pytest.approx(0.001)
 
 
-def test_where_costs_have_no_gap_the_circuit_is_what_has_a_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_costs_have_no_gap_the_regression_says_how_many_and_size_and_alignment_which(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     by_cost = learn(read_statistics(1e-4))
     monkeypatch.setattr(learning_read, "MANY_PAIRS", 0)
     decided = learn(read_statistics(1e-4))
     assert (by_cost.provenance["chosen_by"], decided.provenance["chosen_by"]) == ("cost", "regression")
-    assert torch.equal(decided.kept, decided.weight > 0) and decided.kept_edges() >= CHAIN
-    least = learning_read.LEFT_OUT_ALONE
+    weighed = {(int(s), int(t)) for s, t in zip(decided.source[decided.weight > 0], decided.target[decided.weight > 0])}
+    value = by_cost.score.abs() * (0.4 + 0.6 * aligned(children(read_statistics(1e-4), decided.index)))
+    grown = replace(decided, score=value).top_k(len(weighed), how="greedy")
+    assert decided.kept_edges() == grown.kept_edges() >= CHAIN
+    least = learning_read.RANDOM_PARTNERS.left_out
     torch.testing.assert_close(decided.score, by_cost.score * (least + (1 - least) * decided.weight))
-    assert bool((decided.extras["stability"][~decided.kept] == 0).all())
+    assert bool((decided.extras["stability"][value == 0] == 0).all())
+
+
+def test_without_counterparts_the_regression_decides_where_costly_edges_carry_far_too_little(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A few prompts of a real model differ in so much that a handful of edges stands out, which carries little."""
+    some = read_statistics(0.5)
+    assert learn(some).provenance["chosen_by"] == "cost"
+    monkeypatch.setattr(learning_read, "RANDOM_PARTNERS", replace(learning_read.RANDOM_PARTNERS, enough=2.0))
+    assert learn(some).provenance["chosen_by"] == "regression"
 
 
 @pytest.mark.parametrize("contrast", [True, False])

@@ -209,27 +209,6 @@ def _moments(rows: Float[Tensor, "row column"], total: Float[Tensor, " row"], pa
     return solve.Moments(gram, cross, total.square().sum()[None] / pairs, pairs)
 
 
-def resampled(
-    found: list[Child], solutions: list[Solution], asked: Asked, generator: torch.Generator
-) -> Float[Tensor, " edge"]:
-    """The share of bootstrap resamples of the rows in which an edge keeps its weight, all other weights being as they
-    are: its column's product with what is left without it exceeds lambda."""
-    parts = []
-    for child, solution in zip(found, solutions):
-        rows, weight = child.rows.double(), solution.value[:, 0]
-        stability = torch.zeros_like(weight)
-        active = (weight > 0).nonzero().flatten()
-        if len(active):
-            left = rows.sum(1) - rows[:, active] @ weight[active]
-            products = rows[:, active] * (left[:, None] + rows[:, active] * weight[active])
-            draws = torch.randint(len(rows), (RESAMPLES, len(rows)), generator=generator)
-            counts = torch.zeros(RESAMPLES, len(rows), dtype=torch.float64)
-            counts.scatter_add_(1, draws, torch.ones_like(counts))
-            stability[active] = (counts @ products / asked.pairs > asked.least).double().mean(0)
-        parts.append(stability)
-    return torch.cat(parts)
-
-
 def aligned(found: list[Child]) -> Float[Tensor, " edge"]:
     """How far each edge works for its child: sum of g y over sum of |g y|, y the child's whole contribution; 1 where it
     does in every row, 0 where it works as much against it as for it, or more."""

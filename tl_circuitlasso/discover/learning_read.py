@@ -1,6 +1,6 @@
 """From the statistics of design `read` to a graph: a certified garrote per child, costs in nats, and where to stop."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,19 +12,33 @@ from tl_circuitlasso.data import schema
 from tl_circuitlasso.data.sharing import ALONE, Ranks
 from tl_circuitlasso.data.statistics import Statistics
 from tl_circuitlasso.discover.choice import Edges, between_counterparts, mean_of
-from tl_circuitlasso.discover.garrote import Asked, Child, aligned, children, garrotes, resampled, steadiness
+from tl_circuitlasso.discover.garrote import Asked, Child, aligned, children, garrotes, steadiness
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph, selection
 from tl_circuitlasso.graph.nodes import NodeIndex
 from tl_circuitlasso.models.pairs import NO_PAIRS
 
-LEAST_SHARE = 1 / 30_000  # of the target's mean squared difference: what an edge must explain where regression decides
-LEAST_SHARE_ALONE = 1 / 10_000  # the same without counterparts, where prompts differ in more than one thing
 MANY_PAIRS = 256  # where more pairs of components are costly enough, costs have no gap and the regression decides
-ENOUGH = 0.8  # of the target's difference: what the edges chosen by cost must carry between counterparts
-LEFT_OUT = 0.1  # of its score is what an edge keeps that the regression leaves out: others carry what it carries
-LEFT_OUT_ALONE = 0.5  # the same without counterparts, where weights change with who is compared with whom
 UNALIGNED = 0.4  # of its size is what an edge is worth that works as much against its child as for it
+
+
+@dataclass(frozen=True)
+class Bars:
+    """Where the regression decides, and how.
+
+    enough: of the target's difference, what the edges chosen by cost must carry, or else it decides. least: of the
+    target's mean squared difference, what an edge must explain then. left_out: of its score, what an edge keeps that it
+    leaves out, since others carry what that edge carries.
+    """
+
+    enough: float
+    least: float
+    left_out: float
+
+
+COUNTERPARTS = Bars(enough=0.8, least=1 / 30_000, left_out=0.1)
+# Prompts paired at random differ in much that is idle, and weights change with who is paired with whom.
+RANDOM_PARTNERS = Bars(enough=0.4, least=1 / 10_000, left_out=0.5)
 
 
 def learn_read(
@@ -48,12 +62,12 @@ def learn_read(
 
     Kept: both ends matter, and the cost lies above the widest gap near 1 % of the costliest edge into the target (in
     squares where it is a number), and never so high that no path is left. Where more than 256 pairs of components
-    are that costly there's no such gap; and between prompts and their counterparts, what is that costly may carry less
-    than 80 % of the difference. Then the regression decides: kept is what has a weight; between counterparts as many
-    pairs as have one, grown back from the target by size (.4 + .6 alignment), `garrote.aligned`, since neither changes
-    much with the prompts. Scores fall with the weight, to a tenth without one (a half without counterparts), so that
-    circuits of any size hold the chosen edges first. With a `strength` of your own, "ebic", "mcp" or "cv" edges need
-    both, with "stability" a stability of 0.8. Then pruned to paths from input to target.
+    are that costly there's no such gap; and what is that costly may carry less than 80 % of the difference (40 %
+    without counterparts). Then the regression decides: kept are as many pairs as have a weight, grown back from the
+    target by size (.4 + .6 alignment), `garrote.aligned`, since neither changes much with the prompts. Scores fall with
+    the weight, to a tenth without one (a half without counterparts), so that circuits of any size hold the chosen edges
+    first. With a `strength` of your own, "ebic", "mcp" or "cv" edges need both, with "stability" a stability of 0.8.
+    Then pruned to paths from input to target.
 
     Raises
     ------
@@ -71,10 +85,10 @@ def learn_read(
     kept, level = edges.choose(mean_of(edges.judged, pairs), mean_of(node_cost, pairs))
     counted = edges.of_pairs(kept) & edges.ports_above(float(level), pairs)
     carried = edges.carried(found, counted)
-    crowded, lacking = int(kept.sum()) > MANY_PAIRS, bool(statistics.meta["contrast"]) and carried < ENOUGH
+    bars = COUNTERPARTS if statistics.meta["contrast"] else RANDOM_PARTNERS
+    crowded, lacking = int(kept.sum()) > MANY_PAIRS, bool(kept.any()) and carried < bars.enough
     dense = strength == "auto" and (crowded or lacking)
-    least = LEAST_SHARE if statistics.meta["contrast"] else LEAST_SHARE_ALONE
-    asked = Asked(strength, least * float(total.square().sum()) / count, count, tol, decides=dense)
+    asked = Asked(strength, bars.least * float(total.square().sum()) / count, count, tol, decides=dense)
     solutions = garrotes(found, asked, ranks, progress=progress)
     weight = torch.cat([solution.value.flatten() for solution in solutions])
     generator = torch.Generator().manual_seed(seed)
@@ -86,14 +100,10 @@ def learn_read(
         extras = {"mean_effect": -mean_of(edges.port_effect, pairs), "mean_abs": mean_of(edges.port_cost, pairs)}
         score = between_counterparts(extras["mean_effect"], extras["mean_abs"])
     if dense:
-        if statistics.meta["contrast"]:
-            rest, size = LEFT_OUT, extras.get("mean_abs", score.abs())
-            keep, extras["stability"] = _grown(index, edges, found, size, weight, generator)
-        else:
-            rest, keep = LEFT_OUT_ALONE, weight > 0
-            extras["stability"] = resampled(found, solutions, asked, generator)
+        size = extras.get("mean_abs", score.abs())
+        keep, extras["stability"] = _grown(index, edges, found, size, weight, generator)
         carried = edges.carried(found, keep)
-        score = score * (rest + (1 - rest) * weight)
+        score = score * (bars.left_out + (1 - bars.left_out) * weight)
     else:
         extras["stability"] = edges.of_pairs(edges.stability(pairs, node_cost, generator))
         allowed = {"auto": torch.ones_like(weight, dtype=torch.bool), "stability": extras["stability"] >= solve.STABLE}
