@@ -239,7 +239,7 @@ def test_contrast_pairs_give_signed_effects_that_add_up() -> None:
     assert graph.provenance["partners"] == "corrupted" and graph.provenance["prompt_pairs"] == 32
 
 
-def test_between_counterparts_the_regression_decides_where_costly_edges_carry_too_little(
+def test_the_regression_decides_where_costly_edges_carry_too_little(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from tl_circuitlasso.discover import learning_read
@@ -248,8 +248,7 @@ def test_between_counterparts_the_regression_decides_where_costly_edges_carry_to
     clean, other = architectures.prompts(batch=16), architectures.prompts(batch=16, seed=5)
     target = tcl.LogitDiff([1] * 16, [2] * 16)
     options = {"corrupted": other, "target": target, "positions": "last", "progress": False, "refined": False}
-    always = dataclasses.replace(learning_read.COUNTERPARTS, enough=2.0)
-    monkeypatch.setattr(learning_read, "COUNTERPARTS", always)
+    monkeypatch.setattr(learning_read, "ENOUGH", 2.0)
     decided = tcl.circuit_lasso(model, clean, checkpoint=tmp_path / "statistics", **options)
     assert decided.provenance["chosen_by"] == "regression"
     weight = decided.weight
@@ -266,8 +265,8 @@ def test_between_counterparts_the_regression_decides_where_costly_edges_carry_to
     )
     sizes = (decided.extras["mean_effect"].abs() * decided.extras["mean_abs"]).sqrt()
     # what is left out keeps a tenth, so that any number of the highest scores holds the chosen ones first
-    torch.testing.assert_close(decided.score.abs(), sizes * (always.left_out + 0.9 * weight))
-    monkeypatch.setattr(learning_read, "COUNTERPARTS", dataclasses.replace(always, enough=0.0))
+    torch.testing.assert_close(decided.score.abs(), sizes * (learning_read.COUNTERPARTS.left_out + 0.9 * weight))
+    monkeypatch.setattr(learning_read, "ENOUGH", 0.0)
     assert tcl.circuit_lasso(model, clean, **options).provenance["chosen_by"] == "cost"
 
 

@@ -142,13 +142,13 @@ def test_where_costs_have_no_gap_the_regression_says_how_many_and_size_and_align
     assert bool((decided.extras["stability"][value == 0] == 0).all())
 
 
-def test_without_counterparts_the_regression_decides_where_costly_edges_carry_far_too_little(
+def test_without_counterparts_too_the_regression_decides_where_costly_edges_carry_too_little(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A few prompts of a real model differ in so much that a handful of edges stands out, which carries little."""
     some = read_statistics(0.5)
     assert learn(some).provenance["chosen_by"] == "cost"
-    monkeypatch.setattr(learning_read, "RANDOM_PARTNERS", replace(learning_read.RANDOM_PARTNERS, enough=2.0))
+    monkeypatch.setattr(learning_read, "ENOUGH", 2.0)
     assert learn(some).provenance["chosen_by"] == "regression"
 
 

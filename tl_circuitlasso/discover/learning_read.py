@@ -19,26 +19,25 @@ from tl_circuitlasso.graph.nodes import NodeIndex
 from tl_circuitlasso.models.pairs import NO_PAIRS
 
 MANY_PAIRS = 256  # where more pairs of components are costly enough, costs have no gap and the regression decides
+ENOUGH = 0.8  # of the target's difference: what the edges chosen by cost must carry, or else the regression decides
 UNALIGNED = 0.4  # of its size is what an edge is worth that works as much against its child as for it
 
 
 @dataclass(frozen=True)
 class Bars:
-    """Where the regression decides, and how.
+    """How the regression decides.
 
-    enough: of the target's difference, what the edges chosen by cost must carry, or else it decides. least: of the
-    target's mean squared difference, what an edge must explain then. left_out: of its score, what an edge keeps that it
-    leaves out, since others carry what that edge carries.
+    least: of the target's mean squared difference, what an edge must explain. left_out: of its score, what an edge
+    keeps that the regression leaves out, since others carry what that edge carries.
     """
 
-    enough: float
     least: float
     left_out: float
 
 
-COUNTERPARTS = Bars(enough=0.8, least=1 / 30_000, left_out=0.1)
+COUNTERPARTS = Bars(least=1 / 30_000, left_out=0.1)
 # Prompts paired at random differ in much that is idle, and weights change with who is paired with whom.
-RANDOM_PARTNERS = Bars(enough=0.4, least=1 / 10_000, left_out=0.5)
+RANDOM_PARTNERS = Bars(least=1 / 10_000, left_out=0.5)
 
 
 def learn_read(
@@ -62,11 +61,11 @@ def learn_read(
 
     Kept: both ends matter, and the cost lies above the widest gap near 1 % of the costliest edge into the target (in
     squares where it is a number), and never so high that no path is left. Where more than 256 pairs of components
-    are that costly there's no such gap; and what is that costly may carry less than 80 % of the difference (40 %
-    without counterparts). Then the regression decides: kept are as many pairs as have a weight, grown back from the
-    target by size (.4 + .6 alignment), `garrote.aligned`, since neither changes much with the prompts. Scores fall with
-    the weight, to a tenth without one (a half without counterparts), so that circuits of any size hold the chosen edges
-    first. With a `strength` of your own, "ebic", "mcp" or "cv" edges need both, with "stability" a stability of 0.8.
+    are that costly there's no such gap; and what is that costly may carry less than 80 % of the difference. Then the
+    regression decides: kept are as many pairs as have a weight, grown back from the target by size (.4 + .6 alignment),
+    `garrote.aligned`, since neither changes much with the prompts. Scores fall with the weight, to a tenth without one
+    (a half without counterparts), so that circuits of any size hold the chosen edges first. With a
+    `strength` of your own, "ebic", "mcp" or "cv" edges need both, with "stability" a stability of 0.8.
     Then pruned to paths from input to target.
 
     Raises
@@ -86,7 +85,7 @@ def learn_read(
     counted = edges.of_pairs(kept) & edges.ports_above(float(level), pairs)
     carried = edges.carried(found, counted)
     bars = COUNTERPARTS if statistics.meta["contrast"] else RANDOM_PARTNERS
-    crowded, lacking = int(kept.sum()) > MANY_PAIRS, bool(kept.any()) and carried < bars.enough
+    crowded, lacking = int(kept.sum()) > MANY_PAIRS, bool(kept.any()) and carried < ENOUGH
     dense = strength == "auto" and (crowded or lacking)
     asked = Asked(strength, bars.least * float(total.square().sum()) / count, count, tol, decides=dense)
     solutions = garrotes(found, asked, ranks, progress=progress)
