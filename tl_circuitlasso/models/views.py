@@ -118,7 +118,7 @@ class View:
         self.adapter, self.acts, self.pairs = adapter, acts, pairs
         self.all_valid = bool(pairs.valid.all())
         self.first, self.width = pairs.first, pairs.valid.shape[1]
-        self._elsewhere: dict[torch.device, View] = {self.device: self}
+        self._moved: dict[torch.device, Pairing] = {self.device: pairs}  # not views: they would be a circle
 
     @property
     def device(self) -> torch.device:
@@ -128,10 +128,13 @@ class View:
     def at(self, layer: int) -> "View":
         """The same view where the weights of a layer are."""
         place = self.adapter.places[layer]
-        if place not in self._elsewhere:
-            self._elsewhere[place] = View(self.adapter, self.acts, self.pairs.to(place))
-            self._elsewhere[place]._elsewhere = self._elsewhere
-        return self._elsewhere[place]
+        if place == self.device:
+            return self
+        if place not in self._moved:
+            self._moved[place] = self.pairs.to(place)
+        there = View(self.adapter, self.acts, self._moved[place])
+        there._moved = self._moved
+        return there
 
     @property
     def target(self) -> Int[Tensor, " pair"]:
