@@ -248,7 +248,10 @@ def test_the_regression_decides_where_costly_edges_carry_too_little(
     clean, other = architectures.prompts(batch=16), architectures.prompts(batch=16, seed=5)
     target = tcl.LogitDiff([1] * 16, [2] * 16)
     options = {"corrupted": other, "target": target, "positions": "last", "progress": False, "refined": False}
-    monkeypatch.setattr(learning_read, "ENOUGH", 2.0)
+    monkeypatch.setattr(learning_read, "ENOUGH", 1.0)
+    assert tcl.circuit_lasso(model, clean, **options).provenance["chosen_by"] == "regression"
+    monkeypatch.setattr(learning_read, "MANY_PAIRS", 0)  # for itself, not for what the costly edges carry
+    monkeypatch.setattr(learning_read, "ENOUGH", 0.0)
     decided = tcl.circuit_lasso(model, clean, checkpoint=tmp_path / "statistics", **options)
     assert decided.provenance["chosen_by"] == "regression"
     weight = decided.weight
@@ -266,8 +269,28 @@ def test_the_regression_decides_where_costly_edges_carry_too_little(
     sizes = (decided.extras["mean_effect"].abs() * decided.extras["mean_abs"]).sqrt()
     # what is left out keeps a tenth, so that any number of the highest scores holds the chosen ones first
     torch.testing.assert_close(decided.score.abs(), sizes * (learning_read.COUNTERPARTS.left_out + 0.9 * weight))
-    monkeypatch.setattr(learning_read, "ENOUGH", 0.0)
+    monkeypatch.setattr(learning_read, "MANY_PAIRS", 1000)
     assert tcl.circuit_lasso(model, clean, **options).provenance["chosen_by"] == "cost"
+
+
+def test_a_circuit_grows_until_it_is_expected_to_carry_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it's expected to carry is the least above what is asked for, and more edges carry more."""
+    from tl_circuitlasso.discover import learning_read
+
+    model = architectures.hooked("gpt2", dtype=torch.float64)
+    clean, other = architectures.prompts(batch=16), architectures.prompts(batch=16, seed=5)
+    target = tcl.LogitDiff([1] * 16, [2] * 16)
+    options = {"corrupted": other, "target": target, "positions": "last", "progress": False, "refined": False}
+    monkeypatch.setattr(learning_read, "MANY_PAIRS", 0)
+    monkeypatch.setattr(learning_read, "COUNTERPARTS", dataclasses.replace(learning_read.COUNTERPARTS, least=1.0))
+    sizes, shares = [], []
+    for enough in (0.3, 0.6, 0.9):
+        monkeypatch.setattr(learning_read, "ENOUGH", enough)
+        graph = tcl.circuit_lasso(model, clean, **options)
+        sizes.append(len(graph.kept_edges()))
+        shares.append(graph.provenance["expected_share"])
+        assert enough <= shares[-1]
+    assert sizes == sorted(sizes) and sizes[0] < sizes[-1] and shares[0] < 0.9
 
 
 def test_forward_equivalents_count_everything(monkeypatch: pytest.MonkeyPatch) -> None:

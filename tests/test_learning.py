@@ -148,7 +148,7 @@ def test_without_counterparts_too_the_regression_decides_where_costly_edges_carr
     """A few prompts of a real model differ in so much that a handful of edges stands out, which carries little."""
     some = read_statistics(0.5)
     assert learn(some).provenance["chosen_by"] == "cost"
-    monkeypatch.setattr(learning_read, "ENOUGH", 2.0)
+    monkeypatch.setattr(learning_read, "ENOUGH", 1.0)
     assert learn(some).provenance["chosen_by"] == "regression"
 
 

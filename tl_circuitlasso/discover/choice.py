@@ -112,23 +112,28 @@ class Edges:
         share = self.port_scores(torch.ones_like(judged), mean_of(self.port_cost, pairs))
         return self.of_pairs(judged) * (share.square() if self.squares else share) > bar
 
-    def carried(self, found: list[Child], kept: Bool[Tensor, " edge"]) -> float:
-        """The share of the target's difference that the kept edges are expected to carry, from 0 to 1.
-
-        r(v) = sum over kept u -> v of E(g[u -> v] y_v) / E(y_v^2) r(u), r(input) = 1, within [0, 1]: the shares of a
-        child's parents add up to 1.
-        """
-        share = torch.zeros(len(self.ranks), dtype=torch.float64)
-        share[0], start = 1.0, 0
+    def shares(self, found: list[Child]) -> Float[Tensor, " edge"]:
+        """Each edge's share of what its child contributes, E(g[u -> v] y_v) / E(y_v^2): a child's add up to 1."""
+        parts = []
         for child in found:
-            stop = start + child.rows.shape[1]
             rows = child.rows.double()
             total = rows.sum(1)
-            square, products = float(total.square().sum()), rows.T @ total
-            through = (products * kept[start:stop] * share[self.source[start:stop]]).sum()
-            share[child.node] = (through / square).clamp(0, 1) if square > 0 else 0.0
-            start = stop
-        return float(share[-1])
+            square = total.square().sum()
+            parts.append(rows.T @ total / square if float(square) > 0 else rows.new_zeros(rows.shape[1]))
+        return torch.cat(parts)
+
+    def carried(self, found: list[Child], shares: Float[Tensor, " edge"], kept: Bool[Tensor, " edge"]) -> float:
+        """The share of the target's difference that the kept edges are expected to carry, from 0 to 1; all carry 1.
+
+        r(v) = sum over kept u -> v of share(u -> v) r(u), r(input) = 1, within [0, 1].
+        """
+        through = torch.zeros(len(self.ranks), dtype=torch.float64)
+        through[0], start = 1.0, 0
+        counted = shares * kept
+        for child in found:
+            here = slice(start, start := start + child.rows.shape[1])
+            through[child.node] = (counted[here] * through[self.source[here]]).sum().clamp(0, 1)
+        return float(through[-1])
 
     def choose(
         self, cost: Float[Tensor, "*draw pair"], node_cost: Float[Tensor, "*draw node"]

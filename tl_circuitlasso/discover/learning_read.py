@@ -63,9 +63,9 @@ def learn_read(
     squares where it is a number), and never so high that no path is left. Where more than 256 pairs of components
     are that costly there's no such gap; and what is that costly may carry less than 80 % of the difference. Then the
     regression decides: kept are as many pairs as have a weight, grown back from the target by size (.4 + .6 alignment),
-    `garrote.aligned`, since neither changes much with the prompts. Scores fall with the weight, to a tenth without one
-    (a half without counterparts), so that circuits of any size hold the chosen edges first. With a
-    `strength` of your own, "ebic", "mcp" or "cv" edges need both, with "stability" a stability of 0.8.
+    `garrote.aligned`, since neither changes much with the prompts; and more, until 80 % are carried. Scores fall with
+    the weight, to a tenth without one (a half without counterparts), so that circuits of any size hold the chosen edges
+    first. With a `strength` of your own, "ebic", "mcp" or "cv" edges need both, with "stability" a stability of 0.8.
     Then pruned to paths from input to target.
 
     Raises
@@ -83,7 +83,8 @@ def learn_read(
     node_cost = statistics.sums[schema.NODE_COSTS].cpu()
     kept, level = edges.choose(mean_of(edges.judged, pairs), mean_of(node_cost, pairs))
     counted = edges.of_pairs(kept) & edges.ports_above(float(level), pairs)
-    carried = edges.carried(found, counted)
+    shares = edges.shares(found)
+    carried = edges.carried(found, shares, counted)
     bars = COUNTERPARTS if statistics.meta["contrast"] else RANDOM_PARTNERS
     crowded, lacking = int(kept.sum()) > MANY_PAIRS, bool(kept.any()) and carried < ENOUGH
     dense = strength == "auto" and (crowded or lacking)
@@ -100,8 +101,12 @@ def learn_read(
         score = between_counterparts(extras["mean_effect"], extras["mean_abs"])
     if dense:
         size = extras.get("mean_abs", score.abs())
-        keep, extras["stability"] = _grown(index, edges, found, size, weight, generator)
-        carried = edges.carried(found, keep)
+        value = size * (UNALIGNED + (1 - UNALIGNED) * aligned(found))
+        keep = _grown(index, edges, found, shares, value, edges.pair[weight > 0].unique().numel())
+        carried = edges.carried(found, shares, keep)
+        extras["stability"] = steadiness(
+            found, value / (value[keep].min() if bool(keep.any()) else torch.inf), generator
+        )
         score = score * (bars.left_out + (1 - bars.left_out) * weight)
     else:
         extras["stability"] = edges.of_pairs(edges.stability(pairs, node_cost, generator))
@@ -126,23 +131,34 @@ def _grown(
     index: NodeIndex,
     edges: Edges,
     found: list[Child],
-    size: Float[Tensor, " edge"],
-    weight: Float[Tensor, " edge"],
-    generator: torch.Generator,
-) -> tuple[Bool[Tensor, " edge"], Float[Tensor, " edge"]]:
-    """As many pairs of components as the regression gives a weight, grown back from the target by size (.4 + .6
-    alignment), and the share of bootstrap resamples of the rows in which an edge is as large as the least of them.
+    shares: Float[Tensor, " edge"],
+    value: Float[Tensor, " edge"],
+    count: int,
+) -> Bool[Tensor, " edge"]:
+    """`count` pairs of components, grown back from the target by value; where these are expected to carry less than
+    `ENOUGH` of the target's difference, as few more as carry so much, to within a fiftieth.
 
     Sizes and alignments hardly change with the prompts, weights of parents that work alike do: so the regression says
     how many edges make the circuit, and which ones is said by how much they do and how far they do it for their child.
     By size alone as many edges that work against each other would come in, and the circuit would carry less.
     """
-    value = size * (UNALIGNED + (1 - UNALIGNED) * aligned(found))
-    count = edges.pair[weight > 0].unique().numel()
     ends = selection.Edges(edges.source, edges.target, index.ranks)
-    kept = selection.choose(ends, value, count, "greedy", edges.pair)
-    bar = value[kept].min() if bool(kept.any()) else torch.inf
-    return kept, steadiness(found, value / bar, generator)
+    order = selection.grown(ends, value)
+
+    def circuit(pairs: int) -> Bool[Tensor, " edge"]:
+        return selection.first(ends, order, pairs, edges.pair)
+
+    def carries(pairs: int) -> bool:
+        return edges.carried(found, shares, circuit(pairs)) >= ENOUGH
+
+    count = max(count, 1)
+    if carries(count):
+        return circuit(count)
+    low, high = count, int(edges.pair.max()) + 1  # low carries too little; all carry everything
+    while high - low > max(1, low // 50):
+        middle = (low + high) // 2 if high < 4 * low else 2 * low
+        low, high = (low, middle) if carries(middle) else (middle, high)
+    return circuit(high)
 
 
 def _pruned(graph: AttributionGraph, carried: float) -> AttributionGraph:
