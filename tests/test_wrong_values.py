@@ -62,7 +62,7 @@ def test_every_public_function_names_what_it_cannot_use() -> None:
         (Float[Tensor, "source target"], [torch.ones(2, 3)], [torch.ones(2), np.ones((2, 2))]),
         (Any, [3, None, object()], []),
     ],
-    ids=str,
+    ids=lambda part: "" if isinstance(part, list) else str(part),  # addresses of objects differ in every process
 )
 def test_values_fit_what_annotations_say(kind: Any, right: list[Any], wrong: list[Any]) -> None:
     assert all(fits(value, kind) for value in right) and not any(fits(value, kind) for value in wrong)
