@@ -29,7 +29,7 @@ from tl_circuitlasso.discover.choice import Edges
 from tl_circuitlasso.discover.run import circuit_lasso
 from tl_circuitlasso.discover.stopping import CENTRE
 from tl_circuitlasso.evaluate.structure import structure
-from tl_circuitlasso.models import read
+from tl_circuitlasso.models import pairing, read
 from tl_circuitlasso.models.outcome import Outcome
 from tl_circuitlasso.models.views import NormSecant, View
 from tl_circuitlasso.models.weights import repeat_heads
@@ -95,14 +95,14 @@ def all_nodes(choose: Callable[..., Any]) -> Callable[..., Any]:
 
 PARTS = {
     "shipped": Part("nothing: the defaults"),
-    "secants": Part("derivatives at the prompt", [(read, "REACHES", (1e-3,))]),
-    "half-way": Part("all secants over the whole way to the partner", [(read, "REACHES", (1.0,))]),
-    "whole way": Part("all secants half-way to the partner", [(read, "REACHES", (0.5,))]),
+    "secants": Part("derivatives at the prompt", [(pairing, "REACHES", (1e-3,))]),
+    "half-way": Part("all secants over the whole way to the partner", [(pairing, "REACHES", (1.0,))]),
+    "whole way": Part("all secants half-way to the partner", [(pairing, "REACHES", (0.5,))]),
     "own anchor": Part(
         "products in the middle of a secant", [(View, "anchored", mean_heads), (View, "anchor", middle)]
     ),
     "norms": Part("norms with their scale frozen", [(View, "norm", frozen)]),
-    "interest": Part("positions drawn alike", [(read, "ALIKE", 1.0)]),
+    "interest": Part("positions drawn alike", [(pairing, "ALIKE", 1.0)]),
     "nats": Part("squared changes of the logits", [(Outcome, "cost", energy)]),
     "gap": Part(
         "a threshold at exactly 1 %",

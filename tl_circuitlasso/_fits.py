@@ -47,7 +47,7 @@ def told(function: Callable[P, R]) -> Callable[P, R]:
         try:
             return function(*args, **kwargs)
         except RAW as error:
-            if not isinstance(error, CircuitLassoError):
+            if not isinstance(error, CircuitLassoError) and "unexpected keyword argument" not in str(error):
                 _refuse_misfit(function, args, kwargs, error)
             raise
 

@@ -75,7 +75,7 @@ def resumed(folder: Path, rank: int, demo: Demo, saes: Any) -> None:
     (folder / f"solved-{rank}.txt").write_text(" ".join(child for _, child in solved))
 
 
-def no_groups(*_: Any) -> Any:
+def no_groups(*_: Any, **__: Any) -> Any:
     raise tcl.ModelError("no groups")
 
 

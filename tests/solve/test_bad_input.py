@@ -1,5 +1,7 @@
 """Wrong input raises at once, names the argument and says what to do."""
 
+import inspect
+
 import pytest
 import torch
 
@@ -89,13 +91,13 @@ def test_arguments(change: dict, message: str) -> None:
     arguments = {"strength": 0.1, **planted().matrices, **change}
     gram, cross = arguments.pop("gram"), arguments.pop("cross")
     if gram.shape[0] != gram.shape[1] or cross.shape[0] != gram.shape[0] or len(arguments["target_sq_norm"]) != 6:
-        lasso_unchecked = getattr(lasso, "__wrapped__", lasso)  # the shape checker of the test run would answer first
+        lasso_unchecked = inspect.unwrap(lasso)  # the shape checker of the test run would answer first
         with pytest.raises(InputError, match=message):
             lasso_unchecked(gram, cross, **arguments)
         return
     if "init" in change and change["init"].shape != cross.shape:
         with pytest.raises(InputError, match=message):
-            getattr(lasso, "__wrapped__", lasso)(gram, cross, **arguments)
+            inspect.unwrap(lasso)(gram, cross, **arguments)
         return
     with pytest.raises(InputError, match=message):
         lasso(gram, cross, **arguments)
