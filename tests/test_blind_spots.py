@@ -263,9 +263,9 @@ def test_the_regression_decides_where_costly_edges_carry_too_little(
     grown = dataclasses.replace(decided, score=value).top_k(count, how="greedy")
     assert decided.kept_edges() == grown.kept_edges() and decided.n_kept >= count > 0
     stability = decided.extras["stability"]
-    assert (
-        bool((stability[value >= 3 * value[decided.kept].min()] == 1).all()) and float(stability[value == 0].sum()) == 0
-    )
+    least = value[decided.kept].min()
+    assert bool((stability[decided.kept & (value >= 3 * least)] == 1).all()) and float(stability[value == 0].sum()) == 0
+    assert bool((stability[~decided.kept & (value >= least)] == 0).all())  # large, but it leads nowhere
     sizes = (decided.extras["mean_effect"].abs() * decided.extras["mean_abs"]).sqrt()
     # what is left out keeps a tenth, so that any number of the highest scores holds the chosen ones first
     torch.testing.assert_close(decided.score.abs(), sizes * (learning_read.COUNTERPARTS.left_out + 0.9 * weight))

@@ -104,9 +104,9 @@ def learn_read(
         value = size * (UNALIGNED + (1 - UNALIGNED) * aligned(found))
         keep = _grown(index, edges, found, shares, value, edges.pair[weight > 0].unique().numel())
         carried = edges.carried(found, shares, keep)
-        extras["stability"] = steadiness(
-            found, value / (value[keep].min() if bool(keep.any()) else torch.inf), generator
-        )
+        relative = value / (value[keep].min() if bool(keep.any()) else torch.inf)
+        leads_nowhere = (relative >= 1) & ~keep  # what it feeds isn't in the circuit
+        extras["stability"] = steadiness(found, relative.masked_fill(leads_nowhere, 0.0), generator)
         score = score * (bars.left_out + (1 - bars.left_out) * weight)
     else:
         extras["stability"] = edges.of_pairs(edges.stability(pairs, node_cost, generator))

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 
 from tl_circuitlasso.data.sharing import ALONE, Ranks
 from tl_circuitlasso.discover.choice import between_counterparts
@@ -72,7 +73,7 @@ def refine(
         if not bool(refined.kept.any()):
             came_of_it = "left out: no path would have survived it"
             break
-        graph = refined
+        graph = _without(refined, graph.kept & ~refined.kept)
         came_of_it = f"{before - len(graph.kept_edges())} edges dropped"
         if survivors == edges:
             break
@@ -150,6 +151,12 @@ def _worth(costs: Costs) -> set[Edge]:
     inside = {edge: cost for edge, cost in costs.judged.items() if not idle & set(edge)}
     bar = widest_gap(torch.tensor(list(inside.values())))
     return {edge for edge, cost in inside.items() if cost > bar}
+
+
+def _without(graph: AttributionGraph, dropped: Bool[torch.Tensor, " edge"]) -> AttributionGraph:
+    """The graph with a stability of 0 for what was dropped: no resample's rule keeps it behind this look."""
+    stability = graph.extras["stability"].masked_fill(dropped, 0.0)
+    return replace(graph, extras={**graph.extras, "stability": stability})
 
 
 def _measured(graph: AttributionGraph, costs: Costs, survivors: Collection[Edge]) -> AttributionGraph:
