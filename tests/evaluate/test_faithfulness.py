@@ -460,3 +460,17 @@ def test_prompts_that_the_ablation_leaves_alone_make_no_interval() -> None:
     assert all("divide" not in str(one.message) for one in told)
     whole = tcl.evaluate.faithfulness(*given, demo.corrupted, demo.target, progress=False)
     assert whole.low <= whole.faithfulness <= whole.high
+
+
+def test_the_whole_model_and_the_empty_circuit_are_not_run_as_circuits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass over no copies of the prompts is one that some models can't make."""
+    from tl_circuitlasso.evaluate import interventions
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a circuit was run")
+
+    monkeypatch.setattr(interventions, "run_circuits", refuse)
+    demo = tcl.load_demo(prompts=4)
+    none = demo.circuit.keep(torch.zeros_like(demo.circuit.kept))
+    found = tcl.evaluate.faithfulness(demo.model, none, demo.tokens, demo.corrupted, demo.target, progress=False)
+    assert found.faithfulness == 0.0

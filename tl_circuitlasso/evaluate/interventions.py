@@ -64,7 +64,8 @@ def measure(setup: Experiment, kept: EdgeMatrix, what: str = "measure") -> Measu
             model[batch.rows] = prompt_values(setup.objective, logits, batch, "the model")
             ablated[batch.rows] = prompt_values(setup.objective, cut.logits, batch, "the ablated model")
             bar.update(2 * len(batch.rows))
-            for some in partly.split(_copies(setup.adapter, batch)) if setup.cut != "optimal" else ():
+            # an empty tensor is split into one empty part, which isn't a pass
+            for some in partly.split(_copies(setup.adapter, batch)) if len(partly) and setup.cut != "optimal" else ():
                 made = run_circuits(setup.adapter, batch.clean.tokens, batch.mask, as_circuits(kept[some], layout), cut)
                 for circuit, logits in zip(some.tolist(), made):
                     circuits[circuit, batch.rows] = prompt_values(setup.objective, logits, batch, "a circuit")
