@@ -205,6 +205,15 @@ def test_texts_and_splits_are_counted(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert " gone" not in capsys.readouterr().err
 
 
+def test_random_circuits_are_heard_while_they_are_drawn(
+    given: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    capsys.readouterr()
+    tcl.evaluate.tests(*given, circuits=10)
+    assert "draw random circuits: 10 of 10 circuits" in capsys.readouterr().err
+
+
 def test_the_second_look_is_heard_while_it_walks(
     given: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

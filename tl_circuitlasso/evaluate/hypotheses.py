@@ -40,6 +40,7 @@ from tl_circuitlasso.experiment import Ablation, CutOptions, Experiment, verb
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.graph.selection import Edges, first
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
+from tl_circuitlasso.progress import bar
 
 PERMUTATIONS = 1000  # of the independence test
 TOGETHER = 64  # circuits measured in one call
@@ -120,7 +121,8 @@ def tests(
         raise InputError("`graph` keeps every edge: there is nothing outside of it to compare with; cut it first")
     draw = _Random(layout, seed, merged=not bool((graph.port[graph.kept] != 0).any()))
     size = draw.size(kept)
-    random = torch.cat([draw.circuit(size) for _ in range(circuits)])
+    drawing = bar(range(circuits), progress=setup.progress, desc="draw random circuits", unit="circuit")
+    random = torch.cat([draw.circuit(size) for _ in drawing])
     outside = layout.mask()[None] & ~torch.cat([kept, random])
     alone = _measured(setup, torch.cat([kept, random]))
     cut = _measured(setup, outside)
