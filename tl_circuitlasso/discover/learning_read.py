@@ -104,9 +104,7 @@ def learn_read(
         value = size * (UNALIGNED + (1 - UNALIGNED) * aligned(found))
         keep = _grown(index, edges, found, shares, value, edges.pair[weight > 0].unique().numel())
         carried = edges.carried(found, shares, keep)
-        relative = value / (value[keep].min() if bool(keep.any()) else torch.inf)
-        leads_nowhere = (relative >= 1) & ~keep  # what it feeds isn't in the circuit
-        extras["stability"] = steadiness(found, relative.masked_fill(leads_nowhere, 0.0), generator)
+        extras["stability"] = _steadiness(found, value, keep, generator)
         score = score * (bars.left_out + (1 - bars.left_out) * weight)
     else:
         extras["stability"] = edges.of_pairs(edges.stability(pairs, node_cost, generator))
@@ -159,6 +157,18 @@ def _grown(
         middle = (low + high) // 2 if high < 4 * low else 2 * low
         low, high = (low, middle) if carries(middle) else (middle, high)
     return circuit(high)
+
+
+def _steadiness(
+    found: list[Child],
+    value: Float[Tensor, " edge"],
+    keep: Bool[Tensor, " edge"],
+    generator: torch.Generator,
+) -> Float[Tensor, " edge"]:
+    """The share of resamples of the rows in which an edge is worth what the least kept one is; 0 for large ones that
+    aren't kept, since what they feed isn't in the circuit."""
+    relative = value / (value[keep].min() if bool(keep.any()) else torch.inf)
+    return steadiness(found, relative.masked_fill((relative >= 1) & ~keep, 0.0), generator)
 
 
 def _pruned(graph: AttributionGraph, carried: float) -> AttributionGraph:
