@@ -242,16 +242,16 @@ def test_contrast_pairs_give_signed_effects_that_add_up() -> None:
 def test_the_regression_decides_where_costly_edges_carry_too_little(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from tl_circuitlasso.discover import learning_read
+    from tl_circuitlasso.discover import growing, learning_read
 
     model = architectures.hooked("gpt2", dtype=torch.float64)
     clean, other = architectures.prompts(batch=16), architectures.prompts(batch=16, seed=5)
     target = tcl.LogitDiff([1] * 16, [2] * 16)
     options = {"corrupted": other, "target": target, "positions": "last", "progress": False, "refined": False}
-    monkeypatch.setattr(learning_read, "ENOUGH", 1.0)
+    monkeypatch.setattr(growing, "ENOUGH", 1.0)
     assert tcl.circuit_lasso(model, clean, **options).provenance["chosen_by"] == "regression"
     monkeypatch.setattr(learning_read, "MANY_PAIRS", 0)  # for itself, not for what the costly edges carry
-    monkeypatch.setattr(learning_read, "ENOUGH", 0.0)
+    monkeypatch.setattr(growing, "ENOUGH", 0.0)
     decided = tcl.circuit_lasso(model, clean, checkpoint=tmp_path / "statistics", **options)
     assert decided.provenance["chosen_by"] == "regression"
     weight = decided.weight
@@ -259,7 +259,7 @@ def test_the_regression_decides_where_costly_edges_carry_too_little(
     count = len({(int(s), int(t)) for s, t in zip(decided.source[weight > 0], decided.target[weight > 0])})
     found = children(Statistics.load(tmp_path / "statistics"), decided.index)
     # the regression says how many; how much they do, and how far they do it for their child, says which
-    value = decided.extras["mean_abs"] * (learning_read.UNALIGNED + 0.6 * aligned(found))
+    value = decided.extras["mean_abs"] * (0.4 + 0.6 * aligned(found))
     grown = dataclasses.replace(decided, score=value).top_k(count, how="greedy")
     assert decided.kept_edges() == grown.kept_edges() and decided.n_kept >= count > 0
     stability = decided.extras["stability"]
@@ -275,7 +275,7 @@ def test_the_regression_decides_where_costly_edges_carry_too_little(
 
 def test_a_circuit_grows_until_it_is_expected_to_carry_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     """What it's expected to carry is the least above what is asked for, and more edges carry more."""
-    from tl_circuitlasso.discover import learning_read
+    from tl_circuitlasso.discover import growing, learning_read
 
     model = architectures.hooked("gpt2", dtype=torch.float64)
     clean, other = architectures.prompts(batch=16), architectures.prompts(batch=16, seed=5)
@@ -285,7 +285,7 @@ def test_a_circuit_grows_until_it_is_expected_to_carry_enough(monkeypatch: pytes
     monkeypatch.setattr(learning_read, "COUNTERPARTS", dataclasses.replace(learning_read.COUNTERPARTS, least=1.0))
     sizes, shares = [], []
     for enough in (0.3, 0.6, 0.9):
-        monkeypatch.setattr(learning_read, "ENOUGH", enough)
+        monkeypatch.setattr(growing, "ENOUGH", enough)
         graph = tcl.circuit_lasso(model, clean, **options)
         sizes.append(len(graph.kept_edges()))
         shares.append(graph.provenance["expected_share"])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tl_circuitlasso.data.sites import Site
 from tl_circuitlasso.data.statistics import Statistics, add_folds, empty_folds
-from tl_circuitlasso.discover import learning_read
+from tl_circuitlasso.discover import growing, learning_read
 from tl_circuitlasso.discover.designs import learn
 from tl_circuitlasso.discover.garrote import Asked, Child, aligned, children, garrotes, steadiness
 from tl_circuitlasso.errors import InputError
@@ -148,7 +148,7 @@ def test_without_counterparts_too_the_regression_decides_where_costly_edges_carr
     """A few prompts of a real model differ in so much that a handful of edges stands out, which carries little."""
     some = read_statistics(0.5)
     assert learn(some).provenance["chosen_by"] == "cost"
-    monkeypatch.setattr(learning_read, "ENOUGH", 1.0)
+    monkeypatch.setattr(growing, "ENOUGH", 1.0)
     assert learn(some).provenance["chosen_by"] == "regression"
 
 

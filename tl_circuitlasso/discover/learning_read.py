@@ -11,16 +11,15 @@ from tl_circuitlasso import solve
 from tl_circuitlasso.data import schema
 from tl_circuitlasso.data.sharing import ALONE, Ranks
 from tl_circuitlasso.data.statistics import Statistics
+from tl_circuitlasso.discover import growing
 from tl_circuitlasso.discover.choice import Edges, between_counterparts, mean_of
-from tl_circuitlasso.discover.garrote import Asked, Child, aligned, children, garrotes, steadiness
+from tl_circuitlasso.discover.garrote import Asked, Child, children, garrotes, steadiness
 from tl_circuitlasso.errors import InputError
-from tl_circuitlasso.graph import AttributionGraph, selection
+from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.graph.nodes import NodeIndex
 from tl_circuitlasso.models.pairs import NO_PAIRS
 
 MANY_PAIRS = 256  # where more pairs of components are costly enough, costs have no gap and the regression decides
-ENOUGH = 0.8  # of the target's difference: what the edges chosen by cost must carry, or else the regression decides
-UNALIGNED = 0.4  # of its size is what an edge is worth that works as much against its child as for it
 
 
 @dataclass(frozen=True)
@@ -62,10 +61,10 @@ def learn_read(
     Kept: both ends matter, and the cost lies above the widest gap near 1 % of the costliest edge into the target (in
     squares where it is a number), and never so high that no path is left. Where more than 256 pairs of components
     are that costly there's no such gap; and what is that costly may carry less than 80 % of the difference. Then the
-    regression decides: kept are as many pairs as have a weight, grown back from the target by size (.4 + .6 alignment),
-    `garrote.aligned`, since neither changes much with the prompts; and more, until 80 % are carried. Scores fall with
-    the weight, to a tenth without one (a half without counterparts), so that circuits of any size hold the chosen edges
-    first. With a `strength` of your own, "ebic", "mcp" or "cv" edges need both, with "stability" a stability of 0.8.
+    regression decides: kept are as many pairs as have a weight, grown back from the target by size and alignment, and
+    more if these don't carry 80 % (`growing.grown`). Scores fall with the weight, to a tenth without one (a half
+    without counterparts), so that circuits of any size hold the chosen edges first. With a `strength` of your own,
+    "ebic", "mcp" or "cv" edges need both, with "stability" a stability of 0.8.
     Then pruned to paths from input to target.
 
     Raises
@@ -83,10 +82,9 @@ def learn_read(
     node_cost = statistics.sums[schema.NODE_COSTS].cpu()
     kept, level = edges.choose(mean_of(edges.judged, pairs), mean_of(node_cost, pairs))
     counted = edges.of_pairs(kept) & edges.ports_above(float(level), pairs)
-    shares = edges.shares(found)
-    carried = edges.carried(found, shares, counted)
+    carried = edges.carried(found, edges.shares(found), counted)
     bars = COUNTERPARTS if statistics.meta["contrast"] else RANDOM_PARTNERS
-    crowded, lacking = int(kept.sum()) > MANY_PAIRS, bool(kept.any()) and carried < ENOUGH
+    crowded, lacking = int(kept.sum()) > MANY_PAIRS, bool(kept.any()) and carried < growing.ENOUGH
     dense = strength == "auto" and (crowded or lacking)
     asked = Asked(strength, bars.least * float(total.square().sum()) / count, count, tol, decides=dense)
     solutions = garrotes(found, asked, ranks, progress=progress)
@@ -101,10 +99,10 @@ def learn_read(
         score = between_counterparts(extras["mean_effect"], extras["mean_abs"])
     if dense:
         size = extras.get("mean_abs", score.abs())
-        value = size * (UNALIGNED + (1 - UNALIGNED) * aligned(found))
-        keep = _grown(index, edges, found, shares, value, edges.pair[weight > 0].unique().numel())
-        carried = edges.carried(found, shares, keep)
-        extras["stability"] = _steadiness(found, value, keep, generator)
+        weighed = edges.pair[weight > 0].unique().numel()
+        circuit = growing.grown(edges, found, size, weighed, contrast=bool(statistics.meta["contrast"]))
+        keep, carried = circuit.kept, circuit.carried
+        extras["stability"] = _steadiness(found, circuit.value, keep, generator)
         score = score * (bars.left_out + (1 - bars.left_out) * weight)
     else:
         extras["stability"] = edges.of_pairs(edges.stability(pairs, node_cost, generator))
@@ -123,40 +121,6 @@ def learn_read(
         provenance={"chosen_by": "regression" if dense else "cost"},
     )
     return _pruned(graph, carried)
-
-
-def _grown(
-    index: NodeIndex,
-    edges: Edges,
-    found: list[Child],
-    shares: Float[Tensor, " edge"],
-    value: Float[Tensor, " edge"],
-    count: int,
-) -> Bool[Tensor, " edge"]:
-    """`count` pairs of components, grown back from the target by value; where these are expected to carry less than
-    `ENOUGH` of the target's difference, as few more as carry so much, to within a fiftieth.
-
-    Sizes and alignments hardly change with the prompts, weights of parents that work alike do: so the regression says
-    how many edges make the circuit, and which ones is said by how much they do and how far they do it for their child.
-    By size alone as many edges that work against each other would come in, and the circuit would carry less.
-    """
-    ends = selection.Edges(edges.source, edges.target, index.ranks)
-    order = selection.grown(ends, value)
-
-    def circuit(pairs: int) -> Bool[Tensor, " edge"]:
-        return selection.first(ends, order, pairs, edges.pair)
-
-    def carries(pairs: int) -> bool:
-        return edges.carried(found, shares, circuit(pairs)) >= ENOUGH
-
-    count = max(count, 1)
-    if carries(count):
-        return circuit(count)
-    low, high = count, int(edges.pair.max()) + 1  # low carries too little; all carry everything
-    while high - low > max(1, low // 50):
-        middle = (low + high) // 2 if high < 4 * low else 2 * low
-        low, high = (low, middle) if carries(middle) else (middle, high)
-    return circuit(high)
 
 
 def _steadiness(

@@ -15,7 +15,6 @@ milp [False, True, False, True]
 """
 
 import heapq
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -62,11 +61,20 @@ class Edges:
     def _touched(self, ends: Int[Tensor, " edge"]) -> Bool[Tensor, " node"]:
         return torch.zeros(self.ranks.numel(), dtype=torch.bool).index_fill(0, ends, True)
 
-    def by_rank(self, ends: Int[Tensor, " edge"]) -> Iterator[Int[Tensor, " some"]]:
-        """The edges in groups of equal rank of `ends`, ascending."""
+    @cached_property
+    def by_source(self) -> tuple[Int[Tensor, " some"], ...]:
+        """The edges in groups of equal rank of their source, ascending."""
+        return self._by_rank(self.source)
+
+    @cached_property
+    def by_target(self) -> tuple[Int[Tensor, " some"], ...]:
+        """The edges in groups of equal rank of their target, ascending."""
+        return self._by_rank(self.target)
+
+    def _by_rank(self, ends: Int[Tensor, " edge"]) -> tuple[Int[Tensor, " some"], ...]:
         rank = self.ranks[ends]
         _, counts = rank.unique(return_counts=True)
-        yield from rank.argsort(stable=True).split(counts.tolist())
+        return rank.argsort(stable=True).split(counts.tolist())
 
 
 # ---- orders ---------------------------------------------------------------------------------------------------------
@@ -168,11 +176,11 @@ def levels(edges: Edges, order: Int[Tensor, " some"]) -> Int[Tensor, " edge"]:
     place = torch.full((never,), never, dtype=torch.long)
     place[order] = torch.arange(order.numel())
     ahead = torch.where(edges.roots, -1, never)
-    for rows in edges.by_rank(edges.target):
+    for rows in edges.by_target:
         reached = torch.maximum(place[rows], ahead[edges.source[rows]])
         ahead.scatter_reduce_(0, edges.target[rows], reached, reduce="amin")
     behind = torch.where(edges.sinks, -1, never)
-    for rows in reversed(list(edges.by_rank(edges.source))):
+    for rows in reversed(edges.by_source):
         reached = torch.maximum(place[rows], behind[edges.target[rows]])
         behind.scatter_reduce_(0, edges.source[rows], reached, reduce="amin")
     return torch.maximum(place, torch.maximum(ahead[edges.source], behind[edges.target]))
