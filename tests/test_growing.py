@@ -1,4 +1,4 @@
-"""Circuits where the regression decides: as many edges as it weighs, those that work for their child, honestly judged."""
+"""Circuits where the regression decides: as many edges as it weighs, those that work for their child first."""
 
 import pytest
 import torch
@@ -64,7 +64,7 @@ def test_large_edges_stay_where_they_carry_enough() -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_what_is_expected_isnt_luck(seed: int) -> None:
-    """Hundreds of MLPs of random sign: the best aligned of them do little on other prompts, and that is what is said."""
+    """Of hundreds of MLPs of random sign the best aligned do little on other prompts, and that is what is said."""
     rows = torch.randn(2 * ROWS, 300, generator=drawn(seed), dtype=torch.float64)
     rows[:, :3] = 6.0
     edges, found, size = one_layer(rows[:ROWS])
