@@ -140,7 +140,7 @@ def test_how_far_apart_predictions_are_is_their_divergence(vocabulary: int) -> N
     mask = torch.ones(3, tokens.shape[1], dtype=torch.bool)
     acts = adapter.run(tokens, torch.cat([mask, mask]), {"resid_pre.0", *outcome.wanted(adapter, None), "scale.final"})
     pairs = twins(mask, mask, acts["logits"], causal=False)
-    apart = outcome.apart(adapter, acts, pairs, None, torch.arange(3), None)
+    apart = outcome.apart(adapter, acts, pairs, outcome.Question(None, torch.arange(3)))
     own, partner = (acts["logits"].log_softmax(-1)[rows, pairs.position] for rows in pairs.sides)
     expected = torch.nn.functional.kl_div(partner, own, log_target=True, reduction="none").sum(-1)
     torch.testing.assert_close(apart, expected, rtol=1e-4, atol=1e-5)
@@ -159,7 +159,7 @@ def test_how_far_apart_numbers_are_is_their_difference() -> None:
     own, partner = (acts["logits"][side, pairs.position] for side in pairs.sides)
     pick = torch.arange(len(rows))
     change = (partner[pick, right] - partner[pick, wrong]) - (own[pick, right] - own[pick, wrong])
-    apart = outcome.apart(adapter, acts, pairs, target, torch.arange(3), None)
+    apart = outcome.apart(adapter, acts, pairs, outcome.Question(target, torch.arange(3)))
     torch.testing.assert_close(apart, change.abs(), rtol=1e-4, atol=1e-5)
 
 

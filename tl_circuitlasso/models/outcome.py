@@ -43,6 +43,15 @@ class Probe:
 
 
 @dataclass(frozen=True, eq=False)
+class Question:
+    """What is asked of a batch: the target, the places of the batch's prompts among all, and the target's probe."""
+
+    target: Target
+    prompts: Int[Tensor, " batch"]
+    probe: Probe | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Outcome:
     """The target's directions for every pair and its value at the pair's own prompt.
 
@@ -140,21 +149,20 @@ def outcome(
     adapter: Adapter,
     acts: Mapping[str, Tensor],
     pairs: Pairing,
-    target: Target,
-    prompts: Int[Tensor, " batch"],
-    probe: Probe | None,
+    question: Question,
     *,
     few: int = FEW_LOGITS,
     generator: torch.Generator | None = None,
 ) -> Outcome:
     """Directions and base values of the target for every pair; all logits are followed if there are at most `few`,
     else `generator` draws a direction of those that aren't."""
+    target, probe = question.target, question.probe
     if target is None:
         return _of_logits(adapter, acts, pairs, few, generator)
     stream = _of_own(adapter, acts, pairs)
     if isinstance(target, LogitDiff):
         check_answers(target, adapter.shape.d_vocab_out)
-        right, wrong = (_answer_column(adapter, ids[pairs.own.cpu()]) for ids in target.ids(prompts))
+        right, wrong = (_answer_column(adapter, ids[pairs.own.cpu()]) for ids in target.ids(question.prompts))
         return Outcome((right - wrong)[:, None], None)
     assert probe is not None
     directions = probe.weight.T.to(stream).expand(len(pairs.own), -1, -1)
@@ -228,21 +236,14 @@ def direction_of_others(
     return (share @ weight.T).unsqueeze(1)
 
 
-def apart(
-    adapter: Adapter,
-    acts: Mapping[str, Tensor],
-    pairs: Pairing,
-    target: Target,
-    prompts: Int[Tensor, " batch"],
-    probe: Probe | None,
-) -> Float[Tensor, " pair"]:
+def apart(adapter: Adapter, acts: Mapping[str, Tensor], pairs: Pairing, question: Question) -> Float[Tensor, " pair"]:
     """How far the target differs between the two prompts of each pair, in the unit of its cost."""
-    if target is None and adapter.shape.d_vocab_out > FEW_LOGITS:
+    if question.target is None and adapter.shape.d_vocab_out > FEW_LOGITS:
         found = []
         for own, partner, place in zip(*(rows.split(AT_ONCE) for rows in (*pairs.sides, pairs.position))):
             found.append(_kl(acts["logits"][own, place], acts["logits"][partner, place]))
         return torch.cat(found)
-    goal = outcome(adapter, acts, pairs, target, prompts, probe)
+    goal = outcome(adapter, acts, pairs, question)
     return goal.cost(goal.reads(_final(adapter, acts, pairs.partner, pairs.position) - _of_own(adapter, acts, pairs)))
 
 

@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_circuitlasso.data.targets import Target
 from tl_circuitlasso.models import outcome
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.names import act
@@ -27,9 +26,7 @@ def compared(
     acts: Mapping[str, Tensor],
     mask: Bool[Tensor, "batch pos"],
     keep: Bool[Tensor, "batch pos"],
-    target: Target,
-    prompts: Int[Tensor, " batch"],
-    probe: outcome.Probe | None,
+    question: outcome.Question,
     *,
     contrast: bool,
     draws: int,
@@ -38,11 +35,13 @@ def compared(
     """The pairs of a batch, `draws` of each prompt: with partners drawn at random, or (`contrast`) at as many of its
     positions with its counterpart, whose activations stand behind those of all prompts."""
     if not contrast:
-        return make_pairs(mask, keep, generator, draws=draws, logits=acts["logits"] if target is None else None)
+        return make_pairs(
+            mask, keep, generator, draws=draws, logits=acts["logits"] if question.target is None else None
+        )
     pairs = twins(mask, keep, acts[act("resid_pre", 0)], causal=adapter.shape.causal)
     if not len(pairs) or int(pairs.own.bincount().max()) <= draws:
         return pairs
-    return some_of_each(pairs, outcome.apart(adapter, acts, pairs, target, prompts, probe), draws, generator)
+    return some_of_each(pairs, outcome.apart(adapter, acts, pairs, question), draws, generator)
 
 
 def first_difference(stream: Float[Tensor, "batch pos d_model"], pairs: Pairing) -> Int[Tensor, " pair"]:

@@ -28,7 +28,7 @@ from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.bases import Basis
 from tl_circuitlasso.models.designs import Sample
 from tl_circuitlasso.models.names import act
-from tl_circuitlasso.models.outcome import Probe
+from tl_circuitlasso.models.outcome import Probe, Question
 from tl_circuitlasso.models.pairing import compared, first_difference
 from tl_circuitlasso.models.sweep import Read
 from tl_circuitlasso.models.views import Pairing
@@ -72,10 +72,9 @@ class ReadDesign:
 
     def add(self, statistics: Statistics, adapter: Adapter, sample: Sample) -> Statistics:
         """With one batch added. Consumes `statistics`: its sums are updated in place, as a stream needs."""
-        acts, probe, generator = sample.acts, self.probe, sample.generator
-        options: Any = {"contrast": self.contrast, "draws": self.draws, "generator": generator}
-        asked = (_mask(sample), sample.target_keep, sample.target, sample.prompts, probe)
-        pairs = compared(adapter, acts, *asked, **options)
+        acts, question = sample.acts, Question(sample.target, sample.prompts, self.probe)
+        options: Any = {"contrast": self.contrast, "draws": self.draws, "generator": sample.generator}
+        pairs = compared(adapter, acts, _mask(sample), sample.target_keep, question, **options)
         if self.weight is not None:
             own, partner = (self.weight[sample.prompts[rows.cpu() % len(sample.prompts)]] for rows in pairs.sides)
             pairs = pairs.standing_for(own if self.contrast else own * partner)
@@ -90,8 +89,8 @@ class ReadDesign:
         self, sums: dict[str, Tensor], adapter: Adapter, acts: Mapping[str, Tensor], pairs: Pairing, sample: Sample
     ) -> dict[str, Tensor]:
         """Add a part's costs to the sums; its contributions as rows."""
-        generator = sample.generator
-        goal = outcome.outcome(adapter, acts, pairs, sample.target, sample.prompts, self.probe, generator=generator)
+        question = Question(sample.target, sample.prompts, self.probe)
+        goal = outcome.outcome(adapter, acts, pairs, question, generator=sample.generator)
         fold = (sample.prompts.to(pairs.own.device)[pairs.own] % FOLDS).to(goal.directions.device)
         ones = torch.ones_like(goal.directions[:, 0, 0])
         weight, drawn_of = (ones if part is None else part.to(ones) for part in (pairs.weight, pairs.drawn_of))

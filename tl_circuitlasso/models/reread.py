@@ -121,15 +121,15 @@ def reread(
     `tell` hears of every share of the work that is done."""
     acts = adapter.run(*batch.run, set(wanted(adapter, target)), gathered=False)
     keep = last_only(batch.keep) if last else batch.keep
-    prompts = torch.arange(batch.start, batch.start + len(batch.tokens))
+    question = outcome.Question(target, torch.arange(batch.start, batch.start + len(batch.tokens)), probe)
     options: Any = {"contrast": batch.partners is not None, "draws": draws}
     generator = torch.Generator().manual_seed(seed)
-    pairs = compared(adapter, acts, batch.mask, keep, target, prompts, probe, generator=generator, **options)
+    pairs = compared(adapter, acts, batch.mask, keep, question, generator=generator, **options)
     edge_cost: dict[Edge, float] = dict.fromkeys(reading.edges, 0.0)
     effects, judged = dict(edge_cost), dict(edge_cost)
     node_cost: dict[str, float] = dict.fromkeys(reading.nodes, 0.0)
     for part in in_parts(adapter, pairs, outcome.count(adapter, target, probe), memory=memory):
-        goal = outcome.outcome(adapter, acts, part, target, prompts, probe, few=sys.maxsize)
+        goal = outcome.outcome(adapter, acts, part, question, few=sys.maxsize)
         weight = goal.directions.new_ones(len(part)) if part.weight is None else part.weight.to(goal.directions)
         by_edge, by_node = _contributions(View(adapter, acts, part), goal, reading, tell, len(part) / len(pairs))
         for edge, contribution in by_edge.items():
