@@ -4,6 +4,7 @@ An edge into a head without a port stands for its q, k and v at once. Edges that
 logits do nothing and are dropped before anything is measured or counted.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -59,8 +60,10 @@ def check_graph(graph: AttributionGraph, adapter: Adapter) -> EdgeLayout:
     return layout
 
 
-def edge_cells(graph: AttributionGraph, layout: EdgeLayout) -> list[list[tuple[int, int]]]:
-    """For each edge of the graph, its entries in the matrix: one, or three for a head's merged ports."""
+def edge_cells(
+    graph: AttributionGraph, layout: EdgeLayout, rows: Sequence[int] | None = None
+) -> list[list[tuple[int, int]]]:
+    """For each edge of the graph, or of `rows`, its entries in the matrix: one, or three for a head's merged ports."""
     names = layout.index.names
     nodes, ports = layout.targets()
     columns: dict[tuple[str, str], list[int]] = {}
@@ -69,8 +72,9 @@ def edge_cells(graph: AttributionGraph, layout: EdgeLayout) -> list[list[tuple[i
         if PORTS[port]:
             columns.setdefault((names[node], ""), []).append(column)
     own = graph.index.names
-    rows = zip(graph.source.tolist(), graph.target.tolist(), graph.port.tolist())
-    return [[(layout.index.position(own[s]), c) for c in columns[own[t], PORTS[p]]] for s, t, p in rows]
+    chosen = slice(None) if rows is None else torch.tensor(rows, dtype=torch.long)
+    ends = zip(graph.source[chosen].tolist(), graph.target[chosen].tolist(), graph.port[chosen].tolist())
+    return [[(layout.index.position(own[s]), c) for c in columns[own[t], PORTS[p]]] for s, t, p in ends]
 
 
 def kept_matrix(graph: AttributionGraph, layout: EdgeLayout, *, level: str = "edge") -> EdgeMatrix:
@@ -85,8 +89,8 @@ def kept_matrix(graph: AttributionGraph, layout: EdgeLayout, *, level: str = "ed
     if level == "node":
         return _between(graph.kept_nodes(), layout)
     matrix = torch.zeros(1, layout.n_sources, layout.n_readers, dtype=torch.bool)
-    for cells, kept in zip(edge_cells(graph, layout), graph.kept.tolist()):
-        for source, column in cells if kept else []:
+    for cells in edge_cells(graph, layout, graph.kept.nonzero().flatten().tolist()):
+        for source, column in cells:
             matrix[0, source, column] = True
     return matrix & layout.mask()
 

@@ -15,6 +15,7 @@ random circuits of its size, alone (sufficiency) and when cut out of the model (
 True
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,8 +122,7 @@ def tests(
         raise InputError("`graph` keeps every edge: there is nothing outside of it to compare with; cut it first")
     draw = _Random(layout, seed, merged=not bool((graph.port[graph.kept] != 0).any()))
     size = draw.size(kept)
-    drawing = bar(range(circuits), progress=setup.progress, desc="draw random circuits", unit="circuit")
-    random = torch.cat([draw.circuit(size) for _ in drawing])
+    random = torch.cat([draw.circuit(size) for _ in _drawing(setup, circuits, "circuit")])
     outside = layout.mask()[None] & ~torch.cat([kept, random])
     alone = _measured(setup, torch.cat([kept, random]))
     cut = _measured(setup, outside)
@@ -187,6 +187,11 @@ def _measured(setup: Experiment, circuits: EdgeMatrix) -> _Values:
     check_scale(parts[0])
     passes = sum(part.forward_passes for part in parts)
     return _Values(parts[0].model, parts[0].ablated, torch.cat([part.circuits for part in parts]), passes)
+
+
+def _drawing(setup: Experiment, number: int, what: str) -> Iterable[int]:
+    """So many draws, counted: on a large model hundreds take a minute."""
+    return bar(range(number), progress=setup.progress, desc=f"draw random {what}s", unit=what)
 
 
 class _Random:
@@ -315,7 +320,7 @@ def _minimality(
 ) -> tuple[pd.DataFrame, float]:
     found = without_each(setup, graph, layout, kept, rows)
     effect = (found.values - found.base).abs().mean(1)
-    inflated = _measured(setup, torch.cat([draw.inflated(kept) for _ in range(circuits)]))
+    inflated = _measured(setup, torch.cat([draw.inflated(kept) for _ in _drawing(setup, circuits, "path")]))
     pairs = inflated.values.unflatten(0, (circuits, 2))
     chance = (pairs[:, 0] - pairs[:, 1]).abs().mean(1)
     wins = (effect[:, None] > chance).sum(1).numpy()

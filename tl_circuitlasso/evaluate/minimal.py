@@ -120,9 +120,8 @@ def live_rows(graph: AttributionGraph, layout: EdgeLayout, kept: EdgeMatrix) -> 
     ------
     InputError: there is none.
     """
-    cells = edge_cells(graph, layout)
-    mask = kept[0].numpy()
-    rows = [row for row, own in enumerate(cells) if bool(graph.kept[row]) and any(mask[cell] for cell in own)]
+    mask, chosen = kept[0].numpy(), graph.kept.nonzero().flatten().tolist()
+    rows = [row for row, own in zip(chosen, edge_cells(graph, layout, chosen)) if any(mask[cell] for cell in own)]
     if not rows:
         raise InputError("`graph` keeps no edge on a path from the input to the logits: lower its threshold")
     return rows
@@ -132,12 +131,12 @@ def without_each(
     setup: Experiment, graph: AttributionGraph, layout: EdgeLayout, kept: EdgeMatrix, rows: list[int]
 ) -> Without:
     """The circuit `kept`, and the same without each edge of `rows`."""
-    cells, parts = edge_cells(graph, layout), []
+    cells, parts = edge_cells(graph, layout, rows), []
     for first in range(0, max(len(rows), 1), TOGETHER):
-        some = rows[first : first + TOGETHER]
+        some = cells[first : first + TOGETHER]
         circuits = kept.repeat(1 + len(some), 1, 1)
-        for number, row in enumerate(some, 1):
-            for source, column in cells[row]:
+        for number, own in enumerate(some, 1):
+            for source, column in own:
                 circuits[number, source, column] = False
         parts.append(measure(setup, circuits))
     values = torch.cat([part.circuits[1:] for part in parts])
