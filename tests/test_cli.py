@@ -683,3 +683,37 @@ def test_version_and_terminals_of_few_letters(tmp_path: Path) -> None:
     assert told.stdout == f"circuitlasso {tcl.__version__}\n"
     missing = subprocess.run([*command, "info", "schön"], env=environment, capture_output=True, text=True)
     assert missing.returncode == 2 and "sch\\xf6n: no such file" in missing.stderr
+
+
+@pytest.mark.parametrize(
+    ("target", "partners", "options", "asks"),
+    [
+        ("logits", "random", [], "--target logit-diff and --corrupted"),
+        ("LogitDiff", "random", [], "--target logit-diff and --corrupted"),
+        ("LogitDiff", "corrupted", ["--metric", "kl"], "--target logits and --corrupted"),
+        ("LogitDiff", "corrupted", ["--ablation", "mean"], "--target logit-diff and without --corrupted"),
+        ("LogitDiff", "corrupted", [], None),
+        ("logits", "random", ["--metric", "kl", "--ablation", "mean"], None),
+        (None, None, [], None),
+    ],
+)
+def test_a_circuit_that_answers_another_question_is_judged_with_a_note(
+    tmp_path, capsys, target, partners, options, asks
+):
+    known = {name: value for name, value in (("target", target), ("partners", partners)) if value}
+    replace(tcl.load_demo(prompts=1).circuit, provenance=known).save(tmp_path / "mine")
+    assert main(["--quiet", "evaluate", "demo", "demo", str(tmp_path / "mine"), "--limit", "2", *options]) == 0
+    last = capsys.readouterr().out.rstrip().splitlines()[-1]
+    assert last.startswith("Note: mine answers another question") == (asks is not None)
+    assert last.endswith(asks or "")
+
+
+def test_a_comparison_says_which_of_its_circuits_answers_another_question(tmp_path, capsys):
+    plain = tcl.load_demo(prompts=1).circuit
+    plain.save(tmp_path / "plain")
+    replace(plain, provenance={"target": "logits", "partners": "random"}).save(tmp_path / "own")
+    words = ["--quiet", "compare", str(tmp_path / "plain"), str(tmp_path / "own"), "--limit", "2"]
+    assert main([*words, "--faithfulness", "demo", "demo"]) == 0
+    said = capsys.readouterr().out
+    assert "Note: own answers another question" in said and "Note: plain" not in said
+    assert main(words) == 0 and "Note:" not in capsys.readouterr().out

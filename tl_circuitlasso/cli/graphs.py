@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tl_circuitlasso.cli.judging import judged
+from tl_circuitlasso.cli.judging import judged, say_other_questions
 from tl_circuitlasso.cli.options import (
     ABLATION,
     GRAPH,
@@ -114,8 +114,11 @@ def compare(arguments: argparse.Namespace) -> None:
     for path in arguments.out:
         writable_file(path, (".html", ".csv", *PICTURES))
     truth = load_truth(arguments.truth) if arguments.truth else None
-    found = compare_graphs(load_graphs(arguments.graphs), truth, edges=arguments.edges, **_on_model(arguments))
+    given = load_graphs(arguments.graphs)
+    found = compare_graphs(given, truth, edges=arguments.edges, **_on_model(arguments))
     print(found)
+    if arguments.faithfulness:
+        say_other_questions(given, arguments.metric, arguments.ablation)
     print(found.overlap.head(40).round(4).to_string(index=False))
     for path in arguments.out:
         found.save(path)

@@ -7,6 +7,38 @@ from typing import Any
 
 from tl_circuitlasso.errors import InputError
 
+OWN = {"logits": "kl", "LogitDiff": "logit-diff"}  # the metric that asks what a target asks
+PARTNERS = {"random": ("mean", "mean-all", "optimal", "zero"), "corrupted": ("patch",)}  # and the ablations
+
+
+def other_question(name: str, graph: Any, metric: str, ablation: str) -> str | None:
+    """A line that says so where a circuit that we found is judged by another question than the one it answers."""
+    target, partners = (graph.provenance.get(key) for key in ("target", "partners"))
+    if target not in OWN or partners not in PARTNERS:
+        return None  # of another method, or a question that no metric here asks
+    if metric == OWN[target] and ablation in PARTNERS[partners]:
+        return None
+    found = "the model's own logits" if target == "logits" else "a logit difference"
+    way = "over ordinary prompts" if partners == "random" else "between prompts and their counterparts"
+    return (
+        f"{name} answers another question than it is judged by: it was found for {found} {way}, and is judged by "
+        f"{metric} with ablation {ablation}. Its own is --metric {OWN[target]} --ablation {PARTNERS[partners][0]}; for "
+        f"this one, discover with {_asking(metric, ablation)}"
+    )
+
+
+def say_other_questions(graphs: Mapping[str, Any], metric: str, ablation: str) -> None:
+    """Print a note for each graph that answers another question than the figures above it."""
+    for name, graph in graphs.items():
+        if said := other_question(name, graph, metric, ablation):
+            print(f"Note: {said}")
+
+
+def _asking(metric: str, ablation: str) -> str:
+    """The options of `discover` that ask what a metric and an ablation judge by."""
+    target = "logits" if metric == OWN["logits"] else "logit-diff"
+    return f"--target {target} and {'--corrupted' if ablation == 'patch' else 'without --corrupted'}"
+
 
 @dataclass(frozen=True, eq=False)
 class Judged:

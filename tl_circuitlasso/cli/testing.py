@@ -5,7 +5,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from tl_circuitlasso.cli.judging import judged
+from tl_circuitlasso.cli.judging import judged, say_other_questions
 from tl_circuitlasso.cli.options import (
     ABLATION,
     GRAPH,
@@ -85,6 +85,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         asked.model, graphs, asked.clean, asked.corrupted, asked.metric, arguments.ablation, **options
     )
     print(report)
+    say_other_questions(graphs, arguments.metric, arguments.ablation)
     if arguments.out:
         plots.curves(report.curves, arguments.out)
         print(f"Wrote {arguments.out}. Open it in a picture viewer")
