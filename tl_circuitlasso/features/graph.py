@@ -25,6 +25,7 @@ from tl_circuitlasso.models.feature_setup import TARGET
 from tl_circuitlasso.models.feature_survey import BEFORE, Alive, Examples, Firing
 from tl_circuitlasso.models.hook_order import writes_to_stream
 from tl_circuitlasso.models.sae import ERROR, SAEFeatures, error_block, error_name, hook_block
+from tl_circuitlasso.progress import bar
 
 CONTEXTS = 5  # texts shown of each feature
 TOP_TOKENS = 5
@@ -54,6 +55,8 @@ def feature_graph(
     examples: Mapping[str, Examples],
     found: Mapping[tuple[str, str], Regressed],
     unread: Collection[tuple[str, str]] = (),
+    *,
+    progress: bool = False,
 ) -> AttributionGraph:
     """The graph: one row per nonzero coefficient, kept features and error terms as nodes, the target last.
 
@@ -88,7 +91,7 @@ def feature_graph(
         kept=(columns["weight"] != 0) & (columns["clear"] > 0),
         extras=extras,
         certificates=tuple(row for pair, one in found.items() for row in _certificates(index, pair, one, alive)),
-        node_info=node_info(adapter, collected, basis, firing, alive, examples),
+        node_info=node_info(adapter, collected, basis, firing, alive, examples, progress=progress),
     )
 
 
@@ -280,6 +283,8 @@ def node_info(
     firing: Mapping[str, Firing],
     alive: Mapping[str, Alive],
     examples: Mapping[str, Examples],
+    *,
+    progress: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Per feature: frequency, mean, std and max of its code, tokens and contexts of its strongest samples, the tokens
     whose logits its decoder direction raises most, and the user's label.
@@ -297,7 +302,8 @@ def node_info(
             one.largest[kept].tolist(),
         ]
         logits = _top_logits(adapter, encoder, kept)
-        for row, feature in enumerate(kept.tolist()):
+        described = bar(kept.tolist(), progress=progress, desc="describe features", unit="feature")
+        for row, feature in enumerate(described):
             frequency, mean, std, largest = (column[row] for column in columns)
             info: dict[str, Any] = {"frequency": frequency, "mean": mean, "std": std, "max": largest}
             info |= {"top_tokens": _top_tokens(examples[hook], row, text), "contexts": []}

@@ -104,8 +104,10 @@ def learn_features(
     surveyed = time.perf_counter()
     found, unread, replayed = _regress_all(adapter, collected, basis, setup, alive)
     regressed = time.perf_counter()
-    examples = strongest(collected.store, {hook: some.features for hook, some in alive.items()}, setup.ranks)
-    graph = feature_graph(adapter, collected, basis, setup.target, firing, alive, examples, found, unread)
+    shown, kept = setup.progress and setup.ranks.rank == 0, {hook: some.features for hook, some in alive.items()}
+    examples = strongest(collected.store, kept, setup.ranks, progress=shown)
+    made = (firing, alive, examples, found, unread)
+    graph = feature_graph(adapter, collected, basis, setup.target, *made, progress=shown)
     seconds = {
         "forward and encoding": collected.seconds,
         "survey": surveyed - clock,

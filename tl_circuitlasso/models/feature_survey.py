@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -13,6 +12,7 @@ from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.models.codes import Codes
 from tl_circuitlasso.models.feature_codes import Chunk
 from tl_circuitlasso.models.sae import SAEFeatures
+from tl_circuitlasso.progress import bar
 
 EXAMPLES = 16  # strongest samples remembered of each feature
 BEFORE, AFTER = 12, 4  # tokens of context around a sample
@@ -144,11 +144,15 @@ class Examples:
 
 
 def strongest(
-    chunks: Iterable[Chunk], kept: Mapping[str, Int[Tensor, " _kept"]], ranks: Ranks = ALONE
+    chunks: Iterable[Chunk],
+    kept: Mapping[str, Int[Tensor, " _kept"]],
+    ranks: Ranks = ALONE,
+    *,
+    progress: bool = False,
 ) -> dict[str, Examples]:
     """Every kept feature's strongest samples, those of all processes, in one pass."""
     found = {hook: Examples.empty(len(features)) for hook, features in kept.items()}
-    for chunk in chunks:
+    for chunk in bar(chunks, progress=progress, desc="find examples", unit="chunk"):
         found = {hook: examples.add(chunk, chunk.codes[hook], kept[hook]) for hook, examples in found.items()}
     return {hook: examples.shared(ranks) for hook, examples in found.items()}
 
@@ -173,7 +177,8 @@ def _beating(
 
 def _best_of_each(feature: Int[Tensor, " entry"], value: Float[Tensor, " entry"]) -> Int[Tensor, " best"]:
     """The largest `EXAMPLES` entries of each feature, feature by feature, in falling order."""
-    order = torch.from_numpy(np.lexsort((-value.numpy(), feature.numpy())))
+    falling = value.argsort(descending=True, stable=True)
+    order = falling[feature[falling].argsort(stable=True)]
     return order[_rank_within(feature[order]) < EXAMPLES]
 
 
