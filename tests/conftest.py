@@ -2,6 +2,7 @@
 
 import gc
 import os
+import webbrowser
 
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
@@ -37,6 +38,12 @@ def pytest_collection_finish() -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
     annotations.forget()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems() -> None:
+    """Examples that show a page open no window: also those of modules, which no fixture of this folder reaches."""
+    webbrowser.open = lambda *_, **__: True  # type: ignore[assignment]
 
 
 @pytest.fixture(autouse=True)

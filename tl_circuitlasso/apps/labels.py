@@ -50,8 +50,12 @@ def neuronpedia_labels(
     InputError: a set that isn't "<model>/<set>", a host that isn't http(s), or a cache that can't be written.
     FormatError: a cache file that isn't a JSON object of texts.
 
-    >>> sets = {"blocks.7.hook_resid_pre": "gpt2-small/7-res-jb"}
-    >>> neuronpedia_labels(graph, sets, cache="labels.json")  # doctest: +SKIP
+    >>> import tempfile
+    >>> hook = "blocks.7.hook_resid_pre"
+    >>> cache = Path(tempfile.mkdtemp()) / "labels.json"
+    >>> _ = cache.write_text('{"gpt2-small/7-res-jb/79": "names of months"}')    # asked for before: not asked again
+    >>> neuronpedia_labels([f"{hook}#79"], {hook: "gpt2-small/7-res-jb"}, cache=cache)
+    {'blocks.7.hook_resid_pre#79': 'names of months'}
     """
     _check(sets, host)
     known = _read(Path(cache))

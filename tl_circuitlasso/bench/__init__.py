@@ -1,7 +1,6 @@
 """Which method finds known circuits? Every method over a folder of models whose circuit is known, in one table.
 
->>> from tl_circuitlasso import bench                                                   # doctest: +SKIP
->>> print(bench.interpbench("interpbench", ["circuit-lasso", "eap-ig", "random"]))      # doctest: +SKIP
+`interpbench` does that; the repository has eleven such models in `benchmarks/cases`.
 """
 
 import itertools
@@ -64,8 +63,12 @@ def interpbench(
     InputError: no such folder, no cases in it, an unknown method or truth, `prompts` or `seeds` below 1, or a budget
         for no method.
 
-    >>> report = interpbench("interpbench", ["circuit-lasso", "eap-ig"], json_path="figures.json")  # doctest: +SKIP
-    >>> print(report)  # doctest: +SKIP
+    >>> import shutil, tempfile
+    >>> folder = Path(tempfile.mkdtemp())                                   # one of a checkout's cases
+    >>> _ = shutil.copytree("benchmarks/cases/case_33", folder / "case_33")
+    >>> report = interpbench(folder, ["eap", "random"], prompts=8)
+    >>> [(row.case, row.method) for row in report.rows], report.failures
+    ([('case_33', 'eap'), ('case_33', 'random')], ())
     """
     wanted = chosen(methods, budget)
     if truth not in TRUTHS:

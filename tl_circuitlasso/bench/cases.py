@@ -63,8 +63,9 @@ def load_case(folder: Path, truth: str = "effective") -> Case:
     ModelError: weights and config that don't make a model.
     All messages name the case.
 
-    >>> case = load_case(Path("interpbench/3"))  # doctest: +SKIP
-    >>> len(case.true_edges)  # doctest: +SKIP
+    >>> case = load_case(Path("benchmarks/cases/case_33"))                                # from a checkout's root
+    >>> case.name, case.certified, len(case.truth)
+    ('case_33', True, 2)
     """
     if truth not in TRUTHS:
         raise InputError(f"`truth` is {truth!r}: write 'effective', 'flow' or 'gt'")

@@ -86,7 +86,9 @@ class Verbs:
     def show(self, **options: Any) -> Any:
         """The interactive page: in a notebook under the cell, elsewhere in the web browser: see `plot.show`.
 
-        >>> graph.show()  # doctest: +SKIP
+        >>> import tl_circuitlasso as tcl
+        >>> tcl.load_demo(prompts=1).circuit.show()
+        interactive page: ...circuit.html
         """
         return _verb("plot", "show")(self, **options)
 

@@ -136,7 +136,12 @@ def load_sae(source: Any) -> Any:
     ------
     InputError: SAELens isn't installed, or it can't load that; the message says why.
 
-    >>> sae = load_sae("gpt2-small-res-jb/blocks.7.hook_resid_pre")  # doctest: +SKIP
+    >>> import tempfile
+    >>> from sae_lens import StandardSAE, StandardSAEConfig
+    >>> folder = tempfile.mkdtemp()
+    >>> _ = StandardSAE(StandardSAEConfig(d_in=8, d_sae=32)).save_model(folder)
+    >>> load_sae(folder).cfg.d_sae                    # or "gpt2-small-res-jb/blocks.7.hook_resid_pre", from the hub
+    32
     """
     if not isinstance(source, str | Path | tuple):
         return source

@@ -43,8 +43,9 @@ def show(graph: AttributionGraph, *, height: int = 620, **options: Any) -> Page:
     ------
     InputError: as `plot.interactive`.
 
-    >>> show(graph, title="A circuit")                                                              # doctest: +SKIP
-    interactive page: /tmp/circuit-x1/circuit.html
+    >>> import tl_circuitlasso as tcl
+    >>> show(tcl.load_demo(prompts=1).circuit, title="A circuit")
+    interactive page: ...circuit.html
     """
     path = Path(tempfile.mkdtemp(prefix="circuit-")) / "circuit.html"
     page = Page(interactive(graph, path, **options), height)

@@ -47,7 +47,9 @@ def scatter_sums(sums: PairSums, ranks: Ranks) -> PairSums:
 
     Of X'X only the upper triangle travels, in strips, so that no second matrix of its size is needed.
 
-    >>> own = scatter_sums(own, ranks)  # doctest: +SKIP
+    >>> own = PairSums.empty(2, 3).add(torch.eye(2), torch.ones(2, 3))
+    >>> scatter_sums(own, Ranks()).cross.shape  # a process of one has every target; each of N has a share of them
+    torch.Size([2, 3])
     """
     if ranks.size == 1:
         return sums
