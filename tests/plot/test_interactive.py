@@ -99,6 +99,12 @@ def test_a_sparse_graph_over_many_features_stays_small(tmp_path):
     assert len(read(path)[1]["nodes"]) == 3
 
 
+def test_a_title_names_a_model_and_not_the_folder_where_it_lies(tmp_path):
+    for model, named in ((str(tmp_path / "smollm2"), "smollm2"), ("org/model", "org/model")):
+        text, _ = read(plot.interactive(replace(small_graph(), provenance={"model": model}), tmp_path / "graph.html"))
+        assert f"<h1>Circuit of {named}</h1>" in text
+
+
 def test_extras_and_provenance_are_told(tmp_path):
     graph = small_graph()
     extras = {"stability": torch.linspace(0, 1, len(graph), dtype=torch.float64), "effect": graph.score * float("nan")}

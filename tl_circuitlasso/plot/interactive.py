@@ -121,7 +121,9 @@ def _asset(name: str) -> str:
 def _title(graph: AttributionGraph) -> str:
     model = graph.provenance.get("model")
     named = isinstance(model, str) and model not in ("", "custom")  # what TransformerLens calls a model without a name
-    return f"Circuit of {model}" if named else "Circuit"
+    if not named:
+        return "Circuit"
+    return f"Circuit of {Path(model).name if Path(model).is_absolute() else model}"  # a folder of somebody's machine
 
 
 def _names(graphs: Sequence[AttributionGraph], names: Sequence[str] | None) -> list[str]:
