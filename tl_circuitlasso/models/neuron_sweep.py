@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_circuitlasso.models.adapter import Adapter
+from tl_circuitlasso.models.head_pull import score_slope, unrotated
 from tl_circuitlasso.models.names import Kind, act, head_scale
 from tl_circuitlasso.models.views import NEAR, secant, softmax_secant
 from tl_circuitlasso.models.weights import MLP, Port, repeat_heads
@@ -259,7 +260,8 @@ def at_ports(
     own, other = ends.patterns(layer)
     ports: dict[Port, Tensor] = {"v": ((own + other) / 2).mT.unsqueeze(1) @ at_z}
     if not rules.attention:
-        weight = softmax_secant(own, other, at_z @ ends.heads(act("v", layer)).mT) * _score_slope(ends, layer)
+        slope = score_slope(ends.adapter, layer, lambda port: ends.both(act(port, layer)))
+        weight = softmax_secant(own, other, at_z @ ends.heads(act("v", layer)).mT) * slope
         ports["q"] = _unrotated(ends, layer, "q", weight @ ends.heads(act("k", layer)))
         ports["k"] = _unrotated(ends, layer, "k", weight.mT @ ends.heads(act("q", layer)))
     return ports
@@ -284,26 +286,7 @@ def _projected_back(
 def _unrotated(
     ends: Ends, layer: int, port: Port, m: Float[Tensor, "prompt direction head pos d_head"]
 ) -> Float[Tensor, "prompt direction head pos d_head"]:
-    """From rotated and normalised queries or keys back to what the head projects."""
-    adapter = ends.adapter
-    m = adapter.rotate(m.transpose(2, 3), ends.positions, layer, back=True).transpose(2, 3)
-    scale = ends.inverse(head_scale(port, layer))  # prompt pos (head, group or 1) 1
-    if scale.shape[2] not in (1, adapter.shape.n_heads):
-        scale = repeat_heads(scale.movedim(2, 0), adapter.shape.n_heads).movedim(0, 2)
-    return m * scale.transpose(1, 2).unsqueeze(1)
-
-
-def _score_slope(ends: Ends, layer: int) -> Tensor | float:
-    """Change of a score per change of q . k: one over the scale, times the secant of a soft cap if there is one."""
-    adapter = ends.adapter
-    scale, cap = adapter.attn_scale(layer), adapter.attn_soft_cap
-    if cap is None:
-        return 1 / scale
-    sides = []
-    for q, k in zip(ends.both(act("q", layer)), ends.both(act("k", layer))):
-        keys = repeat_heads(k.movedim(2, 0), adapter.shape.n_heads).movedim(0, 1)
-        sides.append(q.transpose(1, 2) @ keys.mT / scale)
-    return secant(lambda score: cap * torch.tanh(score / cap), *sides)[:, None] / scale
+    return unrotated(ends.adapter, layer, m, ends.positions, ends.inverse(head_scale(port, layer)))
 
 
 def unembedded(

@@ -35,9 +35,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_circuitlasso.models.adapter import Adapter
+from tl_circuitlasso.models.head_pull import score_slope, unrotated
 from tl_circuitlasso.models.names import Kind, act, head_scale
 from tl_circuitlasso.models.views import Pairing, View, secant, softmax_secant
-from tl_circuitlasso.models.weights import MLP, Port, repeat_heads
+from tl_circuitlasso.models.weights import MLP, Port
 
 PORTS: tuple[Port, ...] = ("q", "k", "v")
 
@@ -191,11 +192,12 @@ def through_heads(
     )  # pair direction head pos d_head
     own, reached = view.patterns(layer, heads)
     at_score = at_z @ view.anchored(act("v", layer), heads).mT
-    weight = softmax_secant(own, reached, at_score) * _score_slope(view, layer, heads)
+    slope = score_slope(adapter, layer, lambda port: view.sides(act(port, layer), whole=port == "k"), heads)
+    weight = softmax_secant(own, reached, at_score) * slope
     inside = slice(view.first, None)  # keys before the window don't differ, so nothing of theirs is read
     reads = {
-        "q": _unrotate(view, layer, "q", weight @ view.anchored(act("k", layer), heads), heads),
-        "k": _unrotate(view, layer, "k", weight[..., inside].mT @ view.anchored(act("q", layer), heads), heads),
+        "q": _projected(view, layer, "q", weight @ view.anchored(act("k", layer), heads), heads),
+        "k": _projected(view, layer, "k", weight[..., inside].mT @ view.anchored(act("q", layer), heads), heads),
         "v": view.anchor(own, reached)[..., inside].mT.unsqueeze(1) @ at_z,
     }
     weights = torch.cat([adapter.reader(layer, port).weight[heads] for port in PORTS])
@@ -213,28 +215,8 @@ def by_head(
     return product.unflatten(1, heads.shape[1:-1]).movedim(0, -3).contiguous()
 
 
-def _unrotate(
+def _projected(
     view: View, layer: int, port: Port, n: Float[Tensor, "pair direction head pos d_head"], heads: slice
 ) -> Float[Tensor, "pair direction head pos d_head"]:
-    """From rotated and normalised queries or keys back to what the head projects: the transpose of both."""
-    adapter = view.adapter
     positions = view.pairs.places[:, view.first :]
-    n = adapter.rotate(n.transpose(2, 3), positions, layer, back=True).transpose(2, 3)
-    scale = view.inverse(head_scale(port, layer))  # pair pos (head, group or 1) 1
-    shared = scale.shape[2] not in (1, adapter.shape.n_heads)
-    scale = repeat_heads(scale.movedim(2, 0), adapter.shape.n_heads).movedim(0, 2) if shared else scale
-    scale = scale if scale.shape[2] == 1 else scale[:, :, heads]
-    return n * scale.transpose(1, 2).unsqueeze(1)
-
-
-def _score_slope(view: View, layer: int, heads: slice) -> Tensor | float:
-    """Change of a score per change of q . k: one over the scale, times the secant of a soft cap if there is one."""
-    adapter = view.adapter
-    scale, cap = adapter.attn_scale(layer), adapter.attn_soft_cap
-    if cap is None:
-        return 1 / scale
-    sides = []
-    for q, k in zip(view.sides(act("q", layer)), view.sides(act("k", layer), whole=True)):
-        keys = repeat_heads(k.movedim(2, 0), adapter.shape.n_heads)[heads].movedim(0, 1)
-        sides.append(q[:, :, heads].transpose(1, 2) @ keys.mT / scale)
-    return secant(lambda score: cap * torch.tanh(score / cap), *sides)[:, None] / scale
+    return unrotated(view.adapter, layer, n, positions, view.inverse(head_scale(port, layer)), heads)
