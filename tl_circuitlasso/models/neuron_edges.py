@@ -9,6 +9,7 @@ is the part of t's own contribution that comes from s without another MLP. Every
 one direction of a single sweep; `memory` says what a direction takes.
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -86,26 +87,30 @@ def _block(
     columns: range,
     rules: Rules,
 ) -> Float[Tensor, "prompt source column"]:
-    """The columns of some targets: they join the sweep one layer after another, the goal first."""
+    """The columns of some targets: they join the sweep one layer after another, the goal first; none runs before."""
     adapter = ends.adapter
     prompts, _, pos, width = at_final.shape
     value = at_final.new_zeros(prompts, 1 + len(order), len(columns))
     m = at_final.new_zeros(prompts, len(columns), pos, width)
+    goal, top = len(order), adapter.shape.n_layers
     start = {layer: next(i for i, (where, _) in enumerate(order) if where == layer) for layer in chosen}
-    goal = len(order)
+    layers = [order[i][0] if i < goal else top for i in columns]  # of the targets, ascending
     if goal in columns:
-        m[:, goal - columns.start] = through_norm(ends, adapter.shape.n_layers, at_final, rules, mlp=False)[:, 0]
-    for layer in reversed(range(adapter.shape.n_layers)):
-        joining = [i for i in columns if i < goal and order[i][0] == layer]
-        if layer in chosen:
+        m[:, -1] = through_norm(ends, top, at_final, rules, mlp=False)[:, 0]
+    for layer in reversed(range(min(layers[-1] + 1, top))):
+        joins, above = bisect_left(layers, layer), bisect_right(layers, layer)
+        own = slice(joins, above)
+        if layer in chosen and above < len(layers):
             rows = slice(1 + start[layer], 1 + start[layer] + len(chosen[layer]))
-            value[:, rows] = _into(ends, layer, m, chosen)
-        reads = _reads(ends, layer, at, chosen, [i - start[layer] for i in joining], rules) if joining else None
-        if reads is not None and not adapter.shape.parallel:
-            m[:, [i - columns.start for i in joining]] = reads
-        m = m + through_attention(ends, layer, m, rules)
-        if reads is not None and adapter.shape.parallel:  # these neurons read what the layer's heads read
-            m[:, [i - columns.start for i in joining]] = reads
+            value[:, rows, above:] = _into(ends, layer, m[:, above:], chosen)
+        which = [columns[i] - start[layer] for i in range(joins, above)]
+        reads = _reads(ends, layer, at, chosen, which, rules) if which else m[:, own]
+        if adapter.shape.parallel:  # these neurons read what the layer's heads read
+            m[:, above:] += through_attention(ends, layer, m[:, above:], rules)
+            m[:, own] = reads
+        else:
+            m[:, own] = reads
+            m[:, joins:] += through_attention(ends, layer, m[:, joins:], rules)
     first = torch.where(ends.mask[..., None], ends.difference(act("resid_pre", 0)), 0.0)
     value[:, 0] = torch.einsum("bcpd,bpd->bc", m, first)
     return value

@@ -249,8 +249,9 @@ def at_heads(
     ends: Ends, layer: int, m: Float[Tensor, "prompt direction pos d_model"]
 ) -> Float[Tensor, "prompt direction head pos d_head"]:
     """The multipliers at every head's z."""
-    written = (m * ends.inverse(act("scale.attn_out", layer)).unsqueeze(1)).unsqueeze(2)
-    return written @ ends.adapter.writer(layer)[0].mT
+    w_o = ends.adapter.writer(layer)[0]
+    written = m * ends.inverse(act("scale.attn_out", layer)).unsqueeze(1)
+    return (written @ w_o.flatten(0, 1).T).unflatten(-1, w_o.shape[:2]).transpose(2, 3)  # one product for all heads
 
 
 def at_ports(
