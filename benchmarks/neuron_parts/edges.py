@@ -1,4 +1,4 @@
-"""Circuits of edges between neurons: |attribution| against the garrote at equal numbers of edges."""
+"""Circuits of edges between neurons: |attribution|, the garrote and signed attribution at equal numbers of edges."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from tl_circuitlasso.evaluate.faithfulness import share_interval, shares
 from tl_circuitlasso.evaluate.features import circuit_of, feature_sites, measure_features
 from tl_circuitlasso.neurons.links import rank_by
 
-RANKINGS = ("attribution", "garrote")
+RANKINGS = ("attribution", "garrote", "signed")
 SHARES = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 

@@ -71,7 +71,7 @@ def test_scores_go_with_exact_patching(setting):
 def test_edge_circuits_grow_with_their_share(setting):
     model, folder = setting
     table = edges.edge_circuits(model, folder, "nounpp", 10, 8, 8, shares_of=(0.3, 1.0))
-    for how in ("attribution", "garrote"):
+    for how in edges.RANKINGS:
         own = table[table["ranked by"] == how]
         assert own.edges.is_monotonic_increasing and own.neurons.iloc[-1] <= 10
 

@@ -8,7 +8,7 @@ import torch
 import tl_circuitlasso as tcl
 from tests import architectures
 from tl_circuitlasso.errors import InputError, ModelError
-from tl_circuitlasso.models import adapt, outcome
+from tl_circuitlasso.models import adapt, neuron_edges, outcome
 from tl_circuitlasso.models.neuron_edges import direct_effects
 from tl_circuitlasso.models.neuron_scores import Batch, BySweep, Pass, Scoring, goal_gradient
 from tl_circuitlasso.models.neuron_sweep import SECANT, Ends, unembedded, wanted
@@ -204,6 +204,15 @@ def test_what_flows_into_a_neuron_adds_up_to_what_it_contributes(family):
     assert float(effects.value[:, 41:, :40].abs().max()) == 0.0  # nothing flows from a later layer to an earlier one
 
 
+@pytest.mark.parametrize("family", ["llama", "pythia"])  # heads before the MLP, and beside it
+def test_targets_swept_one_by_one_are_those_swept_together(family, monkeypatch):
+    model, (clean, corrupted) = architectures.hooked(family, dtype=torch.float64), pair()
+    together = circuit(model, clean, corrupted, basis=tcl.Neuron(linked=12))
+    monkeypatch.setattr(neuron_edges, "WORKSPACE", 1)
+    alone = circuit(model, clean, corrupted, basis=tcl.Neuron(linked=12))
+    assert bool(together.score.any()) and torch.allclose(alone.score, together.score, rtol=1e-6, atol=1e-9)
+
+
 def test_linked_neurons_have_edges_in_and_out():
     model, (clean, corrupted) = architectures.hooked("llama", tokenizer=architectures.tokenizer()), pair()
     graph = circuit(model, clean, corrupted, basis=tcl.Neuron(linked=20))
@@ -211,11 +220,25 @@ def test_linked_neurons_have_edges_in_and_out():
     inner = graph.kept_nodes() - {"input", "logits"}
     sources, targets = ({edge[end] for edge in graph.kept_edges()} for end in (0, 1))
     assert inner and inner <= sources & targets
+    picked = graph.extras["garrote"] > 0
+    assert graph.n_kept <= 0.1 * len(graph) and bool(picked.any())
     assert bool((graph.extras["garrote"] >= 0).all()) and bool((graph.certificate.gap < 1e-3).all())
     ranked = tcl.evaluate.curve(
         model, graph, clean, corrupted, tcl.evaluate.logit_diff(TARGET.correct, TARGET.incorrect), "mean", sizes=[5, 20]
     )
     assert ranked.sizes == (5, 20)
+
+
+def test_the_garrote_picks_the_parents():
+    """What works against its child on every pair is left out, however much it does; the rank by |score| has it in."""
+    model, (clean, corrupted) = architectures.hooked("llama"), pair()
+    graph = circuit(model, clean, corrupted, basis=tcl.Neuron(linked=30))
+    helped, kept = graph.extras["garrote"] > 0, graph.kept
+    large = links.rank_by(graph, "attribution").top_k(graph.n_kept).kept
+    assert bool(kept.any()) and int((kept & helped).sum()) > int((large & helped).sum())
+    assert int(kept.sum()) <= int(helped.sum())
+    signed = links.rank_by(graph, "signed")
+    assert bool((signed.score >= 0).all()) and torch.equal(signed.score.argsort(), graph.score.argsort())
 
 
 def test_a_share_joins_the_neurons_that_carry_it():

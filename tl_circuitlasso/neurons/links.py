@@ -3,8 +3,9 @@
     score(s -> t) = mean over prompts of g[s -> t],   weight = score over t's own mean contribution
 
 with g from `models.neuron_edges`, so that all that flows into t adds up to what t contributes. Per target a certified
-non-negative garrote min 1/2N sum (y - sum_s a_s g_s)^2 + lambda sum a_s, y = sum_s g_s, says which parents explain how
-it varies over prompts; its coefficients stand in the column `garrote`.
+non-negative garrote min 1/2N sum (y - sum_s a_s g_s)^2 + lambda sum a_s, y = sum_s g_s, picks the parents: those that
+together explain what the target contributes, prompt by prompt. Its coefficients stand in the column `garrote`; kept are
+as many edges as have one, a tenth of the candidates at most, by coefficient x |score| and on whole paths.
 """
 
 import logging
@@ -33,7 +34,7 @@ logger = logging.getLogger(__name__)
 SAMPLE = 64  # pairs of prompts that edges are looked for in
 AUTO_STRENGTH = 0.01  # of lambda_max, as for circuits of components
 MOST = 2 << 30  # bytes that what flows along the candidate edges may take
-EDGE_SHARE = 0.1  # of the candidate edges: those of largest |score| are kept
+EDGE_SHARE = 0.1  # of the candidate edges: so many are kept at most
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +50,7 @@ class Flows:
 def link(graph: AttributionGraph, adapter: Adapter, behaviour: Behaviour, *, strength: str | float) -> AttributionGraph:
     """The graph's neurons with the direct effects between them, from the input and to the target.
 
-    A neuron stays kept only if a kept edge leads to it and one leads on.
+    The garrote picks the parents of each; a neuron stays kept only if a kept edge leads to it and one leads on.
     """
     index = _with_input(graph.index)
     flows = _flows(index, adapter, behaviour)
@@ -57,9 +58,6 @@ def link(graph: AttributionGraph, adapter: Adapter, behaviour: Behaviour, *, str
     own = torch.zeros(len(index), dtype=torch.float64).index_add(0, flows.target, score)
     weight = score / torch.where(own == 0, 1.0, own)[flows.target]
     garrote, certificates = _garrotes(index, flows, AUTO_STRENGTH if isinstance(strength, str) else float(strength))
-    count = max(1, round(EDGE_SHARE * len(score)))
-    kept = torch.zeros(len(score), dtype=torch.bool)
-    kept[score.abs().argsort(descending=True, stable=True)[:count]] = True
     made = AttributionGraph(
         index=index,
         source=flows.source,
@@ -67,13 +65,14 @@ def link(graph: AttributionGraph, adapter: Adapter, behaviour: Behaviour, *, str
         port=torch.zeros_like(flows.source),
         score=score,
         weight=weight,
-        kept=kept,
+        kept=garrote > 0,
         extras={"garrote": garrote},
         certificates=certificates,
         node_info=graph.node_info,
         provenance={**graph.provenance, "edge_pairs": len(flows.value), "edge_passes": flows.forward_passes},
     )
-    return made.prune()
+    count = min(made.n_kept, max(1, round(EDGE_SHARE * len(made))))
+    return made.keep(rank_by(made, "garrote").top_k(count).kept)
 
 
 def _with_input(index: NodeIndex) -> NodeIndex:
@@ -150,6 +149,11 @@ def _garrotes(
 
 
 def rank_by(graph: AttributionGraph, how: str) -> AttributionGraph:
-    """The same edges scored by |attribution| or by garrote coefficient times |attribution|, for comparison."""
-    score = graph.score.abs() * (graph.extras["garrote"] if how == "garrote" else 1.0)
+    """The same edges scored by |attribution| ("attribution"), by the attribution of those that help and then of those
+    that work against the target ("signed"), or by garrote coefficient times |attribution| ("garrote")."""
+    score = {
+        "attribution": graph.score.abs(),
+        "signed": graph.score - graph.score.min(),
+        "garrote": graph.score.abs() * graph.extras["garrote"],
+    }[how]
     return replace(graph, score=score)
