@@ -44,6 +44,8 @@ def known_facts(model: Any, file: Path, hop: str, most: int) -> Agreement:
     known = [_answered(model, group) for group in asked.values()]
     foremost = max(known, key=lambda group: len(group[0]))
     tokens, right = (part[:most] for part in foremost)
+    if not len(right):
+        raise SystemExit(f"the model knows none of these facts ({text!r}): nothing to steer")
     partners = torch.tensor([_partner(right, row) for row in range(len(right))])
     return Agreement(tokens, tokens[partners], right, right[partners])
 

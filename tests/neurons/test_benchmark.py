@@ -86,6 +86,10 @@ def test_each_hop_has_prompts_of_one_length_and_partners_with_other_answers(sett
     known = steering.known_facts(model, folder / "facts.csv", "state", 8)
     assert known.clean.shape[1] == 3 and bool((known.correct != known.incorrect).all())
     assert torch.equal(model(known.clean)[:, -1].argmax(-1), known.correct)
+    wrong = [f"w{i},w{answer % 20 + 5},w3" for i, answer in zip(range(5, 15), first) if answer % 20 + 5 != answer]
+    (folder / "facts.csv").write_text("\n".join(["city,state,capital", *wrong]))
+    with pytest.raises(SystemExit, match="knows none of these facts"):
+        steering.known_facts(model, folder / "facts.csv", "state", 8)
 
 
 def test_neurons_are_scaled(setting):
