@@ -19,7 +19,7 @@ from torch import Tensor
 from tl_circuitlasso import solve
 from tl_circuitlasso.data.sites import Site
 from tl_circuitlasso.errors import InputError
-from tl_circuitlasso.graph import AttributionGraph
+from tl_circuitlasso.graph import AttributionGraph, selection
 from tl_circuitlasso.graph.nodes import Block, NodeIndex
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.names import act
@@ -72,7 +72,8 @@ def link(graph: AttributionGraph, adapter: Adapter, behaviour: Behaviour, *, str
         provenance={**graph.provenance, "edge_pairs": len(flows.value), "edge_passes": flows.forward_passes},
     )
     count = min(made.n_kept, max(1, round(EDGE_SHARE * len(made))))
-    return made.keep(rank_by(made, "garrote").top_k(count).kept)
+    edges = selection.Edges(made.source, made.target, index.ranks)
+    return made.keep(selection.choose(edges, rank_by(made, "garrote").score, count, "top", None))
 
 
 def _with_input(index: NodeIndex) -> NodeIndex:
