@@ -276,7 +276,7 @@ def test_steering_a_feature_is_scaling_its_code():
         (feature_graph(ALL, SOME), {}, "`saes` has no SAE for 'blocks.0.hook_mlp_out'"),
         (feature_graph(ALL, SOME), {"saes": SAES, "error": "drop"}, "`error` is 'drop'"),
         (feature_graph(ALL, SOME), {"saes": SAES, "rest": "drop"}, "`rest` is 'drop'"),
-        (feature_graph(ALL, SOME), {"saes": SAES, "level": "edge"}, "features are kept or ablated as nodes"),
+        (feature_graph(ALL, SOME), {"saes": SAES, "level": "port"}, "`level` is 'port'"),
         (
             feature_graph(ALL, SOME),
             {"saes": SAES, "ablation": "optimal"},

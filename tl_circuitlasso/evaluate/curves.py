@@ -12,23 +12,32 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import Unpack
 
-from tl_circuitlasso._checks import shortened
+from tl_circuitlasso._checks import one_of, shortened
 from tl_circuitlasso.baselines import observational
 from tl_circuitlasso.baselines.edges import EdgeLayout
 from tl_circuitlasso.data.targets import LogitDiff
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.circuits import EdgeMatrix, check_graph, prune, score_matrix
-from tl_circuitlasso.evaluate.faithfulness import check_scale, share_interval, shares
-from tl_circuitlasso.evaluate.features import circuit_of, feature_sites, has_features, measure_features, node_scores
+from tl_circuitlasso.evaluate.faithfulness import LEVELS, check_scale, share_interval, shares
+from tl_circuitlasso.evaluate.feature_edges import edge_scores, in_order, leading, wiring_of
+from tl_circuitlasso.evaluate.features import (
+    Run,
+    circuit_of,
+    feature_sites,
+    has_features,
+    measure_features,
+    node_scores,
+)
 from tl_circuitlasso.evaluate.interventions import Measured, measure
 from tl_circuitlasso.evaluate.metrics import Metric
 from tl_circuitlasso.experiment import Ablation, CutOptions, Experiment, FeatureOptions, verb
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.graph.selection import Edges, grown, ranked
+from tl_circuitlasso.models.feature_patch import FeatureSite
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
 
 MIB_SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -79,6 +88,7 @@ def curve(
     sizes: Sequence[int | float] = MIB_SHARES,
     absolute: bool = False,
     rule: str = "top",
+    level: str | None = None,
     seed: int = 0,
     **options: Unpack[FeatureOptions],
 ) -> Curve:
@@ -88,12 +98,13 @@ def curve(
     ----------
     graph: its scores rank the edges; which of them are kept doesn't matter. Edges that it doesn't have score 0. A graph
         of features has its nodes ranked, by what their outgoing edges say of the target; `absolute` and `rule` mean
-        nothing then.
+        nothing then. At level "edge" its edges are ranked, by |score| times what their end says of the target.
     sizes: rising; floats are shares of all the model's edges (of the graph's features) in (0, 1], whole numbers are
         numbers of edges (of nodes, for a graph of features): `sizes=[100, 200, 300, 1000]`.
     absolute: rank by |score|; MIB's CPR ranks by the signed score, its CMD by |score|.
     rule: "top" takes the highest-scored edges, "greedy" grows the circuit backwards from the logits, always taking the
         best edge into what is already there.
+    level: as in `faithfulness`; components are always cut by their edges.
     options: as in `tcl.Experiment`.
 
     Raises
@@ -108,7 +119,7 @@ def curve(
     ((6, 100), True)
     """
     setup = Experiment.of(model, clean, corrupted, metric, ablation, **options)
-    return curves(setup, {"": graph}, sizes=sizes, absolute=absolute, rule=rule, seed=seed)[""]
+    return curves(setup, {"": graph}, sizes=sizes, absolute=absolute, rule=rule, level=level, seed=seed)[""]
 
 
 @verb
@@ -123,6 +134,7 @@ def curves(
     sizes: Sequence[int | float] = MIB_SHARES,
     absolute: bool = False,
     rule: str = "top",
+    level: str | None = None,
     seed: int = 0,
     **options: Unpack[FeatureOptions],
 ) -> dict[str, Curve]:
@@ -138,7 +150,9 @@ def curves(
     _check_sizes(sizes)
     setup = Experiment.of(model, clean, corrupted, metric, ablation, **options).ready(spread=True)
     if any(map(has_features, graphs.values())):
-        return _feature_curves(setup, graphs, sizes, seed)
+        way = _edge_circuits if one_of("level", level or "node", LEVELS) == "edge" else _node_circuits
+        return {name: _feature_curve(setup, name, graph, sizes, rule, seed, way) for name, graph in graphs.items()}
+    one_of("level", level or "edge", ("edge",))
     layouts = [check_graph(graph, setup.adapter) for graph in graphs.values()]
     if not layouts:
         raise InputError("`graphs` is empty: give at least one graph")
@@ -155,21 +169,51 @@ def curves(
     }
 
 
-def _feature_curves(
-    setup: Experiment, graphs: Mapping[str, AttributionGraph], sizes: Sequence[int | float], seed: int
-) -> dict[str, Curve]:
-    made = {}
-    for name, graph in graphs.items():
-        if not has_features(graph):
-            raise InputError(f"`graphs` mixes features with whole components: {name!r} has no features")
-        sites, scores = feature_sites(graph, setup.adapter, setup.saes), node_scores(graph)
-        ranked = sorted(scores, key=lambda node: -scores[node])
-        requested = _numbers(sizes, len(ranked), f"nodes of graph {name!r}" if name else "nodes of `graph`")
-        circuits = [circuit_of(setup, graph, sites, set(ranked[:count])) for count in (*requested, 0)]
-        measured = measure_features(setup, sites, circuits)
-        check_scale(measured)
-        made[name] = _curve(_as_shares(sizes, len(ranked)), requested, tuple(requested), measured, seed)
-    return made
+@dataclass(frozen=True, eq=False)
+class _Circuits:
+    """Circuits of a graph of features: of how many nodes or edges of how many, and the last of none."""
+
+    total: int
+    requested: list[int]
+    sizes: tuple[int, ...]
+    sites: Sequence[FeatureSite]
+    runs: Sequence[Run]
+
+
+def _feature_curve(
+    setup: Experiment, name: str, graph: AttributionGraph, sizes: Sequence[int | float], rule: str, seed: int, way: Any
+) -> Curve:
+    if not has_features(graph):
+        raise InputError(f"`graphs` mixes features with whole components: {name!r} has no features")
+    made = way(setup, graph, sizes, rule, f"of graph {name!r}" if name else "of `graph`")
+    measured = measure_features(setup, made.sites, made.runs)
+    check_scale(measured)
+    return _curve(_as_shares(sizes, made.total), made.requested, made.sizes, measured, seed)
+
+
+def _node_circuits(
+    setup: Experiment, graph: AttributionGraph, sizes: Sequence[int | float], rule: str, whose: str
+) -> _Circuits:
+    sites, scores = feature_sites(graph, setup.adapter, setup.saes), node_scores(graph)
+    order = sorted(scores, key=lambda node: -scores[node])
+    requested = _numbers(sizes, len(order), f"nodes {whose}")
+    runs = [circuit_of(setup, graph, sites, set(order[:count])) for count in (*requested, 0)]
+    return _Circuits(len(order), requested, tuple(requested), sites, runs)
+
+
+def _edge_circuits(
+    setup: Experiment, graph: AttributionGraph, sizes: Sequence[int | float], rule: str, whose: str
+) -> _Circuits:
+    sites = in_order(graph, feature_sites(graph, setup.adapter, setup.saes))
+    order = _order(Edges(graph.source, graph.target, graph.index.ranks), edge_scores(graph), rule)
+    requested = _numbers(sizes, len(graph.score), f"edges {whose}")
+    kept = torch.zeros(len(requested), len(graph.score), dtype=torch.bool)
+    for mask, count in zip(kept, requested):
+        mask[order[:count]] = True
+    circuits = [graph.keep(mask) for mask in kept]
+    left = tuple(int(leading(circuit).sum()) for circuit in circuits)
+    runs = [wiring_of(setup, circuit, sites) for circuit in circuits]
+    return _Circuits(kept.shape[1], requested, left, sites, [*runs, circuit_of(setup, graph, sites, set())])
 
 
 def _check_sizes(sizes: Sequence[int | float]) -> None:
@@ -243,16 +287,18 @@ def select(
     scores: Float[Tensor, "source reader"], layout: EdgeLayout, counts: Sequence[int], absolute: bool, rule: str
 ) -> EdgeMatrix:
     """The circuits of so many edges; ties go to the edge that comes first in the order of computation."""
-    if rule not in ("top", "greedy"):
-        raise InputError(f"`rule` is {rule!r}: write 'top' or 'greedy'")
     source, column = layout.mask().nonzero(as_tuple=True)
     values = (scores.abs() if absolute else scores)[source, column]
     edges = Edges(source, torch.tensor(layout.targets()[0])[column], layout.index.ranks)
-    order = ranked(values) if rule == "top" else grown(edges, values)
+    order = _order(edges, values, rule)
     kept = torch.zeros(len(counts), layout.n_sources, layout.n_readers, dtype=torch.bool)
     for number, count in enumerate(counts):
         kept[number, source[order[:count]], column[order[:count]]] = True
     return kept
+
+
+def _order(edges: Edges, values: Float[Tensor, " edge"], rule: str) -> Int[Tensor, " some"]:
+    return ranked(values) if one_of("rule", rule, ("top", "greedy")) == "top" else grown(edges, values)
 
 
 # ---- what to compare with -------------------------------------------------------------------------------------------

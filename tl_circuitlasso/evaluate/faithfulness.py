@@ -24,16 +24,18 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import Unpack
 
-from tl_circuitlasso._checks import as_seed
+from tl_circuitlasso._checks import as_seed, one_of
 from tl_circuitlasso.baselines.edges import EdgeLayout
 from tl_circuitlasso.data.targets import LogitDiff
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.circuits import EdgeMatrix, check_graph, kept_matrix, prune
+from tl_circuitlasso.evaluate.feature_edges import in_order, leading, wiring_of
 from tl_circuitlasso.evaluate.features import (
     circuit_of,
     feature_sites,
     has_features,
     measure_features,
+    node_scores,
 )
 from tl_circuitlasso.evaluate.interventions import Measured, measure
 from tl_circuitlasso.evaluate.metrics import Metric
@@ -42,6 +44,7 @@ from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
 
 DRAWS, LEVEL = 2000, 0.95
+LEVELS = ("node", "edge")
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +100,8 @@ def faithfulness(
     ----------
     model, clean, corrupted, metric, ablation: as in `tcl.Experiment`, or an experiment in the model's place alone.
     level: "edge" keeps the kept edges, "node" all edges between the kept nodes. None is "edge", but for graphs of
-        neurons, residual dimensions or SAE features, which are tested by their nodes.
+        neurons, residual dimensions or SAE features, which are tested by their nodes: by their edges one circuit
+        takes a forward pass (or a part of one) for each set of parents that features of it have.
     seed: of the resamples behind the interval.
     options: as in `tcl.Experiment`.
 
@@ -145,9 +149,8 @@ def _either(
     setup: Experiment, graph: AttributionGraph, level: str | None, seed: int, *, complement: bool
 ) -> Faithfulness:
     if has_features(graph):
-        if level not in (None, "node"):
-            raise InputError(f"`level` is {level!r}: features are kept or ablated as nodes; leave it out")
-        return _judge_features(setup, graph, seed, complement)
+        judge = _judge_edges if one_of("level", level or "node", LEVELS) == "edge" else _judge_features
+        return judge(setup, graph, seed, complement)
     if setup.saes:
         raise InputError("`saes` goes with a graph of SAE features; the nodes of this one are whole components")
     layout = check_graph(graph, setup.adapter)
@@ -167,6 +170,15 @@ def _judge_features(setup: Experiment, graph: AttributionGraph, seed: int, compl
     empty = circuit_of(setup, graph, sites, set())
     nodes = sum(int(kept.features.sum()) for kept in circuit.values())
     return _figures(measure_features(setup, sites, [circuit, empty]), seed, edges=graph.n_kept, nodes=nodes)
+
+
+def _judge_edges(setup: Experiment, graph: AttributionGraph, seed: int, complement: bool) -> Faithfulness:
+    sites = in_order(graph, feature_sites(graph, setup.adapter, setup.saes))
+    wiring = wiring_of(setup, graph, sites, rest=complement)
+    measured = measure_features(setup, sites, [wiring, circuit_of(setup, graph, sites, set())])
+    kept = graph.keep(leading(graph))
+    inside = node_scores(graph).keys() & kept.kept_nodes()
+    return _figures(measured, seed, edges=kept.n_kept, nodes=len(inside))
 
 
 def _figures(measured: Measured, seed: int, *, edges: int, nodes: int) -> Faithfulness:

@@ -3,7 +3,7 @@
 A graph of features names what matters at some hooks; what reads what between them runs through the whole model. So a
 feature circuit is tested by its nodes (Marks et al. 2024, arXiv 2403.19647): at every hook of the graph the features
 that no kept edge touches carry ablated values, the kept ones what they do in the edited run. An SAE's error term is
-kept, removed, or a node as the graph has it.
+kept, removed, or a node as the graph has it. Its edges are tested in `feature_edges`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,10 +22,12 @@ from tl_circuitlasso.graph.nodes import Block
 from tl_circuitlasso.models import Adapter
 from tl_circuitlasso.models.encoder import Encoder
 from tl_circuitlasso.models.feature_patch import Carried, FeatureSite, Kept, hooks_of, run_features
+from tl_circuitlasso.models.feature_wires import Wiring, run_wired
 from tl_circuitlasso.models.pairs import PairBatch
 
 ERROR = ".hook_sae_error"  # how the node of an SAE's error ends, behind its hook
 Circuit = Mapping[str, Kept]  # by site name
+Run = Circuit | Wiring  # by its nodes, or by its edges
 
 
 def has_features(graph: AttributionGraph) -> bool:
@@ -138,13 +140,18 @@ def node_scores(graph: AttributionGraph) -> dict[str, float]:
         relevance(u) = sum over v of |score(u -> v)| relevance(v),    relevance = 1 where nothing is fed.
     """
     named = {name for block in graph.index.blocks if block.features is not None for name in block.names}
-    whole = {name: graph.node_info.get(name, {}).get("contribution") for name in graph.index.names if name in named}
+    return {name: score for name, score in zip(graph.index.names, node_relevance(graph).tolist()) if name in named}
+
+
+def node_relevance(graph: AttributionGraph) -> Float[Tensor, " node"]:
+    """The same of all nodes of the index; of those that aren't features only where scores are followed."""
+    named = [name for block in graph.index.blocks if block.features is not None for name in block.names]
+    whole = {name: graph.node_info.get(name, {}).get("contribution") for name in named}
     known = {name: abs(value) for name, value in whole.items() if isinstance(value, int | float)}
     if len(known) == len(whole):
-        return known
+        return torch.tensor([known.get(name, 0.0) for name in graph.index.names], dtype=torch.float64)
     local = any(block.site.kind == "hook" for block in graph.index.blocks)
-    scores = _followed(graph) if local else _largest(graph)
-    return {name: score for name, score in zip(graph.index.names, scores.tolist()) if name in named}
+    return _followed(graph) if local else _largest(graph)
 
 
 def _largest(graph: AttributionGraph) -> Float[Tensor, " node"]:
@@ -168,11 +175,11 @@ def _followed(graph: AttributionGraph) -> Float[Tensor, " node"]:
 # ---- measuring ------------------------------------------------------------------------------------------------------
 
 
-def measure_features(setup: Experiment, sites: Sequence[FeatureSite], circuits: Sequence[Circuit]) -> Measured:
+def measure_features(setup: Experiment, sites: Sequence[FeatureSite], circuits: Sequence[Run]) -> Measured:
     """The metric of the model, with everything outside of no circuit at all ablated, and of each circuit.
 
     The last circuit is the empty one. One forward pass for the model, one for the ablated values (none for "zero"),
-    one for each circuit.
+    one for each circuit of nodes, and one for each set of edges that lead into features of a circuit of edges.
 
     Raises
     ------
@@ -180,7 +187,8 @@ def measure_features(setup: Experiment, sites: Sequence[FeatureSite], circuits: 
     """
     setup.ready(fitted="whole components")
     values = torch.zeros(1 + len(circuits), len(setup.pairs), dtype=torch.float64)
-    with count_passes(setup, 1 + len(circuits), "measure") as bar:
+    runs = [one.runs if isinstance(one, Wiring) else 1 for one in circuits]
+    with count_passes(setup, 1 + sum(runs), "measure") as bar:
         means = _means(setup, sites) if setup.cut.startswith("mean") else None
         for batch in setup.pairs:
             logits = setup.adapter.run(batch.clean.tokens, batch.mask, ["logits"])["logits"]
@@ -188,10 +196,11 @@ def measure_features(setup: Experiment, sites: Sequence[FeatureSite], circuits: 
             carried = _carried(setup, sites, batch, means)
             bar.update(len(batch.rows))
             for number, circuit in enumerate(circuits, 1):
-                logits = run_features(setup.adapter, batch.clean.tokens, batch.mask, sites, circuit, carried)
+                run: Any = run_wired if isinstance(circuit, Wiring) else run_features
+                logits = run(setup.adapter, batch.clean.tokens, batch.mask, sites, circuit, carried)
                 values[number, batch.rows] = prompt_values(setup.objective, logits, batch, "a circuit")
-                bar.update(len(batch.rows))
-    passes = 1.0 + (setup.cut != "zero") + len(circuits)
+                bar.update(runs[number - 1] * len(batch.rows))
+    passes = 1.0 + (setup.cut != "zero") + sum(runs)
     return Measured(values[0], values[-1], values[1:-1], passes)
 
 

@@ -7,7 +7,6 @@ again. Trials of many features share a forward pass, and where the source hook i
 HookedTransformer, only the layers between the two hooks run.
 """
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -23,14 +22,12 @@ from tl_circuitlasso.errors import InputError, ModelError
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.encoder import Encoder
 from tl_circuitlasso.models.hooks import Place, observe, resting
-from tl_circuitlasso.models.passes import ForwardPass
+from tl_circuitlasso.models.run_on import run_on
 from tl_circuitlasso.models.tokens import Prompts
 
 Mode = Literal["ablate", "amplify", "gradient"]
 Reading = Literal["firing", "elsewhere", "all"]
 ENCODE_CHUNK = 4096  # positions encoded at once
-
-_RESIDUAL = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)\Z")
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,8 +134,6 @@ class Segment:
 
     def __init__(self, adapter: Adapter, source: str, target: str) -> None:
         self.adapter, self.source, self.target = adapter, source, target
-        entry = _RESIDUAL.match(source) if adapter.starts_midway else None
-        self._start = None if entry is None else int(entry[1]) + (entry[2] == "post")
         for hook in (source, target):
             if adapter.point(hook) is None:
                 raise InputError(f"`saes` has the hook {hook!r}, which this model doesn't have")
@@ -147,11 +142,7 @@ class Segment:
         self, tokens: Int[Tensor, "row pos"], mask: Bool[Tensor, "row pos"], activation: Float[Tensor, "row pos *width"]
     ) -> Float[Tensor, "row pos *width2"]:
         """The target hook's activation after `activation` has taken the place of the source hook's."""
-        start = None if self._start is None else (self._start, activation)
-        edits = [(self.source, lambda old: activation.to(old.dtype))] if start is None else []
-        made = ForwardPass(self.adapter, tokens, mask, [self.target], start=start)
-        made.run(edits)
-        return made[self.target]
+        return run_on(self.adapter, tokens, mask, {self.source: activation}, [self.target])[self.target]
 
 
 def trials(

@@ -104,46 +104,48 @@ def run_features(
     ModelError: a hook of the model is missing, or fires in the wrong order.
     """
     live = [site for site in sites if not kept[site.name].untouched(site)]
-    editor = _Editor(adapter, tokens.shape, kept, carried)
+    editor = _Editor(Writer(adapter, tokens.shape, carried), kept)
     return adapter.run(tokens, mask, ["logits"], edits=editor.edits(live))["logits"]
 
 
-class _Editor:
-    """What has been heard of a pass, and the edits of its sites."""
+class Writer:
+    """What sites write in a pass where some of their features are ablated."""
 
-    def __init__(self, adapter: Adapter, shape: torch.Size, kept: Mapping[str, Kept], carried: Carried) -> None:
-        self.adapter, self.shape, self.kept, self.carried = adapter, tuple(shape), kept, carried
-        self.heard: dict[str, Tensor] = {}
+    def __init__(self, adapter: Adapter, shape: torch.Size, carried: Carried) -> None:
+        self.adapter, self.shape, self.carried = adapter, tuple(shape), carried
 
-    def edits(self, sites: Sequence[FeatureSite]) -> Iterator[tuple[str, Observer]]:
-        for site in sites:
-            if site.reads != site.writes:
-                yield site.reads, partial(self.heard.__setitem__, site.reads)
-            yield site.writes, partial(self._edit, site)
-
-    def _edit(self, site: FeatureSite, activation: Tensor) -> Tensor:
-        read = activation if site.reads == site.writes else self.heard.get(site.reads)
-        if read is None:
-            raise ModelError(f"`{site.reads}` is computed after `{site.writes}`, which its features should write")
-        x, out = self._rows(read), self._rows(activation).flatten(1)
-        keep = self.kept[site.name].features.to(x.device)
-        pieces = []
-        for rows in torch.arange(len(x), device=x.device).split(site.rows_at_once):
-            pieces.append(self._piece(site, keep, x[rows], out[rows], rows))
-        return torch.cat(pieces).to(activation.dtype).reshape(activation.shape)
-
-    def _rows(self, activation: Tensor) -> Float[Tensor, "row *width"]:
+    def rows(self, activation: Tensor) -> Float[Tensor, "row *width"]:
         """One row per position, prompt by prompt; some models flatten these axes themselves."""
         by_row = activation if activation.ndim == 2 else activation.flatten(0, 1)
         return by_row.to(self.adapter.compute_dtype)
 
-    def _piece(self, site: FeatureSite, keep: Tensor, x: Tensor, out: Tensor, rows: Tensor) -> Tensor:
+    def written(
+        self,
+        site: FeatureSite,
+        kept: Kept,
+        x: Float[Tensor, "row *width"],
+        out: Float[Tensor, "row out"],
+        codes: Float[Tensor, "row feature"] | None = None,
+    ) -> Float[Tensor, "row out"]:
+        """What takes the place of `out` at the site where it reads `x`; kept features have the values `codes`, or those
+        that `x` has."""
+        pieces = []
+        for rows in torch.arange(len(x), device=x.device).split(site.rows_at_once):
+            known = None if codes is None else codes[rows]
+            pieces.append(self._piece(site, kept, x[rows], out[rows], rows, known))
+        return torch.cat(pieces)
+
+    def _piece(
+        self, site: FeatureSite, kept: Kept, x: Tensor, out: Tensor, rows: Tensor, known: Tensor | None
+    ) -> Tensor:
+        def mixed(own: Tensor) -> Tensor:
+            stay = own if known is None else known.to(own)
+            return torch.where(kept.features.to(own.device), stay, self._values(site, rows, own))
+
         if site.encoder is None:
-            return torch.where(keep, out, self._values(site, rows, out))
-        plain, edited = site.encoder.edited(
-            x, lambda codes: torch.where(keep.to(codes.device), codes, self._values(site, rows, codes))
-        )
-        match self.kept[site.name].error:
+            return mixed(out)
+        plain, edited = site.encoder.edited(x, mixed)
+        match kept.error:
             case "keep":
                 return out + (edited - plain).to(out)
             case "remove":
@@ -156,12 +158,12 @@ class _Editor:
             return self.carried.scale * codes
         if site.name in self.carried.values:
             return self._at(self.carried.values[site.name], rows).to(codes)
-        return site.codes(self._rows(self.carried.others[site.reads])[rows]).to(codes)
+        return site.codes(self.rows(self.carried.others[site.reads])[rows]).to(codes)
 
     def _errors(self, site: FeatureSite, rows: Tensor) -> Float[Tensor, "row out"]:
         if site.name in self.carried.errors:
             return self._at(self.carried.errors[site.name], rows)
-        other = (self._rows(self.carried.others[hook])[rows] for hook in (site.reads, site.writes))
+        other = (self.rows(self.carried.others[hook])[rows] for hook in (site.reads, site.writes))
         found = site.error(*other)
         assert found is not None  # only SAEs have errors
         return found
@@ -171,3 +173,25 @@ class _Editor:
         prompts = rows // pos if values.shape[0] == batch else torch.zeros_like(rows)
         positions = rows % pos if values.shape[1] == pos else torch.zeros_like(rows)
         return values[prompts, positions]
+
+
+class _Editor:
+    """What has been heard of a pass, and the edits of its sites."""
+
+    def __init__(self, writer: Writer, kept: Mapping[str, Kept]) -> None:
+        self.writer, self.kept = writer, kept
+        self.heard: dict[str, Tensor] = {}
+
+    def edits(self, sites: Sequence[FeatureSite]) -> Iterator[tuple[str, Observer]]:
+        for site in sites:
+            if site.reads != site.writes:
+                yield site.reads, partial(self.heard.__setitem__, site.reads)
+            yield site.writes, partial(self._edit, site)
+
+    def _edit(self, site: FeatureSite, activation: Tensor) -> Tensor:
+        read = activation if site.reads == site.writes else self.heard.get(site.reads)
+        if read is None:
+            raise ModelError(f"`{site.reads}` is computed after `{site.writes}`, which its features should write")
+        x, out = self.writer.rows(read), self.writer.rows(activation).flatten(1)
+        made = self.writer.written(site, self.kept[site.name], x, out)
+        return made.to(activation.dtype).reshape(activation.shape)
