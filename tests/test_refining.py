@@ -1,6 +1,8 @@
 """The second look: what was kept for nothing is dropped, and edges that stay have the cost that was measured."""
 
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,12 +10,13 @@ import torch
 
 import tl_circuitlasso as tcl
 from tl_circuitlasso.demo import Demo
+from tl_circuitlasso.discover.looks import Looks
 from tl_circuitlasso.discover.refining import MANY_EDGES, refine
 from tl_circuitlasso.models import Prompts, adapt
 from tl_circuitlasso.models.bases import Component
 from tl_circuitlasso.models.collect import Plan
 from tl_circuitlasso.models.read import ReadDesign
-from tl_circuitlasso.models.reread import Reading, reread
+from tl_circuitlasso.models.reread import Costs, Reading, reread
 
 IDLE = {("input", "m1"), ("m1", "logits"), ("input", "a0.h3"), ("a0.h3", "logits")}  # no part of what was planted
 
@@ -88,6 +91,54 @@ def test_the_default_looks_again(demo: Demo, first: tcl.AttributionGraph) -> Non
     assert "second_look" in graph.provenance and "second_look" not in first.provenance
     assert graph.kept_edges() <= first.kept_edges()
     assert graph.provenance["forward_passes"] > first.provenance["forward_passes"]
+
+
+class Killed(Exception):
+    """What a run is stopped by, between two batches of its second look."""
+
+
+def test_a_second_look_that_was_killed_goes_on_behind_its_last_batch(
+    demo: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last bit as if it had never been stopped; a finished one is only read."""
+    made: list[int] = []
+
+    def counted(*given: Any, stop: int, **options: Any) -> Any:
+        if len(made) == stop:
+            raise Killed
+        made.append(options["seed"])
+        return reread(*given, **options)
+
+    def found(file: Path | None, stop: int, target: Any = demo.target) -> tcl.AttributionGraph:
+        made.clear()
+        monkeypatch.setattr("tl_circuitlasso.discover.refining.reread", partial(counted, stop=stop))
+        options = {"positions": "last", "batch_size": 16, "checkpoint": file, "progress": False}
+        return tcl.circuit_lasso(demo.model, demo.tokens, target=target, **options)
+
+    whole = found(None, stop=-1)
+    every = len(made)
+    assert every >= 4
+    with pytest.raises(Killed):
+        found(tmp_path / "run.safetensors", stop=2)
+    resumed = found(tmp_path / "run.safetensors", stop=-1)
+    assert len(made) == every - 2 and resumed.provenance["forward_passes"] < whole.provenance["forward_passes"]
+    assert torch.equal(resumed.score, whole.score) and torch.equal(resumed.kept, whole.kept)
+    assert resumed.provenance["second_look"] == whole.provenance["second_look"]
+    found(tmp_path / "run.safetensors", stop=-1)
+    assert not made
+
+
+def test_what_was_said_of_something_else_is_asked_again(tmp_path: Path) -> None:
+    reading = Reading.all({("input", "m0"), ("m0", "logits")})
+    costs = Costs(*({edge: number / 3 for number, edge in enumerate(reading.edges)} for _ in range(2)), {"m0": 0.7},
+                  dict.fromkeys(reading.edges, -1 / 3), 5)  # fmt: skip
+    looks = Looks.beside(tmp_path / "run.safetensors", {"model": "this"})
+    looks.store(3, costs, reading, "prompts")
+    assert looks.known([3, 4], reading, "prompts") == {3: costs}
+    assert looks.known([3], reading, "other prompts") == {} == replace(looks, identity={}).known([3], reading, "x")
+    other = Looks.beside(tmp_path / "run.safetensors", {"model": "another"})
+    assert other.known([3], reading, "prompts") == {}
+    assert looks.known([3], Reading.all({("input", "logits")}), "prompts") == {}
 
 
 def test_a_later_round_measures_again_what_led_to_an_edge_that_is_gone() -> None:

@@ -10,6 +10,7 @@ from jaxtyping import Bool
 
 from tl_circuitlasso.data.sharing import ALONE, Ranks
 from tl_circuitlasso.discover.choice import between_counterparts
+from tl_circuitlasso.discover.looks import Looks
 from tl_circuitlasso.discover.stopping import widest_gap
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models.adapter import Adapter
@@ -39,13 +40,15 @@ def refine(
     prompts: int,
     ranks: Ranks = ALONE,
     progress: bool = False,
+    looks: Looks | None = None,
 ) -> tuple[AttributionGraph, int]:
     """The graph without edges that cost the target too little when read alone and exactly; and the passes it took.
 
     The rule is the one by which they were kept: the widest gap near 1 % of the costliest (in squares for a number), for
     edges and for nodes. Edges that were looked at have the score that was measured. Rounds are repeated until nothing
     more is dropped, and measure again only what led to the edges dropped. `prompts` is how many were behind the graph:
-    the look is kept small beside them. `ranks` share the sample. The provenance says what came of it.
+    the look is kept small beside them. `ranks` share the sample; `looks` keep what each batch said, for a run that goes
+    on. The provenance says what came of it.
     """
     passes, came_of_it = 0, "no edge dropped"
     before = len(graph.kept_edges())
@@ -62,7 +65,7 @@ def refine(
             break
         reading = Reading.all(edges) if reading is None else reading.after(edges)
         if costs is None or reading.edges or reading.nodes:
-            found = _costs(adapter, sample, plan, reading, wanted, ranks, shown)
+            found = _costs(adapter, sample, plan, reading, wanted, ranks, shown, looks)
             passes, costs = passes + found.passes, found if costs is None else costs.updated(found)
         costs = costs.among(edges)
         if not _sees_behaviour(graph, costs):
@@ -89,6 +92,7 @@ def _costs(
     wanted: int,
     ranks: Ranks,
     progress: bool,
+    looks: Looks | None,
 ) -> Costs:
     chosen, held = [], 0
     for batch in sample:
@@ -98,11 +102,18 @@ def _costs(
     options = {"last": plan.last, "probe": plan.design.probe, "draws": max(1, round(wanted / held))}
     options["memory"] = plan.design.swept
     mine = {number: batch for number, batch in enumerate(chosen) if ranks.mine(number)}
+    asked = (options, plan.seed, [len(batch.tokens) for batch in chosen])
+    known = {} if looks is None else looks.known(mine, reading, *asked)
+    found = []
     with counting(total=len(mine), progress=progress, desc="second look", unit="batch") as bar:
-        found = [
-            reread(adapter, batch, reading, plan.target, seed=plan.seed + number, tell=bar.update, **options)
-            for number, batch in mine.items()
-        ]
+        bar.update(len(known))
+        for number, batch in mine.items():
+            one = known.get(number)
+            if one is None:
+                one = reread(adapter, batch, reading, plan.target, seed=plan.seed + number, tell=bar.update, **options)
+                if looks is not None:
+                    looks.store(number, one, reading, *asked)
+            found.append(one)
     pairs = max(ranks.count(sum(one.pairs for one in found)), 1)
 
     def mean(costs: str, names: Sequence[Any]) -> dict:
@@ -115,7 +126,7 @@ def _costs(
         mean("nodes", reading.nodes),
         mean("effects", reading.edges),
         pairs,
-        len(chosen),
+        ranks.count(len(mine) - len(known)),
     )
 
 

@@ -95,7 +95,7 @@ def collect(
     InputError: no samples at all, a target of the wrong length, or a checkpoint of another collection.
     """
     began = time.perf_counter()
-    file = None if checkpoint is None else _own_file(Path(checkpoint), ranks)
+    file = None if checkpoint is None else own_file(Path(checkpoint), ranks)
     own = _Own(adapter, prompts, twins, plan, file, start, ranks).collected(progress and ranks.rank == 0)
     statistics, passes = own.statistics.shared(ranks), ranks.count(own.forward_passes)
     return replace(own, statistics=statistics, forward_passes=passes, seconds=time.perf_counter() - began)
@@ -117,7 +117,7 @@ class _Own:
         self.adapter, self.prompts, self.twins, self.plan = adapter, prompts, twins, plan
         self.file, self.ranks = file, ranks
         self.began = self.saved = time.perf_counter()
-        statistics = (None if file is None else _resume(file, _identity(adapter, plan))) or start
+        statistics = (None if file is None else _resume(file, identity_of(adapter, plan))) or start
         self.statistics = None if statistics is None else statistics.to(adapter.device)
         self.done = 0 if statistics is None else statistics.done  # batches that are behind a resumed collection
         self.sample: list[Batch] = []
@@ -180,7 +180,7 @@ class _Own:
             self.saved = time.perf_counter()
 
 
-def _own_file(checkpoint: Path, ranks: Ranks) -> Path:
+def own_file(checkpoint: Path, ranks: Ranks) -> Path:
     """Every process has a checkpoint of its own: its part of the batches depends on how many share them."""
     if ranks.size == 1:
         return checkpoint
@@ -229,7 +229,7 @@ def _add(statistics: Statistics | None, adapter: Adapter, plan: Plan, sample: Sa
 
 def _start(adapter: Adapter, plan: Plan, pilot: Sample) -> Statistics:
     statistics = plan.design.start(adapter, pilot)
-    return replace(statistics, meta={**statistics.meta, **_identity(adapter, plan)})
+    return replace(statistics, meta={**statistics.meta, **identity_of(adapter, plan)})
 
 
 def sample_of(adapter: Adapter, plan: Plan, batch: Batch, number: int, *, run: bool = True) -> Sample:
@@ -256,7 +256,7 @@ def sample_of(adapter: Adapter, plan: Plan, batch: Batch, number: int, *, run: b
     )
 
 
-def _identity(adapter: Adapter, plan: Plan) -> dict[str, Any]:
+def identity_of(adapter: Adapter, plan: Plan) -> dict[str, Any]:
     """What must agree before statistics may be continued or merged."""
     return {
         "model": adapter.name,

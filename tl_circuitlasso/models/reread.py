@@ -86,6 +86,21 @@ class Costs:
         nodes = {node: self.nodes[node] for node in Reading.all(edges).nodes}
         return Costs(some[0], some[1], nodes, some[2], self.pairs, self.passes)
 
+    def stored(self, reading: Reading) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """As a file holds it; `of` makes it again, to the last bit."""
+        by_edge = {"edges": self.edges, "judged": self.judged, "effects": self.effects}
+        columns = {name: [costs[edge] for edge in reading.edges] for name, costs in by_edge.items()}
+        columns["nodes"] = [self.nodes[node] for node in reading.nodes]
+        tensors = {name: torch.tensor(values, dtype=torch.float64) for name, values in columns.items()}
+        return tensors, {"pairs": self.pairs, "passes": self.passes}
+
+    @classmethod
+    def of(cls, reading: Reading, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> "Costs":
+        """What was `stored` of the reading."""
+        names = {"edges": reading.edges, "judged": reading.edges, "nodes": reading.nodes, "effects": reading.edges}
+        costs = {name: dict(zip(of, tensors[name].tolist())) for name, of in names.items()}
+        return cls(**costs, pairs=data["pairs"], passes=data["passes"])
+
     def updated(self, later: "Costs") -> "Costs":
         """What was measured later in place of what was measured here."""
         return Costs(

@@ -14,6 +14,7 @@ from tl_circuitlasso.data.targets import Labels, LogitDiff, Target, Values, take
 from tl_circuitlasso.discover.designs.collected import Collecting
 from tl_circuitlasso.discover.drawing import Drawn, draw_by_output
 from tl_circuitlasso.discover.learning_read import learn_read
+from tl_circuitlasso.discover.looks import Looks
 from tl_circuitlasso.discover.probing import CAPACITY, fit_probe
 from tl_circuitlasso.discover.refining import CHEAP, ROUNDS, SHARE, refine
 from tl_circuitlasso.discover.refining import PAIRS as LOOKED_AT
@@ -29,7 +30,7 @@ from tl_circuitlasso.discover.way import Job, Stage, batch_sizes
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models import footprint, outcome, read, sweep
 from tl_circuitlasso.models.bases import Basis
-from tl_circuitlasso.models.collect import CHECKED, Collected, Plan
+from tl_circuitlasso.models.collect import CHECKED, Collected, Plan, identity_of, own_file
 from tl_circuitlasso.models.outcome import Probe
 from tl_circuitlasso.models.pairs import PAIR, Pairs
 from tl_circuitlasso.models.read import ReadDesign, affordable_draws
@@ -119,7 +120,10 @@ class Read(Collecting[ReadDesign]):
     def look_again(
         self, job: Job[ReadDesign], collected: Collected, plan: Plan[ReadDesign], graph: AttributionGraph
     ) -> tuple[AttributionGraph, int]:
-        options = {"prompts": collected.prompts, "ranks": job.ranks, "progress": job.progress}
+        options: dict[str, Any] = {"prompts": collected.prompts, "ranks": job.ranks, "progress": job.progress}
+        if job.checkpoint is not None:
+            identity = {**identity_of(job.adapter, plan), "data": collected.statistics.origin}
+            options["looks"] = Looks.beside(own_file(job.checkpoint, job.ranks), identity)
         return refine(job.adapter, collected.sample, plan, graph, **options)
 
     def facts(self, job: Job[ReadDesign], collected: Collected) -> Mapping[str, Any]:
