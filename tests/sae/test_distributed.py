@@ -60,11 +60,11 @@ def resumed(folder: Path, rank: int, demo: Demo, saes: Any) -> None:
     options["checkpoint"] = folder / "checkpoint"
     solved, ordinary = [], learning.regress
 
-    def failing(data: Any, basis: Any, setup: Any, pair: tuple[str, str]) -> Any:
+    def failing(data: Any, basis: Any, setup: Any, pair: tuple[str, str], kept: Any) -> Any:
         solved.append(pair)
         if pair[1] == "target" and rank == 1 and len(solved) == 3:
             raise tcl.ModelError("killed")
-        return ordinary(data, basis, setup, pair)
+        return ordinary(data, basis, setup, pair, kept)
 
     learning.regress = failing
     with message_of(folder, "killed", rank):

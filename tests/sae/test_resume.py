@@ -16,6 +16,8 @@ from tests.sae.training import PlainSAE
 from tl_circuitlasso.demo import Demo
 from tl_circuitlasso.errors import FormatError, InputError
 from tl_circuitlasso.features import learning as feature_learning
+from tl_circuitlasso.features import regression as regression_module
+from tl_circuitlasso.models import feature_replay as replay_module
 
 PARTS = ("W_enc", "W_dec", "bias")
 
@@ -24,10 +26,10 @@ def stuck_at_the_target(weights: Path, folder: Path) -> None:
     """A run that sleeps at its last pair, with the earlier ones behind it: killed there."""
     real = feature_learning.regress
 
-    def slow(data: Any, basis: Any, setup: Any, pair: tuple[str, str]) -> Any:
+    def slow(data: Any, basis: Any, setup: Any, pair: tuple[str, str], kept: Any) -> Any:
         if pair[1] == "target":
             time.sleep(600)
-        return real(data, basis, setup, pair)
+        return real(data, basis, setup, pair, kept)
 
     feature_learning.regress = slow
     parts = load_file(weights)
@@ -143,3 +145,66 @@ def test_a_full_disk_is_named(demo: Demo, demo_saes: dict[str, PlainSAE], tmp_pa
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, ignored)
     assert str(tmp_path) in str(caught.value) and not list(tmp_path.rglob("*.tmp"))
+
+
+class Killed(Exception):
+    """What a run is stopped by."""
+
+
+def stopping(real: Any, at: int, made: list[int]) -> Any:
+    """`real`, noted each time in `made`, and killed in place of its call number `at`."""
+
+    def call(*given: Any, **options: Any) -> Any:
+        if len(made) == at:
+            raise Killed
+        made.append(1)
+        return real(*given, **options)
+
+    return call
+
+
+STAGES = {
+    "replay": (replay_module, "Layers", 3),  # once a batch of prompts
+    "solve": (regression_module, "read_lasso", 4),  # once a block of children
+}
+
+
+@pytest.mark.parametrize(("stage", "mixing"), [("replay", "heads"), ("solve", "same")])
+def test_a_run_killed_within_a_stage_goes_on_within_it(
+    demo: Demo, demo_saes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, mixing: str
+) -> None:
+    """And gives what a run that was never stopped does, to the last bit."""
+    monkeypatch.setattr(replay_module, "PROMPTS", 16)
+    monkeypatch.setattr(replay_module, "KEPT_SECONDS", 0.0)
+    monkeypatch.setattr(regression_module, "BLOCK", 5)
+    module, name, at = STAGES[stage]
+    real, options = getattr(module, name), {"mixing": mixing, "tokens": demo.tokens[:64], "min_count": 5}
+
+    def found(folder: Path | None, at: int) -> tuple[tcl.AttributionGraph, int]:
+        made: list[int] = []
+        monkeypatch.setattr(module, name, stopping(real, at, made))
+        return circuit(demo, demo_saes, folder, **options), len(made)
+
+    whole, every = found(None, -1)
+    assert every > at
+    with pytest.raises(Killed):
+        found(tmp_path / "run", at)
+    resumed, rest = found(tmp_path / "run", -1)
+    assert rest == every - at, "nothing that was finished is made again"
+    for column in ("source", "target", "weight", "score", "kept"):
+        assert torch.equal(getattr(resumed, column), getattr(whole, column)), column
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert all(name.startswith(("codes-", "pair-0", "directions")) and name.endswith("tensors") for name in left)
+
+
+def test_effects_of_other_features_are_measured_again(
+    demo: Demo, demo_saes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feature_learning, "regress_pair", stopping(feature_learning.regress_pair, 0, []))
+    for count in (5, 6):
+        with pytest.raises(Killed):
+            circuit(demo, demo_saes, tmp_path, tokens=demo.tokens[:64], min_count=5, max_features=count)
+    monkeypatch.undo()
+    options = {"tokens": demo.tokens[:64], "min_count": 5, "max_features": 6}
+    resumed, fresh = circuit(demo, demo_saes, tmp_path, **options), circuit(demo, demo_saes, None, **options)
+    assert torch.equal(resumed.weight, fresh.weight) and torch.equal(resumed.kept, fresh.kept)

@@ -9,12 +9,12 @@ effects      Effects        S_ij and its standard error, where it is anything
   | regress_pair            sums, a certified sparse solve, held-out R^2; then the next pair features/regression.py
 graph        AttributionGraph  with what is known of every feature                          features/graph.py
 
-With a checkpoint folder codes and finished pairs are files of their own: a killed run loses one pair at most.
+With a checkpoint folder codes, effects, blocks of children and finished pairs are files of their own (`kept`): a killed
+run loses a minute of a replay at most, or one block of a pair's children and the pair's sums.
 """
 
-import hashlib
-import json
 import math
+import shutil
 import time
 import warnings
 from collections.abc import Mapping
@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 
-from tl_circuitlasso.data.checkpoint import Checkpoint
 from tl_circuitlasso.data.sharing import ALONE, Ranks
 from tl_circuitlasso.data.targets import Labels, Target
 from tl_circuitlasso.errors import InputError
@@ -33,9 +32,9 @@ from tl_circuitlasso.features.effects import UNREAD
 from tl_circuitlasso.features.few import regress_samples
 from tl_circuitlasso.features.fit import Regressed
 from tl_circuitlasso.features.graph import feature_graph, kept_by_pair
+from tl_circuitlasso.features.kept import Kept, replay_kept
 from tl_circuitlasso.features.regression import Rule, regress_pair
 from tl_circuitlasso.features.samples import PairData, columns_of
-from tl_circuitlasso.features.shared import first_of
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.feature_collect import CollectedCodes, collect_codes
@@ -130,9 +129,8 @@ def _regress_all(
     places: dict[Pair, Place] = {}
     for number, pair in enumerate(collected.pairs):
         data = _pair_data(adapter, collected, basis, alive, pair)
-        path = None if setup.checkpoint is None else setup.checkpoint / f"pair-{number:04d}.safetensors"
-        identity = _pair_identity(collected, data, setup)
-        places[pair] = Place(data, path, identity, None if path is None else _stored(path, identity, setup.ranks))
+        kept = Kept.of(setup.checkpoint, number, data, collected.origin, vars(setup.rule), setup.ranks)
+        places[pair] = Place(data, kept, kept.regression())
     clock = time.perf_counter()
     effects, unread = _effects(adapter, collected, basis, setup, alive, places)
     replayed = time.perf_counter() - clock
@@ -141,20 +139,18 @@ def _regress_all(
     for pair, place in counting(places.items(), desc="regress", unit="pair", progress=shown):
         done = place.done
         if done is None:
-            done = regress(replace(place.data, effects=effects.get(pair)), basis, setup, pair)
-            if place.path is not None:
-                _store(place.path, done, place.identity, setup.ranks)
+            done = regress(replace(place.data, effects=effects.get(pair)), basis, setup, pair, place.kept)
+            place.kept.finish(done)
         found[pair] = done
     return found, unread, replayed
 
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """A pair's samples, where its regression is kept, what must agree there, and the regression where it is done."""
+    """A pair's samples, where what is finished of it is kept, and the regression where it is done."""
 
     data: PairData
-    path: Path | None
-    identity: Mapping[str, Any]
+    kept: Kept
     done: Regressed | None
 
 
@@ -180,14 +176,25 @@ def _effects(
             stacklevel=2,
         )
     waiting = {pair: path for pair, path in paths.items() if places[pair].done is None}
-    kept = {hook: some.features for hook, some in alive.items()}
+    known = {pair: effects for pair in waiting if (effects := places[pair].kept.effects()) is not None}
+    waiting = {pair: path for pair, path in waiting.items() if pair not in known}
+    features = {hook: some.features for hook, some in alive.items()}
     copies = {pair: len(places[pair].data.columns) for pair in waiting}
-    progress = setup.progress and setup.ranks.rank == 0
-    return replay(adapter, collected.store, waiting, kept, copies, progress=progress, ranks=setup.ranks), unread
+    kept_at = replay_kept([places[pair].kept for pair in waiting], setup.ranks)
+    options: dict[str, Any] = {"progress": setup.progress and setup.ranks.rank == 0, "ranks": setup.ranks}
+    made = replay(adapter, collected.store, waiting, features, copies, kept_at=kept_at, **options)
+    for pair, effects in made.items():
+        places[pair].kept.keep_effects(effects)
+    if kept_at is not None:
+        shutil.rmtree(kept_at.folder, ignore_errors=True)
+    return known | made, unread
 
 
-def regress(data: PairData, basis: SAEFeatures, setup: FeatureSetup, pair: tuple[str, str]) -> Regressed:
-    """One pair's regression, in the way that its target and the number of its samples ask for.
+def regress(
+    data: PairData, basis: SAEFeatures, setup: FeatureSetup, pair: tuple[str, str], kept: Kept | None = None
+) -> Regressed:
+    """One pair's regression, in the way that its target and the number of its samples ask for; `kept` is where blocks
+    of its children are, of those that are solved by their Gram.
 
     Raises
     ------
@@ -203,7 +210,8 @@ def regress(data: PairData, basis: SAEFeatures, setup: FeatureSetup, pair: tuple
         return classify_pair(data, setup.rule, setup.target, memory=basis.memory, ranks=setup.ranks)
     if data.sources > 2 * samples:
         return regress_samples(data, setup.rule, memory=basis.memory, ranks=setup.ranks)
-    return regress_pair(data, setup.rule, device=setup.device, memory=basis.memory, ranks=setup.ranks)
+    options: dict[str, Any] = {"memory": basis.memory, "ranks": setup.ranks}
+    return regress_pair(data, setup.rule, device=setup.device, kept=kept, **options)
 
 
 def _pair_data(
@@ -226,42 +234,6 @@ def _pair_data(
         pooled=basis.mixing == "pooled",
         held_out=basis.held_out if collected.prompts >= LEAST_PROMPTS else 0.0,
     )
-
-
-# ---- checkpoint -----------------------------------------------------------------------------------------------------
-
-
-def _pair_identity(collected: CollectedCodes, data: PairData, setup: FeatureSetup) -> dict[str, Any]:
-    """What must agree before a finished pair is used again."""
-    digest = hashlib.sha256()
-    for part in (data.features, data.child_features):
-        digest.update(part.numpy().tobytes())
-    return {
-        "origin": collected.origin,
-        "pair": [data.parent, data.child or TARGET],
-        "features": digest.hexdigest(),
-        "rule": json.loads(json.dumps(vars(setup.rule))),
-        "held_out": data.held_out,
-        "pooled": data.pooled,
-        "columns": [column.key for column in data.columns],
-    }
-
-
-def _store(path: Path, done: Regressed, identity: Mapping[str, Any], ranks: Ranks) -> None:
-    """Write a finished pair: process 0 does it."""
-    if ranks.rank == 0:
-        _kept(path, identity).write(path.name, done.tensors(), done.plain())
-
-
-def _stored(path: Path, identity: Mapping[str, Any], ranks: Ranks) -> Regressed | None:
-    """A finished pair of this very regression that process 0 finds, or None: one of another rule is made again."""
-    found = _kept(path, identity).read(path.name, remade=True) if ranks.rank == 0 else None
-    own = None if found is None else Regressed.of(*found)
-    return first_of(own, ranks)
-
-
-def _kept(path: Path, identity: Mapping[str, Any]) -> Checkpoint:
-    return Checkpoint(path.parent, "feature pair", "regression", identity, version=5)
 
 
 # ---- what happened --------------------------------------------------------------------------------------------------

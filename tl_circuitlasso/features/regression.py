@@ -26,6 +26,7 @@ from tl_circuitlasso.data.sharing import ALONE, Ranks
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.features.effects import with_effects
 from tl_circuitlasso.features.fit import Entries, Regressed, Units, deviation, nonzeros, regressed, with_held_out
+from tl_circuitlasso.features.kept import Kept
 from tl_circuitlasso.features.read import Read, keeping_signs, read_lasso
 from tl_circuitlasso.features.samples import FOLDS, PairData, to_torch
 from tl_circuitlasso.features.shared import everyones, joined
@@ -70,10 +71,12 @@ def regress_pair(
     device: torch.device | str = "cpu",
     memory: int | None = None,
     ranks: Ranks = ALONE,
+    kept: Kept | None = None,
 ) -> Regressed:
     """The certified sparse regression of a child's features on its parent's, through the Gram of the parent's.
 
-    `ranks` are processes with samples of their own: all get the regression over all samples.
+    `ranks` are processes with samples of their own: all get the regression over all samples. Blocks of children that
+    are `kept` aren't solved again.
 
     Raises
     ------
@@ -90,7 +93,7 @@ def regress_pair(
     data, parts, units = _moments(sums, totals, mine)
     del sums
     counted = time.perf_counter()
-    found = _in_blocks(pair, rule, data, parts, units, mine)
+    found = _in_blocks(pair, rule, data, parts, units, mine, kept)
     del data, parts
     found = everyones(found, mine, ranks)
     solved = time.perf_counter()
@@ -134,13 +137,18 @@ def _in_blocks(
     parts: Sequence[solve.Moments],
     units: Units,
     mine: Int[Tensor, " mine"],
+    kept: Kept | None,
 ) -> Regressed:
     """The targets in `mine`, `BLOCK` at a time: coefficients, pulls, weights and effects are dense for a block only."""
     if len(mine) <= BLOCK:
         return _regressed(pair, rule, data, parts, units, mine)
     found = []
-    for some in torch.arange(len(mine)).split(BLOCK):
-        one = _regressed(pair, rule, _of(data, some), [_of(part, some) for part in parts], units, mine[some])
+    for number, some in enumerate(torch.arange(len(mine)).split(BLOCK)):
+        one = None if kept is None else kept.block(number, mine[some])
+        if one is None:
+            one = _regressed(pair, rule, _of(data, some), [_of(part, some) for part in parts], units, mine[some])
+            if kept is not None:
+                kept.keep_block(number, mine[some], one)
         found.append((one, {**one.tensors(), "mine": some}))
     return joined(found[0][0], [part for _, part in found])
 

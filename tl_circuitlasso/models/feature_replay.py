@@ -12,6 +12,7 @@ over the positions where i fires (port ""), or over those where it doesn't, to w
 aren't looked at pass on is left out: a feature seen through two attentions, by way of a third position.
 """
 
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -20,6 +21,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_circuitlasso.data.checkpoint import Checkpoint
 from tl_circuitlasso.data.sharing import ALONE, Ranks
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.encoder import Encoder
@@ -37,6 +39,8 @@ ELSEWHERE = 8  # positions of a prompt at which what attention brings is read
 ROWS = 1 << 12  # positions at once
 ROOM = 1 << 25  # codes that are dense at any one time
 PROMPTS = 32  # prompts that are run on together
+KEPT_SECONDS = 60.0  # between two writes of the sums, where they are kept
+SUMS = "sums.safetensors"
 ALIKE = 1e-4  # relative: as exactly is what a feature writes its code times its decoder row
 _ORDER, _SPAN = 2654435761, 1 << 32
 
@@ -137,29 +141,35 @@ def replay(
     *,
     progress: bool = False,
     ranks: Ranks = ALONE,
+    kept_at: Checkpoint | None = None,
 ) -> dict[Pair, Effects]:
     """The effects of every pair: on features at their own position (`copies` 1), and through attention (2), or through
-    each head (1 + heads). One more forward pass over the chosen prompts, up to the last child.
+    each head (1 + heads). One more forward pass over the chosen prompts, up to the last child. `kept_at` is where this
+    process keeps how far it has come; whoever calls takes it away.
     """
     if not paths:
         return {}
     parents = list(dict.fromkeys(parent for parent, _ in paths))
     mine = chosen_groups(chunks, {hook: kept[hook] for hook in parents}, GROUPS, progress=progress)
     chosen = {hook: _of_all(groups, GROUPS, ranks) for hook, groups in mine.items()}
-    tallies = _tallied(adapter, chunks, paths, chosen, kept, copies, progress=progress)
+    tallies = _tallied(adapter, chunks, paths, chosen, kept, copies, kept_at, progress=progress)
     return {pair: tally.effects(len(kept[pair[0]]), ranks) for pair, tally in tallies.items()}
 
 
 def _tallied(
     adapter: Adapter, chunks: Iterable[Chunk], paths: Mapping[Pair, Path], chosen: Mapping[str, Groups],
-    kept: Mapping[str, Tensor], copies: Mapping[Pair, int], *, progress: bool,
+    kept: Mapping[str, Tensor], copies: Mapping[Pair, int], kept_at: Checkpoint | None, *, progress: bool,
 ) -> dict[Pair, Tally]:  # fmt: skip
-    """What this process's prompts tell."""
+    """What this process's prompts tell; those whose sums are kept aren't run again."""
     tallies = {pair: _empty(kept[pair[0]], kept[pair[1]], copies[pair]) for pair in paths}
     prompts = torch.cat([prompt for _, prompt in chosen.values()]).unique()
     keys = set().union(*(path.wanted() for path in paths.values()))
+    done, saved = (0 if kept_at is None else _resumed(kept_at, tallies)), time.perf_counter()
     with counting(total=len(prompts), desc="replay", unit="prompt", progress=progress) as bar:
-        for batch, numbers in _batches(adapter, chunks, prompts):
+        for number, (batch, numbers) in enumerate(_batches(adapter, chunks, prompts)):
+            bar.update(len(numbers) if number < done else 0)
+            if number < done:
+                continue
             acts = adapter.run(batch.tokens, batch.mask, keys)
             again = _Replay(Layers(adapter, acts, batch.mask), batch, numbers, kept)
             with torch.no_grad():
@@ -167,7 +177,28 @@ def _tallied(
                     some = {pair: path for pair, path in paths.items() if pair[0] == parent}
                     again.add(some, chosen[parent], tallies)
             bar.update(len(numbers))
+            if kept_at is not None and time.perf_counter() - saved > KEPT_SECONDS:
+                _keep(kept_at, number + 1, tallies)
+                saved = time.perf_counter()
     return tallies
+
+
+def _keep(kept_at: Checkpoint, done: int, tallies: Mapping[Pair, Tally]) -> None:
+    states = enumerate(tally.state() for tally in tallies.values())
+    tensors = {f"{number}/{name}": tensor for number, state in states for name, tensor in state.items()}
+    kept_at.write(SUMS, tensors, {"batches": done})
+
+
+def _resumed(kept_at: Checkpoint, tallies: Mapping[Pair, Tally]) -> int:
+    """How many batches are in the sums that are kept, which are put into the tallies."""
+    found = kept_at.read(SUMS, remade=True)
+    if found is None:
+        return 0
+    tensors, data = found
+    for number, tally in enumerate(tallies.values()):
+        start = f"{number}/"
+        tally.resume({name.removeprefix(start): x for name, x in tensors.items() if name.startswith(start)})
+    return data["batches"]
 
 
 def _empty(features: Tensor, children: Tensor, copies: int) -> Tally:

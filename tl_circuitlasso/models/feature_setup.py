@@ -87,7 +87,7 @@ def set_up(
     )
     identity = _identity(adapter, basis, encoders, routes)
     fitted = _fitted(adapter, basis, plan, pairs, batch, checkpoint, identity, ranks)
-    folder = _own_folder(checkpoint, ranks)
+    folder = own_folder(checkpoint, ranks)
     free = free_bytes()
     limit = basis.memory or (UNKNOWN_LIMIT if free is None else free // 2 // ranks.beside)
     store = CodeStore(folder, limit, identity)
@@ -95,7 +95,7 @@ def set_up(
     return Setup(encoders, order, pairs, routes, fitted, store, identity, first)
 
 
-def _own_folder(checkpoint: Path | None, ranks: Ranks) -> Path | None:
+def own_folder(checkpoint: Path | None, ranks: Ranks) -> Path | None:
     """Where this process keeps its codes: which batches are its own depends on how many share them."""
     return checkpoint if checkpoint is None or ranks.size == 1 else checkpoint / f"rank-{ranks.rank}-of-{ranks.size}"
 

@@ -8,7 +8,7 @@ whole differ from the sum of its parts; the difference is dealt out in proportio
 parts add up to the edge.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -113,6 +113,24 @@ class Tally:
     copies: list[Sums]
     feature: Float[Tensor, "3 feature"]
     together: Sums | None = None
+
+    def state(self) -> dict[str, Tensor]:
+        """All that is summed so far; `resume` goes on from it to the same last bit."""
+        found = {"feature": self.feature}
+        for name, sums in self._named():
+            sums.compact()
+            found |= {f"{name}/key": torch.from_numpy(sums.key), f"{name}/values": torch.from_numpy(sums.values)}
+        return found
+
+    def resume(self, state: Mapping[str, Tensor]) -> None:
+        """Put what `state` said in the place of what is summed here."""
+        self.feature = state["feature"]
+        for name, sums in self._named():
+            sums.key, sums.values = state[f"{name}/key"].numpy(), state[f"{name}/values"].numpy()
+
+    def _named(self) -> list[tuple[str, Sums]]:
+        named = [(str(number), sums) for number, sums in enumerate(self.copies)]
+        return named if self.together is None else [*named, ("together", self.together)]
 
     def effects(self, features: int, ranks: Ranks) -> Effects:
         count, mass, square = ranks.sum(self.feature)
