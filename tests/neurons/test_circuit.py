@@ -237,6 +237,9 @@ def test_the_garrote_picks_the_parents():
     large = links.rank_by(graph, "attribution").top_k(graph.n_kept).kept
     assert bool(kept.any()) and int((kept & helped).sum()) > int((large & helped).sum())
     assert int(kept.sum()) <= int(helped.sum())
+    score, rest = links.rank_by(graph, "garrote").score, ~helped & (graph.score != 0)
+    assert float(score[rest].max()) < float(score[helped & (graph.score != 0)].min())
+    assert torch.equal(score[rest].argsort(stable=True), graph.score.abs()[rest].argsort(stable=True))
     signed = links.rank_by(graph, "signed")
     assert bool((signed.score >= 0).all()) and torch.equal(signed.score.argsort(), graph.score.argsort())
 

@@ -151,10 +151,14 @@ def _garrotes(
 
 def rank_by(graph: AttributionGraph, how: str) -> AttributionGraph:
     """The same edges scored by |attribution| ("attribution"), by the attribution of those that help and then of those
-    that work against the target ("signed"), or by garrote coefficient times |attribution| ("garrote")."""
+    that work against the target ("signed"), or by garrote coefficient times |attribution| ("garrote"), those without a
+    coefficient after all others, by |attribution|."""
+    size, garrote = graph.score.abs(), graph.extras["garrote"]
+    picked = torch.where(garrote > 0, size * garrote, 0.0)
+    least = picked[picked > 0].min() if bool((picked > 0).any()) else size.new_ones(())
     score = {
-        "attribution": graph.score.abs(),
+        "attribution": size,
         "signed": graph.score - graph.score.min(),
-        "garrote": graph.score.abs() * graph.extras["garrote"],
+        "garrote": torch.where(picked > 0, picked, least * size / (1 + size) / 2),
     }[how]
     return replace(graph, score=score)
