@@ -13,6 +13,7 @@ from tests.evaluate.test_faithfulness import pair
 from tests.evaluate.test_features import METRIC, SAES, Sae, cached, hook_site
 from tl_circuitlasso.data.sites import Site
 from tl_circuitlasso.errors import InputError
+from tl_circuitlasso.evaluate.features import node_scores
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.graph.nodes import Block, NodeIndex
 
@@ -164,3 +165,11 @@ def test_a_curve_by_edges_takes_the_edges_that_matter_most() -> None:
     assert found.requested == (1, 3, 5) and found.sizes == (0, 3, 5)  # the strongest leads to nothing yet
     grown = measured(graph, "edge", verb=tcl.evaluate.curve, sizes=[1, 3], error="keep", rule="greedy")
     assert grown.sizes == (1, 3)
+
+
+def test_a_feature_that_feeds_nothing_matters_to_nothing_where_there_is_a_target() -> None:
+    (a, b), (x, y) = EVERY[0][:2], EVERY[1][:2]
+    scores = node_scores(wired({(a, x): 5.0, (b, y): 0.5, (y, "target"): 2.0}))
+    assert {name: scores[name] for name in (a, b, x, y)} == {a: 0.0, b: 1.0, x: 0.0, y: 2.0}
+    without = node_scores(wired({(a, x): 5.0, (b, y): 0.5}))
+    assert {name: without[name] for name in (a, b)} == {a: 5.0, b: 0.5}

@@ -18,8 +18,6 @@ from tl_circuitlasso.models.encoder import Encoder
 from tl_circuitlasso.models.feature_effects import ENCODE_CHUNK
 from tl_circuitlasso.progress import bar
 
-LINEAR = 1e-4  # relative: by this much may a decoder be off from a linear one
-
 
 @dataclass(frozen=True, eq=False)
 class Pooled:
@@ -81,7 +79,7 @@ def pooled_tokens(encoder: Encoder, parts: Iterable[Tokens]) -> Pooled:
     found, codes = [], []
     for number, part in enumerate(parts):
         if number == 0:
-            _check_linear(encoder, part.x[:ENCODE_CHUNK])
+            encoder.check_linear(part.x[:ENCODE_CHUNK])
         z = torch.cat([encoder.encode(some) for some in part.x.split(ENCODE_CHUNK)])
         for means, values in ((found, part.x), (codes, z)):
             means.append(_means(values, part))
@@ -93,10 +91,3 @@ def _means(values: Float[Tensor, "token width"], part: Tokens) -> Float[Tensor, 
     total = torch.zeros(part.texts, values.shape[1], dtype=torch.float64, device=values.device)
     count = torch.bincount(part.text, minlength=part.texts).clamp(min=1)
     return (total.index_add(0, part.text, values.double()) / count[:, None]).cpu()
-
-
-def _check_linear(encoder: Encoder, x: Float[Tensor, "row width"]) -> None:
-    plain, edited = encoder.edited(x, torch.zeros_like)
-    off = (plain - edited) - encoder.encode(x) @ encoder.written.to(x)
-    if float(off.norm()) > LINEAR * float((plain - edited).norm()):
-        raise InputError(f"`saes`: the decoder of the SAE at {encoder.hook} isn't linear in its codes")

@@ -14,6 +14,7 @@ from tl_circuitlasso.evaluate.edges import edges as edges
 from tl_circuitlasso.evaluate.faithfulness import Faithfulness as Faithfulness
 from tl_circuitlasso.evaluate.faithfulness import completeness as completeness
 from tl_circuitlasso.evaluate.faithfulness import faithfulness as faithfulness
+from tl_circuitlasso.evaluate.feature_attribution import feature_attribution as feature_attribution
 from tl_circuitlasso.evaluate.hypotheses import CircuitTests as CircuitTests
 from tl_circuitlasso.evaluate.hypotheses import tests as tests
 from tl_circuitlasso.evaluate.metrics import accuracy as accuracy

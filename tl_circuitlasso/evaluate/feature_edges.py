@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_circuitlasso.errors import InputError
-from tl_circuitlasso.evaluate.features import ERROR, node_relevance
+from tl_circuitlasso.evaluate.features import ERROR, node_relevance, target_nodes
 from tl_circuitlasso.experiment import Experiment
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models.feature_patch import FeatureSite, Kept
@@ -33,13 +33,13 @@ def in_order(graph: AttributionGraph, sites: Sequence[FeatureSite]) -> list[Feat
 def edge_scores(graph: AttributionGraph) -> Float[Tensor, " edge"]:
     """How much each edge matters to the target: |score(u -> v)| times the relevance of v, as in `node_scores`."""
     relevance = node_relevance(graph)
-    relevance[_ends(graph)] = 1.0
+    relevance[target_nodes(graph)] = 1.0
     return graph.score.abs() * relevance[graph.target]
 
 
 def leading(graph: AttributionGraph) -> Bool[Tensor, " edge"]:
     """Which kept edges lead to the target along kept edges; the others do nothing."""
-    reached = _ends(graph)
+    reached = target_nodes(graph)
     ranks, leads = graph.index.ranks, torch.zeros_like(graph.kept)
     for rank in ranks.unique().flip(0):
         rows = (graph.kept & (ranks[graph.target] == rank)).nonzero().flatten()
@@ -49,13 +49,6 @@ def leading(graph: AttributionGraph) -> Bool[Tensor, " edge"]:
     return leads
 
 
-def _ends(graph: AttributionGraph) -> Bool[Tensor, " node"]:
-    """The nodes of the target: neither features nor errors."""
-    blocks = graph.index.blocks
-    own = [block.features is None and not str(block.site).endswith(ERROR) for block in blocks]
-    return torch.tensor(own)[graph.index.block_of]
-
-
 def wiring_of(
     setup: Experiment, graph: AttributionGraph, sites: Sequence[FeatureSite], *, rest: bool = False
 ) -> Wiring:
@@ -63,7 +56,7 @@ def wiring_of(
 
     Features that the graph has no node for are heard by all where they stay, and hear the whole circuit.
     """
-    ends = _ends(graph)
+    ends = target_nodes(graph)
     rows = graph.kept if rest else leading(graph)
     parents = _parents(graph.source[rows], graph.target[rows], ends)
     inside = frozenset[int]() if rest else frozenset(u for some in parents.values() for u in some)

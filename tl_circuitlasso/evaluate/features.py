@@ -6,7 +6,7 @@ that no kept edge touches carry ablated values, the kept ones what they do in th
 kept, removed, or a node as the graph has it. Its edges are tested in `feature_edges`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -137,7 +137,10 @@ def node_scores(graph: AttributionGraph) -> dict[str, float]:
     dimensions say it of each edge already: the largest |score| out of a node. Those of SAE features are local, from
     feature to feature, so they're followed to the end of the graph (u's children v):
 
-        relevance(u) = sum over v of |score(u -> v)| relevance(v),    relevance = 1 where nothing is fed.
+        relevance(u) = sum over v of |score(u -> v)| relevance(v),    relevance = 1 of the target, and without one
+                                                                      of whatever feeds nothing.
+
+    Where there is a target, a feature that feeds nothing matters to nothing.
     """
     named = {name for block in graph.index.blocks if block.features is not None for name in block.names}
     return {name: score for name, score in zip(graph.index.names, node_relevance(graph).tolist()) if name in named}
@@ -154,6 +157,12 @@ def node_relevance(graph: AttributionGraph) -> Float[Tensor, " node"]:
     return _followed(graph) if local else _largest(graph)
 
 
+def target_nodes(graph: AttributionGraph) -> Bool[Tensor, " node"]:
+    """Which nodes are the target's: neither features nor errors."""
+    own = [block.features is None and not _is_error(str(block.site)) for block in graph.index.blocks]
+    return torch.tensor(own)[graph.index.block_of]
+
+
 def _largest(graph: AttributionGraph) -> Float[Tensor, " node"]:
     scores = torch.zeros(len(graph.index), dtype=torch.float64)
     return scores.scatter_reduce(0, graph.source, graph.score.abs(), "amax")
@@ -161,11 +170,13 @@ def _largest(graph: AttributionGraph) -> Float[Tensor, " node"]:
 
 def _followed(graph: AttributionGraph) -> Float[Tensor, " node"]:
     ranks, relevance = graph.index.ranks, torch.zeros(len(graph.index), dtype=torch.float64)
-    last = torch.ones(len(graph.index), dtype=torch.bool)
-    last[graph.source] = False
-    fed = torch.zeros_like(last)
+    fed = torch.zeros(len(graph.index), dtype=torch.bool)
     fed[graph.target] = True
-    relevance[last & fed] = 1.0
+    last = target_nodes(graph) & fed
+    if not bool(last.any()):
+        last = fed.clone()
+        last[graph.source] = False
+    relevance[last] = 1.0
     for rank in ranks.unique().flip(0):
         rows = (ranks[graph.target] == rank).nonzero().flatten()
         relevance.index_add_(0, graph.source[rows], graph.score[rows].abs() * relevance[graph.target[rows]])
@@ -189,31 +200,32 @@ def measure_features(setup: Experiment, sites: Sequence[FeatureSite], circuits: 
     values = torch.zeros(1 + len(circuits), len(setup.pairs), dtype=torch.float64)
     runs = [one.runs if isinstance(one, Wiring) else 1 for one in circuits]
     with count_passes(setup, 1 + sum(runs), "measure") as bar:
-        means = _means(setup, sites) if setup.cut.startswith("mean") else None
+        carried = ablated_values(setup, sites)
         for batch in setup.pairs:
             logits = setup.adapter.run(batch.clean.tokens, batch.mask, ["logits"])["logits"]
             values[0, batch.rows] = prompt_values(setup.objective, logits, batch, "the model")
-            carried = _carried(setup, sites, batch, means)
+            instead = carried(batch)
             bar.update(len(batch.rows))
             for number, circuit in enumerate(circuits, 1):
                 run: Any = run_wired if isinstance(circuit, Wiring) else run_features
-                logits = run(setup.adapter, batch.clean.tokens, batch.mask, sites, circuit, carried)
+                logits = run(setup.adapter, batch.clean.tokens, batch.mask, sites, circuit, instead)
                 values[number, batch.rows] = prompt_values(setup.objective, logits, batch, "a circuit")
                 bar.update(runs[number - 1] * len(batch.rows))
     passes = 1.0 + (setup.cut != "zero") + sum(runs)
     return Measured(values[0], values[-1], values[1:-1], passes)
 
 
-def _carried(setup: Experiment, sites: Sequence[FeatureSite], batch: PairBatch, means: Carried | None) -> Carried:
-    if means is not None:
-        return means
+def ablated_values(setup: Experiment, sites: Sequence[FeatureSite]) -> Callable[[PairBatch], Carried]:
+    """What ablated features carry on a batch. One forward pass: here for means, or on each batch for partners."""
+    if setup.cut.startswith("mean"):
+        means = _means(setup, sites)
+        return lambda batch: means
     if setup.cut == "patch":
-        return Carried({}, {}, setup.adapter.run(batch.corrupted.tokens, batch.mask, hooks_of(sites)))
+        return lambda batch: Carried({}, {}, setup.adapter.run(batch.corrupted.tokens, batch.mask, hooks_of(sites)))
     zeros = {site.name: torch.zeros(1, 1, site.features, device=setup.adapter.device) for site in sites}
     widths = {site.name: site.encoder.width for site in sites if site.encoder is not None}
-    return Carried(
-        zeros, {name: torch.zeros(1, 1, width, device=setup.adapter.device) for name, width in widths.items()}, {}
-    )
+    errors = {name: torch.zeros(1, 1, width, device=setup.adapter.device) for name, width in widths.items()}
+    return lambda batch: Carried(zeros, errors, {})
 
 
 def _means(setup: Experiment, sites: Sequence[FeatureSite]) -> Carried:

@@ -18,6 +18,7 @@ from tl_circuitlasso.errors import InputError, ModelError
 from tl_circuitlasso.models.hooks import is_a
 
 ROOM = 1 << 25  # codes that are dense at any one time
+LINEAR = 1e-4  # relative: by this much may a decoder be off from a linear one
 SEQUENTIAL = ("TemporalSAE", "TemporalTrainingSAE")  # their codes at a position depend on the positions before it
 
 
@@ -106,6 +107,13 @@ class Encoder:
             skip = getattr(self.sae, "W_skip", None)
             beside = self.ready(x) @ skip.T if isinstance(skip, Tensor) else 0.0
             return (plain + beside).to(x.device, torch.float32), (other + beside).to(x.device, torch.float32)
+
+    def check_linear(self, x: Float[Tensor, "sample *width"]) -> None:
+        """Raise an InputError where what codes of `x` write isn't `codes @ written`."""
+        plain, edited = self.edited(x, torch.zeros_like)
+        off = (plain - edited) - self.encode(x) @ self.written.to(x)
+        if float(off.norm()) > LINEAR * float((plain - edited).norm()):
+            raise InputError(f"`saes`: the decoder of the SAE at {self.hook} isn't linear in its codes")
 
     def _both(self, x: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad(), _unchanged(self.sae):

@@ -135,6 +135,10 @@ class Writer:
             pieces.append(self._piece(site, kept, x[rows], out[rows], rows, known))
         return torch.cat(pieces)
 
+    def values(self, site: FeatureSite, x: Float[Tensor, "row *width"]) -> Float[Tensor, "row feature"]:
+        """What the site's features carry when ablated."""
+        return self._values(site, torch.arange(len(x), device=x.device), site.codes(x)).expand(len(x), -1)
+
     def _piece(
         self, site: FeatureSite, kept: Kept, x: Tensor, out: Tensor, rows: Tensor, known: Tensor | None
     ) -> Tensor:
