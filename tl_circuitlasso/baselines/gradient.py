@@ -6,7 +6,6 @@ differ in where the derivative is taken. Scores don't depend on the batch size.
 """
 
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ from typing_extensions import Unpack
 from tl_circuitlasso.baselines.edges import EdgeLayout, add_products, traced_derivative
 from tl_circuitlasso.baselines.means import for_batch, mean_written, zeros_written
 from tl_circuitlasso.data.targets import LogitDiff
-from tl_circuitlasso.errors import InputError
+from tl_circuitlasso.errors import InputError, warn
 from tl_circuitlasso.experiment import Experiment, MethodOptions, verb
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.graph.provenance import question
@@ -179,10 +178,9 @@ def warn_of_attached_saes(model: Any) -> None:
     """
     attached = list(getattr(model, "acts_to_saes", None) or ())
     if attached:
-        warnings.warn(
+        warn(
             f"SAEs are attached at {', '.join(attached[:3])}: derivatives leave out what they miss, also with an error "
-            "term, so these scores aren't the model's: detach them with model.reset_saes()",
-            stacklevel=6,
+            "term, so these scores aren't the model's: detach them with model.reset_saes()"
         )
 
 

@@ -10,7 +10,6 @@
 {'edges': 3, 'jaccard': 0.6666666666666666, 'shd': 2}
 """
 
-import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -28,7 +27,7 @@ from tl_circuitlasso.comparison import report
 from tl_circuitlasso.comparison.common import Common
 from tl_circuitlasso.comparison.figures import agreement, circuit, overlap, ranking_size, table
 from tl_circuitlasso.data import storage
-from tl_circuitlasso.errors import InputError
+from tl_circuitlasso.errors import InputError, warn
 from tl_circuitlasso.evaluate import Curve
 from tl_circuitlasso.experiment import Ablation, Experiment, FeatureOptions, verb
 from tl_circuitlasso.graph import AttributionGraph
@@ -166,7 +165,7 @@ def compare(
     equal = int(circuits.sum(1).min())
     unlike = differences({name: graph.provenance for name, graph in made.items()})
     if unlike:
-        warnings.warn(f"these graphs answer different questions: {'; '.join(unlike)}", stacklevel=2)
+        warn(f"these graphs answer different questions: {'; '.join(unlike)}")
     pairs = pd.DataFrame([agreement(common, circuits, equal, a, b) for a, b in combinations(range(len(made)), 2)])
     return Comparison(
         table=table(common, circuits, truth, pairs, measured, shown),

@@ -10,7 +10,6 @@ graph        AttributionGraph
 """
 
 import time
-import warnings
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
@@ -26,7 +25,7 @@ from tl_circuitlasso.discover.opening import checked_prompts, opened
 from tl_circuitlasso.discover.pace import tell_ahead, with_times
 from tl_circuitlasso.discover.planning import RunPlan, fitted, peak, unplanned
 from tl_circuitlasso.discover.way import Job, Request
-from tl_circuitlasso.errors import InputError
+from tl_circuitlasso.errors import InputError, warn
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.graph.provenance import question
 from tl_circuitlasso.models.adapter import adapt
@@ -144,7 +143,7 @@ def circuit_lasso(
     record, total = dict(graph.provenance), time.perf_counter() - began
     if not bool(graph.kept.any()):
         record["warnings"] = [NO_PATH]
-        warnings.warn(NO_PATH, stacklevel=2)
+        warn(NO_PATH)
     if memory is not None or cut:
         record["memory"] = {"budget": job.memory, "planned": peak(job), "cut": list(cut)}
     asked = {"strength": strength, "method": method, "seed": job.seed}
@@ -186,7 +185,7 @@ def plan(model: Any, tokens: AnyPrompts, **arguments: Any) -> RunPlan:
 def tell_of(cut: tuple[str, ...]) -> None:
     """Warn of what was cut to fit the memory."""
     if cut:
-        warnings.warn(f"the run wouldn't fit the memory, so it was cut: {'; '.join(cut)}", stacklevel=3)
+        warn(f"the run wouldn't fit the memory, so it was cut: {'; '.join(cut)}")
 
 
 def collect_statistics(

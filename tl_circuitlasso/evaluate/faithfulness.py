@@ -15,7 +15,6 @@ True
 """
 
 import math
-import warnings
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -27,7 +26,7 @@ from typing_extensions import Unpack
 from tl_circuitlasso._checks import as_seed, one_of
 from tl_circuitlasso.baselines.edges import EdgeLayout
 from tl_circuitlasso.data.targets import LogitDiff
-from tl_circuitlasso.errors import InputError
+from tl_circuitlasso.errors import InputError, warn
 from tl_circuitlasso.evaluate.circuits import EdgeMatrix, check_graph, kept_matrix, prune
 from tl_circuitlasso.evaluate.feature_edges import in_order, leading, wiring_of
 from tl_circuitlasso.evaluate.features import (
@@ -239,10 +238,9 @@ def share_interval(measured: Measured, seed: int = 0) -> list[tuple[float, float
     scale = np.where(model == ablated, np.nan, model - ablated)
     if np.isnan(scale).mean() > (1 - LEVEL) / 2:
         changed = int((measured.model != measured.ablated).sum())
-        warnings.warn(
+        warn(
             f"faithfulness has no interval: the ablation changes {changed} of {len(measured.model)} prompts, too few "
-            "to resample; give corrupted prompts that differ from the clean ones",
-            stacklevel=2,
+            "to resample; give corrupted prompts that differ from the clean ones"
         )
         return [(math.nan, math.nan)] * len(measured.circuits)
     return _interval((weights @ measured.circuits.numpy().T - ablated[:, None]) / scale[:, None])

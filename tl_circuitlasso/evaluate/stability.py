@@ -9,7 +9,6 @@
 """
 
 import math
-import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from tl_circuitlasso._checks import as_seed, fraction, whole_number
 from tl_circuitlasso.data.targets import LogitDiff
-from tl_circuitlasso.errors import InputError
+from tl_circuitlasso.errors import InputError, warn
 from tl_circuitlasso.evaluate.metrics import Metric
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models.prompt_forms import AnyPrompts
@@ -273,7 +272,7 @@ def _mean_jaccard(circuits: list[set[Edge]]) -> float:
     pairs = np.triu_indices(len(circuits), 1)
     some = either[pairs] > 0  # two empty circuits say nothing of how steady a method is
     if not some.any():
-        warnings.warn("every circuit is empty, so there is no agreement to speak of: it's NaN", stacklevel=4)
+        warn("every circuit is empty, so there is no agreement to speak of: it's NaN")
         return math.nan
     return float((both[pairs][some] / either[pairs][some]).mean())
 

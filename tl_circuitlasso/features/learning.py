@@ -16,7 +16,6 @@ run loses a minute of a replay at most, or one block of a pair's children and th
 import math
 import shutil
 import time
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +25,7 @@ import torch
 
 from tl_circuitlasso.data.sharing import ALONE, Ranks
 from tl_circuitlasso.data.targets import Labels, Target
-from tl_circuitlasso.errors import InputError
+from tl_circuitlasso.errors import InputError, warn
 from tl_circuitlasso.features.classes import classify_pair
 from tl_circuitlasso.features.effects import UNREAD
 from tl_circuitlasso.features.few import regress_samples
@@ -169,11 +168,10 @@ def _effects(
             dict.fromkeys(pairs, "under mixing 'pooled' samples are prompts, not positions"),
         )
     for pair, reason in unread.items():
-        warnings.warn(
+        warn(
             f"{' -> '.join(pair)}: what the one does to the other isn't told ({reason}); its edges are coefficients of "
             f"a plain Lasso that stand out ({UNREAD} standard deviations or more)",
             UnreadPair,
-            stacklevel=2,
         )
     waiting = {pair: path for pair, path in paths.items() if places[pair].done is None}
     known = {pair: effects for pair in waiting if (effects := places[pair].kept.effects()) is not None}
@@ -251,12 +249,11 @@ def _tell_empty(graph: AttributionGraph, found: Mapping[Pair, Regressed]) -> Non
             if count
             else "no effect of a feature on another can be told from chance"
         )
-        warnings.warn(
+        warn(
             f"{' -> '.join(pair)}: no edge between features is kept: {what} (edges have {one.bars[0][0]:.2g} or more, "
             "and pass on a twentieth of what the parent writes). More prompts, SAEs of hooks that follow each other "
             "directly, or mixing='heads' may show more",
             NoEdges,
-            stacklevel=2,
         )
 
 

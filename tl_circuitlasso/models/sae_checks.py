@@ -4,13 +4,12 @@ SAELens' metadata answers None for whatever it doesn't hold, so only values that
 """
 
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
 
-from tl_circuitlasso.errors import InputError
+from tl_circuitlasso.errors import InputError, warn
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.encoder import Encoder
 from tl_circuitlasso.models.tokens import Batch
@@ -64,7 +63,7 @@ def warn_of_mismatches(adapter: Adapter, encoders: Mapping[str, Encoder], batch:
     """One `SAEMismatch` warning for each way in which an SAE's metadata doesn't fit the model or the prompts."""
     for encoder in encoders.values():
         for complaint in _complaints(adapter, encoder, batch):
-            warnings.warn(f"the SAE at {encoder.hook} {complaint}", SAEMismatch, stacklevel=2)
+            warn(f"the SAE at {encoder.hook} {complaint}", SAEMismatch)
 
 
 def metadata(sae: Any) -> dict[str, Any]:

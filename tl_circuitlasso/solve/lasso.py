@@ -2,7 +2,6 @@
 
 import logging
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_circuitlasso.errors import InputError, SolveError
+from tl_circuitlasso.errors import InputError, SolveError, warn
 from tl_circuitlasso.solve.base import AbstractPenalty, AbstractSolver, Answer, Solution, Status
 from tl_circuitlasso.solve.checkpoint import Parts, parts_of
 from tl_circuitlasso.solve.fista import Fista
@@ -255,7 +254,7 @@ def report(solution: Solution, tol: float, strict: bool) -> None:
     )
     if strict:
         raise SolveError(message)
-    warnings.warn(message, RuntimeWarning, stacklevel=3)
+    warn(message, RuntimeWarning)
 
 
 def _solve_scaled(
