@@ -1,6 +1,6 @@
 """Circuits of a real model, every method on the same prompts: how faithful, how large, how steady, at what cost.
 
-    python -m benchmarks.real_model MODEL                              a Hugging Face name or folder, all four tasks
+    python -m benchmarks.real_model MODEL                              a Hugging Face name or folder, four tasks
     python -m benchmarks.real_model MODEL --tasks ioi,capitals --prompts 64 --json FILE --plot FILE.svg
     python -m benchmarks.real_model MODEL --templates held-out         on templates, names and texts kept for checking
     python -m benchmarks.real_model MODEL --judge held-out             found on seen prompts, judged on others
@@ -8,7 +8,8 @@
     python -m benchmarks.real_model --rehearse                         all of it in short, on stories260K, in seconds
 
 Without MODEL it's stories260K of the shared data. Tasks: indirect objects (--third: counterparts with a third name),
-agreement of subject and verb, capitals of states, the next token of a story; only prompts that the model gets right.
+agreement of subject and verb, capitals of states, the next token of a story; and by name pronouns, opposites, plurals,
+languages, sequences, repeats (real/makers.py). Only prompts that the model gets right.
 
 Circuits of the strongest edges by |score| and by signed score, grown from the target so that every edge counts (--rule
 top: wherever they lie), are judged at MIB's sizes: .1 to 50 % of all edges, and the whole model, which costs nothing.
@@ -106,7 +107,9 @@ def _save(options: argparse.Namespace, results: list[report.Result], left_out: d
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", help="a name, or a folder; default: stories260K")
-    parser.add_argument("--tasks", default=",".join(tasks.TASKS), help="default %(default)s")
+    parser.add_argument(
+        "--tasks", default=",".join(tasks.USUAL), help=f"among {', '.join(tasks.TASKS)}; default %(default)s"
+    )
     parser.add_argument("--prompts", type=int, default=64, help="that the model gets right; default %(default)s")
     parser.add_argument("--methods", default=",".join(methods.DEFAULT), help=f"among {', '.join(methods.METHODS)}")
     parser.add_argument("--ablations", default=",".join(measure.ABLATIONS), help="default %(default)s")

@@ -13,8 +13,8 @@ import torch
 
 from benchmarks import real_model
 from benchmarks.data import story_model
-from benchmarks.real import measure, methods, tasks, wording
-from benchmarks.real.tasks import Pair
+from benchmarks.real import makers, measure, methods, tasks, wording
+from benchmarks.real.makers import Pair
 from tests.helpers import shared_folder
 from tl_circuitlasso import baselines, evaluate
 from tl_circuitlasso.errors import InputError
@@ -130,7 +130,19 @@ def wordy(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     splitter = pre_tokenizers.Whitespace()
     texts = [*wording.INDIRECT_OBJECT, *wording.CAPITAL, *wording.NAMES, *wording.PLACES, *wording.THINGS]
-    texts += [shared_folder("datasets", "sva", name).read_text() for name in tasks.AGREEMENT.values()]
+    texts += [
+        *wording.PRONOUN,
+        *wording.OPPOSITE,
+        *wording.PLURAL,
+        *wording.LANGUAGE,
+        *wording.SEQUENCE,
+        "List: he she",
+    ]
+    texts += [
+        word for row in (*wording.PEOPLE, *wording.OPPOSITES, *wording.LANGUAGES, *wording.ORDERS) for word in row
+    ]
+    texts += [form for word in wording.COUNTED for form in (word, f"{word}s")]
+    texts += [shared_folder("datasets", "sva", name).read_text() for name in makers.AGREEMENT.values()]
     texts += [shared_folder("datasets", "capitals", "city_state_capital.csv").read_text()]
     words = {word for text in texts for word, _ in splitter.pre_tokenize_str(text)} - {"Texas"}
     vocabulary = {word: number for number, word in enumerate(["<bos>", "<unk>", "the", *sorted(words - {"the"})])}
@@ -152,7 +164,7 @@ def text(model: Any, tokens: torch.Tensor) -> str:
     return " ".join(model.tokenizer.convert_ids_to_tokens(tokens.tolist()))
 
 
-@pytest.mark.parametrize("name", ["ioi", "agreement", "capitals"])
+@pytest.mark.parametrize("name", [name for name in tasks.TASKS if name != "stories"])
 @pytest.mark.parametrize("split", wording.SPLITS)
 def test_only_prompts_that_the_model_gets_right_are_kept(wordy, name: str, split: str) -> None:
     task = tasks.task(wordy, name, prompts=20, split=split, seed=1)
@@ -193,6 +205,29 @@ def test_subjects_change_their_number_and_states_their_name(wordy) -> None:
     assert prompt.startswith("<bos> The") and prompt.endswith("is") and "<unk>" not in prompt
 
 
+def test_repeats_change_the_word_that_follows(wordy) -> None:
+    task = tasks.task(wordy, "repeats", prompts=10)
+    assert (task.clean != task.corrupted).sum(1).tolist() == [1] * 10
+    for prompt, right in zip(task.clean.tolist(), task.correct.tolist()):
+        assert prompt[-3:] == prompt[prompt.index(right) - 3 : prompt.index(right)]
+
+
+@pytest.mark.parametrize(
+    ("name", "table"),
+    [("opposites", wording.OPPOSITES), ("languages", wording.LANGUAGES), ("pronouns", zip(*wording.PEOPLE))],
+)
+def test_each_word_has_its_own_answer(wordy, name: str, table: Any) -> None:
+    task = tasks.task(wordy, name, prompts=10)
+    pairs = {frozenset(pair) for pair in table}
+    for prompt, answer in zip(task.clean, task.correct):
+        words = set(text(wordy, prompt).split())
+        if name == "pronouns":
+            men = {min(pair & set(wording.PEOPLE[0])) for pair in pairs}
+            assert text(wordy, answer[None]) == ("he" if words & men else "she")
+        else:
+            assert any(text(wordy, answer[None]) in pair and words & pair for pair in pairs)
+
+
 def both_ways(pair: str) -> Iterator[tuple[str, str]]:
     one, other = pair.split()
     return iter([(one, other), (other, one)])
@@ -200,10 +235,10 @@ def both_ways(pair: str) -> Iterator[tuple[str, str]]:
 
 def test_a_word_of_several_tokens_is_no_answer(wordy) -> None:
     adapter = adapt(wordy)
-    assert tasks.word_id(adapter, "Mary") == wordy.tokenizer.convert_tokens_to_ids("Mary")
-    assert tasks.word_id(adapter, "New York") is None
+    assert makers.word_id(adapter, "Mary") == wordy.tokenizer.convert_tokens_to_ids("Mary")
+    assert makers.word_id(adapter, "New York") is None
     shared_folder("models", "stories260K")
-    assert set(tasks.single(adapt(story_model()), wording.NAMES)) == {"Tim", "Lily", "Timmy"}
+    assert set(makers.single(adapt(story_model()), wording.NAMES)) == {"Tim", "Lily", "Timmy"}
 
 
 def test_every_prompt_gets_another_one_to_take_activations_from(wordy) -> None:
@@ -233,12 +268,12 @@ def test_prompts_that_do_not_pair_up_are_refused(wordy) -> None:
         tasks.gathered(adapt(wordy), "ioi", hopeless, 2, "")
     uneven_twins = [("Mary went to", "Mary to", 3, 4)]
     with pytest.raises(InputError, match="no prompt of its counterpart's length"):
-        tasks._equal(adapt(wordy), "agreement", uneven_twins, "")
+        makers._equal(adapt(wordy), "agreement", uneven_twins, "")
 
 
 def test_the_most_frequent_length_is_used(wordy) -> None:
     texts = [("Mary went to", "John went to", 3, 4), ("Mary gave a", "John gave a", 4, 3), ("Mary to", "John to", 3, 4)]
-    pairs, _ = tasks._equal(adapt(wordy), "agreement", texts, "")
+    pairs, _ = makers._equal(adapt(wordy), "agreement", texts, "")
     assert [len(pair.clean) for pair in pairs] == [4, 4]
 
 

@@ -1,4 +1,4 @@
-"""What prompts of indirect objects and of capitals are made of; every second template and name is held out."""
+"""The words and templates that prompts are made of; every second template and name is held out."""
 
 from collections.abc import Sequence
 from typing import TypeVar
@@ -39,6 +39,49 @@ THINGS = (
     "drink", "book", "ring", "ball", "letter", "snack", "kiss", "necklace", "bone", "toy", "cake", "gift", "key",
     "cookie", "coin", "card", "hat", "cup", "flower", "picture",
 )  # fmt: skip
+
+PRONOUN = (
+    "Yesterday the {} said that", "This morning the {} promised that", "At dinner the {} told us that",
+    "Later the {} explained that",
+)  # fmt: skip
+PEOPLE = (
+    ("king", "father", "brother", "uncle", "actor", "prince", "waiter", "husband", "grandfather", "nephew"),
+    ("queen", "mother", "sister", "aunt", "actress", "princess", "waitress", "wife", "grandmother", "niece"),
+)
+OPPOSITE = (
+    "The opposite of {} is", "As we learned, the opposite of {} is", "Everyone knows that the opposite of {} is",
+    "In our game the opposite of {} is",
+)  # fmt: skip
+OPPOSITES = (
+    ("hot", "cold"), ("big", "small"), ("up", "down"), ("left", "right"), ("good", "bad"), ("fast", "slow"),
+    ("open", "closed"), ("young", "old"), ("rich", "poor"), ("light", "dark"), ("happy", "sad"), ("high", "low"),
+    ("early", "late"), ("true", "false"), ("inside", "outside"), ("alive", "dead"), ("full", "empty"),
+    ("strong", "weak"), ("hard", "soft"), ("first", "last"),
+)  # fmt: skip
+PLURAL = (
+    "One {}, two",
+    "I have one {} and you have two",
+    "She saw one {}; he saw three",
+    "Here is a {}, there are two",
+)
+COUNTED = (
+    "apple", "dog", "cat", "car", "book", "tree", "house", "chair", "table", "bird", "horse", "cow", "letter", "window",
+    "garden", "bottle", "flower", "river", "mountain", "road", "boat", "train", "plane", "ship", "king", "queen", "boy",
+    "girl", "teacher", "doctor",
+)  # fmt: skip
+LANGUAGE = ("The people of {} speak", "In {}, most people speak", "The language of {} is", "Everyone in {} speaks")
+LANGUAGES = (
+    ("France", "French"), ("Italy", "Italian"), ("Spain", "Spanish"), ("Germany", "German"), ("Russia", "Russian"),
+    ("Japan", "Japanese"), ("China", "Chinese"), ("Egypt", "Arabic"), ("Greece", "Greek"), ("Norway", "Norwegian"),
+    ("Poland", "Polish"), ("Portugal", "Portuguese"), ("Turkey", "Turkish"), ("England", "English"),
+    ("Iran", "Persian"), ("Sweden", "Swedish"), ("Thailand", "Thai"), ("Denmark", "Danish"), ("Israel", "Hebrew"),
+)  # fmt: skip
+SEQUENCE = ("{}, {}, {},", "They came in order: {}, {}, {},", "Count with me: {}, {}, {},", "Then I said: {}, {}, {},")
+ORDERS = (
+    ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"),
+    ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November"),
+    ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
+)
 
 Word = TypeVar("Word")
 
