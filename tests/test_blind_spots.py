@@ -268,7 +268,9 @@ def test_the_regression_decides_where_costly_edges_carry_too_little(
     assert bool((stability[~decided.kept & (value >= least)] == 0).all())  # large, but it leads nowhere
     sizes = (decided.extras["mean_effect"].abs() * decided.extras["mean_abs"]).sqrt()
     # what is left out keeps a tenth, so that any number of the highest scores holds the chosen ones first
-    torch.testing.assert_close(decided.score.abs(), sizes * (learning_read.COUNTERPARTS.left_out + 0.9 * weight))
+    worth = torch.where(decided.kept, 0.4 + 0.6 * aligned(found), learning_read.COUNTERPARTS.left_out)
+    least = learning_read.COUNTERPARTS.left_out
+    torch.testing.assert_close(decided.score.abs(), sizes * (least + (1 - least) * weight) * worth)
     monkeypatch.setattr(learning_read, "MANY_PAIRS", 1000)
     assert tcl.circuit_lasso(model, clean, **options).provenance["chosen_by"] == "cost"
 

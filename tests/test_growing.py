@@ -59,7 +59,7 @@ def test_large_edges_stay_where_they_carry_enough() -> None:
     edges, found, size = one_layer(rows)
     circuit = growing.grown(edges, found, size, count=24)
     assert bool(circuit.kept.all())
-    torch.testing.assert_close(circuit.value, size * (0.4 + 0.6 * aligned(found)))
+    torch.testing.assert_close(circuit.worth, 0.4 + 0.6 * aligned(found))
 
 
 @pytest.mark.parametrize("seed", range(4))

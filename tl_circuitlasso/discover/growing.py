@@ -22,11 +22,11 @@ FEWEST_ROWS = 4  # below, rows aren't halved
 
 @dataclass(frozen=True, eq=False)
 class Grown:
-    """A circuit; what each edge was worth; and the share of the target's difference that the circuit is expected to
-    carry on prompts that it wasn't chosen by."""
+    """A circuit; which share of its size each edge is worth; and the share of the target's difference that the circuit
+    is expected to carry on prompts that it wasn't chosen by."""
 
     kept: Bool[Tensor, " edge"]
-    value: Float[Tensor, " edge"]
+    worth: Float[Tensor, " edge"]
     carried: float
 
 
@@ -50,12 +50,12 @@ def grown(
     halves = [(aligned(one), other, edges.shares(other)) for one, other in ((first, second), (second, first))]
     whole = aligned(found)
 
-    def value(unaligned: float, alignment: Tensor) -> Tensor:
-        return size * (unaligned + (1 - unaligned) * alignment)
+    def worth(unaligned: float, alignment: Tensor) -> Tensor:
+        return unaligned + (1 - unaligned) * alignment
 
     @cache
     def order(unaligned: float, half: int) -> Tensor:
-        return selection.grown(ends, value(unaligned, halves[half][0]))
+        return selection.grown(ends, size * worth(unaligned, halves[half][0]))
 
     @cache
     def carried(unaligned: float, pairs: int) -> float:
@@ -69,9 +69,9 @@ def grown(
     unaligned = weights[_first(len(weights) - 1, lambda number: carried(weights[number], least) >= ENOUGH)]
     most = int(edges.pair.max()) + 1  # all carry everything
     pairs = _fewest(least, most, lambda some: carried(unaligned, some) >= ENOUGH)
-    worth = value(unaligned, whole)
-    kept = selection.first(ends, selection.grown(ends, worth), pairs, edges.pair)
-    return Grown(kept, worth, carried(unaligned, pairs))
+    shares = worth(unaligned, whole)
+    kept = selection.first(ends, selection.grown(ends, size * shares), pairs, edges.pair)
+    return Grown(kept, shares, carried(unaligned, pairs))
 
 
 def _halves(found: list[Child]) -> tuple[list[Child], list[Child]]:

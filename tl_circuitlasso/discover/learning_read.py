@@ -63,8 +63,9 @@ def learn_read(
     are that costly there's no such gap; and what is that costly may carry less than 80 % of the difference. Then the
     regression decides: kept are as many pairs as have a weight, grown back from the target by size and alignment, and
     more if these don't carry 80 % (`growing.grown`). Scores fall with the weight, to a tenth without one (a half
-    without counterparts), so that circuits of any size hold the chosen edges first. With a `strength` of your own,
-    "ebic", "mcp" or "cv" edges need both, with "stability" a stability of 0.8.
+    without counterparts), and between counterparts with what the edge is worth, outside the circuit to a tenth, so that
+    circuits of any size hold the chosen edges first. With a `strength` of your own, "ebic", "mcp" or "cv" edges need
+    both, with "stability" a stability of 0.8.
     Then pruned to paths from input to target.
 
     Raises
@@ -102,8 +103,10 @@ def learn_read(
         weighed = edges.pair[weight > 0].unique().numel()
         circuit = growing.grown(edges, found, size, weighed, contrast=bool(statistics.meta["contrast"]))
         keep, carried = circuit.kept, circuit.carried
-        extras["stability"] = _steadiness(found, circuit.value, keep, generator)
+        extras["stability"] = _steadiness(found, size * circuit.worth, keep, generator)
         score = score * (bars.left_out + (1 - bars.left_out) * weight)
+        if statistics.meta["contrast"]:
+            score = score * torch.where(keep, circuit.worth.clamp_min(bars.left_out), bars.left_out)
     else:
         extras["stability"] = edges.of_pairs(edges.stability(pairs, node_cost, generator))
         allowed = {"auto": torch.ones_like(weight, dtype=torch.bool), "stability": extras["stability"] >= solve.STABLE}
