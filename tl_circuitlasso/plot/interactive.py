@@ -120,8 +120,7 @@ def _asset(name: str) -> str:
 
 def _title(graph: AttributionGraph) -> str:
     model = graph.provenance.get("model")
-    named = isinstance(model, str) and model not in ("", "custom")  # what TransformerLens calls a model without a name
-    if not named:
+    if not isinstance(model, str) or model in ("", "custom"):  # what TransformerLens calls a model without a name
         return "Circuit"
     return f"Circuit of {Path(model).name if Path(model).is_absolute() else model}"  # a folder of somebody's machine
 
