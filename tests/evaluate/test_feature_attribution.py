@@ -30,9 +30,9 @@ def test_effects_add_up_to_what_ablating_all_features_does(ablation: str) -> Non
     whole = tcl.evaluate.faithfulness(
         architectures.hooked("gpt2"), graph, clean, corrupted, METRIC, ablation, saes={HOOK: SAES[HOOK]}, error="keep"
     )
-    off = [sum(attributed(steps, ablation).values()) - (whole.model - whole.ablated) for steps in (1, 10, 100)]
-    assert abs(off[2]) < 0.02 * abs(whole.model - whole.ablated) + 1e-4
-    assert abs(off[2]) < abs(off[0])
+    off = [sum(attributed(steps, ablation).values()) - (whole.model - whole.ablated) for steps in (1, 30)]
+    assert abs(off[1]) < 0.05 * abs(whole.model - whole.ablated) + 1e-4
+    assert abs(off[1]) < abs(off[0])
 
 
 def test_features_that_do_not_change_have_no_effect() -> None:
@@ -42,7 +42,8 @@ def test_features_that_do_not_change_have_no_effect() -> None:
         architectures.hooked("gpt2"), graph, clean, clean, METRIC, saes={HOOK: SAES[HOOK]}, progress=False, steps=2
     )
     assert max(map(abs, same.values())) < 1e-6
-    assert len(attributed(1)) == 40 and max(map(abs, attributed(1).values())) > 1e-3
+    changed = attributed(1)
+    assert len(changed) == 40 and max(map(abs, changed.values())) > 1e-3
 
 
 def test_a_decoder_that_is_not_linear_is_refused() -> None:

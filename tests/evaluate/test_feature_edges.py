@@ -47,8 +47,7 @@ def measured(graph: AttributionGraph, level: str, ablation: str = "patch", verb:
     return verb(model, graph, clean, corrupted, METRIC, ablation, level=level, **options)
 
 
-@pytest.mark.parametrize("error", ["keep", "remove", "graph"])
-@pytest.mark.parametrize("ablation", ["patch", "mean", "zero"])
+@pytest.mark.parametrize(("ablation", "error"), [("patch", "keep"), ("mean", "graph"), ("zero", "remove")])
 def test_where_all_features_are_joined_edges_tell_what_nodes_tell(ablation: str, error: str) -> None:
     some, others = EVERY[0][::3], EVERY[1][::2]
     graph = wired(joined(some, others, ERRORS[0]), errors=True)
