@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pandas as pd
+import pytest
 
 from benchmarks import cola, sae_features
 
@@ -28,6 +29,7 @@ def test_edges_through_attention_are_told_apart() -> None:
     assert found.loc[("ours", "v")].tolist() == [2, 1.0, 0.5, 1.0]
 
 
+@pytest.mark.slow
 def test_circuits_on_sentences_are_judged_by_nodes_and_edges(stories, sae_folders, capsys) -> None:
     folder = Path(next(iter(sae_folders.values()))).parent
     words = "--rows 300 --gradient-rows 12 --gradient-prompts 1 --steps 2 --prompts 6 --nodes 60 --edges 60 200"
