@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from tl_circuitlasso.models.bases import Component as Component
     from tl_circuitlasso.models.bases import Neuron as Neuron
     from tl_circuitlasso.models.bases import Residual as Residual
+    from tl_circuitlasso.models.cross_layer import CrossLayer as CrossLayer
     from tl_circuitlasso.models.sae import SAEFeatures as SAEFeatures
     from tl_circuitlasso.models.sae import load_sae as load_sae
 
@@ -61,6 +62,7 @@ _MODULES = ("apps", "baselines", "bench", "evaluate", "formats", "plot", "solve"
 _NAMES = {  # public name: the module that holds it
     "AttributionGraph": "graph",
     "Component": "models.bases",
+    "CrossLayer": "models.cross_layer",
     "Labels": "data.targets",
     "Experiment": "experiment",
     "LogitDiff": "data.targets",

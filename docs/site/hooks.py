@@ -24,7 +24,8 @@ REFERENCE = {
                  "load_demo demo.Demo errors.*"),
     "graph": ("The graph", "AttributionGraph graph.verbs.Verbs NodeIndex graph.nodes.component_index explain "
               "supernodes graph.explaining.Explanation graph.explaining.Path graph.explaining.strongest_paths"),
-    "targets": ("Targets, bases and SAEs", "LogitDiff Labels Values Component Neuron Residual SAEFeatures load_sae"),
+    "targets": ("Targets, bases and SAEs", "LogitDiff Labels Values Component Neuron Residual SAEFeatures CrossLayer "
+               "load_sae"),
     "evaluate": ("Putting to the test", "evaluate.*"),
     "baselines": ("Other methods", "baselines.* compare comparison.Comparison"),
     "plot": ("Pictures", "plot.*"),

@@ -7,6 +7,7 @@ kept, removed, or a node as the graph has it. Its edges are tested in `feature_e
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,10 +21,10 @@ from tl_circuitlasso.experiment import Experiment
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.graph.nodes import Block
 from tl_circuitlasso.models import Adapter
-from tl_circuitlasso.models.encoder import Encoder
 from tl_circuitlasso.models.feature_patch import Carried, FeatureSite, Kept, hooks_of, run_features
 from tl_circuitlasso.models.feature_wires import Wiring, run_wired
 from tl_circuitlasso.models.pairs import PairBatch
+from tl_circuitlasso.models.sae import SAEFeatures
 
 ERROR = ".hook_sae_error"  # how the node of an SAE's error ends, behind its hook
 Circuit = Mapping[str, Kept]  # by site name
@@ -100,9 +101,9 @@ def _learned(hook: str, sae: Any, adapter: Adapter) -> FeatureSite:
     if adapter.point(hook) is None:
         raise InputError(f"`saes` names the hook {hook!r}, which the model doesn't have")
     metadata = getattr(getattr(sae, "cfg", None), "metadata", None)
-    out = getattr(metadata, "hook_name_out", None) or hook
-    encoder = Encoder(sae, hook, out)
-    return FeatureSite(hook, hook, out, encoder.features, encoder)
+    encoder = SAEFeatures({hook: sae}).encoders()[hook]
+    encoder = replace(encoder, hook_out=getattr(metadata, "hook_name_out", None) or encoder.hook_out)
+    return FeatureSite(hook, hook, encoder.hook_out, encoder.features, encoder)
 
 
 # ---- circuits -------------------------------------------------------------------------------------------------------

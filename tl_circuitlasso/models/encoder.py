@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_circuitlasso.errors import InputError, ModelError
+from tl_circuitlasso.models.cross_layer import OUTPUT
 from tl_circuitlasso.models.hooks import is_a
 
 ROOM = 1 << 25  # codes that are dense at any one time
@@ -26,26 +27,32 @@ SEQUENTIAL = ("TemporalSAE", "TemporalTrainingSAE")  # their codes at a position
 class Encoder:
     """An SAE or transcoder (any object with encode, decode and W_dec) and the hooks between which it stands.
 
-    sae: the object itself; hook: what it reads; hook_out: what its codes explain, `hook` itself but for transcoders.
+    sae: the object itself; hook: what it reads; hook_out: what its codes explain, `hook` itself but for transcoders;
+    later: where a layer of a cross-layer transcoder writes, too, behind `hook_out` (it needs no decode).
 
     Raises
     ------
-    InputError: no encode, decode or W_dec, or a W_dec that isn't (feature, width).
+    InputError: no encode, decode or W_dec, a W_dec that isn't (feature, width), or, of a cross-layer transcoder,
+        (feature, output, width) for MLP outputs that follow one another in the order of computation.
     ModelError: an SAE whose codes mix positions.
     """
 
     sae: Any
     hook: str
     hook_out: str
+    later: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        missing = [name for name in ("encode", "decode", "W_dec") if getattr(self.sae, name, None) is None]
+        needed = ("encode", "W_dec") if self.is_cross_layer else ("encode", "decode", "W_dec")
+        missing = [name for name in needed if getattr(self.sae, name, None) is None]
         if missing:
             raise InputError(
                 f"`saes`: what stands for {self.hook} is a {type(self.sae).__name__} without {', '.join(missing)}; "
                 "give a SAELens SAE or an object with encode, decode and W_dec"
             )
-        if not isinstance(self.sae.W_dec, Tensor) or self.sae.W_dec.ndim != 2:
+        if self.is_cross_layer:
+            self._check_outputs()
+        elif not isinstance(self.sae.W_dec, Tensor) or self.sae.W_dec.ndim != 2:
             raise InputError(f"`saes`: W_dec of the SAE at {self.hook} must be a (feature, width) matrix")
         if is_a(self.sae, *SEQUENTIAL):
             raise ModelError(
@@ -57,15 +64,42 @@ class Encoder:
         """How many features the SAE has."""
         return self.sae.W_dec.shape[0]
 
+    def _check_outputs(self) -> None:
+        layers = [int(found[1]) for hook in self.outputs if (found := OUTPUT.match(hook))]
+        if len(layers) != len(self.outputs) or layers != sorted(set(layers)):
+            raise InputError(
+                f"`saes`: the cross-layer transcoder at {self.hook} writes to {', '.join(self.outputs)}: `hook_outs` "
+                "are MLP outputs (blocks.<layer>.hook_mlp_out) in the order of computation"
+            )
+        decoder = self.sae.W_dec
+        if not isinstance(decoder, Tensor) or decoder.ndim != 3 or decoder.shape[1] != len(self.outputs):
+            shape = tuple(decoder.shape) if isinstance(decoder, Tensor) else type(decoder).__name__
+            raise InputError(
+                f"`saes`: W_dec of the cross-layer transcoder at {self.hook} is {shape}: with {len(self.outputs)} "
+                "`hook_outs` it must be (feature, output, width)"
+            )
+
+    @property
+    def is_cross_layer(self) -> bool:
+        """Whether its codes write to MLP outputs of several layers."""
+        return self.later is not None
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Every hook that the codes write to."""
+        return (self.hook_out, *(self.later or ()))
+
     @property
     def width(self) -> int:
         """The width of what the codes explain."""
-        return self.sae.W_dec.shape[1]
+        return self.sae.W_dec.shape[-1]
 
     @property
     def decoder(self) -> Float[Tensor, "feature width"]:
-        """What each feature writes at code 1 (times the token's spread in a layer-normalised SAE)."""
-        return self.sae.W_dec.detach().float()
+        """What each feature writes at code 1 (times the token's spread in a layer-normalised SAE), of a cross-layer
+        transcoder to all its outputs together."""
+        decoder = self.sae.W_dec.detach().float()
+        return decoder.sum(1) if self.is_cross_layer else decoder
 
     @property
     def written(self) -> Float[Tensor, "feature width"]:
@@ -73,6 +107,11 @@ class Encoder:
         if not getattr(getattr(self.sae, "cfg", None), "rescale_acts_by_decoder_norm", False):
             return self.decoder
         return self.decoder / self.decoder.norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+
+    @property
+    def written_each(self) -> Float[Tensor, "feature out width"]:
+        """What a feature of a cross-layer transcoder writes to each output at code 1."""
+        return self.sae.W_dec.detach().float()
 
     @property
     def is_transcoder(self) -> bool:

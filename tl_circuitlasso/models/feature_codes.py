@@ -88,7 +88,7 @@ class CodePlan:
 
     def wanted(self, adapter: Adapter) -> set[str]:
         """The activations that a forward pass must give; layers that none of them needs are not run."""
-        hooks = {name for encoder in self.encoders.values() for name in (encoder.hook, encoder.hook_out)}
+        hooks = {name for encoder in self.encoders.values() for name in (encoder.hook, *encoder.outputs)}
         layers = {layer for routes in self.routes.values() for some in routes.values() for layer in some}
         target = readout.wanted(adapter, self.target) if self.wants_target else ()
         return {*hooks, *(act("pattern", layer) for layer in layers), *target}
@@ -222,7 +222,7 @@ def _target(
 
 def _check_finite(acts: Mapping[str, Tensor], plan: CodePlan, batch: Batch) -> None:
     for encoder in plan.encoders.values():
-        for hook in (encoder.hook, encoder.hook_out):
+        for hook in (encoder.hook, *encoder.outputs):
             _refuse(hook, acts[hook][batch.keep])
 
 

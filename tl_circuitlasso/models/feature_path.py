@@ -18,7 +18,11 @@ from tl_circuitlasso.models.tokens import Batch, first_prompts
 
 @dataclass(frozen=True, eq=False)
 class Path:
-    """What stands between a parent and a child; `of` raises ModelError where that isn't known."""
+    """What stands between a parent and a child; `of` raises ModelError where that isn't known.
+
+    MLPs that a cross-layer transcoder writes to are what its features make of them: where one is taken out, each of
+    these MLPs gives what that feature wrote to it less, and doesn't answer by itself.
+    """
 
     parent: Encoder
     child: Encoder
@@ -28,9 +32,19 @@ class Path:
     def of(cls, adapter: Adapter, parent: Encoder, child: Encoder) -> "Path":
         """From the hooks of the two."""
         steps = steps_between(adapter, parent.hook_out, child.hook)
+        path = cls(parent, child, steps)
+        if parent.is_cross_layer and place_of(child.hook).kind in ("post", "mlp"):
+            raise ModelError(f"a cross-layer transcoder stands for the MLP that is read at {child.hook}")
         for step in steps:
-            check_step(adapter, step)
-        return cls(parent, child, steps)
+            if path.output(step) is None:
+                check_step(adapter, step)
+        return path
+
+    def output(self, step: Step) -> int | None:
+        """Which of the outputs of a cross-layer transcoder a step is; None for a layer that is run on."""
+        hook = f"blocks.{step.layer}.hook_mlp_out"
+        mine = self.parent.is_cross_layer and step.kind == "mlp" and hook in self.parent.outputs
+        return self.parent.outputs.index(hook) if mine else None
 
     def wanted(self) -> set[str]:
         """The activations that it is run on from."""
@@ -41,11 +55,15 @@ class Path:
         return found | {act("z", layer) for layer in layers if written_place(self.parent.hook_out).kind == "z"}
 
     def change(self, layers: Layers, rows: Rows, taken: Float[Tensor, "group row *width"], head: int | None) -> Tensor:
-        """How much less the child's hook shows at the rows, where `taken` is taken out at the parent's."""
+        """How much less the child's hook shows at the rows, where `taken` is taken out at the parent's; of a
+        cross-layer transcoder it has an axis of outputs in front of the width."""
         start, end = written_place(self.parent.hook_out), place_of(self.child.hook)
-        change = _started(layers, start, rows, taken, end.kind)
+        change = _started(layers, start, rows, taken[:, :, 0] if self.parent.is_cross_layer else taken, end.kind)
         front = change
         for number, step in enumerate(self.steps):
+            if (output := self.output(step)) is not None:
+                change = change + taken[:, :, output]
+                continue
             beside = layers.adapter.shape.parallel and Step(step.layer, "attn") in self.steps[:number]
             front = front if step.kind == "mlp" and beside else change
             inside = (

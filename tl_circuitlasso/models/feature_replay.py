@@ -284,6 +284,8 @@ class _Replay:
     ) -> Float[Tensor, "group row *width"]:
         """What the features write at the rows."""
         kept = self.kept[parent.hook].to(feature.device)[feature]
+        if parent.is_cross_layer:
+            return code[..., None, None] * parent.written_each.to(code)[kept][:, None]
         plain = code[..., None] * parent.written.to(code)[kept][:, None]
         x, where = rows.of(self.layers.acts[parent.hook]), code > 0
         some = where.nonzero()[:: max(1, int(where.sum()) // 16)]

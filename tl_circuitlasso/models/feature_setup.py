@@ -25,7 +25,13 @@ from tl_circuitlasso.models.feature_store import CodeStore
 from tl_circuitlasso.models.hook_order import attention_between, computing_order
 from tl_circuitlasso.models.memory import free_bytes
 from tl_circuitlasso.models.sae import SAEFeatures
-from tl_circuitlasso.models.sae_checks import check_hooks, check_labels, check_shapes, warn_of_mismatches
+from tl_circuitlasso.models.sae_checks import (
+    check_cross_layer,
+    check_hooks,
+    check_labels,
+    check_shapes,
+    warn_of_mismatches,
+)
 from tl_circuitlasso.models.tokens import Batch, first_prompts
 
 TARGET = "target"
@@ -64,10 +70,11 @@ def set_up(
     InputError: an SAE of another width, an unknown hook, pairs against the order of computation, or a checkpoint of
         another collection. ModelError: NaN or infinite activations or codes.
     """
-    loaded = basis.encoders()
-    hooks = [name for encoder in loaded.values() for name in (encoder.hook, encoder.hook_out)]
+    loaded = basis.encoders(cross_layer=True)
+    hooks = [name for encoder in loaded.values() for name in (encoder.hook, *encoder.outputs)]
     order = computing_order(adapter, batch, hooks)
     encoders = dict(sorted(loaded.items(), key=lambda item: order[item[0]]))
+    check_cross_layer(encoders, order, error=basis.error)
     check_hooks(encoders)
     check_labels(encoders, basis.labels)
     check_shapes(encoders, adapter.run(batch.tokens[:1], batch.mask[:1], hooks))
@@ -200,6 +207,7 @@ def _identity(
 def encoder_hash(encoder: Encoder) -> str:
     """sha256 of an SAE's class and a thin sample of its weights."""
     digest = hashlib.sha256(type(encoder.sae).__name__.encode())
+    digest.update(" ".join(encoder.later or ()).encode())
     weights = [getattr(encoder.sae, name, None) for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")]
     for weight in weights:
         if isinstance(weight, Tensor):

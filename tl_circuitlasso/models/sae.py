@@ -19,6 +19,7 @@ from tl_circuitlasso._checks import whole_number, whole_or_none
 from tl_circuitlasso.data.sites import Site, parse_site
 from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph.nodes import Block
+from tl_circuitlasso.models.cross_layer import is_whole, layers_of
 from tl_circuitlasso.models.encoder import Encoder
 from tl_circuitlasso.models.sae_checks import metadata
 
@@ -36,7 +37,9 @@ class SAEFeatures:
     ----------
     saes: {hook name: SAE}, or a list of pairs (hook name, SAE), or of SAEs that say their hook (SAELens' do, in
         `cfg.metadata.hook_name`). A transcoder goes under the hook that it reads; where it writes stands in its
-        `hook_out`, or where SAELens keeps it, in `cfg.metadata.hook_name_out`.
+        `hook_out`, or where SAELens keeps it, in `cfg.metadata.hook_name_out`. A cross-layer transcoder is one such
+        object a layer, with `hook_outs` and a W_dec of (feature, output, width) (`tcl.CrossLayer`), or circuit-tracer's
+        object of all layers; it needs `error=False`, as what it misses belongs to no single layer.
     pairs: "adjacent" (each hook with the next, in the order of computation), "all" (each hook with every later one) or
         a list of (hook, hook); every pair is a regression of its own. Hooks that feed no other one feed the target,
         unless the list has pairs (hook, "target").
@@ -108,10 +111,21 @@ class SAEFeatures:
         """The basis itself, or that of SAEs by hook."""
         return saes if isinstance(saes, SAEFeatures) else cls(saes)
 
-    def encoders(self) -> dict[str, Encoder]:
-        """The SAEs, each at its place, by the hook that it reads; names and paths are loaded here."""
+    def encoders(self, *, cross_layer: bool = False) -> dict[str, Encoder]:
+        """The SAEs, each at its place, by the hook that it reads; names and paths are loaded here.
+
+        Raises
+        ------
+        InputError: a cross-layer transcoder, unless the caller knows what to do with one (`cross_layer`).
+        """
         loaded = {hook: load_sae(sae) for hook, sae in dict(self.saes).items()}
-        return {hook: Encoder(sae, hook, _writes_at(sae, hook)) for hook, sae in loaded.items()}
+        found = {hook: Encoder(sae, hook, *_writes_at(sae, hook)) for hook, sae in loaded.items()}
+        if not cross_layer and (wrong := [hook for hook, one in found.items() if one.is_cross_layer]):
+            raise InputError(
+                f"`saes`: the SAE at {wrong[0]} is a cross-layer transcoder, which writes to several layers: only "
+                "`circuit_lasso` knows what to do with those"
+            )
+        return found
 
     def arguments(self) -> dict[str, Any]:
         """What was asked for, as plain data for a graph's provenance."""
@@ -198,6 +212,8 @@ def parse_hook(hook: str) -> Site:
 
 
 def _by_hook(saes: Any) -> dict[str, Any]:
+    if is_whole(saes):
+        saes = layers_of(saes)
     ways = "give {hook name: SAE}, or a list of pairs (hook name, SAE); SAEs alone must say their hook, as SAELens' do"
     if metadata(saes).get("hook_name"):
         saes = [saes]
@@ -260,14 +276,18 @@ def _read_labels(labels: Any) -> dict[str, str]:
     return {str(key): text for key, text in (labels or {}).items()}
 
 
-def _writes_at(sae: Any, hook: str) -> str:
-    """The hook whose activations the codes explain: another one only for transcoders."""
+def _writes_at(sae: Any, hook: str) -> tuple[str, tuple[str, ...] | None]:
+    """The hook whose activations the codes explain: another one only for transcoders; of a layer of a cross-layer
+    transcoder those behind it, too."""
+    outs = getattr(sae, "hook_outs", None)
+    if isinstance(outs, Iterable) and (outs := tuple(map(str, outs))):
+        return outs[0], outs[1:]
     own = getattr(sae, "hook_out", None)
     if isinstance(own, str) and own:
-        return own
+        return own, None
     cfg = getattr(sae, "cfg", None)
     if not any("Transcoder" in kind.__name__ for kind in type(sae).__mro__):
-        return hook
+        return hook, None
     metadata = getattr(cfg, "metadata", None)
     out = getattr(metadata, "hook_name_out", None) or getattr(cfg, "hook_name_out", None)
     if not out:
@@ -275,7 +295,7 @@ def _writes_at(sae: Any, hook: str) -> str:
             f"`saes`: the {type(sae).__name__} at {hook} doesn't say where it writes: set its attribute hook_out, such "
             "as sae.hook_out = 'blocks.0.hook_mlp_out' (SAELens keeps it in sae.cfg.metadata.hook_name_out)"
         )
-    return str(out)
+    return str(out), None
 
 
 def _check_choice(name: str, value: Any, known: tuple[str, ...]) -> None:

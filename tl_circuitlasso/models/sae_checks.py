@@ -30,13 +30,30 @@ def check_shapes(encoders: Mapping[str, Encoder], acts: Mapping[str, Tensor]) ->
         reads = (
             shape[1] if shape[0] == encoder.features != shape[1] else shape[0]
         )  # circuit-tracer stores it transposed
-        for hook, width in ((encoder.hook, reads), (encoder.hook_out, encoder.width)):
+        for hook, width in ((encoder.hook, reads), *((out, encoder.width) for out in encoder.outputs)):
             there = acts[hook][0, 0].numel()
             if width is not None and width != there:
                 raise InputError(
                     f"`saes`: the SAE at {encoder.hook} works on width {width}, but activations at {hook} have width "
                     f"{there}: it was made for another model or hook"
                 )
+
+
+def check_cross_layer(encoders: Mapping[str, Encoder], order: Mapping[str, int], *, error: bool) -> None:
+    """InputError where a cross-layer transcoder's error is asked for, or it writes to what is computed before it."""
+    for encoder in encoders.values():
+        if not encoder.is_cross_layer:
+            continue
+        if error:
+            raise InputError(
+                f"`error`: what the cross-layer transcoder at {encoder.hook} misses of an MLP's output it shares with "
+                "the layers below: pass SAEFeatures(..., error=False)"
+            )
+        if order[encoder.hook] > order[encoder.hook_out]:
+            raise InputError(
+                f"`saes`: the cross-layer transcoder at {encoder.hook} writes to {encoder.hook_out}, which is computed "
+                "before what it reads"
+            )
 
 
 def check_hooks(encoders: Mapping[str, Encoder]) -> None:

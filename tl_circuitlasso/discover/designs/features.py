@@ -33,7 +33,7 @@ class Features(Way[SAEFeatures]):
         return request.basis
 
     def timed(self, job: Job[SAEFeatures], pilot: Batch) -> Callable[[Batch], None]:
-        encoders = job.what.encoders()
+        encoders = job.what.encoders(cross_layer=True)
 
         def encoded(batch: Batch) -> None:
             acts = job.adapter.run(batch.tokens, batch.mask, list(encoders))
@@ -46,9 +46,9 @@ class Features(Way[SAEFeatures]):
     def stages(self, job: Job[SAEFeatures]) -> list[Stage]:
         """Encoding; what the regressions take is known only when it's known which features fire, and checked then."""
         rows, positions = run_sizes(job)
-        adapter, encoders = job.adapter, job.what.encoders().values()
+        adapter, encoders = job.adapter, job.what.encoders(cross_layer=True).values()
         widths = {encoder.hook: encoder.width for encoder in encoders}
-        hooks = {name for encoder in encoders for name in (encoder.hook, encoder.hook_out)}
+        hooks = {name for encoder in encoders for name in (encoder.hook, *encoder.outputs)}
         patterns = [act("pattern", layer) for layer in range(adapter.shape.n_layers)]
         mixed = patterns if job.what.mixing in ("mean", "heads") else ()
         keys = [*hooks, *mixed, *readout.wanted(adapter, job.target)]
