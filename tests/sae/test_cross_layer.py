@@ -69,7 +69,8 @@ def test_effects_are_those_of_taking_a_feature_out(family: str, read: str) -> No
     model = architectures.hooked(family)
     tokens = torch.randint(0, 31, (6, 9), generator=torch.Generator().manual_seed(3))
     saes, adapter = transcoder(model, tokens, read=read), adapt(model)
-    hooks = tuple(saes)[:2]
+    first, last, *_ = saes
+    hooks = (first, last)
     ends = {hook: Encoder(saes[hook], hook, saes[hook].hook_outs[0], saes[hook].hook_outs[1:]) for hook in hooks}
     plan = CodePlan(ends, {}, False, {}, None, False, None, False)
     chunks = [encode_batch(adapter, plan, batch, number) for number, batch in enumerate(Prompts(adapter, tokens))]
