@@ -19,7 +19,7 @@ from benchmarks.neuron_parts.agreement import METHODS, TABLE, agreement
 from benchmarks.neuron_parts.cost import costs
 from benchmarks.neuron_parts.edges import edge_circuits
 from benchmarks.neuron_parts.patching import patching
-from benchmarks.neuron_parts.steering import steering
+from benchmarks.neuron_parts.steering import CONTRASTS, steering
 from tl_circuitlasso.models.loading import load_model
 
 SETS = ("simple", "nounpp", "within_rc")
@@ -45,12 +45,15 @@ def main() -> None:
     added = commands.add_parser("steering")
     added.add_argument("model")
     added.add_argument("data", type=Path, help="the table city_state_capital.csv")
+    added.add_argument(
+        "--contrast", default=CONTRASTS[0], choices=CONTRASTS, help="counterparts: another answer, or another question"
+    )
     arguments = parser.parse_args()
     model, data = load_model(arguments.model), arguments.data
     if arguments.command == "agreement":
         agreement(model, data, arguments.sets, arguments.methods, arguments.sizes, arguments.train, arguments.test)
     if arguments.command == "steering":
-        steering(model, data)
+        steering(model, data, contrast=arguments.contrast)
         return
     if arguments.command == "patching":
         patching(model, data, arguments.sets, arguments.count, arguments.train)

@@ -25,6 +25,10 @@ HOPS = {
     "state": ("The city of {city} is in the state of", "state"),
     "capital": ("The capital of {state} is", "capital"),
 }
+# "answer": another prompt of the hop, so that what all answers of a hop share cancels; "question": the same prompt with
+# one word changed, so that it asks for something else, and only what goes with the answer asked for is left.
+CONTRASTS = ("answer", "question")
+OTHERWISE = {"state": ("state", "country"), "capital": ("capital", "size")}
 FACTORS = (-4, -2, -1, 0, 1, 2, 4)
 OTHER = "Once upon a time there was a little girl who lived with her mother in a small house near the forest."
 
@@ -64,6 +68,26 @@ def _partner(answers: Tensor, row: int) -> int:
     return int(others[(others > row).nonzero().flatten()[0] if bool((others > row).any()) else 0])
 
 
+def asked_otherwise(model: Any, hop: str, known: Agreement) -> Agreement:
+    """The prompts beside the same with another question, and the answer beside what the model says to that instead."""
+    own, other = (_token(model, word) for word in OTHERWISE[hop])
+    # Only the question's last mention changes: a city or state may have the word in its name.
+    last = known.clean.shape[1] - 1 - (known.clean == own).flip(1).int().argmax(1)
+    asked = known.clean.scatter(1, last[:, None], other)
+    if not bool((known.clean.gather(1, last[:, None]) == own).all()):
+        raise SystemExit(f"a prompt of hop {hop!r} doesn't have the word {OTHERWISE[hop][0]!r} as one token")
+    logits = adapt(model).run(asked, None, ["logits"])["logits"][:, -1]
+    instead = logits.scatter(1, known.correct[:, None], -torch.inf).argmax(-1)
+    return Agreement(known.clean, asked, known.correct, instead)
+
+
+def _token(model: Any, word: str) -> int:
+    tokens = model.to_tokens(f" {word}", prepend_bos=False)[0]
+    if len(tokens) != 1:
+        raise SystemExit(f"{word!r} isn't one token of this model: the prompts would differ in length")
+    return int(tokens[0])
+
+
 def clusters(model: Any, facts: Mapping[str, Agreement], foremost: int, share: float) -> dict[str, list[str]]:
     """The neurons that are among the foremost in at least a share of a hop's prompts, and in fewer of the other's."""
     found = {}
@@ -84,6 +108,7 @@ def steering(
     model: Any,
     file: Path,
     *,
+    contrast: str = "answer",
     foremost: int = 50,
     share: float = 0.5,
     most: int = 16,
@@ -91,9 +116,12 @@ def steering(
 ) -> pd.DataFrame:
     """What scaling the neurons of one hop does to the answers of both hops, to other rows' answers, and elsewhere."""
     facts = {hop: known_facts(model, file, hop, most) for hop in HOPS}
+    pairs = facts if contrast == "answer" else {hop: asked_otherwise(model, hop, facts[hop]) for hop in HOPS}
     text = model.to_tokens(OTHER)
     rows = []
-    for hop, names in clusters(model, facts, foremost, share).items():
+    found = clusters(model, pairs, foremost, share)
+    print({hop: " ".join(names) for hop, names in found.items()})
+    for hop, names in found.items():
         for factor in factors if names else ():
             row: dict[str, Any] = {"cluster": hop, "neurons": len(names), "factor": factor}
             for asked, known in facts.items():

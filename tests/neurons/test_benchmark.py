@@ -92,6 +92,24 @@ def test_each_hop_has_prompts_of_one_length_and_partners_with_other_answers(sett
         steering.known_facts(model, folder / "facts.csv", "state", 8)
 
 
+def test_a_prompt_can_be_asked_otherwise(setting, monkeypatch):
+    model, _ = setting
+    monkeypatch.setitem(steering.OTHERWISE, "state", ("w3", "w4"))
+    clean = torch.tensor([[3, 7, 3, 8], [5, 3, 9, 6]])
+    known = pairs.Agreement(clean, clean.flip(0), model(clean)[:, -1].argmax(-1), torch.tensor([9, 9]))
+    found = steering.asked_otherwise(model, "state", known)
+    assert found.clean.tolist() == clean.tolist() and torch.equal(found.correct, known.correct)
+    assert found.corrupted.tolist() == [[3, 7, 4, 8], [5, 4, 9, 6]]
+    said = model(found.corrupted)[:, -1].sort(descending=True).indices
+    first, second = said[:, 0], said[:, 1]
+    assert torch.equal(found.incorrect, torch.where(first == known.correct, second, first))
+    with pytest.raises(SystemExit, match="doesn't have the word"):
+        steering.asked_otherwise(model, "state", pairs.Agreement(clean[:, :1], clean, clean[:, 0], clean[:, 0]))
+    monkeypatch.setitem(steering.OTHERWISE, "state", ("w3", "w3 w4"))
+    with pytest.raises(SystemExit, match="isn't one token"):
+        steering.asked_otherwise(model, "state", known)
+
+
 def test_neurons_are_scaled(setting):
     model, _ = setting
     tokens = architectures.prompts(length=6)
