@@ -3,7 +3,7 @@
 import inspect
 import warnings
 
-from tl_circuitlasso.errors import warn as annotated
+from tl_circuitlasso._checks import warn as annotated
 
 warn = inspect.unwrap(annotated)  # what checks shapes in the tests would stand between
 

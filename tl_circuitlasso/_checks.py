@@ -1,6 +1,11 @@
-"""Checks of single arguments, the same words everywhere: each names the argument, what was given and what to give."""
+"""Checks of single arguments, the same words everywhere: each names the argument, what was given and what to give.
+
+What isn't wrong but should be known is a warning, at the line of the user that led to it.
+"""
 
 import operator
+import sys
+import warnings
 from collections.abc import Callable
 from numbers import Real
 from os import PathLike
@@ -140,3 +145,15 @@ def shortened(given: Any, width: int = 60) -> str:
     """
     text = " ".join(repr(given).split())
     return text if len(text) <= width else text[: width - 2].rstrip(", ") + ", ..."
+
+
+def warn(message: str, kind: type[Warning] = UserWarning) -> None:
+    """Warn, and point at the line outside this package that led here: the user's own."""
+    depth, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and _is_ours(frame.f_globals.get("__name__", "")):
+        depth, frame = depth + 1, frame.f_back
+    warnings.warn(message, kind, stacklevel=depth + 1)
+
+
+def _is_ours(module: str) -> bool:
+    return module.partition(".")[0] in (__name__.partition(".")[0], "contextlib", "functools")

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from typing_extensions import Unpack
 
+from tl_circuitlasso._checks import warn
 from tl_circuitlasso.baselines.edges import EdgeLayout, add_products, traced_derivative
 from tl_circuitlasso.baselines.means import for_batch, mean_written, zeros_written
 from tl_circuitlasso.data.targets import LogitDiff
-from tl_circuitlasso.errors import InputError, warn
+from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.experiment import Experiment, MethodOptions, verb
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.graph.provenance import question

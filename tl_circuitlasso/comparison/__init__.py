@@ -21,13 +21,13 @@ import pandas as pd
 from typing_extensions import Unpack
 
 from tl_circuitlasso import evaluate
-from tl_circuitlasso._checks import whole_or_none
+from tl_circuitlasso._checks import warn, whole_or_none
 from tl_circuitlasso.baselines.observational import random_edges
 from tl_circuitlasso.comparison import report
 from tl_circuitlasso.comparison.common import Common
 from tl_circuitlasso.comparison.figures import agreement, circuit, overlap, ranking_size, table
 from tl_circuitlasso.data import storage
-from tl_circuitlasso.errors import InputError, warn
+from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate import Curve
 from tl_circuitlasso.experiment import Ablation, Experiment, FeatureOptions, verb
 from tl_circuitlasso.graph import AttributionGraph

@@ -15,7 +15,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from tl_circuitlasso._checks import as_seed, file_name
+from tl_circuitlasso._checks import as_seed, file_name, warn
 from tl_circuitlasso.data.sharing import as_ranks
 from tl_circuitlasso.data.statistics import Statistics
 from tl_circuitlasso.data.targets import Target, as_target
@@ -25,7 +25,7 @@ from tl_circuitlasso.discover.opening import checked_prompts, opened
 from tl_circuitlasso.discover.pace import tell_ahead, with_times
 from tl_circuitlasso.discover.planning import RunPlan, fitted, peak, unplanned
 from tl_circuitlasso.discover.way import Job, Request
-from tl_circuitlasso.errors import InputError, warn
+from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.graph.provenance import question
 from tl_circuitlasso.models.adapter import adapt

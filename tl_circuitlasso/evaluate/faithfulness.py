@@ -23,10 +23,10 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import Unpack
 
-from tl_circuitlasso._checks import as_seed, one_of
+from tl_circuitlasso._checks import as_seed, one_of, warn
 from tl_circuitlasso.baselines.edges import EdgeLayout
 from tl_circuitlasso.data.targets import LogitDiff
-from tl_circuitlasso.errors import InputError, warn
+from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.circuits import EdgeMatrix, check_graph, kept_matrix, prune
 from tl_circuitlasso.evaluate.feature_edges import in_order, leading, wiring_of
 from tl_circuitlasso.evaluate.features import (

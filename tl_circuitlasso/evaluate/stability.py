@@ -20,9 +20,9 @@ from jaxtyping import Int
 from scipy.stats import beta
 from torch import Tensor
 
-from tl_circuitlasso._checks import as_seed, fraction, whole_number
+from tl_circuitlasso._checks import as_seed, fraction, warn, whole_number
 from tl_circuitlasso.data.targets import LogitDiff
-from tl_circuitlasso.errors import InputError, warn
+from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.evaluate.metrics import Metric
 from tl_circuitlasso.graph import AttributionGraph
 from tl_circuitlasso.models.prompt_forms import AnyPrompts

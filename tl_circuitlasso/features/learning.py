@@ -23,9 +23,10 @@ from typing import Any
 
 import torch
 
+from tl_circuitlasso._checks import warn
 from tl_circuitlasso.data.sharing import ALONE, Ranks
 from tl_circuitlasso.data.targets import Labels, Target
-from tl_circuitlasso.errors import InputError, warn
+from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.features.classes import classify_pair
 from tl_circuitlasso.features.effects import UNREAD
 from tl_circuitlasso.features.few import regress_samples

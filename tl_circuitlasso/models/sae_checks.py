@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from tl_circuitlasso.errors import InputError, warn
+from tl_circuitlasso._checks import warn
+from tl_circuitlasso.errors import InputError
 from tl_circuitlasso.models.adapter import Adapter
 from tl_circuitlasso.models.encoder import Encoder
 from tl_circuitlasso.models.tokens import Batch

@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_circuitlasso.errors import InputError, SolveError, warn
+from tl_circuitlasso._checks import warn
+from tl_circuitlasso.errors import InputError, SolveError
 from tl_circuitlasso.solve.base import AbstractPenalty, AbstractSolver, Answer, Solution, Status
 from tl_circuitlasso.solve.checkpoint import Parts, parts_of
 from tl_circuitlasso.solve.fista import Fista
