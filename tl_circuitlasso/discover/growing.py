@@ -1,5 +1,6 @@
 """Where costs have no gap: a circuit of as many edges as the regression weighs, or as many more as carry enough."""
 
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -16,14 +17,14 @@ ENOUGH = 0.8  # of the target's difference: what a circuit is to carry
 # regression's size don't carry enough. The more edges that work against each other are left out, the more a circuit
 # carries, beyond what the model does at last; so no less than it takes.
 UNALIGNED = (0.4, 0.3, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01, 0.0)
-RANDOM_PARTNERS = UNALIGNED[:3]  # alignments between prompts that differ in much that is idle are told less well
+AT_RANDOM = UNALIGNED[:3]  # alignments between prompts that differ in much that is idle are told less well
 FEWEST_ROWS = 4  # below, rows aren't halved
 
 
 @dataclass(frozen=True, eq=False)
 class Grown:
     """A circuit; which share of its size each edge is worth; and the share of the target's difference that the circuit
-    is expected to carry on prompts that it wasn't chosen by."""
+    is expected to carry, between counterparts on prompts that it wasn't chosen by."""
 
     kept: Bool[Tensor, " edge"]
     worth: Float[Tensor, " edge"]
@@ -45,43 +46,45 @@ def grown(
     By size alone as many edges that work against each other would come in, and the circuit would carry less.
     """
     ends = selection.Edges(edges.source, edges.target, edges.ranks)
-    first, second = _halves(found) if contrast else (found, found)
-    weights = UNALIGNED if contrast else RANDOM_PARTNERS
-    halves = [(aligned(one), other, edges.shares(other)) for one, other in ((first, second), (second, first))]
+    weights, splits = (UNALIGNED, _splits(found)) if contrast else (AT_RANDOM, [(found, found)])
+    judged = [(aligned(one), other, edges.shares(other)) for one, other in splits]
     whole = aligned(found)
 
     def worth(unaligned: float, alignment: Tensor) -> Tensor:
         return unaligned + (1 - unaligned) * alignment
 
+    def circuits(unaligned: float, alignment: Tensor) -> Callable[[int], Tensor]:
+        order = selection.grown(ends, size * worth(unaligned, alignment))
+        return selection.circuits(ends, order, edges.pair)
+
     @cache
-    def order(unaligned: float, half: int) -> Tensor:
-        return selection.grown(ends, size * worth(unaligned, halves[half][0]))
+    def of_split(unaligned: float, number: int) -> Callable[[int], Tensor]:
+        return circuits(unaligned, judged[number][0])
 
     @cache
     def carried(unaligned: float, pairs: int) -> float:
-        parts = []
-        for number, (_, other, shares) in enumerate(halves):
-            kept = selection.first(ends, order(unaligned, number), pairs, edges.pair)
-            parts.append(edges.carried(other, shares, kept))
+        parts = [
+            edges.carried(other, shares, of_split(unaligned, number)(pairs))
+            for number, (_, other, shares) in enumerate(judged)
+        ]
         return sum(parts) / len(parts)
 
     least = max(count, 1)
     unaligned = weights[_first(len(weights) - 1, lambda number: carried(weights[number], least) >= ENOUGH)]
     most = int(edges.pair.max()) + 1  # all carry everything
     pairs = _fewest(least, most, lambda some: carried(unaligned, some) >= ENOUGH)
-    shares = worth(unaligned, whole)
-    kept = selection.first(ends, selection.grown(ends, size * shares), pairs, edges.pair)
-    return Grown(kept, shares, carried(unaligned, pairs))
+    return Grown(circuits(unaligned, whole)(pairs), worth(unaligned, whole), carried(unaligned, pairs))
 
 
-def _halves(found: list[Child]) -> tuple[list[Child], list[Child]]:
+def _splits(found: list[Child]) -> list[tuple[list[Child], list[Child]]]:
+    """Rows to choose by and rows to judge by: either half of all by the other."""
     rows = len(found[0].rows)
     if rows < FEWEST_ROWS:
-        return found, found
+        return [(found, found)]
     middle = rows // 2
     parts = slice(middle), slice(middle, None)
     first, second = ([replace(one, rows=one.rows[part]) for one in found] for part in parts)
-    return first, second
+    return [(first, second), (second, first)]
 
 
 def _first(last: int, enough: Callable[[int], bool]) -> int:
@@ -90,11 +93,7 @@ def _first(last: int, enough: Callable[[int], bool]) -> int:
         return 0
     if not enough(last):
         return last
-    low, high = 0, last  # low isn't enough, high is
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if enough(middle) else (middle, high)
-    return high
+    return bisect_left(range(last), True, lo=1, key=enough)
 
 
 def _fewest(least: int, most: int, enough: Callable[[int], bool]) -> int:

@@ -84,7 +84,8 @@ def learn_read(
     kept, level = edges.choose(mean_of(edges.judged, pairs), mean_of(node_cost, pairs))
     counted = edges.of_pairs(kept) & edges.ports_above(float(level), pairs)
     carried = edges.carried(found, edges.shares(found), counted)
-    bars = COUNTERPARTS if statistics.meta["contrast"] else RANDOM_PARTNERS
+    contrast = bool(statistics.meta["contrast"])
+    bars = COUNTERPARTS if contrast else RANDOM_PARTNERS
     crowded, lacking = int(kept.sum()) > MANY_PAIRS, bool(kept.any()) and carried < growing.ENOUGH
     dense = strength == "auto" and (crowded or lacking)
     asked = Asked(strength, bars.least * float(total.square().sum()) / count, count, tol, decides=dense)
@@ -101,11 +102,11 @@ def learn_read(
     if dense:
         size = extras.get("mean_abs", score.abs())
         weighed = edges.pair[weight > 0].unique().numel()
-        circuit = growing.grown(edges, found, size, weighed, contrast=bool(statistics.meta["contrast"]))
+        circuit = growing.grown(edges, found, size, weighed, contrast=contrast)
         keep, carried = circuit.kept, circuit.carried
         extras["stability"] = _steadiness(found, size * circuit.worth, keep, generator)
         score = score * (bars.left_out + (1 - bars.left_out) * weight)
-        if statistics.meta["contrast"]:
+        if contrast:
             score = score * torch.where(keep, circuit.worth.clamp_min(bars.left_out), bars.left_out)
     else:
         extras["stability"] = edges.of_pairs(edges.stability(pairs, node_cost, generator))

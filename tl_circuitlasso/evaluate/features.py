@@ -7,7 +7,6 @@ kept, removed, or a node as the graph has it. Its edges are tested in `feature_e
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -100,9 +99,7 @@ def _own(name: str, block: Block, adapter: Adapter) -> FeatureSite:
 def _learned(hook: str, sae: Any, adapter: Adapter) -> FeatureSite:
     if adapter.point(hook) is None:
         raise InputError(f"`saes` names the hook {hook!r}, which the model doesn't have")
-    metadata = getattr(getattr(sae, "cfg", None), "metadata", None)
     encoder = SAEFeatures({hook: sae}).encoders()[hook]
-    encoder = replace(encoder, hook_out=getattr(metadata, "hook_name_out", None) or encoder.hook_out)
     return FeatureSite(hook, hook, encoder.hook_out, encoder.features, encoder)
 
 

@@ -15,6 +15,7 @@ milp [False, True, False, True]
 """
 
 import heapq
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -189,12 +190,19 @@ def levels(edges: Edges, order: Int[Tensor, " some"]) -> Int[Tensor, " edge"]:
 def first(
     edges: Edges, order: Int[Tensor, " some"], k: int, pairs: Int[Tensor, " edge"] | None = None
 ) -> Bool[Tensor, " edge"]:
-    """The circuit of the first edges of `order`: at most k of them, each on a path.
+    """The circuit of the first edges of `order`: at most k of them, each on a path; `circuits` tells of several k.
 
     Edges come in as soon as they are on a path, so one alone or several together. Where those that come next together
     are too many, the next ones between nodes that are inside fill up. With `pairs`, edges of the same number count as
     one.
     """
+    return circuits(edges, order, pairs)(k)
+
+
+def circuits(
+    edges: Edges, order: Int[Tensor, " some"], pairs: Int[Tensor, " edge"] | None = None
+) -> Callable[[int], Bool[Tensor, " edge"]]:
+    """What `first` says of any k: when each edge gets on a path is found once."""
     group = torch.arange(len(edges)) if pairs is None else pairs
     level = levels(edges, order)
     by_level = level[order].argsort(stable=True)
@@ -203,10 +211,14 @@ def first(
     together = level[entering]
     last = torch.ones_like(together, dtype=torch.bool)
     last[:-1] = together[1:] != together[:-1]  # a whole group fits if the count at its last edge does
-    fits = (last & (count <= k)).nonzero().flatten()
-    chosen = entering[: int(fits[-1]) + 1 if fits.numel() else 0]
-    kept = torch.zeros(len(edges), dtype=torch.bool).index_fill(0, chosen, True)
-    return _filled_up(edges, order, k, group, kept)
+
+    def circuit(k: int) -> Bool[Tensor, " edge"]:
+        fits = (last & (count <= k)).nonzero().flatten()
+        chosen = entering[: int(fits[-1]) + 1 if fits.numel() else 0]
+        kept = torch.zeros(len(edges), dtype=torch.bool).index_fill(0, chosen, True)
+        return _filled_up(edges, order, k, group, kept)
+
+    return circuit
 
 
 def _filled_up(

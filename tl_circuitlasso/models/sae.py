@@ -286,16 +286,15 @@ def _writes_at(sae: Any, hook: str) -> tuple[str, tuple[str, ...] | None]:
     if isinstance(own, str) and own:
         return own, None
     cfg = getattr(sae, "cfg", None)
-    if not any("Transcoder" in kind.__name__ for kind in type(sae).__mro__):
-        return hook, None
-    metadata = getattr(cfg, "metadata", None)
-    out = getattr(metadata, "hook_name_out", None) or getattr(cfg, "hook_name_out", None)
-    if not out:
+    known = (getattr(where, "hook_name_out", None) for where in (getattr(cfg, "metadata", None), cfg))
+    if out := next((name for name in known if isinstance(name, str) and name), None):
+        return out, None
+    if any("Transcoder" in kind.__name__ for kind in type(sae).__mro__):
         raise InputError(
             f"`saes`: the {type(sae).__name__} at {hook} doesn't say where it writes: set its attribute hook_out, such "
             "as sae.hook_out = 'blocks.0.hook_mlp_out' (SAELens keeps it in sae.cfg.metadata.hook_name_out)"
         )
-    return str(out), None
+    return hook, None
 
 
 def _check_choice(name: str, value: Any, known: tuple[str, ...]) -> None:
